@@ -1,0 +1,35 @@
+# Two commands from a fresh clone: `make picture PROMPT="..."` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PROMPT ?= a red sailboat on a calm sea at sunset
+
+.PHONY: picture test lint types clean
+
+# torch first and pinned: a bare `torch` would fetch gigabytes of CUDA.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.picture: setup.cfg constraints.txt | $(BIN)/python
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.test: setup.cfg constraints.txt | $(BIN)/python
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@ $(VENV)/.picture
+
+picture: $(VENV)/.picture
+	$(BIN)/txt2img --prompt "$(PROMPT)"
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.test
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
