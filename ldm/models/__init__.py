@@ -1,0 +1,33 @@
+"""Networks: pure modules with diffusers' configs and parameter names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ldm.errors import UserError
+from ldm.models.unet import UNet
+from ldm.models.vae import VAE, AutoencoderKL, AutoencoderTiny
+
+__all__ = ["MODELS", "VAE", "AutoencoderKL", "AutoencoderTiny", "Model", "UNet", "build"]
+
+Model = UNet | AutoencoderKL | AutoencoderTiny
+
+# By the class that diffusers names in `config.json`.
+MODELS: dict[str, type[UNet] | type[AutoencoderKL] | type[AutoencoderTiny]] = {
+    "UNet2DConditionModel": UNet,
+    "AutoencoderKL": AutoencoderKL,
+    "AutoencoderTiny": AutoencoderTiny,
+}
+
+
+def build(config: Mapping[str, Any]) -> Model:
+    """The model that a diffusers `config.json` describes, with fresh weights.
+
+    Raises:
+        UserError: for a class that is not one of `MODELS`, and for keys or values that are not supported.
+    """
+    name = config.get("_class_name")
+    if name not in MODELS:
+        raise UserError(f"config: _class_name = {name!r} is not supported, only " + ", ".join(MODELS))
+    return MODELS[name].from_config(config)

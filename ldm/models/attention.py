@@ -1,0 +1,224 @@
+"""Attention, and the spatial transformer in which latents attend to themselves and to the text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ldm.models.layers import GroupNorm
+
+# Scores per head (queries x keys) up to which plain attention trains faster than SDPA on a CPU.
+PLAIN_SCORES = 256 * 256
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v  (Vaswani et al. 2017, equation 1).
+
+    Args:
+        q: [B, heads, N, d].
+        k, v: [B, heads, M, d].
+
+    Returns:
+        [B, heads, N, d].
+    """
+    if q.is_cuda and (efficient := _xformers()) is not None:
+        out: Tensor = efficient(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return out.transpose(1, 2)
+    # On CPU the backward of SDPA is slow for the few tokens of small latents; without a gradient SDPA wins.
+    wants_gradient = torch.is_grad_enabled() and q.requires_grad
+    if q.device.type == "cpu" and wants_gradient and q.shape[2] * k.shape[2] <= PLAIN_SCORES:
+        weights = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(dim=-1)
+        return torch.matmul(weights, v)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+@cache
+def _xformers() -> Callable[..., Tensor] | None:
+    """xformers' kernel, which takes [B, N, heads, d], or None where it is not installed."""
+    if find_spec("xformers") is None:
+        return None
+    kernel: Callable[..., Tensor] = import_module("xformers.ops").memory_efficient_attention
+    return kernel
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, N, heads * d] -> [B, heads, N, d]."""
+    return x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """[B, heads, N, d] -> [B, N, heads * d]."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """[B, C, H, W] -> [B, H W, C]: free where x is channels_last."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def to_image(tokens: Tensor, height: int, width: int) -> Tensor:
+    """[B, H W, C] -> [B, C, H, W], channels_last, always free."""
+    return tokens.reshape(tokens.shape[0], height, width, -1).permute(0, 3, 1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of tokens [B, N, dim] to a context [B, M, context_dim], or to themselves."""
+
+    def __init__(self, dim: int, context_dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(context_dim, dim, bias=False)
+        self.to_v = nn.Linear(context_dim, dim, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        q, k, v = (split_heads(a, self.heads) for a in (q, k, v))
+        out: Tensor = self.to_out[0](merge_heads(attend(q, k, v)))
+        return out
+
+
+class GEGLU(nn.Module):
+    """[..., dim] -> [..., inner]: a gelu(b) with [a, b] = W x + c  (Shazeer 2020, equation 6)."""
+
+    def __init__(self, dim: int, inner: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, 2 * inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        out: Tensor = value * F.gelu(gate)
+        return out
+
+
+class FeedForward(nn.Module):
+    """[B, N, dim] -> [B, N, dim] through four times the width."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        # diffusers has a dropout in the middle: its place keeps the names.
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x)
+        return out
+
+
+class TransformerBlock(nn.Module):
+    """[B, N, dim] -> [B, N, dim]: self-attention, cross-attention, feed-forward, each added to its input."""
+
+    def __init__(self, dim: int, context_dim: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn1 = Attention(dim, dim, heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.attn2 = Attention(dim, context_dim, heads)
+        self.norm3 = nn.LayerNorm(dim)
+        self.ff = FeedForward(dim)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        out: Tensor = x + self.ff(self.norm3(x))
+        return out
+
+
+class SpatialTransformer(nn.Module):
+    """[B, C, H, W] -> [B, C, H, W]: pixels attend to each other and to the text.
+
+    Rombach et al. 2022, section 3.3.
+
+    Args:
+        depth: transformer blocks.
+        linear: enter and leave by linear layers instead of 1 x 1 convolutions.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        context_dim: int,
+        heads: int,
+        depth: int = 1,
+        groups: int = 32,
+        linear: bool = False,
+    ) -> None:
+        super().__init__()
+        inner = channels // heads * heads
+        self.linear = linear
+        self.norm = GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, inner) if linear else nn.Conv2d(channels, inner, 1)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(inner, context_dim, heads) for _ in range(depth)
+        )
+        self.proj_out = nn.Linear(inner, channels) if linear else nn.Conv2d(inner, channels, 1)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        h = self.norm(x)
+        tokens = self.proj_in(to_tokens(h)) if self.linear else to_tokens(self.proj_in(h))
+        for block in self.transformer_blocks:
+            tokens = block(tokens, context)
+        if self.linear:
+            return x + to_image(self.proj_out(tokens), height, width)
+        out: Tensor = x + self.proj_out(to_image(tokens, height, width))
+        return out
+
+
+class ImageAttention(nn.Module):
+    """[B, C, H, W] -> [B, C, H, W]: one head of self-attention over pixels, as in the middle of the VAE."""
+
+    def __init__(self, channels: int, groups: int = 32, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.group_norm = GroupNorm(groups, channels, eps)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = to_tokens(self.group_norm(x))
+        q, k, v = (split_heads(to(tokens), 1) for to in (self.to_q, self.to_k, self.to_v))
+        out: Tensor = self.to_out[0](merge_heads(attend(q, k, v)))
+        return x + to_image(out, *x.shape[2:])
+
+
+class AttentionPooling(nn.Module):
+    """[B, N, D] -> [B, D]: the mean token attends to itself and to all tokens (DeepFloyd IF)."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.positional_embedding = nn.Parameter(torch.randn(1, dim) / dim**0.5)
+        self.k_proj = nn.Linear(dim, dim)
+        self.q_proj = nn.Linear(dim, dim)
+        self.v_proj = nn.Linear(dim, dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        mean = tokens.mean(dim=1, keepdim=True) + self.positional_embedding.to(tokens.dtype)
+        tokens = torch.cat([mean, tokens], dim=1)
+        q, k, v = self.q_proj(mean), self.k_proj(tokens), self.v_proj(tokens)
+        q, k, v = (split_heads(a, self.heads) for a in (q, k, v))
+        return merge_heads(attend(q, k, v))[:, 0]
+
+
+class TextTimeEmbedding(nn.Module):
+    """[B, N, D] text -> [B, time_dim], to be added to the time embedding."""
+
+    def __init__(self, dim: int, time_dim: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.pool = AttentionPooling(dim, heads)
+        self.proj = nn.Linear(dim, time_dim)
+        self.norm2 = nn.LayerNorm(time_dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.norm2(self.proj(self.pool(self.norm1(tokens))))
+        return out

@@ -1,0 +1,124 @@
+"""Blocks that the U-Net and the VAE share: resnets, resampling, and the embedding of the timestep."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def timestep_features(t: Tensor, dim: int, flip_sin_to_cos: bool = True, freq_shift: float = 0) -> Tensor:
+    """Sinusoidal features of the timestep (Ho et al. 2020; Vaswani et al. 2017, section 3.5).
+
+    [sin(t w_k), cos(t w_k)] with w_k = 10000^(-k / (dim/2 - freq_shift)), k = 0 ... dim/2 - 1; cosines first
+    with `flip_sin_to_cos`. An odd `dim` ends with a zero.
+
+    Args:
+        t: [B], in steps of the training schedule, fractions allowed.
+
+    Returns:
+        [B, dim] in fp32.
+    """
+    half = dim // 2
+    k = torch.arange(half, dtype=torch.float32, device=t.device)
+    angles = t.float()[:, None] * torch.exp(-math.log(10000) * k / (half - freq_shift))
+    pair = (angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos())
+    return F.pad(torch.cat(pair, dim=-1), (0, dim % 2))
+
+
+class TimeEmbedding(nn.Module):
+    """[B, dim] features -> [B, time_dim]."""
+
+    def __init__(self, dim: int, time_dim: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(dim, time_dim)
+        self.linear_2 = nn.Linear(time_dim, time_dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        out: Tensor = self.linear_2(F.silu(self.linear_1(features)))
+        return out
+
+
+class GroupNorm(nn.GroupNorm):
+    """[B, C, ...] -> the same: torch's GroupNorm by its fastest kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # In channels_last torch's CPU kernel for 16 bits is ten times slower than the one for fp32.
+        slow = x.device.type == "cpu" and x.element_size() == 2 and not x.is_contiguous()
+        if not slow:
+            return super().forward(x)
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.group_norm(x.float(), self.num_groups, weight, bias, self.eps).to(x.dtype)
+
+
+class ResnetBlock(nn.Module):
+    """[B, C_in, H, W] -> [B, C_out, H, W]: two 3 x 3 convolutions around the time embedding, and a skip.
+
+    Args:
+        time_dim: width of the time embedding; None in the VAE, which has no time.
+        scale: the sum with the skip is divided by it.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        time_dim: int | None = None,
+        groups: int = 32,
+        eps: float = 1e-6,
+        scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.scale = scale
+        self.norm1 = GroupNorm(groups, in_channels, eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = None if time_dim is None else nn.Linear(time_dim, out_channels)
+        self.norm2 = GroupNorm(groups, out_channels, eps)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = None if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        """`time`: silu(time embedding) [B, time_dim]: taken once for all resnets by the caller."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        if self.time_emb_proj is not None:
+            h = h + self.time_emb_proj(time)[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        if self.conv_shortcut is not None:
+            x = self.conv_shortcut(x)
+        out: Tensor = x + h
+        return out if self.scale == 1 else out / self.scale
+
+
+class Downsample(nn.Module):
+    """[B, C, H, W] -> [B, C, H / 2, W / 2] by a strided convolution.
+
+    Args:
+        padding: 1 pads all sides; 0 pads right and bottom only, as the VAE's encoder was trained.
+    """
+
+    def __init__(self, channels: int, padding: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+        self.pad_right_bottom = padding == 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)) if self.pad_right_bottom else x)
+        return out
+
+
+class Upsample(nn.Module):
+    """[B, C, H, W] -> [B, C, 2 H, 2 W], or `size` where given: nearest pixels, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: torch.Size | None = None) -> Tensor:
+        if 4 * x.numel() >= 2**31:
+            # The CUDA kernel for channels_last counts in 32 bits: https://github.com/pytorch/pytorch/issues/141831
+            x = x.contiguous()
+        enlarged = F.interpolate(x, size or (2 * x.shape[2], 2 * x.shape[3]), mode="nearest")
+        out: Tensor = self.conv(enlarged)
+        return out

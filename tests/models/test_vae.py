@@ -1,0 +1,117 @@
+"""Both autoencoders against diffusers' on the same weights."""
+
+import pytest
+import torch
+from conftest import relative_error
+from diffusers import AutoencoderKL as ReferenceKL
+from diffusers import AutoencoderTiny as ReferenceTiny
+
+from ldm.models import build
+
+
+def ours_like(reference):
+    """Our autoencoder with the config and the weights of a diffusers one; loading is strict both ways."""
+    model = build({"_class_name": type(reference).__name__} | dict(reference.config))
+    model.load_state_dict(reference.state_dict(), strict=True)
+    return model.eval()
+
+
+KL_CONFIGS = {
+    "sd1": {},
+    "no quant convs, shifted": {
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "shift_factor": 0.3,
+        "scaling_factor": 0.9,
+        "latent_channels": 6,
+    },
+    "no attention, two levels": {
+        "mid_block_add_attention": False,
+        "block_out_channels": (16, 32),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "layers_per_block": 1,
+    },
+}
+
+
+@pytest.mark.parametrize("changes", KL_CONFIGS.values(), ids=KL_CONFIGS.keys())
+def test_kl_equals_diffusers(reference_kl, changes):
+    reference = reference_kl(**changes)
+    ours = ours_like(reference)
+    scale, shift = reference.config.scaling_factor, reference.config.shift_factor or 0
+    images = torch.rand(2, 3, 32, 48) * 2 - 1
+    with torch.no_grad():
+        expected, moments = reference.encode(images).latent_dist, ours.encode(images)
+        assert relative_error(moments.mean, expected.mean) < 1e-5
+        assert relative_error(moments.std, expected.std) < 1e-5
+        assert relative_error(moments.kl(), expected.kl()) < 1e-5
+        latents = ours.encode_latents(images)
+        assert relative_error(latents, (expected.mean - shift) * scale) < 1e-5
+        size = (2, ours.latent_channels, 32 // ours.downscale, 48 // ours.downscale)
+        noise = torch.randn(size)
+        drawn = (expected.mean + expected.std * noise - shift) * scale
+        assert relative_error(ours.encode_latents(images, noise), drawn) < 1e-5
+        assert relative_error(ours.decode(latents), reference.decode(expected.mean).sample) < 1e-5
+
+
+TAESD_CONFIGS = {
+    "taesd": {},
+    "scaled, gelu, two channels of sizes": {
+        "act_fn": "gelu",
+        "scaling_factor": 0.5,
+        "shift_factor": 0.2,
+        "latent_channels": 8,
+        "encoder_block_out_channels": (8, 8, 8, 8),
+    },
+}
+
+
+@pytest.mark.parametrize("changes", TAESD_CONFIGS.values(), ids=TAESD_CONFIGS.keys())
+def test_tiny_equals_diffusers(reference_taesd, changes):
+    reference = reference_taesd(**changes)
+    ours = ours_like(reference)
+    scale, shift = reference.config.scaling_factor, reference.config.shift_factor
+    images = torch.rand(2, 3, 32, 48) * 2 - 1
+    with torch.no_grad():
+        expected = reference.encode(images).latents
+        assert relative_error(ours.encode(images), expected) < 1e-5
+        assert relative_error(ours.encode_latents(images), (expected - shift) * scale) < 1e-5
+        # Large latents too, where the decoder's soft clamp at 3 acts.
+        latents = 4 * torch.randn_like(expected)
+        assert relative_error(ours.decode((latents - shift) * scale), reference.decode(latents).sample) < 1e-5
+    assert ours.downscale == 8
+    assert ours.latent_channels == reference.config.latent_channels
+
+
+@pytest.mark.parametrize("kind", ["reference_kl", "reference_taesd"])
+def test_gradients_equal_diffusers(request, kind):
+    reference = request.getfixturevalue(kind)()
+    ours = ours_like(reference)
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    latents = ours.encode_latents(images)
+    ours.decode(latents).square().mean().backward()
+    encoded = reference.encode(images)
+    z = encoded.latents if kind == "reference_taesd" else encoded.latent_dist.mean
+    reference.decode(z).sample.square().mean().backward()
+    theirs = {name: p.grad for name, p in reference.named_parameters()}
+    largest = max(g.abs().max() for g in theirs.values())
+    for name, p in ours.named_parameters():
+        error = (p.grad - theirs[name]).abs().max()
+        assert error <= 1e-4 * theirs[name].abs().max() + 1e-6 * largest, name
+
+
+@pytest.mark.parametrize(("kind", "cls"), [("reference_kl", ReferenceKL), ("reference_taesd", ReferenceTiny)])
+def test_what_we_save_opens_in_diffusers(request, kind, cls):
+    reference = request.getfixturevalue(kind)(scaling_factor=0.7)
+    with torch.device("meta"):
+        ours = build({"_class_name": cls.__name__} | dict(reference.config))
+    ours.load_state_dict(reference.state_dict(), assign=True)
+    again = cls.from_config(ours.to_config())
+    again.load_state_dict(ours.state_dict())
+    latents = torch.randn(1, 4, 4, 4)
+    with torch.no_grad():
+        assert torch.equal(again.eval().decode(latents).sample, reference.decode(latents).sample)
+        assert relative_error(ours.decode(latents * 0.7), reference.decode(latents).sample) < 1e-5
+    assert again.config.scaling_factor == 0.7
+    assert build(ours.to_config()).config == ours.config
