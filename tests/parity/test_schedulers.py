@@ -1,0 +1,337 @@
+"""Every sampler and spacing that diffusers has, against its scheduler, on a cheap float64 denoiser.
+
+diffusers' way: scale the input, call the network, step. Ours: the same network through `Prediction` and a
+solver. Both get the same noise. diffusers keeps its noise levels in fp32 and casts some states to it, which
+alone costs up to 1.5e-6; so its formulas are run in float64 here, on its own fp32 levels, to agree to 1e-6.
+
+DDIM and PNDM in diffusers step to ``t - 1000 // n`` whatever the grid, which is wrong on linspace, and on
+trailing where n does not divide 1000: there a float64 reference on diffusers' timesteps takes their place.
+"""
+
+import copy
+import functools
+import importlib
+import itertools
+import math
+
+import diffusers
+import pytest
+import torch
+
+from ldm.prediction import c_in
+from ldm.schedule import Schedule
+from ldm.solvers import SAMPLERS, Denoised
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+TOLERANCE = 1e-6
+STEPS = (1, 2, 7, 20)
+PREDICTIONS = ("epsilon", "v_prediction")
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+CLASSES = {
+    "ddpm": ("DDPMScheduler", {"clip_sample": False}),
+    "ddim": ("DDIMScheduler", {"clip_sample": False}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
+    "dpmpp_2s": ("DPMSolverSinglestepScheduler", {}),
+    "dpmpp_sde": ("DPMSolverSDEScheduler", {}),
+    "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+}
+WITHOUT_SIGMA_SPACINGS = ("ddpm", "ddim", "pndm", "euler_a", "lcm")
+ZERO_SNR = ("ddpm", "ddim", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "lcm")
+WITH_TIMESTEPS = ("ddpm", "euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2s", "lcm")
+
+SHAPE = (2, 3, 4, 4)
+NOISES = [torch.randn(SHAPE, generator=torch.Generator().manual_seed(k)).double() for k in range(64)]
+
+
+def network(x, t):
+    """A cheap nonlinear stand-in for a U-Net."""
+    t = float(t) / 1000
+    return torch.tanh(1.3 * x + 0.4 * x.roll(1, 1) - 0.3 * x.roll(1, -1) + math.sin(3 * t) / 2) * (
+        0.6 + 0.4 * t
+    )
+
+
+class SameNoise:
+    """The k-th draw is NOISES[k], for both sides; the 0th is where they start."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __call__(self, *args, **kwargs):
+        self.count += 1
+        return NOISES[self.count]
+
+
+class Float64Torch:
+    """torch, but that ``torch.float32`` is float64."""
+
+    float32 = torch.float64
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+
+@functools.cache
+def scheduler_of(class_name, options):
+    return getattr(diffusers, class_name)(**dict(options))
+
+
+def theirs(config, n, monkeypatch, output=network, eta=None, **lists):
+    """The last sample of diffusers' scheduler, with its arithmetic in float64."""
+    options = {key: value for key, value in config.items() if key != "_class_name"}
+    scheduler = copy.deepcopy(scheduler_of(config["_class_name"], tuple(options.items())))
+    scheduler.set_timesteps(n, **lists) if n else scheduler.set_timesteps(**lists)
+    same, module = SameNoise(), importlib.import_module(type(scheduler).__module__)
+    monkeypatch.setattr(module, "randn_tensor", same, raising=False)
+    scheduler.noise_sampler = same
+    monkeypatch.setattr(module, "torch", Float64Torch())
+    for table in ("sigmas", "alphas_cumprod"):
+        if hasattr(scheduler, table):
+            setattr(scheduler, table, getattr(scheduler, table).double())
+    x = NOISES[0] * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        out = output(scheduler.scale_model_input(x, t), t)
+        x = scheduler.step(out, t, x, **({} if eta is None else {"eta": eta})).prev_sample
+    monkeypatch.undo()
+    return x
+
+
+def ours(config, n, sampler=None, spacing=None, eta=None, **lists):
+    schedule = Schedule.from_config(config)
+    chosen = SAMPLERS[sampler or schedule.default_sampler]
+    grid = schedule.grid(n, spacing, chosen, **lists)
+
+    def denoise(x, sigma):
+        return Denoised(schedule.prediction.x0(network(x * c_in(sigma), grid.t(sigma)), x, sigma))
+
+    options = {} if eta is None else {"eta": eta}
+    *_, last = chosen.solver(denoise, NOISES[0] * grid.initial_scale, grid.sigmas, SameNoise(), **options)
+    assert last.x.dtype == torch.float64
+    return last.x * grid.final_scale
+
+
+def relative_error(a, b):
+    assert torch.isfinite(a).all()
+    assert torch.isfinite(b).all()
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def config_of(sampler, **changes):
+    class_name, extra = CLASSES[sampler]
+    return {"_class_name": class_name, **BETAS, **extra, **changes}
+
+
+def eps_of_v(config):
+    """`network` as a v network, answering eps."""
+    schedule = Schedule.from_config(config)
+
+    def output(x, t):
+        alpha = schedule.alphas_cumprod[int(t)].sqrt()
+        return alpha * network(x, t) + (1 - alpha**2).sqrt() * x
+
+    return output
+
+
+def spacings_of(sampler):
+    """(name, config changes) of every grid that diffusers' scheduler of that sampler can make."""
+    if sampler == "lcm":
+        yield "lcm", {}
+        return
+    if sampler == "dpmpp_2s":
+        yield "linspace", {}
+    else:
+        yield "leading", {"timestep_spacing": "leading"}
+        yield "leading+1", {"timestep_spacing": "leading", "steps_offset": 1}
+        yield "trailing", {"timestep_spacing": "trailing"}
+        yield "linspace", {"timestep_spacing": "linspace"}
+    if sampler not in WITHOUT_SIGMA_SPACINGS:
+        bases = ("linspace", "leading", "trailing") if SAMPLERS[sampler].family == "k" else (None,)
+        for spacing, base in itertools.product(("karras", "exponential", "beta"), bases):
+            changes = {"timestep_spacing": base} if base else {}
+            yield f"{spacing} on {base}" if base else spacing, {f"use_{spacing}_sigmas": True, **changes}
+
+
+def steps_past_the_grid(sampler, spacing, n):
+    """Whether diffusers' ``t - 1000 // n`` is not the next timestep of the grid."""
+    if sampler not in ("ddim", "pndm") or n == 1:
+        return False
+    return spacing == "linspace" or (spacing == "trailing" and 1000 % n != 0)
+
+
+def whole_grid():
+    for sampler, prediction in itertools.product(CLASSES, PREDICTIONS):
+        for (name, changes), n in itertools.product(spacings_of(sampler), STEPS):
+            if not steps_past_the_grid(sampler, name, n):
+                yield pytest.param(sampler, prediction, changes, n, id=f"{sampler}-{prediction}-{name}-{n}")
+
+
+@pytest.mark.parametrize(("sampler", "prediction", "changes", "n"), list(whole_grid()))
+def test_equals_diffusers(sampler, prediction, changes, n, monkeypatch):
+    config = config_of(sampler, prediction_type=prediction, **changes)
+    if sampler == "pndm" and prediction == "v_prediction":
+        # diffusers combines raw v outputs of several timesteps as if they were eps; ours combines eps.
+        want = theirs({**config, "prediction_type": "epsilon"}, n, monkeypatch, output=eps_of_v(config))
+    else:
+        want = theirs(config, n, monkeypatch)
+    assert relative_error(ours(config, n, sampler), want) < TOLERANCE
+
+
+def reference(config, n, history_weights):
+    """DDIM, or with `history_weights` PLMS, in variance-preserving float64 on diffusers' own timesteps."""
+    options = {key: value for key, value in config.items() if key != "_class_name"}
+    scheduler = diffusers.DDIMScheduler(**{k: v for k, v in options.items() if k != "skip_prk_steps"})
+    scheduler.set_timesteps(n)
+    alphas = scheduler.alphas_cumprod.double()
+    eps_at = network if config["prediction_type"] == "epsilon" else eps_of_v(config)
+    t = scheduler.timesteps.tolist()
+    x, history = NOISES[0], []
+    for here, after in itertools.pairwise([*t, None]):
+        a, b = alphas[here], 1.0 if after is None else alphas[after]
+
+        def transfer(eps, x=x, a=a, b=b):
+            return b**0.5 * (x - (1 - a) ** 0.5 * eps) / a**0.5 + (1 - b) ** 0.5 * eps
+
+        eps = eps_at(x, here)
+        history = [eps, *history[:3]]
+        if history_weights and len(history) == 1 and after is not None:
+            eps = (eps + eps_at(transfer(eps), after)) / 2
+        elif history_weights:
+            weights = history_weights[len(history) - 1]
+            eps = sum(weight * old for weight, old in zip(weights, history, strict=True))
+        x = transfer(eps)
+    return x
+
+
+PLMS = ([1.0], [3 / 2, -1 / 2], [23 / 12, -16 / 12, 5 / 12], [55 / 24, -59 / 24, 37 / 24, -9 / 24])
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("sampler", ["ddim", "pndm"])
+@pytest.mark.parametrize(
+    ("spacing", "n"), [("trailing", 7), ("linspace", 2), ("linspace", 7), ("linspace", 20)]
+)
+def test_equals_reference_where_diffusers_steps_past_the_grid(sampler, prediction, spacing, n):
+    config = config_of(sampler, prediction_type=prediction, timestep_spacing=spacing, set_alpha_to_one=True)
+    want = reference(config, n, PLMS if sampler == "pndm" else None)
+    assert relative_error(ours(config, n), want) < TOLERANCE
+
+
+def test_reference_is_diffusers_where_its_grid_is_right(monkeypatch):
+    for sampler, weights in (("ddim", None), ("pndm", PLMS)):
+        config = config_of(
+            sampler, prediction_type="epsilon", timestep_spacing="trailing", set_alpha_to_one=True
+        )
+        assert relative_error(reference(config, 20, weights), theirs(config, 20, monkeypatch)) < TOLERANCE
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("n", STEPS)
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_ddim_eta(eta, n, prediction, monkeypatch):
+    config = config_of("ddim", prediction_type=prediction, steps_offset=1)
+    assert relative_error(ours(config, n, eta=eta), theirs(config, n, monkeypatch, eta=eta)) < TOLERANCE
+
+
+@pytest.mark.parametrize("sampler", list(CLASSES))
+def test_defaults_where_the_config_is_silent(sampler, monkeypatch):
+    class_name, extra = CLASSES[sampler]
+    config = {"_class_name": class_name, **extra}
+    assert relative_error(ours(config, 7, sampler), theirs(config, 7, monkeypatch)) < TOLERANCE
+
+
+@pytest.mark.parametrize("n", STEPS)
+@pytest.mark.parametrize("sampler", ["ddim", "pndm"])
+def test_last_alpha_that_is_not_one(sampler, n, monkeypatch):
+    config = config_of(sampler, set_alpha_to_one=False, steps_offset=1)
+    assert relative_error(ours(config, n), theirs(config, n, monkeypatch)) < TOLERANCE
+
+
+@pytest.mark.parametrize("n", STEPS)
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "dpmpp_2s", "dpmpp_2m_sde", "unipc"])
+def test_last_sigma_that_is_not_zero(sampler, n, monkeypatch):
+    changes = {} if sampler == "dpmpp_2s" else {"timestep_spacing": "trailing"}
+    config = config_of(sampler, final_sigmas_type="sigma_min", **changes)
+    assert relative_error(ours(config, n, sampler), theirs(config, n, monkeypatch)) < TOLERANCE
+
+
+def zero_snr_grid():
+    for case in itertools.product(ZERO_SNR, ("leading", "trailing", "linspace"), STEPS, PREDICTIONS):
+        if not steps_past_the_grid(*case[:3]):
+            yield case
+
+
+@pytest.mark.parametrize(("sampler", "spacing", "n", "prediction"), list(zero_snr_grid()))
+def test_zero_terminal_snr(sampler, spacing, n, prediction, monkeypatch):
+    changes = {"timestep_spacing": spacing, "rescale_betas_zero_snr": True, "prediction_type": prediction}
+    config = config_of(sampler, **changes)
+    mine = ours(config, n, sampler)
+    starts_at_pure_noise = Schedule.from_config(config).grid(n, None, sampler).timesteps[0] == 999
+    if prediction == "epsilon" and sampler in ("ddpm", "ddim", "lcm") and starts_at_pure_noise:
+        # diffusers divides by alpha = 0; ours clamps, as diffusers does in the other samplers.
+        assert not torch.isfinite(theirs(config, n, monkeypatch)).all()
+        assert torch.isfinite(mine).all()
+    else:
+        assert relative_error(mine, theirs(config, n, monkeypatch)) < TOLERANCE
+
+
+AYS = [999, 850, 736, 645, 545, 455, 343, 233, 124, 24]
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("timesteps", [AYS, [999, 500, 3], [640]])
+@pytest.mark.parametrize("sampler", WITH_TIMESTEPS)
+def test_own_timesteps(sampler, timesteps, prediction, monkeypatch):
+    config = config_of(sampler, prediction_type=prediction)
+    if (
+        sampler == "lcm"
+    ):  # a long way off the distilled timesteps its boundary condition, which we drop, is felt
+        config["timestep_scaling"] = 1e4
+    want = theirs(config, None, monkeypatch, timesteps=timesteps)
+    assert relative_error(ours(config, None, sampler, timesteps=timesteps), want) < TOLERANCE
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m"])
+def test_ays_is_its_list_at_ten_steps(sampler, monkeypatch):
+    config = config_of(sampler)
+    want = theirs(config, None, monkeypatch, timesteps=AYS)
+    got = ours(config, 10, sampler, "ays")
+    # At other step counts it has no peer; the scale of the first state is then the exact one.
+    assert relative_error(got, want) < (TOLERANCE if sampler == "dpmpp_2m" else 5e-3)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("sigmas", [[14.615, 6.475, 3.861, 1.396, 0.399, 0.0], [9.0, 0.0], [7.0, 2.0, 0.5]])
+def test_own_sigmas(sigmas, prediction, monkeypatch):
+    config = config_of("euler", prediction_type=prediction)
+    want = theirs(config, None, monkeypatch, sigmas=sigmas)
+    assert relative_error(ours(config, None, sigmas=sigmas), want) < TOLERANCE
+
+
+OTHER_BETAS = [("ddim", {}), ("euler", {}), ("unipc", {}), ("dpmpp_sde", {"use_karras_sigmas": True})]
+
+
+@pytest.mark.parametrize("betas", ["linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize(("sampler", "changes"), OTHER_BETAS)
+def test_other_betas(sampler, changes, betas, monkeypatch):
+    config = config_of(sampler, prediction_type="v_prediction", **{**changes, "beta_schedule": betas})
+    assert relative_error(ours(config, 7), theirs(config, 7, monkeypatch)) < TOLERANCE
+
+
+def test_trained_betas(monkeypatch):
+    betas = tuple(torch.linspace(1e-3, 0.03, 400).tolist())
+    config = config_of("euler", trained_betas=betas, num_train_timesteps=400)
+    assert relative_error(ours(config, 7), theirs(config, 7, monkeypatch)) < TOLERANCE
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "euler", "heun", "lms", "dpmpp_2m", "dpmpp_2s", "unipc"])
+def test_sample_prediction(sampler, monkeypatch):
+    config = config_of(sampler, prediction_type="sample")
+    assert relative_error(ours(config, 7), theirs(config, 7, monkeypatch)) < TOLERANCE
