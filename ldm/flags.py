@@ -1,0 +1,168 @@
+"""The flags of the commands: CompVis's names and the short modern ones, with dashes or underscores."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+OUTDIR = "outputs/txt2img-samples"
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that takes whole flags only and says what is wrong in one line."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+        self.add_argument("--version", action=ShowVersion, nargs=0, help="show the version and exit")
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} ({self.prog} --help shows every flag)\n")
+
+
+def dashes(argv: Sequence[str]) -> list[str]:
+    """--from_file is --from-file: underscores in the name of a long flag become dashes."""
+    return [re.sub(r"^--[\w-]+(?==|$)", lambda name: name[0].replace("_", "-"), arg) for arg in argv]
+
+
+def add_txt2img_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what to draw")
+    add = group.add_argument
+    words = group.add_mutually_exclusive_group(required=True)
+    words.add_argument("-p", "--prompt", help="what the picture shows; empty draws anything")
+    words.add_argument("--from-file", metavar="FILE", help="one prompt per line; - reads stdin")
+    add("-n", "--negative-prompt", default="", metavar="TEXT", help="what the picture should not show")
+    add("-W", "--width", "--W", type=int, metavar="PIXELS", help="a multiple of 8 (default: the model's)")
+    add("-H", "--height", "--H", type=int, metavar="PIXELS", help="a multiple of 8 (default: the model's)")
+    add("-s", "--seed", type=int, default=42, help="of the first picture; negative: random (default: 42)")
+    add(
+        "-b",
+        "--n-iter",
+        "--batch-count",
+        type=count,
+        default=1,
+        metavar="N",
+        help="batches per prompt (default: 1)",
+    )
+    add(
+        "--n-samples",
+        "--batch-size",
+        type=count,
+        default=1,
+        metavar="N",
+        help="pictures in a batch (default: 1)",
+    )
+    add("--fixed-code", action="store_true", help="every batch starts from the same noise")
+    add_sampling_flags(parser)
+    add_model_flags(parser)
+    add("--C", type=int, metavar="CHANNELS", help="latent channels: checked against the model")
+    add("--f", type=int, metavar="FACTOR", help="downsampling factor: checked against the model")
+    add = parser.add_argument_group("output").add_argument
+    add("--outdir", type=Path, default=Path(OUTDIR), metavar="FOLDER", help=f"(default: {OUTDIR})")
+    add("-o", "--output", type=Path, metavar="FILE", help="write the one picture here instead")
+    add("--skip-save", action="store_true", help="do not write the single pictures")
+    add("--skip-grid", action="store_true", help="do not write a grid of several pictures")
+    add("--n-rows", type=count, metavar="N", help="pictures in each row of the grid (default: --n-samples)")
+    add_common_flags(parser)
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("how to draw it (default of each: the model's)")
+    add = group.add_argument
+    add(
+        "--steps",
+        "--ddim-steps",
+        "--num-inference-steps",
+        type=int,
+        metavar="N",
+        help="denoising steps, 1 to 1000",
+    )
+    add(
+        "--cfg-scale",
+        "--scale",
+        "--guidance-scale",
+        dest="scale",
+        type=float,
+        metavar="SCALE",
+        help="classifier-free guidance; 1 is none",
+    )
+    add(
+        "--guidance-rescale",
+        type=float,
+        default=0.0,
+        metavar="PHI",
+        help="0 to 1: less overexposure at high scales",
+    )
+    sampler = group.add_mutually_exclusive_group()
+    sampler.add_argument("--sampler", metavar="NAME", help='e.g. "DPM++ 2M Karras", euler_a, ddim, unipc')
+    sampler.add_argument("--plms", dest="sampler", action="store_const", const="pndm", help="--sampler pndm")
+    sampler.add_argument(
+        "--dpm-solver", dest="sampler", action="store_const", const="dpmpp_2m", help="--sampler dpmpp_2m"
+    )
+    add("--scheduler", "--spacing", metavar="NAME", help="spacing of the steps, e.g. karras, trailing")
+    add(
+        "--eta",
+        "--ddim-eta",
+        type=float,
+        metavar="ETA",
+        help="0 to 1: fresh noise in each step, where the sampler adds any",
+    )
+    add("--clip-skip", type=int, metavar="N", help="skip the last N layers of the text encoder")
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model and machine")
+    add = group.add_argument
+    add("-m", "--model", "--ckpt", metavar="FOLDER", help="a pipeline folder (default: the embedded model)")
+    add("--device", metavar="NAME", help="cpu, cuda, mps (default: the best there is)")
+    dtype = group.add_mutually_exclusive_group()
+    dtype.add_argument("--dtype", metavar="NAME", help="fp32, bf16, fp16 (default: the fastest safe one)")
+    dtype.add_argument(
+        "--precision", dest="dtype", type=precision, metavar="{full,autocast}", help="fp32 or auto"
+    )
+    add("--threads", type=count, metavar="N", help="CPU threads")
+
+
+def add_common_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-q", "--quiet", action="store_true", help="errors only")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def add_info_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path)
+    add_common_flags(parser)
+
+
+def add_redraw_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path)
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="keep the new picture here")
+    add_model_flags(parser)
+    add_common_flags(parser)
+
+
+def count(text: str) -> int:
+    """A whole number from 1 up."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 up")
+    return int(text)
+
+
+def precision(text: str) -> str | None:
+    """CompVis's --precision as a --dtype; None is the default."""
+    names = {"full": "fp32", "autocast": None}
+    if text not in names:
+        raise argparse.ArgumentTypeError(f"{text} is not one of {', '.join(names)}")
+    return names[text]
+
+
+class ShowVersion(argparse.Action):
+    """Print the version and exit. An action of its own because finding the version takes time."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from ldm import __version__
+
+        print(f"ldm {__version__}")
+        parser.exit()

@@ -1,0 +1,194 @@
+"""One description of a picture: what the command line, Python and the PNG's own metadata all speak.
+
+A `Request` is validated once, when it is made, and never changes afterwards. None always means "the model's
+default"; the pipeline fills those in, so that the request it writes into a PNG draws the same picture again
+even when defaults change. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import secrets
+from collections.abc import Sequence
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ldm.errors import UserError
+
+VERSION = 1  # of the JSON form
+MAX_SIDE = 4096
+MAX_STEPS = 1000
+MAX_SEED = 2**63 - 1
+
+Side = Annotated[
+    int, Field(ge=8, le=MAX_SIDE, multiple_of=8, description=f"a multiple of 8 from 8 to {MAX_SIDE}")
+]
+Steps = Annotated[int, Field(ge=1, le=MAX_STEPS, description=f"a whole number from 1 to {MAX_STEPS}")]
+Scale = Annotated[float, Field(allow_inf_nan=False, description="a finite number")]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, description="a number from 0 to 1")]
+Layers = Annotated[int, Field(ge=0, le=100, description="how many last text layers to skip, 0 or more")]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+Seeds = Annotated[
+    tuple[Seed, ...], Field(min_length=1, description="at least one seed, each from 0 to 2**63 - 1")
+]
+Level = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Levels = Annotated[
+    tuple[Level, ...],
+    Field(min_length=1, max_length=MAX_STEPS + 1, description="finite numbers from 0 up, strictly falling"),
+]
+Text = Annotated[str, Field(description="valid Unicode text without NUL characters")]
+
+
+class _Checked(BaseModel):
+    """A frozen pydantic model whose validation errors are one line in the user's words."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise UserError(_explain(type(self), error)) from None
+
+
+class Request(_Checked):
+    """What to draw. One picture per seed; the pictures of one request share everything else.
+
+    Names and meanings are diffusers' (`clip_skip` counts skipped layers, so 1 is the penultimate layer).
+    `sampler` takes every spelling that `ldm.solvers.resolve_sampler` knows and holds the canonical name;
+    "DPM++ 2M Karras" also sets `spacing`. `timesteps` or `sigmas` replace the grid that
+    `num_inference_steps` and `spacing` would give.
+
+    Raises `ldm.errors.UserError`, naming the field, its value and what is allowed.
+    """
+
+    prompt: Text = ""
+    negative_prompt: Text = ""
+    height: Side | None = None  # pixels
+    width: Side | None = None
+    num_inference_steps: Steps | None = None
+    guidance_scale: Scale | None = None
+    guidance_rescale: Fraction = 0.0
+    seeds: Seeds = (0,)
+    sampler: str | None = None
+    spacing: str | None = None
+    eta: Fraction | None = None
+    clip_skip: Layers | None = None
+    timesteps: Levels | None = None
+    sigmas: Levels | None = None
+    model: Text | None = None  # for the record in the PNG: not used to find the model
+    model_hash: Text | None = None
+
+    @property
+    def num_images(self) -> int:
+        return len(self.seeds)
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed, validated again."""
+        return type(self)(**{**self.model_dump(), **changes})
+
+    def to_json(self) -> str:
+        """One JSON object with a `version`, without the fields that are None."""
+        fields = self.model_dump(mode="json", exclude_none=True)
+        return json.dumps({"version": VERSION, **fields}, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The inverse of `to_json`. Raises UserError on damaged text and on a newer version."""
+        try:
+            fields = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"this request is not valid JSON: {error}") from None
+        version = fields.pop("version", None) if isinstance(fields, dict) else None
+        if version != VERSION:
+            raise UserError(f"this request has version {version!r}; this ldm reads version {VERSION}")
+        return cls(**fields)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _canonical_names(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        # Imported here because solvers need torch, and a request that names none does not.
+        fields = dict(fields)
+        if fields.get("sampler") is not None:
+            from ldm.solvers import resolve_sampler
+
+            sampler, implied = resolve_sampler(_name("sampler", fields["sampler"]))
+            fields["sampler"] = sampler.name
+            if fields.get("spacing") is None:
+                fields["spacing"] = implied
+        if fields.get("spacing") is not None:
+            from ldm.spacing import resolve_spacing
+
+            fields["spacing"] = resolve_spacing(_name("spacing", fields["spacing"]))
+        return fields
+
+    @model_validator(mode="after")
+    def _one_grid(self) -> Self:
+        if self.timesteps is not None and self.sigmas is not None:
+            raise UserError("give timesteps or sigmas, not both: each is a whole grid")
+        return self
+
+    @field_validator("prompt", "negative_prompt", "model", "model_hash")
+    @classmethod
+    def _writable_text(cls, text: str | None) -> str | None:
+        # Undecodable bytes of a command line arrive as lone surrogates, which no PNG chunk can hold.
+        if text is not None and ("\0" in text or any("\ud800" <= c <= "\udfff" for c in text)):
+            raise ValueError("not writable")
+        return text
+
+    @field_validator("timesteps", "sigmas")
+    @classmethod
+    def _falling(cls, levels: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if levels is not None and any(a <= b for a, b in itertools.pairwise(levels)):
+            raise ValueError("not falling")
+        return levels
+
+
+def consecutive_seeds(seed: int | Sequence[int] | None, count: int = 1) -> tuple[int, ...]:
+    """The seeds of `count` pictures: seed, seed + 1, ...; None or a negative seed starts at a random one.
+
+    A sequence is taken as it is and must hold `count` seeds (any number when `count` is 1).
+    """
+    if seed is not None and not isinstance(seed, int):
+        if count not in (1, len(seed)):
+            raise UserError(f"{len(seed)} seeds for {count} pictures: give one seed, or one per picture")
+        return tuple(seed)
+    if seed is None or seed < 0:
+        seed = secrets.randbelow(2**32)
+    return tuple(range(seed, seed + count))
+
+
+def _name(field: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{field} {_short(value)} is not allowed: it must be a name")
+    return value
+
+
+def _explain(model: type[BaseModel], error: ValidationError) -> str:
+    """One line for all that is wrong: field, value, what is allowed."""
+    lines: dict[str, str] = {}  # by field: a tuple reports each of its bad items, and the first is enough
+    for fault in error.errors(include_url=False):
+        name = str(next(iter(fault["loc"]), ""))
+        cause = fault.get("ctx", {}).get("error")
+        if isinstance(cause, UserError):
+            lines.setdefault(name, str(cause))
+        elif name not in model.model_fields:
+            lines.setdefault(name, f"{name} is not a field of a {model.__name__}")
+        else:
+            allowed = _allowed(model, name) or fault["msg"]
+            lines.setdefault(name, f"{name} {_short(fault['input'])} is not allowed: it must be {allowed}")
+    return "; ".join(lines.values())
+
+
+def _allowed(model: type[BaseModel], name: str) -> str:
+    # Optional fields keep the description on the member of their union that is not None.
+    schema = model.model_json_schema()["properties"][name]
+    members = [schema, *schema.get("anyOf", [])]
+    return next((str(member["description"]) for member in members if "description" in member), "")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,152 @@
+"""Request: what is refused, and in which words; its JSON form; that it needs no torch."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+
+from ldm.errors import UserError
+from ldm.request import MAX_SEED, Request, consecutive_seeds
+
+WHOLE = Request(
+    prompt='a "red" boat,\nnach Süden ⛵',
+    negative_prompt="blurry: yes",
+    height=64,
+    width=128,
+    num_inference_steps=7,
+    guidance_scale=7.5,
+    guidance_rescale=0.25,
+    seeds=(3, MAX_SEED),
+    sampler="DPM++ 2M",
+    spacing="karras",
+    eta=0.5,
+    clip_skip=1,
+    model="postcard",
+    model_hash="0123456789",
+)
+
+
+def test_json_round_trip_keeps_every_field():
+    assert Request.from_json(WHOLE.to_json()) == WHOLE
+    given = Request(timesteps=[999, 500.5, 1])
+    assert Request.from_json(given.to_json()) == given
+    assert json.loads(WHOLE.to_json())["version"] == 1
+
+
+def test_json_leaves_out_what_the_model_decides():
+    assert json.loads(Request(prompt="a boat").to_json()) == {
+        "version": 1,
+        "prompt": "a boat",
+        "negative_prompt": "",
+        "guidance_rescale": 0.0,
+        "seeds": [0],
+    }
+
+
+def test_a_request_never_changes():
+    with pytest.raises(ValueError, match="frozen"):
+        WHOLE.prompt = "another"
+    assert hash(WHOLE) == hash(WHOLE.replace())
+
+
+def test_replace_validates_again():
+    assert WHOLE.replace(seeds=(5,)).seeds == (5,)
+    assert WHOLE.replace(seeds=(5,)).sampler == WHOLE.sampler
+    with pytest.raises(UserError, match="height 63"):
+        WHOLE.replace(height=63)
+
+
+@pytest.mark.parametrize(
+    ("name", "canonical", "spacing"),
+    [
+        ("DPM++ 2M Karras", "dpmpp_2m", "karras"),
+        ("dpmpp_2m", "dpmpp_2m", None),
+        ("plms", "pndm", None),
+        ("Euler a", "euler_a", None),
+    ],
+)
+def test_sampler_names_become_canonical(name, canonical, spacing):
+    request = Request(sampler=name)
+    assert (request.sampler, request.spacing) == (canonical, spacing)
+
+
+def test_a_spacing_of_its_own_wins_over_the_one_in_the_sampler_name():
+    assert Request(sampler="DPM++ 2M Karras", spacing="trailing").spacing == "trailing"
+
+
+SIDE = "it must be a multiple of 8 from 8 to 4096"
+SEEDS = r"it must be at least one seed, each from 0 to 2\*\*63 - 1"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"height": 100}, f"height 100 is not allowed: {SIDE}"),
+        ({"height": 0}, f"height 0 is not allowed: {SIDE}"),
+        ({"width": -8}, f"width -8 is not allowed: {SIDE}"),
+        ({"width": 4104}, f"width 4104 is not allowed: {SIDE}"),
+        ({"num_inference_steps": 0}, "num_inference_steps 0 is not allowed: it must be a whole number"),
+        ({"num_inference_steps": 1001}, "num_inference_steps 1001 is not allowed"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps 2.5 is not allowed"),
+        ({"guidance_scale": math.nan}, "guidance_scale nan is not allowed: it must be a finite number"),
+        ({"guidance_scale": math.inf}, "guidance_scale inf is not allowed: it must be a finite number"),
+        ({"guidance_rescale": 1.5}, "guidance_rescale 1.5 is not allowed: it must be a number from 0 to 1"),
+        ({"eta": -0.1}, "eta -0.1 is not allowed: it must be a number from 0 to 1"),
+        ({"eta": math.nan}, "eta nan is not allowed"),
+        ({"seeds": ()}, rf"seeds \(\) is not allowed: {SEEDS}"),
+        ({"seeds": (1, -1)}, f"seeds -1 is not allowed: {SEEDS}"),
+        ({"seeds": (2**63,)}, f"seeds 9223372036854775808 is not allowed: {SEEDS}"),
+        ({"clip_skip": -1}, "clip_skip -1 is not allowed: it must be how many last text layers to skip"),
+        ({"timesteps": (1, 2)}, r"timesteps \(1, 2\) is not allowed: .* strictly falling"),
+        ({"sigmas": (2.0, math.nan)}, "sigmas nan is not allowed"),
+        ({"timesteps": ()}, r"timesteps \(\) is not allowed"),
+        ({"timesteps": (1,), "sigmas": (1,)}, "give timesteps or sigmas, not both"),
+        ({"prompt": "a\0b"}, "prompt 'a.x00b' is not allowed: it must be valid Unicode text without NUL"),
+        ({"prompt": "\udcff"}, "prompt .* is not allowed"),
+        ({"prompt": ["a"]}, "prompt .* is not allowed"),
+        ({"steps": 20}, "steps is not a field of a Request"),
+        ({"sampler": 3}, "sampler 3 is not allowed: it must be a name"),
+        ({"sampler": "dpm++ 2n"}, "(?i)dpm"),
+        ({"spacing": "karas"}, "(?i)karras"),
+    ],
+)
+def test_bad_fields_are_told_in_one_line(fields, message):
+    with pytest.raises(UserError, match=message) as caught:
+        Request(**fields)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_all_bad_fields_are_told_at_once():
+    with pytest.raises(UserError, match=r"height 1 .*; num_inference_steps 0 "):
+        Request(height=1, num_inference_steps=0)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"version": 2}', '{"prompt": "no version"}'])
+def test_damaged_and_newer_json_is_refused(text):
+    with pytest.raises(UserError, match="this request"):
+        Request.from_json(text)
+
+
+def test_consecutive_seeds():
+    assert consecutive_seeds(42, 3) == (42, 43, 44)
+    assert consecutive_seeds([7, 9], 2) == (7, 9)
+    assert consecutive_seeds(0) == (0,)
+    with pytest.raises(UserError, match="2 seeds for 3 pictures"):
+        consecutive_seeds([7, 9], 3)
+
+
+def test_negative_and_absent_seeds_are_random():
+    drawn = {consecutive_seeds(seed)[0] for seed in [None, -1] * 10}
+    assert len(drawn) > 15
+    assert all(0 <= seed < 2**32 for seed in drawn)
+    first, second = consecutive_seeds(-1, 2)
+    assert second == first + 1
+
+
+def test_importing_request_loads_no_torch():
+    code = "import sys, ldm.request; ldm.request.Request(prompt='a'); print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False"
