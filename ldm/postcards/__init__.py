@@ -1,0 +1,45 @@
+"""The world the embedded model is trained on: flat-illustration postcards, their captions and their labels.
+
+Everything is procedural and seeded. Drawing needs skia (`pip install ldm[train]`); sampling, telling and
+labelling scenes does not, so `render` and `object_mask` are loaded at first use.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from ldm.postcards.captions import caption, full_caption, words
+from ldm.postcards.layout import Box
+from ldm.postcards.scene import POSITIONS, Group, Labels, Scene, encode_labels, sample_scene
+from ldm.postcards.vocabulary import COLOURS, KINDS, PLACES, RELATIONS, TIMES, WEATHERS, is_held_out
+
+if TYPE_CHECKING:
+    from ldm.postcards.picture import object_mask, render
+
+__all__ = [
+    "COLOURS",
+    "KINDS",
+    "PLACES",
+    "POSITIONS",
+    "RELATIONS",
+    "TIMES",
+    "WEATHERS",
+    "Box",
+    "Group",
+    "Labels",
+    "Scene",
+    "caption",
+    "encode_labels",
+    "full_caption",
+    "is_held_out",
+    "object_mask",
+    "render",
+    "sample_scene",
+    "words",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("object_mask", "render"):
+        from ldm.postcards import picture
+
+        return getattr(picture, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
