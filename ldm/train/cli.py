@@ -1,0 +1,37 @@
+"""What the three trainers' commands share: arguments, recipe, run folder, errors."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from ldm.errors import UserError
+from ldm.train.loop import Task, train
+from ldm.train.recipe import Recipe, load_recipe
+
+MakeTask = Callable[[Recipe, argparse.Namespace], Task]
+
+
+def start(make_task: MakeTask, recipe: str, add_arguments: Callable[[argparse.ArgumentParser], None]) -> None:
+    """Parse the command line, read the recipe, train. The same command again resumes."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--config", type=Path, default=Path(recipe), help=f"a recipe (default: {recipe})")
+    parser.add_argument("--run_dir", type=Path, required=True, help="state, log, grids and weights go here")
+    parser.add_argument(
+        "--train_data_dir", type=Path, help="a folder of images instead of rendered postcards"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. run.max_minutes=20"
+    )
+    add_arguments(parser)
+    args = parser.parse_args()
+    if args.train_data_dir:
+        args.set.append(f"data.folder={args.train_data_dir}")
+    try:
+        chosen = load_recipe(args.config, args.set)
+        train(make_task(chosen, args), chosen, args.run_dir)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

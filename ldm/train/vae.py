@@ -1,0 +1,136 @@
+"""Training the autoencoder: pictures to latents that look like small pictures, and back.
+
+Loss on the reconstruction y of x: L1 + a gradient L1 (crisp edges) + L1 of 2x and 8x pooled pictures (right
+colours) + L2. Three things make the latents easy for a U-Net to model:
+- their channels are pulled to mean 0 and variance 1, so the scaling factor is 1;
+- noise is added before decoding, so what the picture hardly needs is not stored at great strength;
+- on some steps the latents are pooled 2x and must decode to the pooled picture, so a latent is a small image
+  (equivariance to scale; Kouzelis et al. 2025, "EQ-VAE").
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from ldm.checkpoint.folder import load_module, save_module
+from ldm.images import grid, to_pil
+from ldm.models import AutoencoderTiny, build
+from ldm.train.data import Pictures
+from ldm.train.loop import Batch, Task
+
+
+class VAETask(Task):
+    """Trains an AutoencoderTiny, all of it or (decoder_only) the decoder on frozen latents.
+
+    loss keys: gradient, pooled, l2, moments, noise (std added to latents), pooled_steps (share of steps that
+    decode pooled latents), crop (pixels of the random square that is cut from each picture, 0 for all of it:
+    a convolutional autoencoder learns as much from a pixel of a crop, and makes four times the steps).
+    """
+
+    def __init__(
+        self,
+        vae: AutoencoderTiny,
+        train: Pictures,
+        held_out: Pictures,
+        loss: dict[str, float],
+        decoder_only: bool,
+    ) -> None:
+        super().__init__()
+        self.vae = vae
+        self.decoder_only = decoder_only
+        vae.encoder.requires_grad_(not decoder_only)
+        self.train_pictures, self.held_out = train, held_out
+        self.weights = {
+            "gradient": 0.4,
+            "pooled": 0.5,
+            "l2": 1.0,
+            "moments": 0.1,
+            "noise": 0.1,
+            "pooled_steps": 0.3,
+            "crop": 0,
+        }
+        self.weights |= loss
+
+    def batch(self, rng: torch.Generator, size: int) -> Batch:
+        index = torch.randint(len(self.train_pictures), (size,), generator=rng)
+        x = self._crop(self.train_pictures.tensors(index), rng)
+        cells = x.shape[-1] // self.vae.downscale
+        noise = torch.randn(size, self.vae.latent_channels, cells, cells, generator=rng)
+        pooled = torch.rand((), generator=rng) < self.weights["pooled_steps"]
+        return {"x": x, "noise": noise, "pooled": pooled}
+
+    def _crop(self, x: Tensor, rng: torch.Generator) -> Tensor:
+        side = int(self.weights["crop"])
+        if not side:
+            return x
+        corners = torch.randint(x.shape[-1] - side + 1, (len(x), 2), generator=rng).tolist()
+        cut = [each[:, i : i + side, j : j + side] for each, (i, j) in zip(x, corners, strict=True)]
+        return torch.stack(cut)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        w, x = self.weights, batch["x"].contiguous(memory_format=torch.channels_last)
+        with torch.set_grad_enabled(not self.decoder_only):
+            z = self.vae.encode_latents(x)
+        noisy = z + w["noise"] * batch["noise"]
+        if batch["pooled"] and not self.decoder_only:
+            noisy, x = F.avg_pool2d(noisy, 2), F.avg_pool2d(x, 2)
+        y = self.vae.decode(noisy).float()
+        gap = y - x
+        loss = gap.abs().mean() + w["l2"] * gap.square().mean()
+        loss = loss + w["gradient"] * (gap.diff(dim=2).abs().mean() + gap.diff(dim=3).abs().mean())
+        loss = loss + w["pooled"] * (F.avg_pool2d(gap, 2).abs().mean() + F.avg_pool2d(gap, 8).abs().mean())
+        mean, std = z.float().mean((0, 2, 3)), z.float().std((0, 2, 3))
+        moments = mean.square().mean() + (std - 1).square().mean()
+        return loss + w["moments"] * moments, {
+            "l2": gap.detach().square().mean(),
+            "moments": moments.detach(),
+        }
+
+    def _reconstruct(self, pictures: Pictures, count: int) -> tuple[Tensor, Tensor]:
+        x = pictures.tensors(torch.arange(min(count, len(pictures)))).to(next(self.parameters()).device)
+        parts = [self.vae.decode(self.vae.encode_latents(part)) for part in torch.split(x, 32)]
+        return x, torch.cat(parts).clamp(-1, 1)
+
+    def evaluate(self) -> dict[str, float]:
+        """Mean PSNR in dB on held-out pictures, -10 log10(mse) with pixels in 0..1."""
+        x, y = self._reconstruct(self.held_out, 256)
+        mse = ((x - y) / 2).square().mean((1, 2, 3))
+        return {"held_out_psnr": float((-10 / math.log(10) * mse.log()).mean())}
+
+    def picture(self, folder: Path) -> Image.Image:
+        x, y = self._reconstruct(self.held_out, 16)
+        pairs = torch.stack([x, y], 1).flatten(0, 1)
+        return grid(to_pil((pairs + 1) / 2), columns=8)
+
+    def export(self, folder: Path) -> None:
+        """Write the VAE's folder, what is left of the latents' scale folded into the encoder's last layer."""
+        folded = build(self.vae.to_config())
+        folded.load_state_dict(self.vae.state_dict())
+        if not self.decoder_only:
+            self._fold_scale(folded)
+        save_module(folded, folder)
+
+    @torch.no_grad()
+    def _fold_scale(self, vae: torch.nn.Module) -> None:
+        assert isinstance(vae, AutoencoderTiny)
+        x = self.train_pictures.tensors(torch.arange(min(512, len(self.train_pictures))))
+        z = torch.cat([vae.encode_latents(part) for part in torch.split(x, 32)])
+        mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3))
+        last = vae.encoder.layers[-1]
+        assert isinstance(last, torch.nn.Conv2d)
+        assert last.bias is not None
+        last.weight.div_(std[:, None, None, None])
+        last.bias.sub_(mean).div_(std)
+
+
+def load_vae(folder: Path) -> AutoencoderTiny:
+    """An exported VAE, fp32."""
+    vae = load_module(folder, torch.float32)
+    assert isinstance(vae, AutoencoderTiny)
+    return vae

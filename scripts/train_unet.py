@@ -1,0 +1,49 @@
+"""Train the denoiser on an exported VAE and text encoder.
+
+python scripts/train_unet.py --vae runs/vae/export --clip runs/clip/export --run_dir runs/unet
+"""
+
+import argparse
+from pathlib import Path
+
+from ldm.train.cli import start
+from ldm.train.loop import Task
+from ldm.train.recipe import Recipe
+
+
+def make_task(recipe: Recipe, args: argparse.Namespace) -> Task:
+    import torch
+
+    from ldm.checkpoint.clip import load_text_encoder, load_tokenizer
+    from ldm.checkpoint.folder import Defaults, Parts, load_module, read_words
+    from ldm.models import AutoencoderKL, AutoencoderTiny, UNet, build
+    from ldm.train.data import load_pictures
+    from ldm.train.unet import UNetTask, prepare
+
+    torch.manual_seed(recipe.run.seed)
+    model = dict(recipe.model)
+    unet, vae = build(model["unet"]), load_module(args.vae, torch.float32)
+    assert isinstance(unet, UNet)
+    assert isinstance(vae, AutoencoderKL | AutoencoderTiny)
+    parts = Parts(
+        unet=unet,
+        vae=vae,
+        text_encoder=load_text_encoder(args.clip / "text_encoder", torch.float32),
+        tokenizer=load_tokenizer(args.clip / "tokenizer"),
+        scheduler=model["scheduler"],
+        defaults=Defaults(**model["defaults"]),
+        words=read_words(args.clip / "words.txt"),
+    )
+    train, held_out = (
+        prepare(pictures, vae, parts.tokenizer, recipe.data.cache) for pictures in load_pictures(recipe.data)
+    )
+    return UNetTask(parts, train, held_out, recipe.loss, model["prompts"])
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--vae", type=Path, required=True, help="an exported VAE folder")
+    parser.add_argument("--clip", type=Path, required=True, help="text_encoder/, tokenizer/ and words.txt")
+
+
+if __name__ == "__main__":
+    start(make_task, "configs/postcard_unet.yaml", arguments)

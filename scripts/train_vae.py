@@ -1,0 +1,30 @@
+"""Train the autoencoder: `python scripts/train_vae.py --run_dir runs/vae`."""
+
+import argparse
+from pathlib import Path
+
+from ldm.models import AutoencoderTiny, build
+from ldm.train.cli import start
+from ldm.train.loop import Task
+from ldm.train.recipe import Recipe
+
+
+def make_task(recipe: Recipe, args: argparse.Namespace) -> Task:
+    import torch
+
+    from ldm.train.data import load_pictures
+    from ldm.train.vae import VAETask, load_vae
+
+    torch.manual_seed(recipe.run.seed)
+    vae = load_vae(args.init_from) if args.init_from else build(recipe.model)
+    assert isinstance(vae, AutoencoderTiny)
+    return VAETask(vae, *load_pictures(recipe.data), recipe.loss, args.decoder_only)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--init_from", type=Path, help="an exported VAE folder to go on from")
+    parser.add_argument("--decoder_only", action="store_true", help="freeze the encoder")
+
+
+if __name__ == "__main__":
+    start(make_task, "configs/postcard_vae.yaml", arguments)

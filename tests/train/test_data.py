@@ -1,0 +1,94 @@
+"""Training pictures: rendered postcards and folders of images."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm import postcards
+from ldm.errors import UserError
+from ldm.train.data import load_pictures
+from ldm.train.recipe import DataSection
+
+
+def section(tmp_path, **values) -> DataSection:
+    return DataSection(**({"cache": tmp_path / "cache", "size": 32, "held_out": 2, "captions": 3} | values))
+
+
+def test_postcards_are_the_world_s_own(tmp_path):
+    train, held_out = load_pictures(section(tmp_path, count=6))
+    assert (len(train), len(held_out)) == (6, 2)
+    assert train.images.shape == (6, 32, 32, 3)
+    import random
+
+    rng = random.Random("1-4")
+    scene = postcards.sample_scene(rng)
+    assert np.array_equal(train.images[4], postcards.render(scene, 32))
+    assert train.captions[4] == [postcards.caption(scene, rng) for _ in range(3)]
+    cells = postcards.object_mask(scene, 32).reshape(4, 8, 4, 8).mean((1, 3))
+    assert np.abs(train.masks[4] / 255 - cells).max() < 1 / 255
+    named = postcards.encode_labels(scene)
+    assert np.array_equal(train.labels[4][: len(postcards.KINDS)], (named.count > 0).astype(np.uint8))
+    assert train.labels[4].sum() == 2 * (named.count > 0).sum() + (named.count > 1).sum() + 3
+
+
+def test_postcards_are_rendered_once(tmp_path):
+    first, _ = load_pictures(section(tmp_path, count=6))
+    file = next((tmp_path / "cache").glob("*/images.npy"))
+    changed = file.stat().st_mtime_ns
+    second, _ = load_pictures(section(tmp_path, count=6))
+    assert file.stat().st_mtime_ns == changed
+    assert np.array_equal(first.images, second.images)
+
+
+def test_pixels_become_minus_one_to_one(tmp_path):
+    train, _ = load_pictures(section(tmp_path, count=6))
+    x = train.tensors(torch.tensor([3, 0]))
+    assert x.shape == (2, 3, 32, 32)
+    expected = torch.from_numpy(train.images[[3, 0]].astype(np.float64)).permute(0, 3, 1, 2) / 127.5 - 1
+    assert torch.allclose(x.double(), expected, atol=1e-6)
+
+
+def folder_with(tmp_path, count=5):
+    folder = tmp_path / "mine"
+    (folder / "deep").mkdir(parents=True)
+    for i in range(count):
+        Image.new("RGB", (60 + i, 40), (40 * i, 0, 0)).save(folder / "deep" / f"{i}.png")
+    return folder
+
+
+def test_a_folder_with_captions_beside_and_listed(tmp_path):
+    folder = folder_with(tmp_path)
+    (folder / "deep" / "1.txt").write_text("beside\n")
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "deep/2.png", "text": "listed"}) + "\n")
+    train, held_out = load_pictures(section(tmp_path, folder=folder))
+    assert [each[0] for each in train.captions + held_out.captions] == ["", "beside", "listed", "", ""]
+    assert train.images.shape == (3, 32, 32, 3)
+    assert train.images[2, 16, 16].tolist() == [80, 0, 0]
+    assert train.labels is None
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (
+            lambda f: (f / "deep" / "0.png").write_bytes(b"\x89PNG broken"),
+            r"0\.png cannot be read as an image",
+        ),
+        (lambda f: (f / "metadata.jsonl").write_text('{"file_name": "a.png"}\n'), r"metadata\.jsonl:1"),
+        (lambda f: [p.unlink() for p in f.glob("deep/*")], "no image"),
+        (lambda f: [p.unlink() for p in f.glob("deep/[1-4]*")], "1 pictures found, but 2 are held out"),
+    ],
+)
+def test_a_folder_s_faults_are_named(tmp_path, damage, named):
+    folder = folder_with(tmp_path)
+    damage(folder)
+    with pytest.raises(UserError, match=named):
+        load_pictures(section(tmp_path, folder=folder))
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match="nowhere is not a folder"):
+        load_pictures(section(tmp_path, folder=tmp_path / "nowhere"))

@@ -1,0 +1,191 @@
+"""The three tasks: losses against diffusers' schedulers and closed forms, exports against loaders."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from transformers import CLIPTextConfig, CLIPTextModel
+
+import ldm
+from ldm.checkpoint.clip import load_text_encoder, load_tokenizer
+from ldm.checkpoint.folder import Parts
+from ldm.models import build
+from ldm.train.clip import CLIPTask
+from ldm.train.data import Pictures
+from ldm.train.unet import UNetTask, prepare
+from ldm.train.vae import VAETask, load_vae
+from ldm.train.vocabulary import train_vocabulary
+
+CAPTIONS = ["a red car", "a blue house", "the sea at night", "snow"]
+
+
+@pytest.fixture
+def pictures():
+    rng = np.random.default_rng(0)
+    images = np.repeat(np.repeat(rng.integers(0, 256, (12, 4, 4, 3), dtype=np.uint8), 8, 1), 8, 2)
+    labels = rng.integers(0, 2, (12, 5), dtype=np.uint8)
+    masks = rng.integers(0, 256, (12, 4, 4), dtype=np.uint8)
+    captions = [[CAPTIONS[i % 4], CAPTIONS[(i + 1) % 4]] for i in range(12)]
+    return Pictures(images, captions, labels, masks)
+
+
+@pytest.fixture
+def tokenizer_dir(tmp_path):
+    train_vocabulary(CAPTIONS * 30, merges=40, length=8, folder=tmp_path / "tokenizer")
+    return tmp_path / "tokenizer"
+
+
+def tiny_vae():
+    torch.manual_seed(0)
+    channels = {"encoder_block_out_channels": [8] * 4, "decoder_block_out_channels": [8] * 4}
+    blocks = {"num_encoder_blocks": [0, 1, 1, 1], "num_decoder_blocks": [1, 1, 1, 0], "latent_channels": 3}
+    return build({"_class_name": "AutoencoderTiny", **channels, **blocks})
+
+
+def parts_for(tokenizer_dir, prediction):
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(tokenizer_dir)
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=8,
+        **ids,
+    )
+    unet = build(
+        {
+            "_class_name": "UNet2DConditionModel",
+            "sample_size": 4,
+            "in_channels": 3,
+            "out_channels": 3,
+            "layers_per_block": 1,
+            "block_out_channels": [8, 16],
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+            "cross_attention_dim": 16,
+            "attention_head_dim": 2,
+            "norm_num_groups": 4,
+        }
+    )
+    scheduler = {
+        "_class_name": "DDPMScheduler",
+        "num_train_timesteps": 1000,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "prediction_type": prediction,
+        "rescale_betas_zero_snr": prediction == "v_prediction",
+    }
+    return Parts(unet, tiny_vae(), CLIPTextModel(text), tokenizer, scheduler)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_unet_loss_and_gradients_equal_a_plain_step(tokenizer_dir, pictures, prediction):
+    parts = parts_for(tokenizer_dir, prediction)
+    data = prepare(pictures, parts.vae, parts.tokenizer, tokenizer_dir.parent / "cache")
+    task = UNetTask(parts, data, data, {"object_weight": 2.0}, ["a red car"])
+    batch = task.batch(torch.Generator().manual_seed(3), 6)
+    batch["t"][0] = 999  # at zero terminal SNR: an infinite sigma
+    loss, _ = task(batch)
+    loss.backward()
+    ours = parts.unet.conv_in.weight.grad.clone()
+    parts.unet.zero_grad()
+
+    scheduler = DDPMScheduler.from_config(parts.scheduler)
+    noisy = scheduler.add_noise(batch["x0"], batch["noise"], batch["t"])
+    target = {
+        "epsilon": batch["noise"],
+        "v_prediction": scheduler.get_velocity(batch["x0"], batch["noise"], batch["t"]),
+        "sample": batch["x0"],
+    }[prediction]
+    output = parts.unet(noisy, batch["t"], parts.text_encoder(input_ids=batch["ids"]).last_hidden_state)
+    weight = batch["weight"][:, None].expand_as(target)
+    reference = (weight * (output - target) ** 2).sum() / weight.sum()
+    reference.backward()
+    assert loss.item() == pytest.approx(reference.item(), rel=1e-5)
+    theirs = parts.unet.conv_in.weight.grad
+    assert ((ours - theirs).abs().max() / theirs.abs().max()).item() < 1e-5
+
+
+def test_captions_are_dropped_at_the_rate_asked_for(tokenizer_dir, pictures):
+    parts = parts_for(tokenizer_dir, "epsilon")
+    data = prepare(pictures, parts.vae, parts.tokenizer, tokenizer_dir.parent / "cache")
+    task = UNetTask(parts, data, data, {"drop": 0.25}, [])
+    ids = task.batch(torch.Generator().manual_seed(0), 4000)["ids"]
+    empty = torch.tensor(parts.tokenizer("", padding="max_length")["input_ids"])
+    assert (ids == empty).all(1).float().mean().item() == pytest.approx(0.25, abs=0.02)
+
+
+def test_latents_are_those_of_the_vae_and_cached_by_its_weights(tokenizer_dir, pictures, tmp_path):
+    vae = tiny_vae()
+    tokenizer = load_tokenizer(tokenizer_dir)
+    data = prepare(pictures, vae, tokenizer, tmp_path / "cache")
+    expected = vae.encode_latents(pictures.tensors(torch.arange(12)))
+    assert ((data.latents.float() - expected).abs().max() / expected.abs().max()).item() < 0.03  # bf16
+    with torch.no_grad():
+        next(vae.parameters()).mul_(1.5)
+    assert not torch.equal(prepare(pictures, vae, tokenizer, tmp_path / "cache").latents, data.latents)
+    assert len(list((tmp_path / "cache").glob("latents*"))) == 2
+
+
+def test_unet_export_opens_and_draws(tokenizer_dir, pictures, tmp_path):
+    parts = parts_for(tokenizer_dir, "v_prediction")
+    data = prepare(pictures, parts.vae, parts.tokenizer, tmp_path / "cache")
+    task = UNetTask(parts, data, data, {}, ["a red car", "snow"])
+    task.export(tmp_path / "model")
+    assert task.picture(tmp_path / "model").size[1] >= 32
+    loaded = ldm.load(tmp_path / "model", dtype="fp32").unet.state_dict()
+    for name, value in parts.unet.state_dict().items():
+        assert torch.equal(loaded[name], value.to(torch.bfloat16).float())
+
+
+def test_vae_export_has_latents_of_mean_0_and_variance_1(pictures, tmp_path):
+    vae = tiny_vae()
+    task = VAETask(vae, pictures, pictures, {}, decoder_only=False)
+    task.export(tmp_path / "vae")
+    x = pictures.tensors(torch.arange(12))
+    before, after = vae.encode_latents(x), load_vae(tmp_path / "vae").encode_latents(x)
+    assert before.mean((0, 2, 3)).abs().max() > 1e-3  # there was something to fold
+    assert after.mean((0, 2, 3)).abs().max() < 1e-4
+    assert (after.std((0, 2, 3)) - 1).abs().max() < 1e-4
+    mean, std = before.mean((0, 2, 3), keepdim=True), before.std((0, 2, 3), keepdim=True)
+    assert torch.allclose(after, (before - mean) / std, atol=1e-3)
+
+
+def test_decoder_only_leaves_the_encoder_alone(pictures, tmp_path):
+    vae = tiny_vae()
+    task = VAETask(vae, pictures, pictures, {}, decoder_only=True)
+    loss, _ = task(task.batch(torch.Generator().manual_seed(0), 4))
+    loss.backward()
+    assert all(p.grad is None for p in vae.encoder.parameters())
+    assert any(p.grad is not None for p in vae.decoder.parameters())
+    task.export(tmp_path / "vae")
+    for name, value in load_vae(tmp_path / "vae").state_dict().items():
+        assert torch.equal(value, vae.state_dict()[name])
+
+
+def test_crops_are_parts_of_the_pictures(pictures):
+    task = VAETask(tiny_vae(), pictures, pictures, {"crop": 16}, decoder_only=False)
+    crops = task.batch(torch.Generator().manual_seed(0), 5)["x"]
+    assert crops.shape == (5, 3, 16, 16)
+    whole = pictures.tensors(torch.arange(12)).unfold(2, 16, 1).unfold(3, 16, 1)
+    for crop in crops:
+        assert (whole == crop[None, :, None, None]).all((1, 4, 5)).any()
+
+
+def test_clip_loss_is_the_papers_and_export_loads(tokenizer_dir, pictures, tmp_path):
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = {"text_config": tower, "vision_config": tower | {"patch_size": 8}, "projection_dim": 8}
+    torch.manual_seed(0)
+    task = CLIPTask(model, tokenizer_dir, pictures, pictures, {"naming": 0.0})
+    batch = task.batch(torch.Generator().manual_seed(0), 6)
+    reference = task.clip(input_ids=batch["ids"], pixel_values=batch["x"], return_loss=True).loss
+    assert task(batch)[0].item() == pytest.approx(reference.item(), rel=1e-5)
+    task.export(tmp_path / "clip")
+    text = load_text_encoder(tmp_path / "clip" / "text_encoder")
+    ours = text(input_ids=batch["ids"]).last_hidden_state
+    theirs = task.clip.text_model(input_ids=batch["ids"]).last_hidden_state
+    assert torch.equal(ours, theirs)
