@@ -1,0 +1,135 @@
+"""Files are read strictly, written whole, and mapped without being changed."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ldm.checkpoint.io import fill, find_weights, read_json, read_tensors, whole_folder, write_tensors
+from ldm.errors import UserError
+
+
+def test_tensors_come_back_as_they_were_written(tmp_path):
+    tensors = {
+        "a": torch.randn(3, 4).t(),  # not contiguous
+        "b": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+        "c": torch.arange(5),
+        "d": torch.randn(7).bfloat16(),
+    }
+    write_tensors(tmp_path / "x.safetensors", tensors)
+    back = read_tensors(tmp_path / "x.safetensors")
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[name], tensors[name]) for name in tensors)
+    assert all(back[name].dtype == tensors[name].dtype for name in tensors)
+
+
+def test_only_floats_are_cast(tmp_path):
+    write_tensors(tmp_path / "x.safetensors", {"a": torch.ones(2), "n": torch.arange(2)}, torch.float16)
+    back = load_file(tmp_path / "x.safetensors")
+    assert (back["a"].dtype, back["n"].dtype) == (torch.float16, torch.int64)
+
+
+def test_training_a_mapped_module_leaves_the_file_alone(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_tensors(path, torch.nn.Linear(64, 64).state_dict())
+    before = path.read_bytes()
+    with torch.device("meta"):
+        layer = torch.nn.Linear(64, 64)
+    fill(layer, read_tensors(path), path)
+    assert layer.weight.requires_grad
+    with torch.no_grad():
+        layer.weight.add_(1)
+    assert path.read_bytes() == before
+    assert not torch.equal(layer.weight, read_tensors(path)["weight"])
+
+
+def test_a_module_is_filled_or_left_alone(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file({"weight": torch.ones(3, 2), "bias": torch.ones(4), "scale": torch.ones(1)}, path)
+    with torch.device("meta"):
+        layer = torch.nn.Linear(2, 3)
+    with pytest.raises(UserError) as caught:
+        fill(layer, read_tensors(path), path)
+    for word in (str(path), "not of this model: scale", "bias is [4], config.json says [3]"):
+        assert word in str(caught.value)
+    assert layer.weight.is_meta
+
+
+def test_many_faults_still_make_two_lines(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file({str(i): torch.ones(1) for i in range(50)}, path)
+    with pytest.raises(UserError, match="0, 1 and 48 more") as caught:
+        fill(torch.nn.Linear(2, 3), read_tensors(path), path)
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_the_fp16_variant_is_found_when_it_is_alone(tmp_path):
+    (tmp_path / "model.fp16.safetensors").touch()
+    assert find_weights(tmp_path, "model").name == "model.fp16.safetensors"
+    (tmp_path / "model.safetensors").touch()
+    assert find_weights(tmp_path, "model").name == "model.safetensors"
+    with pytest.raises(UserError, match=r"found only model\.fp16\.safetensors, model\.safetensors"):
+        find_weights(tmp_path, "other")
+
+
+def test_json_in_another_encoding(tmp_path):
+    (tmp_path / "x.json").write_bytes(json.dumps({"a": "ü"}, ensure_ascii=False).encode("latin-1"))
+    with pytest.raises(UserError, match=r"x\.json: not valid JSON"):
+        read_json(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("before", [None, "old"])
+def test_a_folder_is_replaced_whole(tmp_path, before):
+    folder = tmp_path / "deep" / "model"
+    if before:
+        folder.mkdir(parents=True)
+        (folder / "kept").write_text(before)
+    with whole_folder(folder) as aside:
+        (aside / "sub").mkdir()
+        (aside / "sub" / "new").write_text("new")
+        assert folder.exists() == bool(before)
+    assert [path.name for path in folder.rglob("*")] == ["sub", "new"]
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_a_failure_while_writing_changes_nothing(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "kept").write_text("old")
+
+    def write(error):
+        with whole_folder(folder) as aside:
+            (aside / "half").write_text("new")
+            raise error
+
+    with pytest.raises(KeyboardInterrupt):
+        write(KeyboardInterrupt())
+    with pytest.raises(UserError, match=r"cannot write to .*model: No space left"):
+        write(OSError(28, "No space left on device"))
+    assert (folder / "kept").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_the_old_folder_comes_back_if_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    folder, rename = tmp_path / "model", Path.rename
+    folder.mkdir()
+    (folder / "kept").write_text("old")
+
+    def fail(path, target):
+        if target == folder and not path.name.endswith(".old"):
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(UserError, match="Input/output error"), whole_folder(folder) as aside:
+        (aside / "new").write_text("new")
+    assert (folder / "kept").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_unwritable_place(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write to"), whole_folder(tmp_path / "file" / "model"):
+        pass
