@@ -1,0 +1,267 @@
+"""The scorer: a small network that names what is in a postcard, and where.
+
+It is the instrument that prompt following is measured with, so it learns from renders and their exact
+labels only, never from captions or from what the model draws. Each kind of object has its own query that
+looks for it on a 16 x 16 map: a head on flattened features does not learn to count.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ldm.errors import UserError
+
+SIZE = 128  # the size of picture that it looks at
+MAX_COUNT = 3
+WEIGHTS, CONFIG = "scorer.safetensors", "scorer.json"
+
+
+@dataclass(frozen=True)
+class ScorerConfig:
+    """The names that the scorer tells apart, and its widths at 1/2, 1/4, 1/8 and 1/16 of the picture."""
+
+    kinds: tuple[str, ...]
+    colours: tuple[str, ...]
+    places: tuple[str, ...]
+    times: tuple[str, ...]
+    weathers: tuple[str, ...]
+    widths: tuple[int, int, int, int] = (32, 48, 112, 144)
+    hidden: int = 128
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the network says of B pictures, for K kinds. Logits, and centres in 0..1."""
+
+    count: Tensor  # [B, K, 4]: none, one, two, three
+    attention: Tensor  # [B, K, 16, 16]: logarithms, sums to 1 over the map
+    density: Tensor  # [B, K, 16, 16]: its sigmoid sums to the count
+    colour: Tensor  # [B, K, colours]
+    centre: Tensor  # [B, K, 2]: x, y
+    place: Tensor  # [B, places]
+    time: Tensor
+    weather: Tensor
+    features: Tensor  # [B, 2 D]: the map's mean and maximum, for distances
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is in B pictures, by index into the scorer's names."""
+
+    presence: NDArray[np.float32]  # [B, K]: probability of one or more
+    count: NDArray[np.int64]  # [B, K]: 0..3
+    colour: NDArray[np.int64]  # [B, K]
+    x: NDArray[np.float32]  # [B, K]: 0 left, 1 right
+    y: NDArray[np.float32]  # [B, K]: 0 top, 1 bottom
+    place: NDArray[np.int64]  # [B]
+    time: NDArray[np.int64]
+    weather: NDArray[np.int64]
+    features: NDArray[np.float32]  # [B, F]
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean over channels of x^2) * weight, on [B, C, H, W] (Zhang and Sennrich 2019, eq. 4)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.rms_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight.to(x.dtype))
+        return y.permute(0, 3, 1, 2)
+
+
+class Residual(nn.Module):
+    """x + conv(relu(conv(norm(x)))), 3 x 3. Starts as the identity."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = RMSNorm(channels)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv2(F.relu(self.conv1(self.norm(x))))
+        return x + y
+
+
+class Trunk(nn.Module):
+    """Pictures [B, 3, 128, 128] to a map [B, D, 16, 16] that has seen an 8 x 8 map of the whole."""
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        super().__init__()
+        half, quarter, eighth, sixteenth = widths
+        self.stem = nn.Conv2d(3, half, 5, stride=2, padding=2)
+        self.down1 = nn.Conv2d(half, quarter, 3, stride=2, padding=1)
+        self.block1 = Residual(quarter)
+        self.down2 = nn.Conv2d(quarter, eighth, 3, stride=2, padding=1)
+        self.block2 = Residual(eighth)
+        self.down3 = nn.Conv2d(eighth, sixteenth, 3, stride=2, padding=1)
+        self.middle = nn.Sequential(Residual(sixteenth), Residual(sixteenth))
+        self.up = nn.Conv2d(sixteenth, eighth, 1)
+        self.block3 = Residual(eighth)
+        self.norm = RMSNorm(eighth)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block1(self.down1(F.relu(self.stem(x))))
+        x = self.block2(self.down2(F.relu(x)))
+        y = self.middle(self.down3(F.relu(x)))
+        x = x + F.interpolate(self.up(y), scale_factor=2.0)
+        out: Tensor = self.norm(self.block3(x))
+        return out
+
+
+class KindHeads(nn.Module):
+    """For each kind: attention pooling of the map, a density that sums to the count, and an MLP on both.
+
+    The density is that of Lempitsky and Zisserman 2010, "Learning to count objects in images", eq. 1: pooling
+    with weights that sum to 1 could not tell one from two. The centre is the attention's mean position.
+    """
+
+    def __init__(self, dim: int, kinds: int, colours: int, hidden: int) -> None:
+        super().__init__()
+        self.query = nn.Linear(dim, kinds)
+        self.density = nn.Linear(dim, kinds)
+        nn.init.constant_(self.density.bias, -6.0)  # next to nothing is there at first
+        self.pooled = nn.Linear(dim, hidden)
+        self.total = nn.Linear(1, hidden, bias=False)
+        self.kind = nn.Parameter(0.1 * torch.randn(kinds, hidden))
+        self.count = nn.Linear(hidden, MAX_COUNT + 1)
+        self.colour = nn.Linear(hidden, colours)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """tokens [B, H, W, D] -> count logits, log attention, density logits, colour logits, centres."""
+        _, h, w, _ = tokens.shape
+        flat = tokens.flatten(1, 2)  # [B, N, D]
+        attention = self.query(flat).log_softmax(dim=1).transpose(1, 2)  # [B, K, N]
+        density = self.density(flat).transpose(1, 2)
+        total = density.sigmoid().sum(dim=2)  # [B, K]
+        pooled = attention.exp() @ flat  # [B, K, D]
+        y, x = torch.meshgrid(_cells(h, flat), _cells(w, flat), indexing="ij")
+        centre = attention.exp() @ torch.stack([x, y], -1).flatten(0, 1)
+        mixed = F.relu(self.pooled(pooled) + self.total(total[..., None]) + self.kind)
+        return (
+            self.count(mixed),
+            attention.unflatten(2, (h, w)),
+            density.unflatten(2, (h, w)),
+            self.colour(mixed),
+            centre,
+        )
+
+
+def _cells(n: int, like: Tensor) -> Tensor:
+    """Centres of n cells that share 0..1."""
+    return (torch.arange(n, device=like.device, dtype=like.dtype) + 0.5) / n
+
+
+class Scorer(nn.Module):
+    """Names kinds, counts, colours, centres, place, time and weather of 128 x 128 pictures."""
+
+    def __init__(self, config: ScorerConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.widths[2]
+        self.trunk = Trunk(config.widths)
+        self.objects = KindHeads(dim, len(config.kinds), len(config.colours), config.hidden)
+        self.scene = nn.Linear(2 * dim, config.hidden)
+        self.place = nn.Linear(config.hidden, len(config.places))
+        self.time = nn.Linear(config.hidden, len(config.times))
+        self.weather = nn.Linear(config.hidden, len(config.weathers))
+
+    def forward(self, images: Tensor) -> Scores:
+        """images: [B, 3, 128, 128] in [-1, 1]."""
+        images = images.contiguous(memory_format=torch.channels_last)
+        tokens = self.trunk(images).permute(0, 2, 3, 1)  # [B, 16, 16, D]
+        # The pooling sums 256 small numbers, which bf16 cannot.
+        with torch.autocast(images.device.type, enabled=False):
+            tokens = tokens.float()
+            count, attention, density, colour, centre = self.objects(tokens)
+            features = torch.cat([tokens.mean((1, 2)), tokens.amax((1, 2))], dim=1)
+            scene = F.relu(self.scene(features))
+            return Scores(
+                count=count,
+                attention=attention,
+                density=density,
+                colour=colour,
+                centre=centre,
+                place=self.place(scene),
+                time=self.time(scene),
+                weather=self.weather(scene),
+                features=features,
+            )
+
+    @torch.inference_mode()
+    def read(self, images: NDArray[np.uint8], batch_size: int = 64) -> Reading:
+        """Read uint8 pictures [N, H, W, 3], resized to 128 x 128 where they are not.
+
+        In fp32 and in fixed batches, so that the same pictures are read the same every time.
+        """
+        parts = [
+            _reading(self(self._prepare(images[i : i + batch_size])))
+            for i in range(0, len(images), batch_size)
+        ]
+        return Reading(*(np.concatenate([getattr(part, name) for part in parts]) for name in _FIELDS))
+
+    def _prepare(self, images: NDArray[np.uint8]) -> Tensor:
+        device = next(self.parameters()).device
+        x = torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        if x.shape[-2:] != (SIZE, SIZE):
+            x = F.interpolate(x, (SIZE, SIZE), mode="bilinear", antialias=True)
+        return x
+
+    def save(self, folder: Path) -> None:
+        """Write scorer.safetensors (fp16) and scorer.json."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {name: value.half().contiguous() for name, value in self.state_dict().items()}, folder / WEIGHTS
+        )
+        (folder / CONFIG).write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Scorer:
+        """Read a saved scorer, fp32. Raises UserError naming the file that is missing or does not fit."""
+        try:
+            raw = json.loads((folder / CONFIG).read_text())
+            values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+            config = ScorerConfig(**values)
+            weights = load_file(folder / WEIGHTS)
+        except FileNotFoundError as error:
+            raise UserError(f"no scorer in {folder}: {error.filename} is missing; train one first") from error
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{folder / CONFIG} does not describe a scorer: {error}") from error
+        scorer = cls(config)
+        try:
+            scorer.load_state_dict({name: value.float() for name, value in weights.items()})
+        except RuntimeError as error:
+            raise UserError(f"{folder / WEIGHTS} does not fit {CONFIG}: {error}") from error
+        return scorer.eval()
+
+
+_FIELDS = tuple(Reading.__dataclass_fields__)
+
+
+def _reading(scores: Scores) -> Reading:
+    chance = scores.count.softmax(-1)
+    return Reading(
+        presence=(1 - chance[..., 0]).cpu().numpy(),
+        count=chance.argmax(-1).cpu().numpy(),
+        colour=scores.colour.argmax(-1).cpu().numpy(),
+        x=scores.centre[..., 0].cpu().numpy(),
+        y=scores.centre[..., 1].cpu().numpy(),
+        place=scores.place.argmax(-1).cpu().numpy(),
+        time=scores.time.argmax(-1).cpu().numpy(),
+        weather=scores.weather.argmax(-1).cpu().numpy(),
+        features=scores.features.cpu().numpy(),
+    )
