@@ -1,6 +1,10 @@
 """Train the text encoder: `python scripts/train_clip.py --run_dir runs/clip`."""
 
 import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.train.cli import start
 from ldm.train.loop import Task

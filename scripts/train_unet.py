@@ -4,7 +4,10 @@ python scripts/train_unet.py --vae runs/vae/export --clip runs/clip/export --run
 """
 
 import argparse
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.train.cli import start
 from ldm.train.loop import Task

@@ -1,7 +1,10 @@
 """Train the autoencoder: `python scripts/train_vae.py --run_dir runs/vae`."""
 
 import argparse
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.models import AutoencoderTiny, build
 from ldm.train.cli import start

@@ -13,8 +13,9 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -22,6 +23,9 @@ from torch import Tensor, nn
 
 from ldm.train.checkpoint import Position, load_state, save_state
 from ldm.train.recipe import OptimiserSection, Recipe
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 Batch = dict[str, Tensor]
 
@@ -98,6 +102,7 @@ def train(task: Task, recipe: Recipe, run_dir: Path) -> None:
                 position.samples + opt.batch_size * accelerator.num_processes,
                 position.seconds + time.perf_counter() - began,
             )
+            position = _agree(accelerator, position, stopped)
             log.step(position, run.log_every, {"loss": loss, "grad_norm": norm, **extra})
             if accelerator.is_main_process:
                 if position.step % run.eval_every == 0:
@@ -109,6 +114,17 @@ def train(task: Task, recipe: Recipe, run_dir: Path) -> None:
         save_state(run_dir, position, task, ema, _inner(optimiser))
         with _weights(trained, ema):
             _look(task, run_dir, position, log)
+
+
+def _agree(accelerator: Accelerator, position: Position, stopped: list[int]) -> Position:
+    """Several processes make the same steps: they share a mean clock, and a stop signal to one stops all."""
+    if accelerator.num_processes == 1:
+        return position
+    shared = torch.tensor([position.seconds, float(bool(stopped))], device=accelerator.device)
+    seconds, stop = accelerator.reduce(shared, "mean").tolist()
+    if stop and not stopped:
+        stopped.append(signal.SIGTERM)
+    return replace(position, seconds=seconds)
 
 
 def _inner(optimiser: Any) -> torch.optim.Optimizer:
