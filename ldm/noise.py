@@ -4,6 +4,7 @@ Noise is drawn on the CPU in fp32 whatever the device and dtype of the run, so t
 everywhere, and image by image, so that image k of a batch equals the image drawn alone with its seed.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,7 +78,7 @@ class BrownianNoise(Noise):
             self._paths = [self._path(each, tuple(like.shape[1:])) for each in self.generators]
         low, high = sorted(level / (1 + level) for level in (sigma, sigma_next))
         increments: list[Tensor] = [path(low, high) for path in self._paths]
-        return torch.stack(increments) / (high - low) ** 0.5
+        return torch.stack(increments) / math.sqrt(high - low)
 
     @staticmethod
     def _path(generator: torch.Generator, shape: tuple[int, ...]) -> Any:
