@@ -319,7 +319,12 @@ def redraw(args: argparse.Namespace) -> int:
     if args.output is not None:
         check_output(args, 1)
     pipe = load(args)
-    request = pipe.resolve(request)
+    if request.model_hash not in (None, pipe.model_hash):
+        drawn_by = f"{request.model} ({request.model_hash})"
+        print(
+            f"note: {args.file} was drawn by {drawn_by}, not {pipe.name} ({pipe.model_hash})", file=sys.stderr
+        )
+    request = pipe.resolve(request.replace(model=None, model_hash=None))
     (new,) = generate(pipe, request, "redraw", args.quiet)
     if args.output is not None:
         save_png(new, args.output, request)

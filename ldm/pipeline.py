@@ -8,8 +8,10 @@ cast where the U-Net is called. Nothing here changes after construction, so thre
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,14 @@ class Pipeline:
     @property
     def vae(self) -> AutoencoderKL | AutoencoderTiny:
         return self.parts.vae
+
+    @cached_property
+    def model_hash(self) -> str | None:
+        """The first 10 hex digits of the SHA-256 of the U-Net's file; None for parts made in memory."""
+        if self.parts.weights is None:
+            return None
+        with self.parts.weights.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:10]
 
     @property
     def text(self) -> TextEncoder:
@@ -244,10 +254,11 @@ class Pipeline:
             width=request.width or width,
             guidance_scale=defaults.guidance_scale if scale is None else scale,
             sampler=sampler.name,
-            spacing=request.spacing or implied or defaults.spacing,
+            spacing=self._spacing(request, sampler, implied),
             eta=sampler.options.get("eta") if eta is None else eta,
             num_inference_steps=count_steps(request) or defaults.num_inference_steps,
             model=request.model or self.name,
+            model_hash=request.model_hash or self.model_hash,
         )
         for side, pixels in (("height", full.height), ("width", full.width)):
             if pixels is not None and pixels % factor:
@@ -280,6 +291,12 @@ class Pipeline:
             # As in diffusers, a scale of at most 1 means no guidance.
             guidance=beside.guidance or CFG(max(scale, 1.0), request.guidance_rescale),
         )
+
+    def _spacing(self, request: Request, sampler: Sampler, implied: str | None) -> str | None:
+        """Named in full, so that the request draws the same picture when defaults change."""
+        if request.timesteps or request.sigmas:
+            return request.spacing
+        return self.schedule.spacing_for(sampler, request.spacing or implied or self.parts.defaults.spacing)
 
     def _default_size(self) -> tuple[int, int]:
         """(height, width) in pixels: what the model was trained on."""

@@ -136,7 +136,7 @@ class Schedule:
             t = _array(timesteps)
             levels = _sigma_at(t, table)
         else:
-            name = self._resolve(spacing, chosen)
+            name = self.spacing_for(chosen, spacing)
             base = base if name in SIGMA_SPACINGS else name
             levels, t = self._spaced(self._count(n), name, base, chosen.family, table)
         self._check(levels, t, last)
@@ -162,7 +162,8 @@ class Schedule:
             to_zero = not (heeds and self.final_sigmas_type == "sigma_min")
         return 0.0 if to_zero else float(self._table()[0])
 
-    def _resolve(self, spacing: str | None, sampler: Sampler) -> str:
+    def spacing_for(self, sampler: Sampler, spacing: str | None = None) -> str:
+        """The spacing's own name, or what this model's scheduler config, or else the sampler, uses."""
         if spacing is not None:
             return resolve_spacing(spacing)
         if sampler.family == "lcm":

@@ -26,8 +26,11 @@ ROOT = Path(__file__).parents[1]
 class FakePipeline:
     """The interface that the command line uses; every seed gives other pixels."""
 
+    name = "fake"
     vae = SimpleNamespace(latent_channels=4, downscale=8)
     runtime = SimpleNamespace(device=torch.device("cpu"))
+
+    model_hash = "0123456789"
 
     def __init__(self, fail_at=None, error=None):
         self.requests, self.steps, self.fail_at, self.error = [], 0, fail_at, error
@@ -35,7 +38,8 @@ class FakePipeline:
     def resolve(self, request):
         defaults = {"height": 16, "width": 24, "num_inference_steps": 3, "guidance_scale": 7.0}
         absent = [name for name in defaults if getattr(request, name) is None]
-        return request.replace(model="fake", **{name: defaults[name] for name in absent})
+        named = {"model": "fake", "model_hash": request.model_hash or self.model_hash}
+        return request.replace(**named, **{name: defaults[name] for name in absent})
 
     def generate(self, request, callback):
         request = self.resolve(request)
@@ -362,7 +366,12 @@ def test_redraw_says_whether_the_pixels_are_equal(fake, capsys):
     changed.putpixel((3, 2), (0, 0, 0))
     save_png(changed, Path("a.png"), read_request("a.png"))
     assert cli.main(["redraw", "a.png"]) == 1
-    assert "different: 1 of 384 pixels" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "different: 1 of 384 pixels" in told.out
+    assert "note" not in told.err
+    fake.model_hash = "another"
+    cli.main(["redraw", "a.png"])
+    assert "was drawn by fake (0123456789), not fake (another)" in capsys.readouterr().err
 
 
 def test_redraw_of_a_picture_without_a_request(fake, capsys):

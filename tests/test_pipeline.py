@@ -1,6 +1,7 @@
 """The pipeline as an object: batches, seeds, threads, steps, callbacks, output types, NaN."""
 
 import copy
+import hashlib
 import subprocess
 import sys
 import warnings
@@ -181,6 +182,10 @@ def test_defaults_of_the_folder(folder, pipe, tmp_path):
     full = pipe.resolve(ldm.Request())
     assert (full.num_inference_steps, full.guidance_scale, full.height, full.width) == (50, 7.5, 16, 16)
     assert (full.sampler, full.eta, full.model) == ("ddim", 0.0, "model")
+    assert full.spacing == pipe.schedule.timestep_spacing
+    digest = hashlib.sha256((folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes())
+    assert full.model_hash == digest.hexdigest()[:10]
+    assert pipe.resolve(ldm.Request(sigmas=(2.0, 1.0, 0.0))).spacing is None
     own = Defaults(12, 3.0, "DPM++ 2M Karras", None, 24, 32)
     pipe_with = ldm.Pipeline.from_parts(replace(pipe.parts, defaults=own, words=frozenset({"red", "sea"})))
     pipe_with.save(tmp_path / "saved")

@@ -72,6 +72,7 @@ class Parts:
     scheduler: Mapping[str, Any]  # scheduler_config.json
     defaults: Defaults = field(default_factory=Defaults)
     words: frozenset[str] = frozenset()  # that the model has seen; empty if not known
+    weights: Path | None = None  # the U-Net's file, if the parts were read from a folder
 
     def unknown_words(self, prompt: str) -> list[str]:
         """The words of a prompt that are not in `words`; none where the model does not tell its words."""
@@ -116,6 +117,7 @@ def load_folder(folder: Path, runtime: Runtime) -> Parts:
         scheduler=scheduler,
         defaults=defaults,
         words=words,
+        weights=find_weights(folder / "unet", MODEL_STEM),
     )
 
 

@@ -114,5 +114,5 @@ class CLIPTask(Task):
         vision = CLIPVisionModelWithProjection(self.clip.config.vision_config)
         state = self.clip.state_dict()
         vision.load_state_dict({k: state[k] for k in vision.state_dict()})
-        vision.save_pretrained(folder / "image_encoder")
+        vision.half().save_pretrained(folder / "image_encoder")  # metrics need no more
         CLIPTokenizer.from_pretrained(self.tokenizer_dir).save_pretrained(folder / "tokenizer")
