@@ -1,6 +1,7 @@
 """What all tests share: no network, at most two threads, tiny random models of the reference classes."""
 
 import os
+import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
@@ -14,6 +15,22 @@ def _deterministic():
     """The same numbers in every test, whichever ran before."""
     torch.set_num_threads(min(2, int(os.environ.get("OMP_NUM_THREADS", 2))))
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A tiny random pipeline folder, not to be changed."""
+    from tiny_pipeline import make_folder
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    make_folder(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(tiny_folder, tmp_path):
+    """A copy of it to damage."""
+    return shutil.copytree(tiny_folder, tmp_path / "model")
 
 
 def randomise_(module, seed=0):

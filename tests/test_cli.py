@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_pipeline import make_folder
 
 import ldm
 from ldm import cli
@@ -383,18 +382,11 @@ def test_redraw_of_a_picture_without_a_request(fake, capsys):
 # --- with a real, tiny model -----------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    make_folder(folder)
-    return folder
-
-
 @pytest.fixture
-def tiny(tiny_model, tmp_path, monkeypatch):
+def tiny(tiny_folder, tmp_path, monkeypatch):
     """The flags of a quick picture; the working folder is empty."""
     monkeypatch.chdir(tmp_path)
-    return ["-p", "the red boat", "-m", str(tiny_model), "--steps", "3", "--dtype", "fp32"]
+    return ["-p", "the red boat", "-m", str(tiny_folder), "--steps", "3", "--dtype", "fp32"]
 
 
 def pixels(path):
@@ -402,11 +394,11 @@ def pixels(path):
         return np.asarray(image)
 
 
-def test_the_embedded_model_tells_words_it_has_never_seen(tiny, tiny_model, monkeypatch, capsys):
+def test_the_embedded_model_tells_words_it_has_never_seen(tiny, tiny_folder, monkeypatch, capsys):
     import ldm.pipeline
 
     folder = Path("embedded")
-    shutil.copytree(tiny_model, folder)
+    shutil.copytree(tiny_folder, folder)
     (folder / "words.txt").write_text("a\nred\nboat\n")
     monkeypatch.setattr(ldm.pipeline, "embedded", lambda: folder)
     assert cli.txt2img(["-p", "A red dragon, a boat", "--steps", "1", "-o", "a.png"]) == 0
@@ -424,9 +416,9 @@ def test_the_same_command_twice_gives_the_same_pixels(tiny, capsys):
     assert "3/3" in capsys.readouterr().err
 
 
-def test_the_picture_is_the_one_that_python_draws(tiny, tiny_model):
+def test_the_picture_is_the_one_that_python_draws(tiny, tiny_folder):
     assert cli.txt2img([*tiny, "--sampler", "DPM++ 2M Karras", "--scale", "5", "-s", "9", "-o", "a.png"]) == 0
-    pipe = ldm.load(tiny_model, dtype="fp32")
+    pipe = ldm.load(tiny_folder, dtype="fp32")
     image = pipe(
         "the red boat", num_inference_steps=3, guidance_scale=5, seed=9, sampler="dpmpp_2m", spacing="karras"
     ).images[0]
@@ -442,7 +434,7 @@ def test_a_batch_gives_the_pictures_that_are_drawn_alone(tiny):
         assert np.abs(together - pixels(f"{k}.png")).max() <= 1  # a level of rounding
 
 
-def test_the_png_holds_the_whole_request_and_redraws(tiny, tiny_model, capsys):
+def test_the_png_holds_the_whole_request_and_redraws(tiny, tiny_folder, capsys):
     assert cli.txt2img([*tiny, "-s", "9", "--sampler", "euler_a", "-o", "a.png", "-n", "sea"]) == 0
     request = read_request("a.png")
     assert request.model == "tiny"
@@ -461,10 +453,10 @@ def test_the_png_holds_the_whole_request_and_redraws(tiny, tiny_model, capsys):
             "the red boat\nNegative prompt: sea\nSteps: 3, Sampler: Euler a, "
         )
     capsys.readouterr()
-    assert cli.main(["redraw", "a.png", "-m", str(tiny_model), "--dtype", "fp32"]) == 0
+    assert cli.main(["redraw", "a.png", "-m", str(tiny_folder), "--dtype", "fp32"]) == 0
     assert capsys.readouterr().out == "equal: every pixel\n"
     save_png(Image.open("a.png"), Path("a.png"), request.replace(seeds=(10,)))
-    assert cli.main(["redraw", "a.png", "-m", str(tiny_model), "--dtype", "fp32"]) == 1
+    assert cli.main(["redraw", "a.png", "-m", str(tiny_folder), "--dtype", "fp32"]) == 1
     assert "different: " in capsys.readouterr().out
 
 

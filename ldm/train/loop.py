@@ -62,7 +62,8 @@ def train(task: Task, recipe: Recipe, run_dir: Path) -> None:
     """Train `task` until the recipe's end, resuming from run_dir if it holds a state.
 
     Writes run_dir/metrics.jsonl, grids/<step>.png, state-<step>/ and export/ (EMA weights).
-    SIGINT and SIGTERM end the run after the current step, saved.
+    SIGINT and SIGTERM end the run after the current step, saved. Raises FloatingPointError if the loss is not
+    finite: the last state saved is whole, and the same command goes on from there.
     """
     from accelerate import Accelerator
 
@@ -87,15 +88,9 @@ def train(task: Task, recipe: Recipe, run_dir: Path) -> None:
                 group["lr"] = rate * _lr_scale(opt, position.step, fraction)
             rng = _generator(run.seed, position.step, accelerator.process_index)
             batch = {k: v.to(accelerator.device) for k, v in task.batch(rng, opt.batch_size).items()}
-            loss, extra = wrapped(batch)
-            accelerator.backward(loss)
-            norm = accelerator.clip_grad_norm_(trained, opt.max_grad_norm)
-            if not torch.isfinite(norm):
-                raise FloatingPointError(
-                    f"step {position.step}: loss {loss.item()}, gradient norm {norm.item()}"
-                )
-            optimiser.step()
-            optimiser.zero_grad()
+            values = _descend(accelerator, wrapped, optimiser, batch, opt.max_grad_norm)
+            if not torch.isfinite(values["grad_norm"]):
+                raise FloatingPointError(f"step {position.step}: the loss is {float(values['loss'])}")
             _update_ema(ema, trained, opt.ema_decay, position.step)
             position = Position(
                 position.step + 1,
@@ -103,7 +98,7 @@ def train(task: Task, recipe: Recipe, run_dir: Path) -> None:
                 position.seconds + time.perf_counter() - began,
             )
             position = _agree(accelerator, position, stopped)
-            log.step(position, run.log_every, {"loss": loss, "grad_norm": norm, **extra})
+            log.step(position, run.log_every, values)
             if accelerator.is_main_process:
                 if position.step % run.eval_every == 0:
                     with _weights(trained, ema):
@@ -114,6 +109,19 @@ def train(task: Task, recipe: Recipe, run_dir: Path) -> None:
         save_state(run_dir, position, task, ema, _inner(optimiser))
         with _weights(trained, ema):
             _look(task, run_dir, position, log)
+
+
+def _descend(
+    accelerator: Accelerator, task: nn.Module, optimiser: Any, batch: Batch, max_norm: float
+) -> dict[str, Tensor]:
+    """One step down the gradient, unless it is not finite. Returns what to log."""
+    loss, extra = task(batch)
+    accelerator.backward(loss)
+    norm = accelerator.clip_grad_norm_([p for p in task.parameters() if p.requires_grad], max_norm)
+    if torch.isfinite(norm):
+        optimiser.step()
+    optimiser.zero_grad()
+    return {"loss": loss.detach(), "grad_norm": norm, **extra}
 
 
 def _agree(accelerator: Accelerator, position: Position, stopped: list[int]) -> Position:

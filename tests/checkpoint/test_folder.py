@@ -6,25 +6,13 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_pipeline import make_folder, write_tokenizer
+from tiny_pipeline import write_tokenizer
 
 import ldm
 from ldm.checkpoint import load_module, load_text_encoder, load_tokenizer, save_module
 from ldm.checkpoint.folder import Defaults, embedded
 
 TEXT, VAE = "text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole") / "model"
-    make_folder(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(whole, tmp_path):
-    return shutil.copytree(whole, tmp_path / "model")
 
 
 def latents(folder):
@@ -38,8 +26,8 @@ def rename(path, new_name):
     return tensors.keys()
 
 
-def test_text_encoder_with_and_without_prefix(whole, folder):
-    wanted = latents(whole)
+def test_text_encoder_with_and_without_prefix(tiny_folder, folder):
+    wanted = latents(tiny_folder)
     rename(folder / TEXT, lambda name: f"text_model.{name.removeprefix('text_model.')}")
     tensors = load_file(folder / TEXT) | {"text_model.embeddings.position_ids": torch.arange(16)[None]}
     save_file(tensors, folder / TEXT)
@@ -51,8 +39,8 @@ def test_text_encoder_with_and_without_prefix(whole, folder):
     assert torch.equal(latents(folder), wanted)
 
 
-def test_vae_with_the_old_names_of_its_attention(whole, folder):
-    wanted = ldm.load(whole, device="cpu", dtype="fp32").decode(latents(whole))
+def test_vae_with_the_old_names_of_its_attention(tiny_folder, folder):
+    wanted = ldm.load(tiny_folder, device="cpu", dtype="fp32").decode(latents(tiny_folder))
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
     def old_name(name):
@@ -62,22 +50,22 @@ def test_vae_with_the_old_names_of_its_attention(whole, folder):
 
     names = rename(folder / VAE, old_name)
     assert {old_name(name) for name in names} != set(names)
-    assert torch.equal(ldm.load(folder, device="cpu", dtype="fp32").decode(latents(whole)), wanted)
+    assert torch.equal(ldm.load(folder, device="cpu", dtype="fp32").decode(latents(tiny_folder)), wanted)
 
 
-def test_fp16_variant(whole, folder):
+def test_fp16_variant(tiny_folder, folder):
     path = folder / VAE
     save_file(
         {name: t.half() for name, t in load_file(path).items()}, str(path).replace(".safe", ".fp16.safe")
     )
     path.unlink()
-    wanted = load_module(whole / "vae").half().state_dict()
+    wanted = load_module(tiny_folder / "vae").half().state_dict()
     assert all(torch.equal(t, wanted[name]) for name, t in load_module(folder / "vae").state_dict().items())
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-def test_parts_are_ready_to_draw(whole, dtype):
-    pipe = ldm.load(whole, device="cpu", dtype=dtype)
+def test_parts_are_ready_to_draw(tiny_folder, dtype):
+    pipe = ldm.load(tiny_folder, device="cpu", dtype=dtype)
     wanted = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
     assert {p.dtype for p in pipe.unet.parameters()} == {wanted}
     assert {p.dtype for p in pipe.vae.parameters()} == {torch.float32 if dtype == "fp16" else wanted}
@@ -89,8 +77,8 @@ def test_parts_are_ready_to_draw(whole, dtype):
     assert weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_saved_folder_has_names_that_everybody_reads(whole, tmp_path):
-    pipe = ldm.load(whole, device="cpu", dtype="fp32")
+def test_saved_folder_has_names_that_everybody_reads(tiny_folder, tmp_path):
+    pipe = ldm.load(tiny_folder, device="cpu", dtype="fp32")
     pipe.save(tmp_path / "saved", dtype=torch.float16)
     index = json.loads((tmp_path / "saved/model_index.json").read_text())
     assert index["_class_name"] == "StableDiffusionPipeline"
@@ -98,7 +86,7 @@ def test_saved_folder_has_names_that_everybody_reads(whole, tmp_path):
     text = load_file(tmp_path / "saved" / TEXT)
     assert all(name.startswith("text_model.") for name in text)
     assert {t.dtype for t in text.values()} == {torch.float16}
-    assert load_file(tmp_path / "saved" / VAE).keys() == load_file(whole / VAE).keys()
+    assert load_file(tmp_path / "saved" / VAE).keys() == load_file(tiny_folder / VAE).keys()
     files = {path.name for path in (tmp_path / "saved/tokenizer").iterdir()}
     assert files == {"vocab.json", "merges.txt", "tokenizer_config.json"}
 
@@ -113,9 +101,9 @@ def test_saving_over_the_folder_that_is_open(folder):
     )
 
 
-def test_tokenizer_of_both_kinds_of_files(whole, tmp_path):
+def test_tokenizer_of_both_kinds_of_files(tiny_folder, tmp_path):
     write_tokenizer(tmp_path)
-    one, other = load_tokenizer(whole / "tokenizer"), load_tokenizer(tmp_path)
+    one, other = load_tokenizer(tiny_folder / "tokenizer"), load_tokenizer(tmp_path)
     for prompt in ("the red boat", "Sea's 42 ü", "", "<|endoftext|>"):
         assert one(prompt).input_ids == other(prompt).input_ids
     assert one.model_max_length == other.model_max_length == 16
@@ -129,19 +117,19 @@ def test_merges_cut_short(tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_modules_alone(whole, tmp_path):
-    unet = load_module(whole / "unet", torch.float32)
+def test_modules_alone(tiny_folder, tmp_path):
+    unet = load_module(tiny_folder / "unet", torch.float32)
     assert all(p.requires_grad for p in unet.parameters())
     save_module(unet, tmp_path / "unet")
     again = load_module(tmp_path / "unet")
     assert all(torch.equal(t, unet.state_dict()[name]) for name, t in again.state_dict().items())
     assert (
-        load_text_encoder(whole / "text_encoder", torch.bfloat16).final_layer_norm.weight.dtype
+        load_text_encoder(tiny_folder / "text_encoder", torch.bfloat16).final_layer_norm.weight.dtype
         is torch.bfloat16
     )
 
 
-def test_words_and_defaults_travel(whole, folder):
+def test_words_and_defaults_travel(tiny_folder, folder):
     (folder / "words.txt").write_text("sea\nred\n")
     (folder / "ldm.json").write_text('{"sampler": "euler", "num_inference_steps": 9}')
     pipe = ldm.load(folder, device="cpu", dtype="fp32")
@@ -151,18 +139,18 @@ def test_words_and_defaults_travel(whole, folder):
     assert parts.defaults == Defaults(num_inference_steps=9, sampler="euler")
 
 
-def test_embedded_model_of_an_installation(whole, tmp_path, monkeypatch):
-    shutil.copytree(whole, tmp_path / "postcard")
+def test_embedded_model_of_an_installation(tiny_folder, tmp_path, monkeypatch):
+    shutil.copytree(tiny_folder, tmp_path / "postcard")
     monkeypatch.setattr("importlib.resources.files", lambda package: tmp_path)
     assert embedded() == tmp_path / "postcard"
     assert ldm.load(device="cpu").name == "postcard"
 
 
-def test_embedded_model_of_a_checkout(whole, tmp_path, monkeypatch):
+def test_embedded_model_of_a_checkout(tiny_folder, tmp_path, monkeypatch):
     def not_installed(package):
         raise ModuleNotFoundError(package)
 
-    shutil.copytree(whole, tmp_path / "weights" / "postcard")
+    shutil.copytree(tiny_folder, tmp_path / "weights" / "postcard")
     monkeypatch.setattr("importlib.resources.files", not_installed)
     monkeypatch.setattr("ldm.checkpoint.folder.__file__", str(tmp_path / "ldm/checkpoint/folder.py"))
     assert ldm.load(device="cpu").name == "postcard"

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_pipeline import make_folder
 
 from ldm import cli
 
@@ -17,13 +16,6 @@ SIDE = "it must be a multiple of 8 from 8 to 4096"
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    make_folder(folder)
-    return folder
 
 
 @pytest.fixture
@@ -172,8 +164,8 @@ def test_a_folder_that_is_no_model(capsys):
     ],
 )
 @pytest.mark.parametrize("fault", ["missing", "cut", "noise"])
-def test_a_damaged_model_names_the_file(capsys, tiny_model, name, fault):
-    shutil.copytree(tiny_model, "model")
+def test_a_damaged_model_names_the_file(capsys, tiny_folder, name, fault):
+    shutil.copytree(tiny_folder, "model")
     path = Path("model", name)
     if path.is_dir():
         shutil.rmtree(path)
@@ -188,10 +180,10 @@ def test_a_damaged_model_names_the_file(capsys, tiny_model, name, fault):
     assert Path(name).name in line or fault == "missing"
 
 
-def test_a_missing_tensor_is_named(capsys, tiny_model):
+def test_a_missing_tensor_is_named(capsys, tiny_folder):
     from safetensors.torch import load_file, save_file
 
-    shutil.copytree(tiny_model, "model")
+    shutil.copytree(tiny_folder, "model")
     path = "model/unet/diffusion_pytorch_model.safetensors"
     tensors = load_file(path)
     tensors["conv_inn.weight"] = tensors.pop("conv_in.weight")
@@ -201,8 +193,8 @@ def test_a_missing_tensor_is_named(capsys, tiny_model):
     assert "conv_inn.weight" in line
 
 
-def test_a_model_of_another_shape_than_its_config(capsys, tiny_model):
-    shutil.copytree(tiny_model, "model")
+def test_a_model_of_another_shape_than_its_config(capsys, tiny_folder):
+    shutil.copytree(tiny_folder, "model")
     path = Path("model/unet/config.json")
     config = json.loads(path.read_text())
     config["cross_attention_dim"] *= 2
@@ -210,24 +202,24 @@ def test_a_model_of_another_shape_than_its_config(capsys, tiny_model):
     assert "unet" in fails(capsys, ["-p", "a", "-m", "model"])
 
 
-def test_a_device_and_a_dtype_that_are_not_there(capsys, tiny_model):
-    argv = ["-p", "a", "-m", str(tiny_model)]
+def test_a_device_and_a_dtype_that_are_not_there(capsys, tiny_folder):
+    argv = ["-p", "a", "-m", str(tiny_folder)]
     assert "'toaster'" in fails(capsys, [*argv, "--device", "toaster"])
     assert "'cuda:99'" in fails(capsys, [*argv, "--device", "cuda:99"])
     assert "'int8'" in fails(capsys, [*argv, "--dtype", "int8"])
 
 
 @pytest.mark.parametrize("prompt", ["", " ", "boat " * 2000, "🚤" * 2000, "(((", "a\nb\tc"])
-def test_strange_prompts_are_drawn(tiny_model, prompt):
-    argv = ["-p", prompt, "-m", str(tiny_model), "--steps", "1", "-o", "a.png", "--dtype", "fp32"]
+def test_strange_prompts_are_drawn(tiny_folder, prompt):
+    argv = ["-p", prompt, "-m", str(tiny_folder), "--steps", "1", "-o", "a.png", "--dtype", "fp32"]
     assert cli.txt2img([*argv, "--quiet"]) == 0
     assert Path("a.png").stat().st_size > 100
 
 
-def test_the_empty_prompt_draws_unconditionally(tiny_model):
+def test_the_empty_prompt_draws_unconditionally(tiny_folder):
     from PIL import Image
 
-    argv = ["-m", str(tiny_model), "--steps", "2", "--dtype", "fp32", "--quiet", "-p", ""]
+    argv = ["-m", str(tiny_folder), "--steps", "2", "--dtype", "fp32", "--quiet", "-p", ""]
     assert cli.txt2img([*argv, "-o", "a.png", "--scale", "7.5"]) == 0
     assert cli.txt2img([*argv, "-o", "b.png", "--scale", "1"]) == 0
     with Image.open("a.png") as guided, Image.open("b.png") as plain:

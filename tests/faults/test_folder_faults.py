@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_pipeline import make_folder, write_tokenizer
+from tiny_pipeline import write_tokenizer
 
 import ldm
 
@@ -14,18 +14,6 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
 TEXT = "text_encoder/model.safetensors"
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 3438167534\n"
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole") / "model"
-    make_folder(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(whole, tmp_path):
-    return shutil.copytree(whole, tmp_path / "model")
 
 
 def complaint(folder):
@@ -92,7 +80,7 @@ def test_truncated_weights(folder, name, share):
     ("name", "tensor"),
     [(UNET, "conv_in.weight"), (VAE, "decoder.conv_out.bias"), (TEXT, "final_layer_norm.weight")],
 )
-def test_strict_tensors(whole, folder, name, tensor):
+def test_strict_tensors(tiny_folder, folder, name, tensor):
     path = folder / name
     key = next(key for key in load_file(path) if key.endswith(tensor))
     for change, words in (
@@ -100,7 +88,7 @@ def test_strict_tensors(whole, folder, name, tensor):
         (lambda tensors: tensors.update({"lora.up": torch.zeros(1)}), "not of this model: lora.up"),
         (lambda tensors: tensors.update({key: torch.zeros(3, 2)}), "[3, 2]"),
     ):
-        shutil.copy(whole / name, path)
+        shutil.copy(tiny_folder / name, path)
         edit_tensors(path, change)
         message = complaint(folder)
         assert str(path) in message
@@ -221,7 +209,7 @@ def test_no_embedded_model(monkeypatch, tmp_path):
         ({"dtype": torch.float64}, "float64"),
     ],
 )
-def test_device_and_dtype(whole, arguments, words):
+def test_device_and_dtype(tiny_folder, arguments, words):
     with pytest.raises(ldm.UserError) as caught:
-        ldm.load(whole, **arguments)
+        ldm.load(tiny_folder, **arguments)
     assert words in str(caught.value)

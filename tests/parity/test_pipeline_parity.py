@@ -8,28 +8,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers.schedulers import scheduling_dpmsolver_multistep, scheduling_dpmsolver_sde
-from tiny_pipeline import SCHEDULER, make_folder
+from tiny_pipeline import PEERS, SCHEDULER, make_folder
 
 import ldm
 from ldm.solvers import SAMPLERS
 
 PROMPT, NEGATIVE = "the red boat", "sea"
 BETAS = {name: SCHEDULER[name] for name in ("beta_start", "beta_end", "beta_schedule")}
-PEERS = {
-    "ddpm": ("DDPMScheduler", {"clip_sample": False}),
-    "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
-    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "lms": ("LMSDiscreteScheduler", {}),
-    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
-    "dpmpp_2s": ("DPMSolverSinglestepScheduler", {}),
-    "dpmpp_sde": ("DPMSolverSDEScheduler", {}),
-    "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-    "lcm": ("LCMScheduler", {}),
-}
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ import math
 import diffusers
 import pytest
 import torch
+from tiny_pipeline import PEERS
 
 from ldm.prediction import c_in
 from ldm.schedule import Schedule
@@ -28,21 +29,6 @@ TOLERANCE = 1e-6
 STEPS = (1, 2, 7, 20)
 PREDICTIONS = ("epsilon", "v_prediction")
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-CLASSES = {
-    "ddpm": ("DDPMScheduler", {"clip_sample": False}),
-    "ddim": ("DDIMScheduler", {"clip_sample": False}),
-    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "lms": ("LMSDiscreteScheduler", {}),
-    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
-    "dpmpp_2s": ("DPMSolverSinglestepScheduler", {}),
-    "dpmpp_sde": ("DPMSolverSDEScheduler", {}),
-    "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-    "lcm": ("LCMScheduler", {}),
-}
 WITHOUT_SIGMA_SPACINGS = ("ddpm", "ddim", "pndm", "euler_a", "lcm")
 ZERO_SNR = ("ddpm", "ddim", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "lcm")
 WITH_TIMESTEPS = ("ddpm", "euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2s", "lcm")
@@ -125,7 +111,7 @@ def relative_error(a, b):
 
 
 def config_of(sampler, **changes):
-    class_name, extra = CLASSES[sampler]
+    class_name, extra = PEERS[sampler]
     return {"_class_name": class_name, **BETAS, **extra, **changes}
 
 
@@ -167,7 +153,7 @@ def steps_past_the_grid(sampler, spacing, n):
 
 
 def whole_grid():
-    for sampler, prediction in itertools.product(CLASSES, PREDICTIONS):
+    for sampler, prediction in itertools.product(PEERS, PREDICTIONS):
         for (name, changes), n in itertools.product(spacings_of(sampler), STEPS):
             if not steps_past_the_grid(sampler, name, n):
                 yield pytest.param(sampler, prediction, changes, n, id=f"{sampler}-{prediction}-{name}-{n}")
@@ -240,9 +226,9 @@ def test_ddim_eta(eta, n, prediction, monkeypatch):
     assert relative_error(ours(config, n, eta=eta), theirs(config, n, monkeypatch, eta=eta)) < TOLERANCE
 
 
-@pytest.mark.parametrize("sampler", list(CLASSES))
+@pytest.mark.parametrize("sampler", list(PEERS))
 def test_defaults_where_the_config_is_silent(sampler, monkeypatch):
-    class_name, extra = CLASSES[sampler]
+    class_name, extra = PEERS[sampler]
     config = {"_class_name": class_name, **extra}
     assert relative_error(ours(config, 7, sampler), theirs(config, 7, monkeypatch)) < TOLERANCE
 

@@ -67,7 +67,7 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path):
     train(whole, recipe(40), tmp_path / "whole")
 
     stops = Line(poison=24)  # fails in step 23, after the state of step 20 was written
-    with pytest.raises(FloatingPointError, match="step 23"):
+    with pytest.raises(FloatingPointError, match="step 23: the loss is nan"):
         train(stops, recipe(40), tmp_path / "parts")
     train(parts, recipe(40), tmp_path / "parts")
 
