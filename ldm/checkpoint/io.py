@@ -111,6 +111,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype 
         for name, tensor in tensors.items()
     }
     save_file(plain, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors makes files that only their owner can read
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ def test_tensors_come_back_as_they_were_written(tmp_path):
     assert back.keys() == tensors.keys()
     assert all(torch.equal(back[name], tensors[name]) for name in tensors)
     assert all(back[name].dtype == tensors[name].dtype for name in tensors)
+    assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o644
 
 
 def test_only_floats_are_cast(tmp_path):
