@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
@@ -15,6 +16,9 @@ def _deterministic():
     """The same numbers in every test, whichever ran before."""
     torch.set_num_threads(min(2, int(os.environ.get("OMP_NUM_THREADS", 2))))
     torch.manual_seed(0)
+    yield
+    if "accelerate" in sys.modules:  # it keeps the first training's precision for the whole process
+        sys.modules["accelerate"].state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

@@ -67,7 +67,7 @@ class VAETask(Task):
 
     def _crop(self, x: Tensor, rng: torch.Generator) -> Tensor:
         side = int(self.weights["crop"])
-        if not side:
+        if not 0 < side < x.shape[-1]:
             return x
         corners = torch.randint(x.shape[-1] - side + 1, (len(x), 2), generator=rng).tolist()
         cut = [each[:, i : i + side, j : j + side] for each, (i, j) in zip(x, corners, strict=True)]
