@@ -70,12 +70,12 @@ def train(task: Task, recipe: Recipe, run_dir: Path) -> None:
     run, opt = recipe.run, recipe.optimiser
     run_dir.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(mixed_precision=run.mixed_precision)
+    task.to(accelerator.device)
     task.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimiser = torch.optim.AdamW(
         task.parameter_groups(opt.lr), betas=opt.betas, weight_decay=opt.weight_decay, fused=True
     )
     rates = [group["lr"] for group in optimiser.param_groups]
-    task.to(accelerator.device)
     trained = [p for p in task.parameters() if p.requires_grad]
     ema = [p.detach().clone() for p in trained]
     position = load_state(run_dir, task, ema, optimiser)
