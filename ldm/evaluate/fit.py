@@ -18,6 +18,7 @@ from ldm.evaluate.agreement import agreement, truth
 from ldm.evaluate.scorer import SIZE, Scorer, Scores
 from ldm.evaluate.soften import melt, soften
 from ldm.train.loop import Batch, Task
+from ldm.train.recipe import loss_settings
 
 
 class ScorerTask(Task):
@@ -31,7 +32,8 @@ class ScorerTask(Task):
     def __init__(self, scorer: Scorer, held_out: int, loss: dict[str, float]) -> None:
         super().__init__()
         self.scorer = scorer
-        self.weights = {"density": 0.5, "centre": 4.0, "melted": 0.08} | loss
+        plain = dict.fromkeys(("count", "colour", "attention", "place", "time", "weather"), 1.0)
+        self.weights = loss_settings(plain | {"density": 0.5, "centre": 4.0, "melted": 0.08}, loss)
         self.scenes = scenes_from(range(held_out), "scorer held-out")
 
     def batch(self, rng: Generator, size: int) -> Batch:
@@ -72,7 +74,7 @@ class ScorerTask(Task):
             "time": F.cross_entropy(scores.time, batch["time"]),
             "weather": F.cross_entropy(scores.weather, batch["weather"]),
         }
-        loss = torch.stack([self.weights.get(name, 1.0) * value for name, value in parts.items()]).sum()
+        loss = torch.stack([self.weights[name] * value for name, value in parts.items()]).sum()
         return loss, {name: value.detach() for name, value in parts.items()}
 
     def evaluate(self) -> dict[str, float]:

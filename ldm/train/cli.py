@@ -35,3 +35,6 @@ def start(make_task: MakeTask, recipe: str, add_arguments: Callable[[argparse.Ar
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except ModuleNotFoundError as error:
+        print(f"error: training needs {error.name}: pip install 'ldm[train]'", file=sys.stderr)
+        sys.exit(2)

@@ -19,6 +19,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer, CL
 
 from ldm.train.data import Pictures
 from ldm.train.loop import Batch, Task
+from ldm.train.recipe import loss_settings
 
 
 def tokenise(tokenizer: Any, captions: list[list[str]]) -> Tensor:
@@ -64,7 +65,7 @@ class CLIPTask(Task):
         self.train_pictures, self.held_out = train, held_out
         self.tokens = tokenise(tokenizer, train.captions)
         self.held_out_tokens = tokenise(tokenizer, held_out.captions)
-        self.naming_weight = loss.get("naming", 1.0)
+        self.naming_weight = loss_settings({"naming": 1.0}, loss)["naming"]
 
     def batch(self, rng: torch.Generator, size: int) -> Batch:
         index = torch.randint(len(self.train_pictures), (size,), generator=rng)

@@ -71,6 +71,14 @@ class Recipe(Section):
     run: RunSection
 
 
+def loss_settings(defaults: dict[str, float], given: dict[str, float]) -> dict[str, float]:
+    """A task's `loss` section over its defaults. Raises UserError naming a key it does not have."""
+    for key in given:
+        if key not in defaults:
+            raise UserError(f"loss.{key} is unknown: this trainer has {', '.join(defaults)}")
+    return defaults | given
+
+
 def load_recipe(path: Path, overrides: list[str]) -> Recipe:
     """Read a YAML recipe and apply `section.key=value` overrides (values are YAML).
 

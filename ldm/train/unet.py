@@ -31,6 +31,7 @@ from ldm.schedule import Schedule
 from ldm.train.clip import pick_captions, tokenise
 from ldm.train.data import Pictures
 from ldm.train.loop import Batch, Task
+from ldm.train.recipe import loss_settings
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class UNetTask(Task):
         self.unet, self.text_encoder = parts.unet, parts.text_encoder
         self.schedule = Schedule.from_config(parts.scheduler)
         self.train_set, self.held_out = train, held_out
-        self.weights = {"object_weight": 2.0, "drop": 0.1, "text_lr": 0.5} | loss
+        self.weights = loss_settings({"object_weight": 2.0, "drop": 0.1, "text_lr": 0.5}, loss)
         self.text_encoder.requires_grad_(self.weights["text_lr"] > 0)
         # SDPA's backward is slow on a CPU for so few tokens: 0.16 against 0.12 s for 32 captions of 48.
         self.text_encoder.set_attn_implementation("eager")

@@ -23,6 +23,7 @@ from ldm.images import grid, to_pil
 from ldm.models import AutoencoderTiny, build
 from ldm.train.data import Pictures
 from ldm.train.loop import Batch, Task
+from ldm.train.recipe import loss_settings
 
 
 class VAETask(Task):
@@ -46,16 +47,15 @@ class VAETask(Task):
         self.decoder_only = decoder_only
         vae.encoder.requires_grad_(not decoder_only)
         self.train_pictures, self.held_out = train, held_out
-        self.weights = {
+        defaults = {
             "gradient": 0.4,
             "pooled": 0.5,
             "l2": 1.0,
             "moments": 0.1,
             "noise": 0.1,
             "pooled_steps": 0.3,
-            "crop": 0,
         }
-        self.weights |= loss
+        self.weights = loss_settings(defaults | {"crop": 0.0}, loss)
 
     def batch(self, rng: torch.Generator, size: int) -> Batch:
         index = torch.randint(len(self.train_pictures), (size,), generator=rng)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ldm.errors import UserError
-from ldm.train.recipe import load_recipe
+from ldm.train.recipe import load_recipe, loss_settings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -49,3 +49,9 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "broken.yaml").write_text("run: {seed: 1\n")
     with pytest.raises(UserError, match=r"broken\.yaml is not valid YAML"):
         load_recipe(tmp_path / "broken.yaml", [])
+
+
+def test_a_loss_key_that_a_trainer_does_not_have_is_named():
+    assert loss_settings({"noise": 0.1, "l2": 1.0}, {"l2": 2.0}) == {"noise": 0.1, "l2": 2.0}
+    with pytest.raises(UserError, match=r"loss\.noize is unknown: this trainer has noise, l2"):
+        loss_settings({"noise": 0.1, "l2": 1.0}, {"noize": 0.2})

@@ -69,6 +69,23 @@ def test_from_a_folder_of_images_to_a_model_that_draws(folder, tmp_path, monkeyp
     assert pipe("picture", seed=0).images[0].size == (32, 32)
 
 
+def test_a_package_that_is_not_installed_is_named(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(SystemExit) as stopped:
+        run(
+            monkeypatch,
+            "vae",
+            "--config",
+            small("vae", tmp_path),
+            "--run_dir",
+            tmp_path / "x",
+            "--train_data_dir",
+            folder,
+        )
+    assert stopped.value.code == 2
+    assert "training needs accelerate: pip install" in capsys.readouterr().err
+
+
 def test_a_wrong_recipe_is_one_line_and_exit_code_2(folder, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         run(monkeypatch, "vae", "--run_dir", tmp_path / "x", "--set", "optimiser.rate=1")
