@@ -183,6 +183,10 @@ class Schedule:
         t = spaced_timesteps(base, n, family, len(table), self.steps_offset, self.lcm_steps)
         if name not in SIGMA_SPACINGS:
             return _sigma_at(t, table), t
+        if self.zero_terminal_snr and name == "beta":
+            # Over timesteps, as the paper has it: over sigmas nearly all steps would go to pure noise.
+            t = spaced_sigmas(name, n, float(len(table) - 1), 0.0)
+            return _sigma_at(t, table), t
         if self.zero_terminal_snr:
             start = _sigma_at(_array(_AFTER_PURE_NOISE * len(table)), table)
             levels = np.append(table[-1], spaced_sigmas(name, n - 1, float(start), float(table[0])))

@@ -8,6 +8,7 @@ import warnings
 import diffusers
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from ldm.errors import UserError
@@ -158,12 +159,15 @@ def test_zero_terminal_snr_grids(zero_snr):
     assert starts == {
         name: pytest.approx(math.sqrt(2**24 - 1) if name in clamped else 1e10) for name in SAMPLERS
     }
-    for spacing in ("karras", "exponential", "beta"):
+    for spacing in ("karras", "exponential"):
         grid = zero_snr.grid(20, spacing, "dpmpp_2m")
         assert grid.timesteps[:2].tolist() == [999, pytest.approx(980)]
         assert grid.sigmas[1].item() == pytest.approx(float(SIGMA_OF_980))
         assert grid.sigmas[-2].item() == pytest.approx(float(zero_snr.sigma(0)))
         assert zero_snr.grid(1, spacing, "ddim").sigmas.tolist() == [1e10, 0]
+    beta = zero_snr.grid(20, "beta", "dpmpp_2m").timesteps / 999  # over timesteps there
+    assert scipy.stats.beta.cdf(beta, 0.6, 0.6) == pytest.approx(np.linspace(1, 0, 20))
+    assert zero_snr.grid(1, "beta", "ddim").sigmas.tolist() == [1e10, 0]
     eps = Schedule.from_config({**ZERO_SNR, "prediction_type": "epsilon"})
     assert float(eps.grid(20, sampler="ddim").sigmas[0]) < 4097
 
