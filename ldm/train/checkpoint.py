@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from ldm.checkpoint.io import read_json, read_tensors, whole_folder, write_json, write_tensors
 
 
 @dataclass(frozen=True)
@@ -25,26 +24,19 @@ class Position:
 def save_state(
     run_dir: Path, position: Position, model: nn.Module, ema: list[Tensor], optimiser: torch.optim.Optimizer
 ) -> None:
-    """Write run_dir/state-<step>, then remove the older ones."""
+    """Write run_dir/state-<step>, then remove the older ones and what a killed run left half-written."""
     final = run_dir / f"state-{position.step:08d}"
-    aside = run_dir / f".{final.name}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, aside / "model.safetensors")
-    save_file({str(i): v.contiguous() for i, v in enumerate(ema)}, aside / "ema.safetensors")
     moments = {
-        f"{i}.{name}": value.contiguous()
+        f"{i}.{name}": value
         for i, entry in optimiser.state_dict()["state"].items()
         for name, value in entry.items()
     }
-    save_file(moments, aside / "optimiser.safetensors")
-    (aside / "position.json").write_text(json.dumps(asdict(position)))
-    for path in aside.iterdir():
-        with path.open("rb") as written:
-            os.fsync(written.fileno())
-    shutil.rmtree(final, ignore_errors=True)
-    aside.rename(final)
-    for older in run_dir.glob("state-*"):
+    with whole_folder(final) as aside:
+        write_tensors(aside / "model.safetensors", model.state_dict())
+        write_tensors(aside / "ema.safetensors", {str(i): value for i, value in enumerate(ema)})
+        write_tensors(aside / "optimiser.safetensors", moments)
+        write_json(aside / "position.json", asdict(position))
+    for older in (*run_dir.glob("state-*"), *run_dir.glob(".state-*")):
         if older != final:
             shutil.rmtree(older)
 
@@ -57,12 +49,12 @@ def load_state(
     if not states:
         return Position()
     folder = states[-1]
-    model.load_state_dict(load_file(folder / "model.safetensors"))
-    for i, value in load_file(folder / "ema.safetensors").items():
+    model.load_state_dict(read_tensors(folder / "model.safetensors"))
+    for i, value in read_tensors(folder / "ema.safetensors").items():
         ema[int(i)].copy_(value)
     moments: dict[int, dict[str, Tensor]] = {}
-    for name, value in load_file(folder / "optimiser.safetensors").items():
+    for name, value in read_tensors(folder / "optimiser.safetensors").items():
         i, key = name.split(".")
         moments.setdefault(int(i), {})[key] = value
     optimiser.load_state_dict({"state": moments, "param_groups": optimiser.state_dict()["param_groups"]})
-    return Position(**json.loads((folder / "position.json").read_text()))
+    return Position(**read_json(folder / "position.json"))

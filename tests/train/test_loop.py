@@ -86,6 +86,7 @@ def test_a_finished_run_does_not_train_on(tmp_path):
 
 
 def test_only_the_newest_state_is_kept_and_none_is_half_written(tmp_path):
+    (tmp_path / ".state-00000010-killed").mkdir()
     train(Line(), recipe(40), tmp_path)
     assert [p.name for p in tmp_path.glob("*state-*")] == ["state-00000040"]
     assert not list(tmp_path.glob(".*"))
