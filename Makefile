@@ -22,7 +22,7 @@ picture: $(VENV)/.picture
 	$(BIN)/txt2img --prompt "$(PROMPT)"
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -11,17 +11,27 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.errors import UserError
-from ldm.flags import Parser, add_info_flags, add_redraw_flags, add_txt2img_flags, dashes
+from ldm.flags import (
+    Parser,
+    add_convert_flags,
+    add_info_flags,
+    add_redraw_flags,
+    add_txt2img_flags,
+    dashes,
+)
+from ldm.tags import parse_embedding, parse_lora
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -48,13 +58,14 @@ def txt2img(argv: Sequence[str] | None = None) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The `ldm` command: `ldm txt2img`, `ldm info`, `ldm redraw`."""
+    """The `ldm` command: `ldm txt2img`, `ldm info`, `ldm redraw`, `ldm convert`."""
     parser = Parser("ldm", description="Latent diffusion: draw pictures from words.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for command, add_flags, purpose in (
         (draw, add_txt2img_flags, "draw pictures from words"),
         (info, add_info_flags, "show how a PNG was drawn"),
         (redraw, add_redraw_flags, "draw a PNG again from its own metadata and compare the pixels"),
+        (convert, add_convert_flags, "change a model between folder and single file, or its dtype"),
     ):
         name = "txt2img" if command is draw else command.__name__
         child = commands.add_parser(name, help=purpose, description=f"{purpose.capitalize()}. {SPELLING}")
@@ -119,6 +130,7 @@ def draw(args: argparse.Namespace) -> int:
     check_latents(pipe, args)
     tell_unknown_words(pipe, args, requests)
     requests = [pipe.resolve(request) for request in requests]
+    tell_loras(pipe, args, requests)
     check_batch(requests[0])
 
     sheet: list[Image] = []
@@ -147,17 +159,12 @@ def make_requests(args: argparse.Namespace) -> list[Request]:
     if total > MAX_PICTURES:
         raise UserError(f"{total} pictures are too many for one run: ask for at most {MAX_PICTURES}")
     (seed,) = consecutive_seeds(args.seed)
+    same_name = (Request.model_fields.keys() & vars(args).keys()) - {"prompt", "model"}
     one = Request(
-        negative_prompt=args.negative_prompt,
-        height=args.height,
-        width=args.width,
+        **{name: getattr(args, name) for name in same_name},
         num_inference_steps=args.steps,
         guidance_scale=args.scale,
-        guidance_rescale=args.guidance_rescale,
-        sampler=args.sampler,
         spacing=args.scheduler,
-        eta=args.eta,
-        clip_skip=args.clip_skip,
     )
     stride = 0 if args.fixed_code else args.n_samples
     batches = enumerate(itertools.product(prompts, range(args.n_iter)))
@@ -196,12 +203,44 @@ def check_output(args: argparse.Namespace, count: int) -> None:
 
 
 def load(args: argparse.Namespace) -> Pipeline:
-    import ldm
     from ldm.runtime import set_threads
 
     if args.threads is not None:
         set_threads(args.threads)
-    return ldm.load(args.model, device=args.device, dtype=args.dtype)
+    return add_adapters(load_model(args), args)
+
+
+def load_model(args: argparse.Namespace) -> Pipeline:
+    """--model, and what replaces its parts."""
+    import ldm
+
+    if args.quiet:  # before huggingface_hub is loaded, which reads it then
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    return ldm.load(
+        args.model,
+        device=args.device,
+        dtype=args.dtype,
+        revision=args.revision,
+        variant=args.variant,
+        unet=args.unet,
+        vae=args.vae,
+        text_encoder=args.text_encoder,
+        text_encoder_2=args.text_encoder_2,
+        prediction_type=args.prediction_type,
+        ema=args.ema,
+    )
+
+
+def add_adapters(pipe: Pipeline, args: argparse.Namespace) -> Pipeline:
+    """--embedding, --lora and --lora-dir."""
+    for spec in args.embedding:
+        name, file = parse_embedding(spec)
+        pipe = pipe.with_embedding(file, name)
+        say(args, str(pipe.adapted.embeddings[-1]))
+    for spec in args.lora:
+        pipe = pipe.with_lora(*parse_lora(spec))
+        say(args, str(pipe.adapted.reports[-1]))
+    return replace(pipe, lora_dir=args.lora_dir)
 
 
 def check_latents(pipe: Pipeline, args: argparse.Namespace) -> None:
@@ -209,6 +248,15 @@ def check_latents(pipe: Pipeline, args: argparse.Namespace) -> None:
     for flag, given, real in (("C", args.C, pipe.vae.latent_channels), ("f", args.f, pipe.vae.downscale)):
         if given not in (None, real):
             raise UserError(f"--{flag} {given} does not fit this model, which has {real}; leave --{flag} out")
+
+
+def tell_loras(pipe: Pipeline, args: argparse.Namespace, requests: Sequence[Request]) -> None:
+    """What the tags in prompts matched, before anything is drawn."""
+    tagged = {request.loras: request for request in requests if request.loras}
+    for request in tagged.values():
+        for report in pipe.for_request(request).adapted.reports:
+            if report not in pipe.adapted.reports:
+                say(args, str(report))
 
 
 def check_batch(request: Request) -> None:
@@ -238,7 +286,7 @@ def tell_unknown_words(pipe: Pipeline, args: argparse.Namespace, requests: Seque
 def generate(pipe: Pipeline, request: Request, title: str, quiet: bool) -> list[Image]:
     """The pictures of one request, with a bar; running out of memory becomes a UserError."""
     try:
-        with progress(title, request.num_inference_steps, quiet) as on_step:
+        with progress(title, request.num_steps, quiet) as on_step:
             images: list[Image] = pipe.generate(request, on_step).images
             return images
     except (MemoryError, RuntimeError) as error:
@@ -297,6 +345,32 @@ def say(args: argparse.Namespace, line: str) -> None:
         print(line, flush=True)
 
 
+# --- convert ---------------------------------------------------------------------------------------------
+
+
+def convert(args: argparse.Namespace) -> int:
+    """From a folder or file to the other; what is left out is said."""
+    from ldm.checkpoint.convert import convert
+    from ldm.checkpoint.source import find_part
+    from ldm.runtime import choose
+
+    given = {part: getattr(args, part) for part in ("unet", "vae", "text_encoder", "text_encoder_2")}
+    convert(
+        args.source,
+        args.target,
+        dtype=None if args.dtype is None else choose("cpu", args.dtype).dtype,
+        ema=args.ema,
+        max_shard_size=args.max_shard_size,
+        force=args.force,
+        prediction_type=args.prediction_type,
+        config=args.config,
+        overrides={part: find_part(place, part) for part, place in given.items() if place is not None},
+        say=lambda line: say(args, line),
+    )
+    say(args, str(args.target))
+    return 0
+
+
 # --- info and redraw -------------------------------------------------------------------------------------
 
 
@@ -324,7 +398,8 @@ def redraw(args: argparse.Namespace) -> int:
         print(
             f"note: {args.file} was drawn by {drawn_by}, not {pipe.name} ({pipe.model_hash})", file=sys.stderr
         )
-    request = pipe.resolve(request.replace(model=None, model_hash=None))
+    inputs = {"image": args.image or request.image, "mask_image": args.mask_image or request.mask_image}
+    request = pipe.resolve(request.replace(model=None, model_hash=None, **inputs))
     (new,) = generate(pipe, request, "redraw", args.quiet)
     if args.output is not None:
         save_png(new, args.output, request)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 OUTDIR = "outputs/txt2img-samples"
+SIZES = tuple(
+    negative + size
+    for negative in ("", "negative-")
+    for size in ("original-size", "crops-coords-top-left", "target-size")
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,7 +39,9 @@ def add_txt2img_flags(parser: argparse.ArgumentParser) -> None:
     words = group.add_mutually_exclusive_group(required=True)
     words.add_argument("-p", "--prompt", help="what the picture shows; empty draws anything")
     words.add_argument("--from-file", metavar="FILE", help="one prompt per line; - reads stdin")
-    add("-n", "--negative-prompt", default="", metavar="TEXT", help="what the picture should not show")
+    add("-n", "--negative-prompt", metavar="TEXT", help="what the picture should not show")
+    add("--prompt-2", metavar="TEXT", help="for a second text encoder, as in SDXL (default: the prompt)")
+    add("--negative-prompt-2", metavar="TEXT", help="likewise (default: the negative prompt)")
     add("-W", "--width", "--W", type=int, metavar="PIXELS", help="a multiple of 8 (default: the model's)")
     add("-H", "--height", "--H", type=int, metavar="PIXELS", help="a multiple of 8 (default: the model's)")
     add("-s", "--seed", type=int, default=42, help="of the first picture; negative: random (default: 42)")
@@ -56,6 +63,7 @@ def add_txt2img_flags(parser: argparse.ArgumentParser) -> None:
         help="pictures in a batch (default: 1)",
     )
     add("--fixed-code", action="store_true", help="every batch starts from the same noise")
+    add_image_flags(parser)
     add_sampling_flags(parser)
     add_model_flags(parser)
     add("--C", type=int, metavar="CHANNELS", help="latent channels: checked against the model")
@@ -67,6 +75,27 @@ def add_txt2img_flags(parser: argparse.ArgumentParser) -> None:
     add("--skip-grid", action="store_true", help="do not write a grid of several pictures")
     add("--n-rows", type=count, metavar="N", help="pictures in each row of the grid (default: --n-samples)")
     add_common_flags(parser)
+
+
+def add_image_flags(parser: argparse.ArgumentParser) -> None:
+    add = add_input_flags(parser, "drawing from a picture").add_argument
+    add("--strength", type=float, metavar="SHARE", help="0 to 1: how much of the picture is drawn anew")
+    add(
+        "--image-guidance-scale",
+        type=float,
+        metavar="SCALE",
+        help="instruct-pix2pix: how closely to keep to the picture (default: 1.5)",
+    )
+    add("--noise-level", type=int, metavar="N", help="x4 upscalers: noise added to the picture (default: 20)")
+
+
+def add_input_flags(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
+    group = parser.add_argument_group(title)
+    group.add_argument("-i", "--init-image", dest="image", metavar="FILE", help="the picture to draw from")
+    group.add_argument(
+        "--mask", dest="mask_image", metavar="FILE", help="white where an inpainting model draws anew"
+    )
+    return group
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
@@ -111,17 +140,57 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         help="0 to 1: fresh noise in each step, where the sampler adds any",
     )
     add("--clip-skip", type=int, metavar="N", help="skip the last N layers of the text encoder")
+    add = parser.add_argument_group(
+        "what SDXL is told of the picture (default of sizes: its own)"
+    ).add_argument
+    for name in SIZES:
+        pair = ("TOP", "LEFT") if name.endswith("top-left") else ("HEIGHT", "WIDTH")
+        add(f"--{name}", nargs=2, type=int, metavar=pair)
+    add("--aesthetic-score", type=float, metavar="SCORE", help="refiners only (default: 6)")
+    add("--negative-aesthetic-score", type=float, metavar="SCORE", help="refiners only (default: 2.5)")
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model and machine")
     add = group.add_argument
-    add("-m", "--model", "--ckpt", metavar="FOLDER", help="a pipeline folder (default: the embedded model)")
+    add(
+        "-m",
+        "--model",
+        "--ckpt",
+        metavar="MODEL",
+        help="a pipeline folder, a .safetensors or .ckpt file, or a hub name such as owner/model "
+        "(default: the embedded model)",
+    )
+    add("--revision", metavar="NAME", help="of a model on the hub: a branch, tag or commit")
+    add("--variant", metavar="NAME", help="of the weights in a folder or on the hub, e.g. fp16")
+    add_part_flags(add)
     add("--device", metavar="NAME", help="cpu, cuda, mps (default: the best there is)")
     dtype = group.add_mutually_exclusive_group()
     dtype.add_argument("--dtype", metavar="NAME", help="fp32, bf16, fp16 (default: the fastest safe one)")
     dtype.add_argument(
         "--precision", dest="dtype", type=precision, metavar="{full,autocast}", help="fp32 or auto"
+    )
+    add(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:WEIGHT]",
+        help="a LoRA, LoHa, LoKr or DoRA, repeatable; FILE:0.5:0.8 has a weight for the text and one for the "
+        "U-Net; in prompts, <lora:name:0.8> is one by its file's name",
+    )
+    add(
+        "--lora-dir",
+        type=Path,
+        default=Path("loras"),
+        metavar="FOLDER",
+        help="where <lora:name> is looked for (default: loras)",
+    )
+    add(
+        "--embedding",
+        action="append",
+        default=[],
+        metavar="[NAME=]FILE",
+        help="a textual inversion, repeatable; NAME is what to write in prompts",
     )
     add("--threads", type=count, metavar="N", help="CPU threads")
 
@@ -139,7 +208,31 @@ def add_info_flags(parser: argparse.ArgumentParser) -> None:
 def add_redraw_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="keep the new picture here")
+    add_input_flags(parser, "where the pictures that it was drawn from lie now, if they were moved")
     add_model_flags(parser)
+    add_common_flags(parser)
+
+
+def add_part_flags(add: Callable[..., Any]) -> None:
+    for part in ("unet", "vae", "text-encoder", "text-encoder-2"):
+        add(f"--{part}", metavar="PLACE", help="take it from another folder, file or hub name")
+    add("--prediction-type", metavar="NAME", help="epsilon or v_prediction, where the model does not say it")
+    add(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        help="of a single file that holds both: the averaged weights, or the plain ones",
+    )
+
+
+def add_convert_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="a pipeline folder, a single file or a hub name")
+    add("target", type=Path, metavar="TARGET", help="a folder, or one file if it ends in .safetensors")
+    add("--dtype", metavar="NAME", help="fp32, bf16, fp16 (default: as stored)")
+    add_part_flags(add)
+    add("--config", type=Path, metavar="FOLDER", help="a pipeline folder with the configs of a single file")
+    add("--max-shard-size", metavar="SIZE", help="5GB, 500MB: cut larger files of a folder")
+    add("--force", action="store_true", help="replace a target that is there")
     add_common_flags(parser)
 
 

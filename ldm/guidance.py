@@ -52,3 +52,26 @@ class CFG:
         uncond, cond = outputs["uncond"], outputs["cond"]
         guided = uncond + self.scale * (cond - uncond)
         return rescale_to(guided, cond, self.rescale) if self.rescale else guided
+
+
+@dataclass(frozen=True)
+class InstructPix2Pix:
+    """Guidance towards a text and towards an image, each with its own scale.
+
+    ``uncond + scale * (cond - image) + image_scale * (image - uncond)``, where the branch "image" has the
+    image without the text, and "uncond" neither; Brooks et al. 2023, "InstructPix2Pix", equation 3.
+    """
+
+    scale: float
+    image_scale: float
+    rescale: float = 0.0
+
+    def __call__(self, predict: Predict, to_x0: ToX0) -> Denoise:
+        def denoise(x: Tensor, sigma: Tensor) -> Denoised:
+            outputs = predict(x, sigma, ("cond", "image", "uncond"))
+            cond, image, uncond = outputs["cond"], outputs["image"], outputs["uncond"]
+            guided = uncond + self.scale * (cond - image) + self.image_scale * (image - uncond)
+            guided = rescale_to(guided, cond, self.rescale) if self.rescale else guided
+            return Denoised(to_x0(guided, x, sigma))
+
+        return denoise

@@ -24,6 +24,7 @@ from ldm import __version__
 from ldm.errors import UserError
 from ldm.request import Request
 from ldm.solvers import SAMPLERS
+from ldm.tags import write_tag
 
 CHUNK = "ldm"
 GRID_GAP = 2  # pixels
@@ -83,12 +84,14 @@ def format_parameters(request: Request) -> str:
         "Model": request.model,
         "Clip skip": None if not request.clip_skip else request.clip_skip + 1,  # there, 1 skips no layer
         "CFG rescale": request.guidance_rescale or None,
+        "Denoising strength": request.strength,
         "Eta": request.eta,
         "Version": f"ldm {__version__}",
     }
     settings = ", ".join(f"{key}: {_quoted(value)}" for key, value in values.items() if value is not None)
     negative = f"Negative prompt: {request.negative_prompt}\n" if request.negative_prompt else ""
-    return f"{request.prompt}\n{negative}{settings}"
+    tags = "".join(f" {write_tag(use.name, use.weight, use.text_weight)}" for use in request.loras or ())
+    return f"{request.prompt}{tags}\n{negative}{settings}"
 
 
 def parse_parameters(text: str) -> Request:
@@ -101,7 +104,10 @@ def parse_parameters(text: str) -> Request:
     if "Steps" not in settings:
         head, settings = text, {}
     prompt, _, negative = f"\n{head}".partition("\nNegative prompt:")
-    fields: dict[str, Any] = {"prompt": prompt.removeprefix("\n"), "negative_prompt": negative.strip()}
+    fields: dict[str, Any] = {
+        "prompt": prompt.removeprefix("\n"),
+        "negative_prompt": negative.strip() or None,
+    }
     for key, name in _FIELDS.items():
         if key in settings:
             fields[name] = settings[key]

@@ -1,6 +1,6 @@
 """The pipeline: a Request becomes Conditioning, sigmas, Step after Step, and an image.
 
-    request -> resolve (the model's defaults) -> encode (text) -> denoise (U-Net, solver) -> decode (VAE)
+    request -> resolve (the model's defaults) -> encode (text, image) -> denoise (U-Net) -> decode (VAE)
 
 The state of a picture lives in sigma space, x = x0 + sigma * noise, in fp32; it is scaled and
 cast where the U-Net is called. Nothing here changes after construction, so threads may share a pipeline.
@@ -8,9 +8,8 @@ cast where the U-Net is called. Nothing here changes after construction, so thre
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,45 +17,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.arguments import (
-    NOTHING,
-    OUTPUT_TYPES,
-    Beside,
-    Result,
-    as_output,
-    count_steps,
-    one_each,
-    own_generators,
-    own_seeds,
+from ldm import networks, tasks
+from ldm.adapters import (
+    Adapted,
+    Lora,
+    LoraFile,
+    adapt,
+    read_embedding,
+    read_lora,
+    wanted_loras,
 )
-from ldm.checkpoint import Parts, embedded, load_folder, save_folder
+from ldm.arguments import NOTHING, OUTPUT_TYPES, Beside, Result, as_output, split_call
+from ldm.checkpoint import Parts, embedded, load_parts, save_model
+from ldm.checkpoint.digest import sha256
+from ldm.checkpoint.io import weight_files
 from ldm.conditioning import Conditioning
 from ldm.errors import UserError
-from ldm.guidance import CFG, Guidance, Predict
+from ldm.guidance import Guidance
+from ldm.inputs import InMemory
 from ldm.models import AutoencoderKL, AutoencoderTiny, UNet
 from ldm.pictures import Picture, batches, list_pictures
-from ldm.prediction import c_in
-from ldm.request import Request
-from ldm.runtime import Runtime, choose, finite
+from ldm.plan import Plan, make_plan, resolve
+from ldm.request import LoraUse, Request
+from ldm.runtime import Runtime, choose
 from ldm.schedule import Grid, Schedule
-from ldm.solvers import Sampler, Solver, Step, resolve_sampler
-from ldm.text import TextEncoder
+from ldm.solvers import Solver, Step
+from ldm.tasks import Encoded
+from ldm.text import Clip, TextEncoder
 
 OnStep = Callable[[Step], None]
 # (pipeline, step, timestep, {"latents": ...}) -> None or {"latents": ...}
 Callback = Callable[["Pipeline", int, float, dict[str, Any]], dict[str, Any] | None]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How to draw: what all pictures of a call share."""
-
-    shape: tuple[int, int, int]  # of one picture's latents [C, h, w]
-    at_once: int  # pictures in a batch
-    grid: Grid
-    sampler: Sampler
-    options: Mapping[str, float]  # of the solver
-    guidance: Guidance
 
 
 def load(
@@ -64,20 +55,45 @@ def load(
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    unet: str | Path | None = None,
+    vae: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+    text_encoder_2: str | Path | None = None,
+    prediction_type: str | None = None,
+    ema: bool | None = None,
 ) -> Pipeline:
-    """The pipeline in a diffusers folder, or the embedded model if no path is given.
+    """The pipeline in a diffusers folder, a single file or on the hub; without a path the embedded model.
 
     Args:
-        path: a folder with model_index.json, unet/, vae/, text_encoder/, tokenizer/ and scheduler/.
+        path: a folder with model_index.json, a .safetensors or .ckpt file, or a hub name ("owner/model").
         device: "cuda", "cuda:1", "mps" or "cpu"; by default the best there is.
         dtype: "bf16", "fp16" or "fp32"; by default what the device is fast in.
+        revision: of a model on the hub: a branch, tag or commit.
+        variant: of the weights in a folder or on the hub, such as "fp16".
+        unet, vae, text_encoder, text_encoder_2: taken from another folder, file or hub name.
+        prediction_type: "epsilon" or "v_prediction", where the model does not say it or is wrong.
+        ema: of a single file that holds both, the averaged weights (True) or the plain ones (False).
 
     Raises:
         UserError: naming the file that is missing or damaged, and what to do.
     """
-    runtime = choose(device, dtype)
-    folder = embedded() if path is None else Path(path)
-    return Pipeline.from_parts(load_folder(folder, runtime), runtime, folder.resolve().name)
+    runtime, model = choose(device, dtype), embedded() if path is None else path
+    parts = load_parts(
+        model,
+        runtime,
+        revision=revision,
+        variant=variant,
+        unet=unet,
+        vae=vae,
+        text_encoder=text_encoder,
+        text_encoder_2=text_encoder_2,
+        prediction_type=prediction_type,
+        ema=ema,
+    )
+    place = Path(model).resolve()
+    return Pipeline.from_parts(parts, runtime, place.stem if place.is_file() else place.name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +104,10 @@ class Pipeline:
     schedule: Schedule
     runtime: Runtime
     name: str
+    adapted: Adapted = field(default_factory=Adapted)  # LoRAs and textual inversions in `parts`
+    lora_dir: Path = Path("loras")  # where prompts' <lora:name:weight> are found
+    # The last pipeline that a request's LoRAs asked for, so that its next batch need not build it again.
+    _recent: dict[tuple[LoraUse, ...], Pipeline] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def from_parts(cls, parts: Parts, runtime: Runtime | None = None, name: str = "model") -> Pipeline:
@@ -110,20 +130,95 @@ class Pipeline:
         """The first 10 hex digits of the SHA-256 of the U-Net's file; None for parts made in memory."""
         if self.parts.weights is None:
             return None
-        with self.parts.weights.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:10]
+        return sha256(*weight_files(self.parts.weights))[:10]
 
     @property
     def text(self) -> TextEncoder:
-        return TextEncoder(self.parts.tokenizer, self.parts.text_encoder)
+        parts = self.parts
+        pairs = ((parts.tokenizer, parts.text_encoder), (parts.tokenizer_2, parts.text_encoder_2))
+        return TextEncoder(tuple(Clip(*pair) for pair in pairs if pair[1] is not None))
 
-    def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write a folder that `ldm.load` and diffusers open, all of it or nothing."""
-        save_folder(Path(folder), self.parts, dtype)
+    def save(
+        self, path: str | Path, dtype: torch.dtype | None = None, max_shard_size: str | None = None
+    ) -> None:
+        """Write a folder that `ldm.load` and diffusers open, or a `.safetensors` file; all of it or nothing.
+
+        Args:
+            dtype: of the weights, by default as they are.
+            max_shard_size: "5GB", "500MB": cut larger files of a folder.
+
+        Raises:
+            UserError: if `path` cannot be written to, or a single file cannot hold this model.
+        """
+        save_model(Path(path), self.fuse().parts, dtype, max_shard_size)
+
+    def to_diffusers(self) -> Any:
+        """diffusers' pipeline of the class that fits this model, over the same memory."""
+        from ldm.checkpoint.peers import to_diffusers
+
+        return to_diffusers(self.fuse().parts)
 
     def unknown_words(self, prompt: str) -> list[str]:
         """The prompt's words that the model has never seen; none where the model does not list its words."""
         return self.parts.unknown_words(prompt)
+
+    # --- adapters: each gives a new pipeline that shares the tensors of this one ---------------------------
+
+    def with_lora(
+        self, file: str | Path | LoraFile, weight: float = 1.0, text_weight: float | None = None
+    ) -> Pipeline:
+        """This pipeline with a LoRA (or LoHa, LoKr, DoRA) beside those it has; its name is the file's.
+
+        Args:
+            file: in the names of diffusers, peft or kohya; one that is there already gets the new weight.
+            weight: on the U-Net; 0 is none, 1 as trained.
+            text_weight: on the text encoders; by default the same.
+
+        Raises:
+            UserError: if the file is damaged, or does not belong to this model wholly: says which and why.
+        """
+        read = file if isinstance(file, LoraFile) else read_lora(file)
+        lora = Lora(read, read.name, weight, weight if text_weight is None else text_weight)
+        others = {each.name: each for each in self.adapted.loras}
+        if lora.name in others and others[lora.name].file.sha256 != read.sha256:
+            raise UserError(f"{read.path} and {others[lora.name].file.path} have one name: rename one")
+        return self._with(replace(self.adapted, loras=tuple({**others, lora.name: lora}.values())))
+
+    def with_embedding(self, file: str | Path, name: str | None = None) -> Pipeline:
+        """This pipeline with a textual inversion, written as `name` in prompts. Raises UserError."""
+        words = (*self.adapted.embeddings, read_embedding(file, name))
+        return self._with(replace(self.adapted, embeddings=words))
+
+    def fuse(self) -> Pipeline:
+        """The same pictures, up to rounding, with LoRAs in the weights: faster, but those are copies."""
+        return self if self.adapted.fused else self._with(replace(self.adapted, fused=True))
+
+    def unfuse(self) -> Pipeline:
+        """The inverse: weights are the very tensors of `base` again, and LoRAs are computed beside them."""
+        return self._with(replace(self.adapted, fused=False)) if self.adapted.fused else self
+
+    @property
+    def base(self) -> Pipeline:
+        """This pipeline without adapters: the tensors that were loaded."""
+        original = self.adapted.original
+        return self if original is None else replace(self, parts=original, adapted=Adapted())
+
+    def for_request(self, request: Request) -> Pipeline:
+        """This pipeline with the LoRAs that a request names, found among its own or in `lora_dir`."""
+        loras = wanted_loras(request, self.adapted.loras, self.lora_dir)
+        wanted = replace(self.adapted, loras=loras)
+        if wanted.uses == self.adapted.uses:
+            return self
+        made = self._recent.get(wanted.uses)
+        if made is None:
+            made = self._with(wanted)
+            self._recent.clear()
+            self._recent[wanted.uses] = made
+        return made
+
+    def _with(self, adapted: Adapted) -> Pipeline:
+        parts, adapted = adapt(self.base.parts, adapted)
+        return replace(self, parts=parts, adapted=adapted)
 
     # --- drawing -----------------------------------------------------------------------------------------
 
@@ -152,16 +247,37 @@ class Pipeline:
         sampler: str | Solver | None = None,
         spacing: str | None = None,
         guidance: Guidance | None = None,
+        image: str | Path | InMemory | None = None,
+        mask_image: str | Path | InMemory | None = None,
+        strength: float | None = None,
+        image_guidance_scale: float | None = None,
+        noise_level: int | None = None,
+        prompt_2: str | Sequence[str] | None = None,
+        negative_prompt_2: str | Sequence[str] | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        original_size: tuple[int, int] | None = None,
+        crops_coords_top_left: tuple[int, int] | None = None,
+        target_size: tuple[int, int] | None = None,
+        negative_original_size: tuple[int, int] | None = None,
+        negative_crops_coords_top_left: tuple[int, int] | None = None,
+        negative_target_size: tuple[int, int] | None = None,
+        aesthetic_score: float | None = None,
+        negative_aesthetic_score: float | None = None,
     ) -> Result:
         """Draw. Names and meanings are those of diffusers; None is the model's default.
 
         Args:
             prompt: one text or several; "" draws without one.
+            height, width: in pixels; by default the image's, if there is one, cut to multiples of 8.
             seed: picture k is drawn with seed + k; a list gives each its own; None starts at a random one.
             latents: [images, C, h, w] unit noise, instead of what the seeds give.
             sampler: a name in any spelling, or a function like those in `ldm.solvers`.
             spacing: where the sampler's steps lie ("karras", "trailing", ...).
             guidance: a function like `ldm.guidance.CFG`, instead of guidance_scale and guidance_rescale.
+            image: to draw from: a path, a PIL image, or [3, H, W] in 0..1; resized as in diffusers.
+            mask_image: white where an inpainting model draws anew; the rest keeps the image's own pixels.
+            strength: the share of the steps that is drawn, from the image with as much noise.
             output_type: "pil" (list), "np" [B, H, W, 3] in 0..1, "pt" [B, 3, H, W] in 0..1, or "latent".
             callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}) with the latents at
                 the network's scale, x / sqrt(sigma^2 + 1); what it returns under "latents" replaces them.
@@ -169,43 +285,10 @@ class Pipeline:
         Raises:
             UserError: naming the argument that is not allowed, its value and what is.
         """
-        if num_images_per_prompt < 1:
-            raise UserError(f"num_images_per_prompt {num_images_per_prompt} is not allowed: give at least 1")
-        prompts = one_each(prompt, 1 if prompt_embeds is None else len(prompt_embeds), "prompt")
-        negatives = one_each(negative_prompt, len(prompts), "negative_prompt")
-        count = len(prompts) * num_images_per_prompt
-        generators = own_generators(generator, count)
-        seeds = own_seeds(seed, generators, count)
-        common = Request(
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            timesteps=None if timesteps is None else tuple(timesteps),
-            sigmas=None if sigmas is None else tuple(sigmas),
-            guidance_scale=guidance_scale,
-            guidance_rescale=guidance_rescale,
-            eta=eta,
-            clip_skip=clip_skip,
-            sampler=None if callable(sampler) else sampler,
-            spacing=spacing,
-        )
-        requests = [
-            common.replace(
-                prompt=prompts[p], negative_prompt=negatives[p], seeds=seeds[k : k + num_images_per_prompt]
-            )
-            for p, k in enumerate(range(0, count, num_images_per_prompt))
-        ]
-        beside = Beside(
-            generators=generators,
-            latents=latents,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            solver=sampler if callable(sampler) else None,
-            guidance=guidance,
-        )
+        requests, beside = split_call(locals())
         on_step = None
         if callback_on_step_end is not None:
-            on_step = self._on_step(callback_on_step_end, self.plan(common, beside).grid)
+            on_step = self._on_step(callback_on_step_end, self.plan(requests[0], beside).grid)
         return self.generate(requests, on_step, output_type, beside)
 
     def generate(
@@ -221,113 +304,61 @@ class Pipeline:
         """
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"output_type {output_type!r} is not allowed: give {', '.join(OUTPUT_TYPES)}")
-        requests = [self.resolve(each) for each in ([request] if isinstance(request, Request) else request)]
-        plan, drawn = self.plan(requests[0], beside), []
-        for batch in batches(list_pictures(requests, beside, self.text, plan.shape), plan.at_once):
-            for step in self._steps(plan, batch):
+        asked = [request] if isinstance(request, Request) else request
+        requests = [self.resolve(each, beside) for each in asked]
+        if len({each.loras for each in requests}) > 1:
+            raise UserError("prompts of one call have the same LoRAs: give those with others to another call")
+        if (pipe := self.for_request(requests[0])) is not self:
+            return pipe.generate(requests, on_step, output_type, beside)
+        plan, start = self.plan(requests[0], beside), self._start(requests[0], beside)
+        pictures, drawn = list_pictures(requests, beside, self.text, self.parts, plan.shape), []
+        for batch in batches(pictures, plan.at_once):
+            for step in self._steps(plan, start, batch):
                 if on_step is not None:
                     on_step(step)
             latents = step.x * plan.grid.final_scale
-            drawn.append(latents if output_type == "latent" else self.decode(latents))
+            drawn.append(latents if output_type == "latent" else start.finish(self.decode(latents)))
         return Result(as_output(torch.cat(drawn), output_type), tuple(requests))
 
     def denoise(self, request: Request, beside: Beside = NOTHING) -> Iterator[Step]:
         """Draw a request's pictures in one batch, step by step. `decode` makes images of `x0` of a Step."""
-        request = self.resolve(request)
-        plan = self.plan(request, beside)
-        return self._steps(plan, list_pictures([request], beside, self.text, plan.shape))
+        request = self.resolve(request, beside)
+        if (pipe := self.for_request(request)) is not self:
+            return pipe.denoise(request, beside)
+        plan, start = self.plan(request, beside), self._start(request, beside)
+        return self._steps(plan, start, list_pictures([request], beside, self.text, self.parts, plan.shape))
+
+    def encode(self, images: Tensor) -> Encoded:
+        """Images [B, 3, H, W] in 0..1 -> the Gaussian over latents that the VAE makes of them, fp32."""
+        return networks.encode(self.vae, images)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, c, h, w], as a VAE gives them -> images [B, 3, H, W] in 0..1, fp32."""
-        images = finite(self.vae, lambda vae: _decode(vae, latents), "the VAE's decoder")
-        return (images / 2 + 0.5).clamp(0, 1)
+        return networks.decode(self.vae, latents)
 
-    def resolve(self, request: Request) -> Request:
+    def resolve(self, request: Request, beside: Beside = NOTHING) -> Request:
         """The request with the model's defaults in place of None. Raises UserError if the model cannot."""
-        defaults, factor = self.parts.defaults, self.vae.downscale
-        height, width = self._default_size()
-        name = request.sampler or defaults.sampler or self.schedule.default_sampler
-        sampler, implied = resolve_sampler(name)
-        scale, eta = request.guidance_scale, request.eta
-        full = request.replace(
-            height=request.height or height,
-            width=request.width or width,
-            guidance_scale=defaults.guidance_scale if scale is None else scale,
-            sampler=sampler.name,
-            spacing=self._spacing(request, sampler, implied),
-            eta=sampler.options.get("eta") if eta is None else eta,
-            num_inference_steps=count_steps(request) or defaults.num_inference_steps,
-            model=request.model or self.name,
-            model_hash=request.model_hash or self.model_hash,
-        )
-        for side, pixels in (("height", full.height), ("width", full.width)):
-            if pixels is not None and pixels % factor:
-                raise UserError(
-                    f"{side} {pixels} is not allowed: this model draws multiples of {factor} pixels"
-                )
-        return full
+        return resolve(self, request, beside)
 
     def plan(self, request: Request, beside: Beside = NOTHING) -> Plan:
         """How a request is drawn. Raises UserError for a grid that this model's schedule does not have."""
-        height, width, scale = request.height, request.width, request.guidance_scale
-        if height is None or width is None or scale is None or request.sampler is None:
-            return self.plan(self.resolve(request), beside)
-        sampler, _ = resolve_sampler(beside.solver or request.sampler)
-        own = request.timesteps or request.sigmas
-        grid = self.schedule.grid(
-            None if own else request.num_inference_steps,
-            None if own else request.spacing,
-            sampler,
-            timesteps=request.timesteps,
-            sigmas=request.sigmas,
-        )
-        factor = self.vae.downscale
-        return Plan(
-            shape=(self.vae.latent_channels, height // factor, width // factor),
-            at_once=self.runtime.images_at_once(height, width),
-            grid=grid,
-            sampler=sampler,
-            options={"eta": request.eta} if sampler.takes_eta and request.eta is not None else {},
-            # As in diffusers, a scale of at most 1 means no guidance.
-            guidance=beside.guidance or CFG(max(scale, 1.0), request.guidance_rescale),
-        )
+        return make_plan(self, request, beside)
 
-    def _spacing(self, request: Request, sampler: Sampler, implied: str | None) -> str | None:
-        """Named in full, so that the request draws the same picture when defaults change."""
-        if request.timesteps or request.sigmas:
-            return request.spacing
-        return self.schedule.spacing_for(sampler, request.spacing or implied or self.parts.defaults.spacing)
+    def _start(self, request: Request, beside: Beside) -> tasks.Start:
+        return tasks.start(request, beside, self.parts, self.encode, self.runtime.device)
 
-    def _default_size(self) -> tuple[int, int]:
-        """(height, width) in pixels: what the model was trained on."""
-        defaults, side = self.parts.defaults, self.unet.config.sample_size or 64
-        height, width = (side, side) if isinstance(side, int) else side
-        return defaults.height or height * self.vae.downscale, defaults.width or width * self.vae.downscale
-
-    def _steps(self, plan: Plan, batch: Sequence[Picture]) -> Iterator[Step]:
-        """Draw one batch: unit noise, scaled to the first sigma, then whatever the solver does with it."""
+    def _steps(self, plan: Plan, start: tasks.Start, batch: Sequence[Picture]) -> Iterator[Step]:
+        """Draw one batch: the first state, then whatever the solver does with it."""
         noise = plan.sampler.noise([picture.source for picture in batch])
         given = [picture.latents for picture in batch if picture.latents is not None]
-        unit = torch.stack(given) if given else noise.initial(plan.shape)
-        x = unit.to(self.runtime.device, torch.float32) * plan.grid.initial_scale
-        branches = {
-            "cond": Conditioning.cat([picture.cond for picture in batch]),
-            "uncond": Conditioning.cat([picture.uncond for picture in batch]),
-        }
-        denoise = plan.guidance(self._predict(plan.grid, branches), self.schedule.prediction.x0)
+        unit = torch.stack(given) if given else None
+        x, concat = start.begin(noise, unit, plan.shape, plan.grid, self.runtime.device)
+        cond = Conditioning.cat([picture.cond for picture in batch])
+        uncond = Conditioning.cat([picture.uncond for picture in batch])
+        branches = tasks.branches(cond, uncond, concat, tasks.kind_of(self.parts))
+        predict = networks.predict(self.unet, plan.grid, branches)
+        denoise = plan.guidance(predict, self.schedule.prediction.x0)
         return plan.sampler.solver(denoise, x, plan.grid.sigmas, noise, **plan.options)
-
-    def _predict(self, grid: Grid, branches: Mapping[str, Conditioning]) -> Predict:
-        """The U-Net's raw output, fp32, for the branches that a guidance asks for, in one call."""
-
-        def predict(x: Tensor, sigma: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
-            tokens = Conditioning.cat([branches[name] for name in names]).tokens
-            sample = (x * c_in(sigma)).repeat(len(names), 1, 1, 1)
-            timestep = float(grid.t(sigma))
-            out = finite(self.unet, lambda unet: _unet(unet, sample, timestep, tokens), "the U-Net")
-            return dict(zip(names, out.chunk(len(names)), strict=True))
-
-        return predict
 
     def _on_step(self, callback: Callback, grid: Grid) -> OnStep:
         def on_step(step: Step) -> None:
@@ -338,18 +369,3 @@ class Pipeline:
                 step.x.copy_(answer["latents"] * scale)
 
         return on_step
-
-
-# --- the networks' boundary: casts to their dtype and layout are here and nowhere else ----------------------
-
-
-def _unet(unet: UNet, sample: Tensor, timestep: float, tokens: Tensor) -> Tensor:
-    dtype = unet.conv_in.weight.dtype
-    sample = sample.to(dtype, memory_format=torch.channels_last)
-    out: Tensor = unet(sample, timestep, tokens.to(dtype))
-    return out
-
-
-def _decode(vae: AutoencoderKL | AutoencoderTiny, latents: Tensor) -> Tensor:
-    weight = next(vae.parameters())
-    return vae.decode(latents.to(weight.device, weight.dtype, memory_format=torch.channels_last))

@@ -13,14 +13,31 @@ import secrets
 from collections.abc import Sequence
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from ldm.errors import UserError
+from ldm.tags import take_tags
 
 VERSION = 1  # of the JSON form
 MAX_SIDE = 4096
 MAX_STEPS = 1000
 MAX_SEED = 2**63 - 1
+
+
+def _writable(text: str) -> str:
+    # Undecodable bytes of a command line arrive as lone surrogates, which no PNG chunk can hold.
+    if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
+        raise ValueError("not writable")
+    return text
+
 
 Side = Annotated[
     int, Field(ge=8, le=MAX_SIDE, multiple_of=8, description=f"a multiple of 8 from 8 to {MAX_SIDE}")
@@ -38,7 +55,13 @@ Levels = Annotated[
     tuple[Level, ...],
     Field(min_length=1, max_length=MAX_STEPS + 1, description="finite numbers from 0 up, strictly falling"),
 ]
-Text = Annotated[str, Field(description="valid Unicode text without NUL characters")]
+Text = Annotated[
+    str, AfterValidator(_writable), Field(description="valid Unicode text without NUL characters")
+]
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$", description="a SHA-256 in 64 hex digits")]
+Pixels = Annotated[int, Field(ge=0, le=2**20)]
+Size = Annotated[tuple[Pixels, Pixels], Field(description="two whole numbers of pixels, height first")]
+NoiseLevel = Annotated[int, Field(ge=0, description="a whole number from 0 up")]
 
 
 class _Checked(BaseModel):
@@ -53,6 +76,22 @@ class _Checked(BaseModel):
             raise UserError(_explain(type(self), error)) from None
 
 
+class LoraUse(_Checked):
+    """An adapter by its name, how strongly it acts, and which file it was."""
+
+    name: Text
+    weight: Scale = 1.0  # on the U-Net
+    text_weight: Scale | None = None  # on the text encoders; None: the same
+    sha256: Digest | None = None
+
+
+class EmbeddingUse(_Checked):
+    """A textual inversion by the word that it is written as, and which file it was."""
+
+    name: Text
+    sha256: Digest
+
+
 class Request(_Checked):
     """What to draw. One picture per seed; the pictures of one request share everything else.
 
@@ -61,11 +100,20 @@ class Request(_Checked):
     "DPM++ 2M Karras" also sets `spacing`. `timesteps` or `sigmas` replace the grid that
     `num_inference_steps` and `spacing` would give.
 
+    `image` and `mask_image` are paths; the pipeline notes the SHA-256 of their bytes beside them, so that a
+    picture drawn from a file is not drawn again from another one. The sizes of SDXL are (height, width): of
+    the picture that the drawn one is to look like a crop of; None is the drawn one's own, and a negative one
+    that is None is that of the prompt.
+
+    Tags in the prompt, `<lora:name:0.8>`, leave it and become `loras`: None is those that the pipeline has.
+
     Raises `ldm.errors.UserError`, naming the field, its value and what is allowed.
     """
 
     prompt: Text = ""
-    negative_prompt: Text = ""
+    negative_prompt: Text | None = None  # None and "" differ in SDXL: zeros, or the encoding of no words
+    prompt_2: Text | None = None  # for a second text encoder; None: as the first
+    negative_prompt_2: Text | None = None
     height: Side | None = None  # pixels
     width: Side | None = None
     num_inference_steps: Steps | None = None
@@ -78,12 +126,42 @@ class Request(_Checked):
     clip_skip: Layers | None = None
     timesteps: Levels | None = None
     sigmas: Levels | None = None
+    image: Text | None = None  # path
+    image_sha256: Digest | None = None
+    mask_image: Text | None = None  # path; white is drawn anew
+    mask_image_sha256: Digest | None = None
+    strength: Fraction | None = None  # of the steps, the share that is drawn, from the image
+    image_guidance_scale: Scale | None = None  # instruct-pix2pix
+    noise_level: NoiseLevel | None = None  # x4 upscaler: timestep to which its input is noised
+    original_size: Size | None = None
+    crops_coords_top_left: Size | None = None
+    target_size: Size | None = None
+    negative_original_size: Size | None = None
+    negative_crops_coords_top_left: Size | None = None
+    negative_target_size: Size | None = None
+    aesthetic_score: Scale | None = None  # SDXL refiner
+    negative_aesthetic_score: Scale | None = None
+    loras: Annotated[tuple[LoraUse, ...], Field(description="a list of adapters")] | None = None
+    embeddings: Annotated[tuple[EmbeddingUse, ...], Field(description="a list of words")] | None = None
     model: Text | None = None  # for the record in the PNG: not used to find the model
     model_hash: Text | None = None
 
     @property
     def num_images(self) -> int:
         return len(self.seeds)
+
+    @property
+    def num_grid_steps(self) -> int | None:
+        """Steps of the whole grid, given by a number or by the grid itself."""
+        if self.timesteps is not None:
+            return len(self.timesteps)
+        return self.num_inference_steps if self.sigmas is None else len(self.sigmas) - 1
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that are drawn: the last `strength` of the grid's, rounded down; 0 if not known."""
+        steps = self.num_grid_steps or 0
+        return steps if self.strength is None else int(steps * self.strength)
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, validated again."""
@@ -124,19 +202,33 @@ class Request(_Checked):
             fields["spacing"] = resolve_spacing(_name("spacing", fields["spacing"]))
         return fields
 
+    @model_validator(mode="before")
+    @classmethod
+    def _tags_are_loras(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        texts = {name: fields[name] for name in _PROMPTS if isinstance(fields.get(name), str)}
+        taken = {name: take_tags(text) for name, text in texts.items()}
+        for name, (_, uses) in taken.items():
+            if uses and name != "prompt":
+                raise UserError(f"{name} has a <lora:...> tag: write it in the prompt, or give it by --lora")
+        text, uses = taken.get("prompt", ("", []))
+        if not uses:
+            return fields
+        return {**fields, "prompt": text, "loras": [*(fields.get("loras") or ()), *uses]}
+
+    @field_validator("loras")
+    @classmethod
+    def _each_once(cls, loras: tuple[LoraUse, ...] | None) -> tuple[LoraUse, ...] | None:
+        names = [use.name for use in loras or ()]
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"the LoRA {name} is given twice: give it once, with one weight")
+        return loras or None
+
     @model_validator(mode="after")
     def _one_grid(self) -> Self:
         if self.timesteps is not None and self.sigmas is not None:
             raise UserError("give timesteps or sigmas, not both: each is a whole grid")
         return self
-
-    @field_validator("prompt", "negative_prompt", "model", "model_hash")
-    @classmethod
-    def _writable_text(cls, text: str | None) -> str | None:
-        # Undecodable bytes of a command line arrive as lone surrogates, which no PNG chunk can hold.
-        if text is not None and ("\0" in text or any("\ud800" <= c <= "\udfff" for c in text)):
-            raise ValueError("not writable")
-        return text
 
     @field_validator("timesteps", "sigmas")
     @classmethod
@@ -144,6 +236,9 @@ class Request(_Checked):
         if levels is not None and any(a <= b for a, b in itertools.pairwise(levels)):
             raise ValueError("not falling")
         return levels
+
+
+_PROMPTS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2")
 
 
 def consecutive_seeds(seed: int | Sequence[int] | None, count: int = 1) -> tuple[int, ...]:

@@ -52,8 +52,8 @@ class Runtime:
         """Move a module here, ready to draw: evaluation mode, no gradients, convolutions channels_last."""
         module.eval().requires_grad_(False)
         module.to(self.device, dtype or self.dtype)
-        if self.device.type != "mps":
-            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
+        layout = torch.contiguous_format if self.device.type == "mps" else torch.channels_last
+        module.to(memory_format=layout)  # type: ignore[call-overload]  # torch's stubs lack it
         return module
 
     def images_at_once(self, height: int, width: int) -> int:

@@ -27,6 +27,7 @@ _CLASSES = {
     "UniPCMultistepScheduler": _LINEAR,
     "LCMScheduler": (0.00085, 0.012, "scaled_linear"),
 }
+_DEFAULT_CLASS = "DDIMScheduler"
 
 _HONOURED = {
     "_class_name", "algorithm_type", "beta_end", "beta_schedule", "beta_start", "final_sigmas_type",
@@ -43,7 +44,7 @@ _HONOURED = {
 _HARMLESS = {
     "_diffusers_version", "_use_default_values", "clip_sample_range", "dynamic_thresholding_ratio",
     "euler_at_final", "flow_shift", "lower_order_final", "noise_sampler_seed", "sample_max_value",
-    "skip_prk_steps", "time_shift_type", "timestep_scaling",
+    "skip_prk_steps", "tensor_format", "time_shift_type", "timestep_scaling",
 }  # fmt: skip
 
 # Keys that may only say that a feature is off. An absent `clip_sample` counts as off: pixels are bounded,
@@ -53,6 +54,7 @@ _OFF: dict[str, tuple[Any, ...]] = {
     "disable_corrector": ([], ()),
     "interpolation_type": ("linear",),
     "lambda_min_clipped": (-math.inf, "-inf", "-Infinity"),
+    "predict_epsilon": (True,),
     "predict_x0": (True,),
     "shift_terminal": (None,),
     "sigma_max": (None,),
@@ -82,16 +84,9 @@ def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in config.items():
         if key in _OFF and value not in _OFF[key]:
             raise UserError(f"scheduler_config.json: {key}={value!r} is not supported; {_OFF[key][0]!r} is")
-        if key not in _OFF and key not in _HONOURED and key not in _HARMLESS:
-            raise UserError(f"scheduler_config.json: unknown key {key!r}; remove it if it does not matter")
-    class_name = config.get("_class_name", "DDIMScheduler")
-    if class_name not in _CLASSES:
-        raise UserError(
-            f"scheduler_config.json: {class_name} is not supported; one of {', '.join(_CLASSES)} is"
-        )
-    betas = _betas(config, *_CLASSES[class_name])
+    class_name, alphas_cumprod = config.get("_class_name", _DEFAULT_CLASS), noise_levels(config)
     return {
-        "alphas_cumprod": torch.cumprod(1 - betas, dim=0).double(),
+        "alphas_cumprod": alphas_cumprod,
         "prediction": _choice(
             config, "prediction_type", "epsilon", {each.value: each for each in Prediction}
         ),
@@ -103,6 +98,25 @@ def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "final_sigmas_type": _choice(config, "final_sigmas_type", "zero", _FINAL),
         "lcm_steps": config.get("original_inference_steps", 50),
     }
+
+
+def noise_levels(config: Mapping[str, Any]) -> Tensor:
+    """alphas_cumprod [T] in fp64: all that noising wants of a scheduler config, as of `low_res_scheduler`.
+
+    Keys that only matter for the way back, such as `clip_sample`, may have any value.
+
+    Raises:
+        UserError: for a class or key that is not known, and for betas that are not supported.
+    """
+    for key in config:
+        if key not in _OFF and key not in _HONOURED and key not in _HARMLESS:
+            raise UserError(f"scheduler_config.json: unknown key {key!r}; remove it if it does not matter")
+    class_name = config.get("_class_name", _DEFAULT_CLASS)
+    if class_name not in _CLASSES:
+        raise UserError(
+            f"scheduler_config.json: {class_name} is not supported; one of {', '.join(_CLASSES)} is"
+        )
+    return torch.cumprod(1 - _betas(config, *_CLASSES[class_name]), dim=0).double()
 
 
 def _betas(config: Mapping[str, Any], start: float, end: float, kind: str) -> Tensor:

@@ -1,26 +1,32 @@
-"""Prompt -> token ids -> embedding: CLIP's tokenizer and text encoder, for prompts of any length.
+"""Prompt -> token ids -> embedding: CLIP's tokenizers and text encoders, for prompts of any length.
 
 A text encoder reads one window of `model_max_length` tokens (77 in Stable Diffusion). A longer prompt is not
 cut: it is read in several windows, each with its own start and end, and their embeddings follow each other.
+
+SD 1 and 2 have one encoder and take its last layer. SDXL has two, side by side in the channels, takes the
+last layer but one without the final norm, and also the second's pooled text, which is that of the first
+window. Its refiner has the second only.
 """
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ldm.conditioning import Conditioning
 from ldm.errors import UserError
 from ldm.runtime import finite
 
 
 @dataclass(frozen=True)
-class TextEncoder:
-    """transformers' CLIPTokenizer and CLIPTextModel."""
+class Clip:
+    """transformers' CLIPTokenizer and its CLIPTextModel or CLIPTextModelWithProjection."""
 
     tokenizer: Any
     model: Any
@@ -32,14 +38,13 @@ class TextEncoder:
 
     @property
     def width(self) -> int:
-        """Channels D of an embedding."""
+        """Channels of an embedding."""
         return int(self.model.config.hidden_size)
 
     @property
-    def device(self) -> torch.device:
-        """Where embeddings are made."""
-        device: torch.device = next(self.model.parameters()).device
-        return device
+    def pools(self) -> bool:
+        """Whether it gives pooled text too."""
+        return hasattr(self.model, "text_projection")
 
     def count_windows(self, prompt: str) -> int:
         """How many windows a prompt needs: at least 1, for the empty one too."""
@@ -62,47 +67,116 @@ class TextEncoder:
         return torch.tensor([row + [pad] * (self.window - len(row)) for row in rows])
 
     def encode(
-        self, prompts: Sequence[str], clip_skip: int | None = None, windows: int | None = None
-    ) -> Tensor:
-        """The embedding of each prompt: [B, windows * N, D], fp32.
+        self, prompts: Sequence[str], windows: int, layer: int = -1, norm: bool = True
+    ) -> Conditioning:
+        """Tokens [B, windows * N, D] and, where it pools, pooled text [B, P] of each prompt, fp32.
+
+        Args:
+            layer: whose output to take: -1 is the last layer, -2 the penultimate.
+            norm: put it through the final norm.
+        """
+        ids = torch.cat([self.tokenise(prompt, windows) for prompt in prompts])
+        length = ids.shape[1]
+        # One tensor, so that both are made again should one of them hold NaN.
+        flat = finite(self.model, lambda model: _read(model, ids, layer, norm), "the text encoder")
+        tokens = flat[:, : length * self.width].reshape(len(prompts), -1, self.width)
+        pooled = flat[::windows, length * self.width :]
+        return Conditioning(tokens, pooled if self.pools else None)
+
+    def _ids(self, prompt: str) -> list[int]:
+        # Without `verbose` transformers would complain of the length, which is no fault here.
+        ids: list[int] = self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+        return spell_out(ids, self.tokenizer.get_added_vocab())
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """All that a model reads prompts with: one or two encoders."""
+
+    clips: tuple[Clip, ...]
+
+    @property
+    def window(self) -> int:
+        """Tokens in one window, its start and end included."""
+        return self.clips[0].window
+
+    @property
+    def width(self) -> int:
+        """Channels D of an embedding."""
+        return sum(clip.width for clip in self.clips)
+
+    @property
+    def pools(self) -> bool:
+        """Whether it gives pooled text too (SDXL)."""
+        return any(clip.pools for clip in self.clips)
+
+    @property
+    def device(self) -> torch.device:
+        """Where embeddings are made."""
+        device: torch.device = next(self.clips[0].model.parameters()).device
+        return device
+
+    def encode(
+        self,
+        prompts: Sequence[str],
+        clip_skip: int | None = None,
+        windows: int | None = None,
+        prompts_2: Sequence[str] | None = None,
+    ) -> Conditioning:
+        """The tokens [B, windows * N, D] and pooled text [B, P] of each prompt, fp32.
 
         Args:
             prompts: B texts; "" is the unconditional one.
-            clip_skip: leave out that many of the last layers (1: the penultimate layer's output), then norm.
+            clip_skip: leave out that many layers more than the model itself does: without pooled text the
+                last one (1 is the penultimate, then norm), with it the last but one (1 is the one before).
             windows: how many to read, for all prompts alike; by default as many as the longest needs.
+            prompts_2: what the second encoder reads, by default the same.
 
         Raises:
             UserError: for a clip_skip that leaves no layer.
         """
-        needed = max(map(self.count_windows, prompts))
-        windows = windows or needed
+        texts = [prompts, prompts if prompts_2 is None else prompts_2][: len(self.clips)]
+        each = list(zip(self.clips, texts, strict=True))
+        needed = max(clip.count_windows(text) for clip, column in each for text in column)
         if needed > 1:
             warnings.warn(
                 f"a prompt is longer than the {self.window - 2} tokens that this text encoder reads at once: "
                 f"it is read in {needed} parts",
                 stacklevel=2,
             )
-        ids = torch.cat([self.tokenise(prompt, windows) for prompt in prompts])
-        tokens = finite(self.model, lambda model: _hidden(model, ids, clip_skip), "the text encoder")
-        return tokens.reshape(len(prompts), -1, tokens.shape[-1])
+        layer = -1 - self.pools - self._skipped(clip_skip)
+        norm = not self.pools
+        read = [clip.encode(column, windows or needed, layer, norm) for clip, column in each]
+        return Conditioning(torch.cat([part.tokens for part in read], -1), read[-1].pooled)
 
-    def _ids(self, prompt: str) -> list[int]:
-        # Without `verbose` transformers would complain of the length, which is no fault here.
-        ids: list[int] = self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
+    def _skipped(self, clip_skip: int | None) -> int:
+        layers = min(int(clip.model.config.num_hidden_layers) for clip in self.clips) - self.pools
+        if clip_skip is not None and not 0 <= clip_skip < layers:
+            raise UserError(
+                f"clip_skip {clip_skip} is not allowed: this text encoder has {layers} layers to read from"
+            )
+        return clip_skip or 0
 
 
-def _hidden(model: Any, ids: Tensor, clip_skip: int | None) -> Tensor:
-    """[B, N] ids -> [B, N, D]: the last layer's output, or an earlier one's, through the final norm."""
-    layers = model.config.num_hidden_layers
-    if clip_skip is not None and not 0 <= clip_skip < layers:
-        raise UserError(f"clip_skip {clip_skip} is not allowed: this text encoder has {layers} layers")
-    ids = ids.to(next(model.parameters()).device)
-    if not clip_skip:
-        last: Tensor = model(input_ids=ids).last_hidden_state
-        return last
-    hidden = model(input_ids=ids, output_hidden_states=True).hidden_states[-(clip_skip + 1)]
-    # transformers < 5.6 keeps the layers in an inner module.
-    final_norm: nn.Module = getattr(model, "text_model", model).final_layer_norm
-    normed: Tensor = final_norm(hidden)
-    return normed
+def spell_out(ids: Sequence[int], added: Mapping[str, int]) -> list[int]:
+    """The ids with each learnt word's further vectors after its first: <cat> is <cat> <cat>_1 <cat>_2 ..."""
+    words = {i: word for word, i in added.items()}
+    spelt: list[int] = []
+    for i in ids:
+        spelt.append(i)
+        if i in words:
+            further = (added.get(f"{words[i]}_{n}") for n in itertools.count(1))
+            spelt += itertools.takewhile(lambda each: each is not None, further)  # type: ignore[arg-type]
+    return spelt
+
+
+def _read(model: Any, ids: Tensor, layer: int, norm: bool) -> Tensor:
+    """[B, N] ids -> [B, N * D + P]: a layer's output and, where the model has any, its pooled text."""
+    out = model(input_ids=ids.to(next(model.parameters()).device), output_hidden_states=True)
+    hidden = out.hidden_states[layer]
+    if norm:
+        # transformers < 5.6 keeps the layers in an inner module.
+        final_norm: nn.Module = getattr(model, "text_model", model).final_layer_norm
+        hidden = final_norm(hidden)
+    pooled = [out.text_embeds] if "text_embeds" in out else []
+    return torch.cat([part.flatten(1) for part in (hidden, *pooled)], 1)

@@ -1,10 +1,16 @@
-"""Time drawing side by side with diffusers: `python scripts/bench.py --model weights/postcard --steps 10`.
+"""Drawing and loading side by side with diffusers.
 
-Both draw with the same weights in the same process, in turn; the table gives medians and their ratio. `cold`
-is a whole `txt2img` in a new process, from the shell to the written PNG.
+python scripts/bench.py --model weights/postcard --steps 10      both draw in the same process, in turn
+python scripts/bench.py load --model FOLDER --dtype bf16         each loads in a new process, in turn
+
+The tables give medians and their ratio. `cold` is a whole `txt2img` in a new process, from the shell to the
+written PNG. Loading is measured from after the imports on, the files being in the page cache; memory is
+Linux's (/proc): anonymous when the model is there, resident at the peak, both beyond what the imports took.
 """
 
 import argparse
+import json
+import re
 import statistics
 import subprocess
 import sys
@@ -52,13 +58,84 @@ def warm(args: argparse.Namespace, name: str) -> None:
         print(f"| {name}, batch {batch} | {a:.3f} | {b:.3f} | {b / a:.2f} |")
 
 
+def load(args: argparse.Namespace) -> None:
+    """Each peer in turn, in processes of their own."""
+    for file in args.model.rglob("*.safetensors"):
+        file.read_bytes()  # into the page cache
+    found: dict[str, list[dict[str, float]]] = {"ldm": [], "diffusers": []}
+    for _ in range(args.repeats):
+        for peer in found:
+            command = [sys.executable, __file__, "load", "--peer", peer, "--dtype", args.dtype]
+            shown = subprocess.run(
+                [*command, "--model", str(args.model)], check=True, capture_output=True, text=True
+            )
+            found[peer].append(json.loads(shown.stdout.splitlines()[-1]))
+    size = found["ldm"][0]["weights_mib"]
+    print(f"weights in {args.dtype}: {size:.0f} MiB\n")
+    print("| load | ldm | diffusers | ratio | best ratio |\n|---|---|---|---|---|")
+    for name in ("imports_s", "load_s", "load_cpu_s", "anonymous_mib", "peak_mib"):
+        ours, theirs = ([run[name] for run in found[peer]] for peer in found)
+        a, b = statistics.median(ours), statistics.median(theirs)
+        print(f"| {name} | {a:.2f} | {b:.2f} | {a / b:.2f} | {min(ours) / min(theirs):.2f} |")
+        if name.endswith("mib"):
+            print(f"| {name} per weight | {a / size:.3f} | {b / size:.3f} | | |")
+
+
+def load_once(args: argparse.Namespace) -> None:
+    """Load with one peer, and print what it took as JSON."""
+    start = time.perf_counter()
+    import torch
+
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.dtype]
+    pipe: Any
+    if args.peer == "ldm":
+        import transformers.models.clip.modeling_clip
+        import transformers.models.clip.tokenization_clip  # noqa: F401
+
+        import ldm.pipeline
+
+        make = partial(ldm.load, args.model, device="cpu", dtype=args.dtype)
+    else:
+        from diffusers import StableDiffusionPipeline
+
+        make = partial(StableDiffusionPipeline.from_pretrained, args.model, torch_dtype=dtype)
+    imported, cpu, before = time.perf_counter(), time.process_time(), resident()
+    pipe = make()
+    loaded, after = time.perf_counter(), resident()
+    modules = (pipe.unet, pipe.vae, getattr(pipe, "parts", pipe).text_encoder)
+    size = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+    figures = {
+        "imports_s": imported - start,
+        "load_s": loaded - imported,
+        "load_cpu_s": time.process_time() - cpu,
+        "anonymous_mib": after["RssAnon"] - before["RssAnon"],
+        "peak_mib": after["VmHWM"] - before["VmRSS"],
+        "weights_mib": size / 2**20,
+    }
+    print(json.dumps(figures))
+
+
+def resident() -> dict[str, float]:
+    """MiB by the names in /proc/self/status."""
+    status = Path("/proc/self/status").read_text()
+    return {name: int(kib) / 1024 for name, kib in re.findall(r"^(\w+):\s+(\d+) kB$", status, re.M)}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", nargs="?", choices=("draw", "load"), default="draw")
     parser.add_argument("--model", type=Path, default=Path("weights/postcard"))
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="to load in")
+    parser.add_argument("--peer", choices=("ldm", "diffusers"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.what == "load":
+        (load_once if args.peer else load)(args)
+        return
     print("| seconds per picture | ldm | diffusers | ratio |\n|---|---|---|---|")
     for name in DTYPES:
         warm(args, name)

@@ -14,7 +14,8 @@ import torch
 @pytest.fixture(autouse=True)
 def _deterministic():
     """The same numbers in every test, whichever ran before."""
-    torch.set_num_threads(min(2, int(os.environ.get("OMP_NUM_THREADS", 2))))
+    alone = "PYTEST_XDIST_WORKER" not in os.environ
+    torch.set_num_threads(min(2 if alone else 1, int(os.environ.get("OMP_NUM_THREADS", 2))))
     torch.manual_seed(0)
     yield
     if "accelerate" in sys.modules:  # it keeps the first training's precision for the whole process
@@ -29,6 +30,21 @@ def tiny_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "tiny"
     make_folder(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory):
+    """name -> (a tiny random folder of that family, diffusers' pipeline), made once, not to be changed."""
+    from tiny_families import make_family
+
+    root, made = tmp_path_factory.mktemp("families"), {}
+
+    def get(name):
+        if name not in made:
+            made[name] = root / name, make_family(name, root / name)
+        return made[name]
+
+    return get
 
 
 @pytest.fixture

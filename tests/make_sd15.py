@@ -9,22 +9,12 @@ import tempfile
 from pathlib import Path
 
 import torch
-from tiny_pipeline import SCHEDULER, write_tokenizer
+from hub_configs import SCHEDULERS, UNETS, VAES
+from tiny_pipeline import write_tokenizer
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ldm.checkpoint import Parts, load_module, save_folder
 from ldm.models import build
-
-UNET = {"_class_name": "UNet2DConditionModel", "sample_size": 64, "cross_attention_dim": 768}
-VAE = {
-    "_class_name": "AutoencoderKL",
-    "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "layers_per_block": 2,
-    "sample_size": 512,
-}
-PNDM = {"_class_name": "PNDMScheduler", "skip_prk_steps": True, **SCHEDULER}
 
 
 def fill_randomly(module):
@@ -54,9 +44,9 @@ def make(folder):
         pad_token_id=tokenizer.pad_token_id,
     )
     with torch.device("meta"):
-        modules = build(UNET), build(VAE), CLIPTextModel(text_config)
+        modules = build(UNETS["sd1"]), build(VAES["sd1"]), CLIPTextModel(text_config)
     unet, vae, text_encoder = map(fill_randomly, modules)
-    save_folder(folder, Parts(unet, vae, text_encoder, tokenizer, PNDM))
+    save_folder(folder, Parts(unet, vae, text_encoder, tokenizer, SCHEDULERS["sd1"]))
 
 
 @torch.no_grad()

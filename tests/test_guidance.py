@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
-from ldm.guidance import CFG
+from ldm.guidance import CFG, InstructPix2Pix
 from ldm.prediction import Prediction
 from ldm.solvers import SAMPLERS, Denoised
 
@@ -54,6 +54,22 @@ def test_rescaling_is_per_image():
         return {"cond": COND[1:2], "uncond": UNCOND[1:2]}
 
     assert torch.allclose(CFG(7.5, 0.7)(second, Prediction.SAMPLE.x0)(X[1:2], SIGMA).x0, together[1:2])
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+def test_instruct_pix2pix_has_a_scale_for_each(rescale):
+    outputs = dict(zip(("cond", "image", "uncond"), (COND, X, UNCOND), strict=True))
+    asked = []
+
+    def network(x, sigma, branches):
+        asked.append(branches)
+        return {branch: outputs[branch] for branch in branches}
+
+    got = InstructPix2Pix(7.5, 1.5, rescale)(network, Prediction.SAMPLE.x0)(X, SIGMA).x0
+    want = UNCOND + 7.5 * (COND - X) + 1.5 * (X - UNCOND)
+    want = rescale_noise_cfg(want, COND, guidance_rescale=rescale) if rescale else want
+    assert torch.allclose(got, want, rtol=1e-12)
+    assert asked == [("cond", "image", "uncond")]
 
 
 def test_own_guidance():

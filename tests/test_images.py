@@ -93,7 +93,7 @@ def test_parameters_without_a_negative_prompt_have_no_line_for_it():
     [
         REQUEST,
         REQUEST.replace(prompt="two\nlines: a, b", negative_prompt="x\ny"),
-        REQUEST.replace(prompt="", negative_prompt="", guidance_rescale=0.7, eta=0.5),
+        REQUEST.replace(prompt="", negative_prompt=None, guidance_rescale=0.7, eta=0.5),
         REQUEST.replace(model='a "quoted", name\nin two lines', sampler="euler_a", spacing="sgm_uniform"),
         REQUEST.replace(spacing="ays", seeds=(2**63 - 1,)),
     ],

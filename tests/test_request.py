@@ -23,13 +23,33 @@ WHOLE = Request(
     spacing="karras",
     eta=0.5,
     clip_skip=1,
+    prompt_2="ein Boot",
+    negative_prompt_2="Nebel",
+    image="pictures/boat.png",
+    image_sha256="0" * 64,
+    mask_image="pictures/mask.png",
+    mask_image_sha256="f" * 64,
+    strength=0.6,
+    image_guidance_scale=1.5,
+    noise_level=20,
+    original_size=(640, 480),
+    crops_coords_top_left=(8, 0),
+    target_size=(512, 512),
+    negative_original_size=(64, 48),
+    negative_crops_coords_top_left=(0, 1),
+    negative_target_size=(64, 64),
+    aesthetic_score=6.5,
+    negative_aesthetic_score=2.0,
     model="postcard",
     model_hash="0123456789",
 )
 
+NOT_IN_WHOLE = {"timesteps", "sigmas", "loras", "embeddings"}
+
 
 def test_json_round_trip_keeps_every_field():
     assert Request.from_json(WHOLE.to_json()) == WHOLE
+    assert {name for name in Request.model_fields if getattr(WHOLE, name) is None} == NOT_IN_WHOLE
     given = Request(timesteps=[999, 500.5, 1])
     assert Request.from_json(given.to_json()) == given
     assert json.loads(WHOLE.to_json())["version"] == 1
@@ -39,10 +59,29 @@ def test_json_leaves_out_what_the_model_decides():
     assert json.loads(Request(prompt="a boat").to_json()) == {
         "version": 1,
         "prompt": "a boat",
-        "negative_prompt": "",
         "guidance_rescale": 0.0,
         "seeds": [0],
     }
+
+
+def test_no_negative_prompt_and_an_empty_one_differ():
+    assert Request.from_json(Request(negative_prompt="").to_json()).negative_prompt == ""
+    assert Request.from_json(Request().to_json()).negative_prompt is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "steps"),
+    [
+        ({}, 0),
+        ({"num_inference_steps": 7}, 7),
+        ({"num_inference_steps": 7, "strength": 0.75}, 5),
+        ({"num_inference_steps": 7, "strength": 0.1}, 0),
+        ({"timesteps": (9, 5, 1), "strength": 0.7}, 2),
+        ({"sigmas": (9, 5, 1, 0), "num_inference_steps": 50}, 3),
+    ],
+)
+def test_steps_that_are_drawn(fields, steps):
+    assert Request(**fields).num_steps == steps
 
 
 def test_a_request_never_changes():
@@ -108,6 +147,13 @@ SEEDS = r"it must be at least one seed, each from 0 to 2\*\*63 - 1"
         ({"prompt": ["a"]}, "prompt .* is not allowed"),
         ({"steps": 20}, "steps is not a field of a Request"),
         ({"sampler": 3}, "sampler 3 is not allowed: it must be a name"),
+        ({"image": "a\0.png"}, "image 'a.x00.png' is not allowed"),
+        ({"image_sha256": "abc"}, "image_sha256 'abc' is not allowed: it must be a SHA-256 in 64 hex digits"),
+        ({"strength": 1.5}, "strength 1.5 is not allowed: it must be a number from 0 to 1"),
+        ({"noise_level": -1}, "noise_level -1 is not allowed: it must be a whole number from 0 up"),
+        ({"original_size": (64,)}, "original_size .* is not allowed: it must be two whole numbers of pixels"),
+        ({"target_size": (64, -1)}, "target_size -1 is not allowed"),
+        ({"aesthetic_score": math.nan}, "aesthetic_score nan is not allowed: it must be a finite number"),
         ({"sampler": "dpm++ 2n"}, "(?i)dpm"),
         ({"spacing": "karas"}, "(?i)karras"),
     ],

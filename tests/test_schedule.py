@@ -1,6 +1,7 @@
 """Schedules, grids and scheduler configs. parity/test_schedulers.py shows that grids equal diffusers'."""
 
 import dataclasses
+import inspect
 import itertools
 import math
 import warnings
@@ -10,10 +11,13 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from hub_configs import LOW_RES_SCHEDULER, SCHEDULERS
 
+from ldm import scheduler_config
 from ldm.errors import UserError
 from ldm.prediction import Prediction
 from ldm.schedule import SPACINGS, Schedule, resolve_spacing
+from ldm.scheduler_config import noise_levels
 from ldm.solvers import SAMPLERS
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -308,3 +312,50 @@ def test_karras_formula(schedule):
     i = np.arange(12)
     want = (high ** (1 / 7) + i / 11 * (low ** (1 / 7) - high ** (1 / 7))) ** 7
     assert schedule.grid(12, "karras", "dpmpp_2m").sigmas[:-1].numpy() == pytest.approx(want, rel=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", SCHEDULERS)
+@pytest.mark.parametrize("n", [1, 4, 30])
+def test_every_family_walks_the_grid_of_its_own_scheduler(family, n):
+    """Noise levels, prediction, timesteps, and sigmas where diffusers has any, from the config on the hub."""
+    config = SCHEDULERS[family]
+    theirs = getattr(diffusers, config["_class_name"]).from_config(config)
+    theirs.set_timesteps(n)
+    schedule = Schedule.from_config(config)
+    assert schedule.prediction.value == theirs.config.prediction_type
+    if not schedule.zero_terminal_snr:  # there diffusers' Euler clamps its last one
+        assert torch.equal(schedule.alphas_cumprod, theirs.alphas_cumprod.double())
+    grid = schedule.grid(n, sampler=schedule.default_sampler)
+    wanted = theirs.timesteps.double()
+    if config["_class_name"] == "PNDMScheduler":  # names its second timestep twice
+        wanted = torch.tensor(sorted(set(wanted.tolist()), reverse=True))
+    assert grid.timesteps.numpy() == pytest.approx(wanted.numpy(), abs=1e-3)
+    if hasattr(theirs, "sigmas") and len(theirs.sigmas) == n + 1:
+        assert grid.sigmas.numpy() == pytest.approx(theirs.sigmas.double().numpy(), rel=1e-5, abs=1e-8)
+    if "Euler" in config["_class_name"]:
+        assert grid.initial_scale == pytest.approx(float(theirs.init_noise_sigma), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"beta_schedule": "squaredcos_cap_v2", "variance_type": "fixed_large"}]
+)
+def test_low_res_scheduler_adds_noise_as_diffusers(changes):
+    """Its clip_sample and variance_type are of no matter: it only ever adds noise."""
+    config = LOW_RES_SCHEDULER | changes
+    theirs = diffusers.DDPMScheduler.from_config(config)
+    x, noise, level = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.tensor([20, 350])
+    a = noise_levels(config)[level].reshape(2, 1, 1, 1)
+    ours = (a.sqrt() * x + (1 - a).sqrt() * noise).float()
+    assert torch.allclose(ours, theirs.add_noise(x, noise, level), atol=1e-6)
+    with pytest.raises(UserError, match="clip_sample=True"):
+        Schedule.from_config(config)
+    with pytest.raises(UserError, match="unknown key 'brand_new_key'"):
+        noise_levels(config | {"brand_new_key": 1})
+
+
+def test_every_key_of_diffusers_is_honoured_harmless_or_refused():
+    sets = [getattr(scheduler_config, name) for name in ("_HONOURED", "_HARMLESS", "_OFF")]
+    for class_name in CONFIGS:
+        for key in inspect.signature(getattr(diffusers, class_name).__init__).parameters:
+            assert key == "self" or sum(key in each for each in sets) == 1, (class_name, key)

@@ -1,15 +1,9 @@
 """Models on disk."""
 
-from ldm.checkpoint.clip import load_text_encoder, load_tokenizer, save_text_encoder, save_tokenizer
-from ldm.checkpoint.folder import (
-    Defaults,
-    Parts,
-    embedded,
-    load_folder,
-    load_module,
-    save_folder,
-    save_module,
-)
+from ldm.checkpoint.clip import load_text_encoder, load_tokenizer
+from ldm.checkpoint.folder import Defaults, Parts, embedded, load_folder, load_module
+from ldm.checkpoint.save import save_folder, save_model, save_module, save_text_encoder, save_tokenizer
+from ldm.checkpoint.source import load_parts
 
 __all__ = [
     "Defaults",
@@ -17,9 +11,11 @@ __all__ = [
     "embedded",
     "load_folder",
     "load_module",
+    "load_parts",
     "load_text_encoder",
     "load_tokenizer",
     "save_folder",
+    "save_model",
     "save_module",
     "save_text_encoder",
     "save_tokenizer",

@@ -5,7 +5,7 @@ transformers is imported where it is used: it costs a second and a half.
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,54 +14,75 @@ from torch import Tensor
 
 from ldm.checkpoint.io import (
     fill,
-    find_weights,
     read_bytes,
+    read_config,
     read_json,
-    read_tensors,
-    write_json,
-    write_tensors,
 )
+from ldm.checkpoint.weights import open_stored
 from ldm.errors import UserError
 
 STEM = "model"
 
 
-def load_text_encoder(folder: Path, dtype: torch.dtype | None = None) -> Any:
-    """transformers' CLIPTextModel in `folder`, its tensors with or without the `text_model.` prefix."""
-    from transformers.models.clip.configuration_clip import CLIPTextConfig
-    from transformers.models.clip.modeling_clip import CLIPTextModel
+def load_text_encoder(folder: Path, dtype: torch.dtype | None = None, variant: str | None = None) -> Any:
+    """The text encoder in `folder`, in `dtype` or as stored, mapped from the file. Raises UserError."""
+    stored = open_stored(folder, STEM, variant)
+    return make_text_encoder(stored.config, stored.tensors, stored.path, dtype)
 
-    config = read_json(folder / "config.json")
-    path = find_weights(folder, STEM)
+
+def make_text_encoder(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None = None
+) -> Any:
+    """transformers' CLIPTextModel or CLIPTextModelWithProjection, as `architectures` of its config says.
+
+    Args:
+        config: a `config.json`; without `architectures` the tensors tell which it is.
+        tensors: by transformers' names, with or without the `text_model.` prefix.
+        path: where they were read from, for messages.
+
+    Raises:
+        UserError: if config and tensors do not belong together.
+    """
+    from transformers.models.clip.configuration_clip import CLIPTextConfig
+    from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
+
+    classes = {"CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPTextModelWithProjection}
+    silent = "CLIPTextModelWithProjection" if "text_projection.weight" in tensors else "CLIPTextModel"
+    name = (config.get("architectures") or [silent])[0]
+    if name not in classes:
+        raise UserError(f"{path.parent / 'config.json'}: a {name}; only {' or '.join(classes)} can be read")
     try:
         with torch.device("meta"):
-            model = CLIPTextModel(CLIPTextConfig.from_dict(config))
+            model = classes[name](CLIPTextConfig.from_dict(dict(config)))
     except Exception as error:  # transformers raises whatever it likes at odd values
         reason = str(error).splitlines()[0]
-        raise UserError(f"{folder / 'config.json'}: not the config of a CLIPTextModel ({reason})") from None
+        raise UserError(f"{path.parent / 'config.json'}: not the config of a {name} ({reason})") from None
     prefix = "text_model." if hasattr(model, "text_model") else ""
-    tensors = {
-        prefix + name.removeprefix("text_model."): tensor
-        for name, tensor in read_tensors(path).items()
-        if not name.endswith("position_ids")
+    named = {
+        (prefix if "text_projection" not in key else "") + key.removeprefix("text_model."): tensor
+        for key, tensor in tensors.items()
+        if not key.endswith("position_ids")
     }
-    fill(model, tensors, path)
+    fill(model, named, path, dtype)
     for module in model.modules():
         if hasattr(module, "position_ids"):  # not stored, so it is still on the meta device
             positions = torch.arange(model.config.max_position_embeddings)[None]
             module.register_buffer("position_ids", positions, persistent=False)
-    return model.to(dtype)
+    return model
 
 
 def load_tokenizer(folder: Path) -> Any:
     """transformers' CLIPTokenizer, of vocab.json and merges.txt or of tokenizer.json. Raises UserError."""
     from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
-    single = folder / "tokenizer.json"
-    for path in (single,) if single.exists() else (folder / "vocab.json", folder / "tokenizer_config.json"):
-        read_json(path)
-    if not single.exists():
+    single, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    if single.exists():
+        read_json(single)
+    else:
+        read_json(folder / "vocab.json")
         _check_merges(folder)
+    if config.exists() or not single.exists():
+        read_config(config)
     try:
         return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # as above
@@ -80,31 +101,3 @@ def _check_merges(folder: Path) -> None:
         raise UserError(
             f"{path}: damaged or cut short ({lost[0]!r} is not made by any merge); fetch it again"
         )
-
-
-def save_text_encoder(model: Any, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Write a CLIPTextModel with the `text_model.` prefix, which every version of transformers reads."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config = model.config.to_diff_dict() | {"architectures": ["CLIPTextModel"]}
-    write_json(folder / "config.json", json.loads(json.dumps(config, default=str)))
-    tensors: dict[str, Tensor] = {
-        f"text_model.{name.removeprefix('text_model.')}": tensor
-        for name, tensor in model.state_dict().items()
-    }
-    write_tensors(folder / f"{STEM}.safetensors", tensors, dtype)
-
-
-def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write vocab.json, merges.txt and tokenizer_config.json, which every version of transformers reads."""
-    folder.mkdir(parents=True, exist_ok=True)
-    bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in bpe["merges"]]
-    write_json(folder / "vocab.json", bpe["vocab"])
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
-    config: dict[str, Any] = {
-        "tokenizer_class": "CLIPTokenizer",
-        "model_max_length": tokenizer.model_max_length,
-    }
-    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        config[name] = str(getattr(tokenizer, name))
-    write_json(folder / "tokenizer_config.json", config)

@@ -12,39 +12,56 @@ from __future__ import annotations
 
 import importlib.resources
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ldm.checkpoint.clip import load_text_encoder, load_tokenizer, save_text_encoder, save_tokenizer
-from ldm.checkpoint.io import (
-    fill,
-    find_weights,
-    read_bytes,
-    read_json,
-    read_tensors,
-    whole_folder,
-    write_json,
-    write_tensors,
-)
+from ldm.checkpoint.clip import STEM as TEXT_STEM
+from ldm.checkpoint.clip import load_tokenizer, make_text_encoder
+from ldm.checkpoint.fit import check_fit
+from ldm.checkpoint.io import fill, read_bytes, read_config, read_json
+from ldm.checkpoint.weights import Stored, open_stored
 from ldm.errors import UserError
 from ldm.models import AutoencoderKL, AutoencoderTiny, Model, UNet, build
 from ldm.runtime import Runtime
 from ldm.schedule import Schedule
+from ldm.scheduler_config import noise_levels
 
-PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-CLASSES = {
+# Of the classes that may be named, all that matters is in the configs.
+PIPELINES = (
+    "StableDiffusionPipeline",
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline",
+    "StableDiffusionInstructPix2PixPipeline",
+    "StableDiffusionUpscalePipeline",
+    "StableDiffusionXLPipeline",
+    "StableDiffusionXLImg2ImgPipeline",
+    "StableDiffusionXLInpaintPipeline",
+    "StableDiffusionXLInstructPix2PixPipeline",
+    "LatentConsistencyModelPipeline",
+    "LatentConsistencyModelImg2ImgPipeline",
+)
+# None: any, as its config is read by us.
+CLASSES: dict[str, tuple[str, ...] | None] = {
     "unet": ("UNet2DConditionModel",),
     "vae": ("AutoencoderKL", "AutoencoderTiny"),
+    "scheduler": None,
     "text_encoder": ("CLIPTextModel",),
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),  # the slow one and the fast are one since 5.0
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
+    "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "low_res_scheduler": None,
 }
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+NETWORKS = ("vae", "unet", *TEXT_ENCODERS)  # text encoders last: transformers takes its time to import
 # Drawing does without them.
-IGNORED = ("safety_checker", "feature_extractor", "image_encoder")
+IGNORED = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")
 MODEL_STEM = "diffusion_pytorch_model"
+STEMS = {part: TEXT_STEM if part in TEXT_ENCODERS else MODEL_STEM for part in NETWORKS}  # of weight files
 # Names that diffusers gave the VAE's attention before 0.15; Stable Diffusion 1.5 is stored with them.
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -53,8 +70,8 @@ OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "
 class Defaults:
     """What `ldm.json` may say: how to draw with this model when the caller does not."""
 
-    num_inference_steps: int = 50
-    guidance_scale: float = 7.5
+    num_inference_steps: int | None = None  # None: what its kind is drawn with (ldm/tasks.py)
+    guidance_scale: float | None = None
     sampler: str | None = None  # None: that of scheduler_config.json
     spacing: str | None = None
     height: int | None = None  # None: the U-Net's sample_size
@@ -63,16 +80,22 @@ class Defaults:
 
 @dataclass(frozen=True)
 class Parts:
-    """All that a pipeline folder holds."""
+    """All that a model holds. Families differ in what is None, and in the configs of the networks."""
 
     unet: UNet
     vae: AutoencoderKL | AutoencoderTiny
-    text_encoder: Any  # transformers' CLIPTextModel
-    tokenizer: Any  # transformers' CLIPTokenizer
+    text_encoder: Any  # transformers' CLIPTextModel; None in the SDXL refiner
+    tokenizer: Any  # transformers' CLIPTokenizer; None where text_encoder is
     scheduler: Mapping[str, Any]  # scheduler_config.json
     defaults: Defaults = field(default_factory=Defaults)
     words: frozenset[str] = frozenset()  # that the model has seen; empty if not known
-    weights: Path | None = None  # the U-Net's file, if the parts were read from a folder
+    weights: Path | None = None  # the U-Net's file, or the single file; None for parts made in memory
+    text_encoder_2: Any = None  # transformers' CLIPTextModelWithProjection: SDXL's second, with pooled text
+    tokenizer_2: Any = None
+    low_res_scheduler: Mapping[str, Any] | None = None  # x4 upscaler: how its low-resolution input is noised
+    force_zeros_for_empty_prompt: bool = False  # SDXL: no negative prompt is zeros, not the encoding of ""
+    requires_aesthetics_score: bool = False  # SDXL refiner: a score in place of the target size
+    max_noise_level: int = 350  # x4 upscaler
 
     def unknown_words(self, prompt: str) -> list[str]:
         """The words of a prompt that are not in `words`; none where the model does not tell its words."""
@@ -94,49 +117,106 @@ def embedded() -> Path:
     return path
 
 
-def load_folder(folder: Path, runtime: Runtime) -> Parts:
+def load_folder(
+    folder: Path,
+    runtime: Runtime | None,
+    *,
+    variant: str | None = None,
+    overrides: Mapping[str, Path] | None = None,
+) -> Parts:
     """All parts, each on the runtime's device in its dtype. Nothing is returned unless everything is sound.
+
+    Args:
+        runtime: None leaves all on the CPU and in the dtypes of the files.
+        variant: such as "fp16": files named `model.fp16.safetensors` are read where there are any.
+        overrides: by part ("unet", "vae", "text_encoder", "text_encoder_2"), a folder or file instead.
 
     Raises:
         UserError: naming the file that is missing, damaged or does not belong, and what to do.
     """
-    _check_index(folder)
-    scheduler = _load_scheduler(folder / "scheduler" / "scheduler_config.json")
-    defaults, words = read_defaults(folder / "ldm.json"), read_words(folder / "words.txt")
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    text_encoder = load_text_encoder(folder / "text_encoder")
-    unet, vae = load_module(folder / "unet"), load_module(folder / "vae")
-    if not isinstance(unet, UNet) or isinstance(vae, UNet):
-        raise UserError(f"{folder}: unet/config.json and vae/config.json are of the wrong class")
-    _check_fit(folder, unet, vae, text_encoder, tokenizer)
-    return Parts(
-        unet=runtime.place(unet),
-        vae=runtime.place(vae, runtime.vae_dtype(vae.config.force_upcast)),
-        text_encoder=runtime.place(text_encoder),
-        tokenizer=tokenizer,
-        scheduler=scheduler,
-        defaults=defaults,
-        words=words,
-        weights=find_weights(folder / "unet", MODEL_STEM),
-    )
+    index, overrides = _read_index(folder), overrides or {}
+    networks = [part for part in NETWORKS if part in index]
+    for part in overrides.keys() - networks:
+        raise UserError(f"{folder}: has no {part} to replace")
+    # All headers first: most damage shows there, and at once. What comes from elsewhere has no variants.
+    stored = {
+        part: open_stored(folder / part, STEMS[part], variant, needed=part == "unet")
+        for part in networks
+        if part not in overrides
+    }
+    stored |= {part: open_stored(place, STEMS[part]) for part, place in overrides.items() if place.is_dir()}
+    weights = stored["unet"].path if "unet" in stored else overrides["unet"]
+    small = _load_small_parts(folder, index)
+    sources = {part: overrides.get(part, folder / part) for part in networks}
+    modules = {
+        part: _load_network(part, stored.pop(part, None), sources[part], folder / part, runtime)
+        for part in networks
+    }
+    tokenizers = {part: load_tokenizer(folder / part) for part in TOKENIZERS if part in index}
+    nothing = {"text_encoder": None, "tokenizer": None}
+    parts = Parts(**{**nothing, **modules, **tokenizers, **small}, weights=weights)
+    check_fit(parts, sources)
+    return parts
 
 
-def load_module(folder: Path, dtype: torch.dtype | None = None) -> Model:
+def _load_small_parts(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
+    """What is in JSON: the fields of `Parts` that are neither networks nor tokenizers."""
+    parts: dict[str, Any] = {
+        "defaults": read_defaults(folder / "ldm.json"),
+        "words": read_words(folder / "words.txt"),
+        "scheduler": _load_scheduler(folder / "scheduler", Schedule.from_config),
+        "force_zeros_for_empty_prompt": index.get(
+            "force_zeros_for_empty_prompt", "XL" in index["_class_name"]
+        ),
+        "requires_aesthetics_score": index.get("requires_aesthetics_score", False),
+        "max_noise_level": index.get("max_noise_level", 350),
+    }
+    if "low_res_scheduler" in index:
+        parts["low_res_scheduler"] = _load_scheduler(folder / "low_res_scheduler", noise_levels)
+    return parts
+
+
+def _load_network(
+    part: str, stored: Stored | None, source: Path, original: Path, runtime: Runtime | None
+) -> Any:
+    """A network, ready to draw: as it was opened, or from the file `source` with the config in `original`."""
+    config = read_config(original / "config.json") if stored is None else stored.config
+    dtype = None
+    if runtime is not None:
+        dtype = runtime.vae_dtype(config.get("force_upcast", True)) if part == "vae" else runtime.dtype
+    if stored is None:
+        from ldm.checkpoint.single import load_component  # which in turn reads folders
+
+        module = load_component(source, part, config, dtype)
+    elif part in TEXT_ENCODERS:
+        module = make_text_encoder(config, stored.tensors, stored.path, dtype)
+    else:
+        module = _make_module(stored, dtype)
+    classes = {"unet": UNet, "vae": AutoencoderKL | AutoencoderTiny}
+    if part in classes and not isinstance(module, classes[part]):
+        raise UserError(f"{source}: a {config.get('_class_name')}, which cannot be the {part}")
+    return module if runtime is None else runtime.place(module, dtype)
+
+
+def load_module(folder: Path, dtype: torch.dtype | None = None, variant: str | None = None) -> Model:
     """The U-Net or VAE in `folder`, in `dtype` or as stored, mapped from the file. Raises UserError."""
-    config = read_json(folder / "config.json")
-    path = find_weights(folder, MODEL_STEM)
+    return _make_module(open_stored(folder, MODEL_STEM, variant), dtype)
+
+
+def _make_module(stored: Stored, dtype: torch.dtype | None) -> Model:
     try:
         with torch.device("meta"):
-            module = build(config)
+            module = build(stored.config)
     except UserError as error:
-        raise UserError(f"{folder / 'config.json'}: {error}") from None
-    return fill(module, {_new_name(name): t for name, t in read_tensors(path).items()}, path).to(dtype)
+        raise UserError(f"{stored.path.parent / 'config.json'}: {error}") from None
+    tensors = {new_name(name): tensor for name, tensor in stored.tensors.items()}
+    return fill(module, tensors, stored.path, dtype)
 
 
-def _load_scheduler(path: Path) -> dict[str, Any]:
-    config = read_json(path)
+def _load_scheduler(folder: Path, check: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+    config = read_config(path := folder / "scheduler_config.json")
     try:
-        Schedule.from_config(config)
+        check(config)
     except UserError as error:
         raise UserError(f"{path}: {str(error).removeprefix('scheduler_config.json: ')}") from None
     return config
@@ -159,79 +239,45 @@ def read_words(path: Path) -> frozenset[str]:
     return frozenset(read_bytes(path).decode("utf-8", "replace").split()) if path.exists() else frozenset()
 
 
-def _check_index(folder: Path) -> None:
+def _read_index(folder: Path) -> dict[str, Any]:
+    """model_index.json, without the parts that are null or not needed. Raises UserError."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the path of a diffusers pipeline folder")
     path = folder / "model_index.json"
-    index = read_json(path)
-    for part in PARTS:
-        if part not in index:
-            raise UserError(f"{path}: has no {part}; only Stable Diffusion pipelines can be read")
+    index = {
+        part: value
+        for part, value in read_json(path).items()
+        if part not in IGNORED and value not in (None, [None, None])
+    }
+    if (name := index.get("_class_name")) not in PIPELINES:
+        raise UserError(f"{path}: _class_name {name!r} cannot be read; only Stable Diffusion pipelines can")
     for part, value in index.items():
-        if part.startswith("_") or part in IGNORED or not isinstance(value, list) or value == [None, None]:
-            continue
-        if part not in PARTS:
-            raise UserError(f"{path}: unknown part {part}; only Stable Diffusion pipelines can be read")
-        if part in CLASSES and value[-1] not in CLASSES[part]:
-            wanted = " or ".join(CLASSES[part])
-            raise UserError(f"{path}: {part} is a {value[-1]}, which cannot be read; only {wanted} can")
+        if isinstance(value, list):
+            _check_class(path, part, value)
+    wanted = ["unet", "vae", "scheduler"]
+    pairs = zip(TEXT_ENCODERS, TOKENIZERS, strict=True)
+    wanted += [tokenizer for encoder, tokenizer in pairs if encoder in index] or ["text_encoder"]
+    wanted += ["low_res_scheduler"] if name == "StableDiffusionUpscalePipeline" else []
+    for part in wanted:
+        if not isinstance(index.get(part), list):
+            raise UserError(f"{path}: has no {part}; a pipeline needs one")
+    return index
 
 
-def _check_fit(folder: Path, unet: UNet, vae: Any, text_encoder: Any, tokenizer: Any) -> None:
-    """Parts that are each sound may still come from different models."""
-    tokens, rows = len(tokenizer), text_encoder.config.vocab_size
-    width, taken = text_encoder.config.hidden_size, unet.config.in_channels
-    if taken != vae.latent_channels:
-        raise UserError(f"{folder}: the U-Net takes {taken} channels and the VAE gives {vae.latent_channels}")
-    if set(unet.config.per_level("cross_attention_dim")) != {width}:
-        raise UserError(f"{folder}: the U-Net does not take the text encoder's {width} channels")
-    if tokens > rows:
-        raise UserError(f"{folder}: the tokenizer has {tokens} tokens, the text encoder only {rows}")
+def _check_class(path: Path, part: str, value: list[Any]) -> None:
+    """An entry of model_index.json: [library, class]."""
+    library, name = value if len(value) == 2 else (None, value)
+    if part not in CLASSES:
+        raise UserError(f"{path}: unknown part {part}; only Stable Diffusion pipelines can be read")
+    if library not in ("diffusers", "transformers"):
+        raise UserError(f"{path}: {part} is {library}.{name}, code of the model's own, which is never run")
+    classes = CLASSES[part]
+    if classes is not None and name not in classes:
+        raise UserError(f"{path}: {part} is a {name}, which cannot be read; only {' or '.join(classes)} can")
 
 
-def _new_name(name: str) -> str:
+def new_name(name: str) -> str:
     """mid_block.attentions.0.query.weight -> mid_block.attentions.0.to_q.weight."""
     head, _, kind = name.rpartition(".")
     before, _, layer = head.rpartition(".")
     return f"{before}.{OLD_ATTENTION[layer]}.{kind}" if layer in OLD_ATTENTION else name
-
-
-# --- writing ---------------------------------------------------------------------------------------------
-
-
-def save_folder(folder: Path, parts: Parts, dtype: torch.dtype | None = None) -> None:
-    """Write a pipeline folder, all of it or nothing, in `dtype` or in that of the modules."""
-    with whole_folder(Path(folder)) as aside:
-        write_json(aside / "model_index.json", _index(parts))
-        save_module(parts.unet, aside / "unet", dtype)
-        save_module(parts.vae, aside / "vae", dtype)
-        save_text_encoder(parts.text_encoder, aside / "text_encoder", dtype)
-        save_tokenizer(parts.tokenizer, aside / "tokenizer")
-        (aside / "scheduler").mkdir()
-        write_json(aside / "scheduler" / "scheduler_config.json", parts.scheduler)
-        write_json(aside / "ldm.json", {k: v for k, v in asdict(parts.defaults).items() if v is not None})
-        if parts.words:
-            (aside / "words.txt").write_text("\n".join(sorted(parts.words)) + "\n")
-
-
-def save_module(module: Model, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Write the config.json and weights of a U-Net or VAE."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", module.to_config())
-    write_tensors(folder / f"{MODEL_STEM}.safetensors", module.state_dict(), dtype)
-
-
-def _index(parts: Parts) -> dict[str, Any]:
-    return {
-        "_class_name": "StableDiffusionPipeline",
-        "_diffusers_version": "0.36.0",
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", type(parts.vae).__name__],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "scheduler": ["diffusers", parts.scheduler.get("_class_name", "DDIMScheduler")],
-        "safety_checker": [None, None],
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
-        "requires_safety_checker": False,
-    }

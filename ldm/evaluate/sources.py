@@ -76,7 +76,7 @@ def denoised_from(
 
     x = x0 + sigma(timestep) * noise, then the sampler over evenly spaced timesteps down to 0.
     """
-    steps = settings.steps or pipe.parts.defaults.num_inference_steps
+    steps = settings.steps or pipe.resolve(Request()).num_steps
     timesteps = [float(t) for t in np.linspace(timestep, 0, steps, endpoint=False)]
 
     def draw(start: int, part: Sequence[Prompt]) -> Images:

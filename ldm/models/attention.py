@@ -113,19 +113,24 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """[B, N, dim] -> [B, N, dim]: self-attention, cross-attention, feed-forward, each added to its input."""
+    """[B, N, dim] -> [B, N, dim]: self-attention, cross-attention, feed-forward, each added to its input.
 
-    def __init__(self, dim: int, context_dim: int, heads: int) -> None:
+    Args:
+        only_cross: the first attention goes to the text too (x4 upscaler, where pixels are many).
+    """
+
+    def __init__(self, dim: int, context_dim: int, heads: int, only_cross: bool = False) -> None:
         super().__init__()
+        self.only_cross = only_cross
         self.norm1 = nn.LayerNorm(dim)
-        self.attn1 = Attention(dim, dim, heads)
+        self.attn1 = Attention(dim, context_dim if only_cross else dim, heads)
         self.norm2 = nn.LayerNorm(dim)
         self.attn2 = Attention(dim, context_dim, heads)
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn1(self.norm1(x), context if self.only_cross else None)
         x = x + self.attn2(self.norm2(x), context)
         out: Tensor = x + self.ff(self.norm3(x))
         return out
@@ -139,6 +144,7 @@ class SpatialTransformer(nn.Module):
     Args:
         depth: transformer blocks.
         linear: enter and leave by linear layers instead of 1 x 1 convolutions.
+        only_cross: attend to the text only.
     """
 
     def __init__(
@@ -149,6 +155,7 @@ class SpatialTransformer(nn.Module):
         depth: int = 1,
         groups: int = 32,
         linear: bool = False,
+        only_cross: bool = False,
     ) -> None:
         super().__init__()
         inner = channels // heads * heads
@@ -156,7 +163,7 @@ class SpatialTransformer(nn.Module):
         self.norm = GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, inner) if linear else nn.Conv2d(channels, inner, 1)
         self.transformer_blocks = nn.ModuleList(
-            TransformerBlock(inner, context_dim, heads) for _ in range(depth)
+            TransformerBlock(inner, context_dim, heads, only_cross) for _ in range(depth)
         )
         self.proj_out = nn.Linear(inner, channels) if linear else nn.Conv2d(inner, channels, 1)
 

@@ -44,10 +44,12 @@ class UNetConfig:
     """Subtracted from the number of frequencies of the timestep features: 0 or 1."""
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     """Level by level from the finest: with attention (CrossAttnDownBlock2D) or without (DownBlock2D)."""
-    mid_block_type: str = "UNetMidBlock2DCrossAttn"
-    """The coarsest level between down and up: resnet, transformer, resnet."""
+    mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
+    """Between down and up: resnet, transformer, resnet; or one resnet (UNetMidBlock2D); or nothing."""
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     """Level by level from the coarsest."""
+    only_cross_attention: bool | tuple[bool, ...] = False
+    """Where pixels attend to the text only, never to each other; the middle is not concerned."""
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     """Channels of each level from the finest."""
     layers_per_block: int | tuple[int, ...] = 2
@@ -62,20 +64,32 @@ class UNetConfig:
     """Epsilon of the GroupNorms in resnets and at the output."""
     cross_attention_dim: int | tuple[int, ...] = 1280
     """Width of the text embedding."""
-    transformer_layers_per_block: int | tuple[int, ...] = 1
-    """Transformer blocks in each spatial transformer."""
+    transformer_layers_per_block: int | tuple[int | tuple[int, ...], ...] = 1
+    """Transformer blocks in each spatial transformer: one number, level by level, or layer by layer."""
+    reverse_transformer_layers_per_block: tuple[int | tuple[int, ...], ...] | None = None
+    """The same on the way up, from the coarsest level; as on the way down if not given."""
     attention_head_dim: int | tuple[int, ...] = 8
     """The NUMBER of attention heads, whatever its name says: an old mistake that every checkpoint keeps."""
     use_linear_projection: bool = False
     """Enter and leave transformers by a linear layer rather than a 1 x 1 convolution."""
-    upcast_attention: bool = False
+    upcast_attention: bool | None = False
     """Asks for attention scores summed in fp32, which every kernel in `attend` does anyway."""
+    class_embed_type: str | None = None
+    """How labels are added to the time embedding: timestep, projection, simple_projection or identity."""
+    num_class_embeds: int | None = None
+    """Without `class_embed_type`, labels below this number have a row of a table each (x4 upscaler)."""
     addition_embed_type: str | None = None
-    """"text" adds a pooled text embedding to the time embedding."""
+    """Added to the time embedding: "text" is pooled tokens, "text_time" is pooled text and sizes (XL)."""
     addition_embed_type_num_heads: int = 64
-    """Attention heads of that pooling."""
+    """Attention heads of the pooling in "text"."""
+    addition_time_embed_dim: int | None = None
+    """Features of each of the sizes in "text_time"."""
+    projection_class_embeddings_input_dim: int | None = None
+    """Width of the pooled text and all sizes in "text_time", or of `class_labels` that are projected."""
     time_embedding_dim: int | None = None
     """Width of the time embedding; four times the finest level's channels if not given."""
+    time_cond_proj_dim: int | None = None
+    """Width of an embedded guidance scale that is added to the timestep features (LCM)."""
     conv_in_kernel: int = 3
     """Kernel of the first convolution."""
     conv_out_kernel: int = 3
@@ -87,8 +101,10 @@ class UNetConfig:
             "U-Net", "down_block_types", self.down_block_types, ("DownBlock2D", "CrossAttnDownBlock2D")
         )
         _supported("U-Net", "up_block_types", self.up_block_types, ("UpBlock2D", "CrossAttnUpBlock2D"))
-        _supported("U-Net", "mid_block_type", (self.mid_block_type,), ("UNetMidBlock2DCrossAttn",))
-        _supported("U-Net", "addition_embed_type", (self.addition_embed_type,), (None, "text"))
+        middles = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)
+        _supported("U-Net", "mid_block_type", (self.mid_block_type,), middles)
+        _supported("U-Net", "class_embed_type", (self.class_embed_type,), (None, *_CLASS_EMBEDDINGS))
+        _supported("U-Net", "addition_embed_type", (self.addition_embed_type,), (None, "text", "text_time"))
         _supported("U-Net", "downsample_padding", (self.downsample_padding,), (0, 1))
         for name in _PER_LEVEL:
             value = getattr(self, name)
@@ -97,44 +113,87 @@ class UNetConfig:
                     f"U-Net config: {name} = {list(value)} needs {levels} entries, as block_out_channels has"
                 )
         _divisible("U-Net", self.block_out_channels, self.norm_num_groups)
+        self._check_embeddings()
+        self._check_depths()
 
-    def per_level(self, name: str) -> tuple[int, ...]:
+    def _check_embeddings(self) -> None:
+        """Widths that an embedding needs must be given."""
+        needs = {"addition_time_embed_dim": self.addition_embed_type == "text_time"}
+        needs["projection_class_embeddings_input_dim"] = (
+            self.addition_embed_type == "text_time" or "projection" in (self.class_embed_type or "")
+        )
+        for name, needed in needs.items():
+            if needed and not getattr(self, name):
+                raise UserError(
+                    f"U-Net config: addition_embed_type = {self.addition_embed_type!r}, class_embed_type = "
+                    f"{self.class_embed_type!r} need {name}"
+                )
+
+    def _check_depths(self) -> None:
+        """Transformer blocks given layer by layer must reach for all layers, on both ways."""
+        ways = {"transformer_layers_per_block": False, "reverse_transformer_layers_per_block": True}
+        for name, up in ways.items():
+            layers = [n + up for n in self.per_level("layers_per_block")]
+            given = [len(each) for each in self.depths(up)]
+            if given != layers:
+                raise UserError(
+                    f"U-Net config: {name} needs {layers} entries from the finest level, not {given}"
+                )
+
+    def depths(self, up: bool = False) -> list[tuple[int, ...]]:
+        """Transformer blocks of each layer, level by level from the finest, on the way down or up."""
+        levels = self.per_level("transformer_layers_per_block")
+        if up and self.reverse_transformer_layers_per_block is not None:
+            levels = self.reverse_transformer_layers_per_block[::-1]
+        layers = [n + up for n in self.per_level("layers_per_block")]
+        return [d[:n] if isinstance(d, tuple) else (d,) * n for d, n in zip(levels, layers, strict=True)]
+
+    def per_level(self, name: str) -> tuple[Any, ...]:
         """A field given once or level by level -> level by level, from the finest."""
         value = getattr(self, name)
         return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
+
+    @property
+    def conditioning(self) -> frozenset[str]:
+        """What `UNet.forward` must be given beside the text: names of fields of `Conditioning`."""
+        names = set()
+        if self.addition_embed_type == "text_time":
+            names |= {"pooled", "time_ids"}
+        if self.class_embed_type is not None or self.num_class_embeds is not None:
+            names.add("class_labels")
+        if self.time_cond_proj_dim is not None:
+            names.add("timestep_cond")
+        return frozenset(names)
 
 
 _PER_LEVEL = (
     "down_block_types",
     "up_block_types",
+    "only_cross_attention",
     "layers_per_block",
     "cross_attention_dim",
     "transformer_layers_per_block",
+    "reverse_transformer_layers_per_block",
     "attention_head_dim",
 )
+
+_CLASS_EMBEDDINGS = ("timestep", "projection", "simple_projection", "identity")
 
 # Keys of UNet2DConditionModel with the values that mean "not used".
 UNET_FIXED: dict[str, tuple[object, ...]] = {
     "act_fn": ("silu", "swish"),
-    "addition_time_embed_dim": (None,),
     "attention_type": ("default",),
-    "class_embed_type": (None,),
     "class_embeddings_concat": (False,),
     "cross_attention_norm": (None,),
     "dropout": (0.0,),
     "dual_cross_attention": (False,),
     "encoder_hid_dim": (None,),
     "encoder_hid_dim_type": (None,),
-    "mid_block_only_cross_attention": (None, False),
+    "mid_block_only_cross_attention": (None, False, True),  # no middle that is supported has it
     "num_attention_heads": (None,),
-    "num_class_embeds": (None,),
-    "only_cross_attention": (False,),
-    "projection_class_embeddings_input_dim": (None,),
     "resnet_out_scale_factor": (1.0,),
     "resnet_skip_time_act": (False,),
     "resnet_time_scale_shift": ("default",),
-    "reverse_transformer_layers_per_block": (None,),
-    "time_cond_proj_dim": (None,),
     "time_embedding_act_fn": (None,),
     "time_embedding_type": ("positional",),
     "timestep_post_act": (None,),

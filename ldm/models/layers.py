@@ -16,27 +16,34 @@ def timestep_features(t: Tensor, dim: int, flip_sin_to_cos: bool = True, freq_sh
     with `flip_sin_to_cos`. An odd `dim` ends with a zero.
 
     Args:
-        t: [B], in steps of the training schedule, fractions allowed.
+        t: [...], in steps of the training schedule, fractions allowed.
 
     Returns:
-        [B, dim] in fp32.
+        [..., dim] in fp32.
     """
     half = dim // 2
     k = torch.arange(half, dtype=torch.float32, device=t.device)
-    angles = t.float()[:, None] * torch.exp(-math.log(10000) * k / (half - freq_shift))
+    angles = t.float()[..., None] * torch.exp(-math.log(10000) * k / (half - freq_shift))
     pair = (angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos())
     return F.pad(torch.cat(pair, dim=-1), (0, dim % 2))
 
 
 class TimeEmbedding(nn.Module):
-    """[B, dim] features -> [B, time_dim]."""
+    """[B, dim] features -> [B, time_dim].
 
-    def __init__(self, dim: int, time_dim: int) -> None:
+    Args:
+        cond_dim: width of a second input [B, cond_dim] that is added to the features (the guidance of LCM).
+    """
+
+    def __init__(self, dim: int, time_dim: int, cond_dim: int | None = None) -> None:
         super().__init__()
         self.linear_1 = nn.Linear(dim, time_dim)
+        self.cond_proj = None if cond_dim is None else nn.Linear(cond_dim, dim, bias=False)
         self.linear_2 = nn.Linear(time_dim, time_dim)
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, cond: Tensor | None = None) -> Tensor:
+        if self.cond_proj is not None:
+            features = features + self.cond_proj(cond)
         out: Tensor = self.linear_2(F.silu(self.linear_1(features)))
         return out
 

@@ -49,18 +49,18 @@ class DownBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """The coarsest level: resnet, transformer, resnet."""
+    """The coarsest level: a resnet, then transformer and resnet, which some distilled models leave out."""
 
-    def __init__(self, resnets: Iterable[ResnetBlock], attention: SpatialTransformer) -> None:
+    def __init__(self, resnets: Iterable[ResnetBlock], attentions: Iterable[SpatialTransformer]) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(resnets)
-        self.attentions = nn.ModuleList([attention])
+        self.attentions = nn.ModuleList(attentions)
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
         x = self.resnets[0](x, time)
-        x = self.attentions[0](x, context)
-        out: Tensor = self.resnets[1](x, time)
-        return out
+        for attention, resnet in zip(self.attentions, self.resnets[1:], strict=True):
+            x = resnet(attention(x, context), time)
+        return x
 
 
 class UpBlock(nn.Module):
@@ -91,6 +91,9 @@ class UpBlock(nn.Module):
 class UNet(nn.Module):
     """Predicts eps, v or x0 from noisy latents, the timestep and the text.
 
+    Stable Diffusion 1, 2, XL and its refiner, inpainting, the x4 upscaler and LCM differ in `config` only: in
+    widths, in where they attend, and in what they are told beside the text.
+
     `state_dict` has exactly the names of diffusers' UNet2DConditionModel.
     """
 
@@ -102,11 +105,9 @@ class UNet(nn.Module):
         kernel_in, kernel_out = config.conv_in_kernel, config.conv_out_kernel
 
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], kernel_in, padding=(kernel_in - 1) // 2)
-        self.time_embedding = TimeEmbedding(channels[0], time_dim)
-        self.add_embedding: TextTimeEmbedding | None = None
-        if config.addition_embed_type == "text":
-            text_dim = config.per_level("cross_attention_dim")[0]
-            self.add_embedding = TextTimeEmbedding(text_dim, time_dim, config.addition_embed_type_num_heads)
+        self.time_embedding = TimeEmbedding(channels[0], time_dim, config.time_cond_proj_dim)
+        self.class_embedding = _class_embedding(config, time_dim)
+        self.add_embedding = _add_embedding(config, time_dim)
         self.down_blocks = nn.ModuleList(_down_blocks(config, time_dim))
         self.mid_block = _mid_block(config, time_dim)
         self.up_blocks = nn.ModuleList(_up_blocks(config, time_dim))
@@ -122,82 +123,164 @@ class UNet(nn.Module):
         """diffusers' `config.json`."""
         return write_config(self.config, "UNet2DConditionModel")
 
-    def forward(self, sample: Tensor, timestep: Tensor | float, context: Tensor) -> Tensor:
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        context: Tensor,
+        *,
+        pooled: Tensor | None = None,
+        time_ids: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
+    ) -> Tensor:
         """The raw prediction: eps, v or x0, as the model was trained.
 
+        All but `class_labels` and `time_ids`, which 16 bits cannot hold, come in the dtype of the weights.
+
         Args:
-            sample: [B, in_channels, H, W] latents in VP scale, x / sqrt(sigma^2 + 1); any H and W.
+            sample: [B, in_channels, H, W] latents in VP scale, x / sqrt(sigma^2 + 1), then the channels that
+                some models see beside them (mask, picture); any H and W.
             timestep: [B] or a number, in training steps; fractions allowed.
             context: [B, N, cross_attention_dim] text embedding.
+            pooled: [B, P] pooled text embedding (XL).
+            time_ids: [B, 6] sizes and crops in pixels (XL), or [B, 5] with an aesthetic score (refiner).
+            class_labels: [B] noise level of the low-resolution picture (x4 upscaler).
+            timestep_cond: [B, time_cond_proj_dim] embedded guidance scale (LCM).
 
         Returns:
             [B, out_channels, H, W].
+
+        Raises:
+            ValueError: if what is given beside the text is not what `config.conditioning` names.
         """
+        fields = {
+            "pooled": pooled,
+            "time_ids": time_ids,
+            "class_labels": class_labels,
+            "timestep_cond": timestep_cond,
+        }
+        told = {name: value for name, value in fields.items() if value is not None}
+        if told.keys() != self.config.conditioning:
+            raise ValueError(f"U-Net: takes {sorted(self.config.conditioning)}, was given {sorted(told)}")
         if self.config.center_input_sample:
             sample = 2 * sample - 1
-        time = F.silu(self._embed(sample, timestep, context))
+        time = F.silu(self._embed(sample, timestep, context, told))
         x = self.conv_in(sample)
         skips = [x]
         for block in self.down_blocks:
             skips += block(skips[-1], time, context)
-        x = self.mid_block(skips[-1], time, context)
+        x = skips[-1]
+        if self.mid_block is not None:
+            x = self.mid_block(x, time, context)
         for block in self.up_blocks:
             x = block(x, skips, time, context)
         out: Tensor = self.conv_out(F.silu(self.conv_norm_out(x)))
         return out
 
-    def _embed(self, sample: Tensor, timestep: Tensor | float, context: Tensor) -> Tensor:
-        """[B, time_dim] embedding of the timestep and, where the config says so, of the pooled text."""
+    def _embed(
+        self, sample: Tensor, timestep: Tensor | float, context: Tensor, told: Mapping[str, Tensor]
+    ) -> Tensor:
+        """[B, time_dim]: the sum of embeddings of the timestep and of all else that it is told."""
+        config, dtype = self.config, sample.dtype
         t = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device).expand(sample.shape[0])
-        config = self.config
-        # Angles reach 1000 radians, which 16 bits cannot hold: cast only the features.
-        features = timestep_features(
-            t, config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift
-        )
-        embedding: Tensor = self.time_embedding(features.to(sample.dtype))
+        embedding: Tensor = self.time_embedding(self._features(t).to(dtype), told.get("timestep_cond"))
+        if self.class_embedding is not None:
+            labels = told["class_labels"]
+            if config.class_embed_type is None:
+                labels = labels.long()
+            elif config.class_embed_type == "timestep":
+                labels = self._features(labels).to(dtype)
+            embedding = embedding + self.class_embedding(labels)
         if self.add_embedding is not None:
-            embedding = embedding + self.add_embedding(context)
+            added = context
+            if config.addition_embed_type == "text_time":
+                sizes = self._features(told["time_ids"], config.addition_time_embed_dim).flatten(1)
+                added = torch.cat([told["pooled"], sizes.to(dtype)], dim=1)
+            embedding = embedding + self.add_embedding(added)
         return embedding
+
+    def _features(self, t: Tensor, dim: int | None = None) -> Tensor:
+        """[...] -> [..., dim] in fp32: angles reach 1000 radians, which 16 bits cannot hold."""
+        config = self.config
+        dim = dim or config.block_out_channels[0]
+        return timestep_features(t, dim, config.flip_sin_to_cos, config.freq_shift)
+
+
+def _class_embedding(config: UNetConfig, time_dim: int) -> nn.Module | None:
+    """Of `class_labels`: a row of a table, or a projection of features that they are or are made into."""
+    width = config.projection_class_embeddings_input_dim or 0
+    match config.class_embed_type:
+        case "timestep":
+            return TimeEmbedding(config.block_out_channels[0], time_dim)
+        case "projection":
+            return TimeEmbedding(width, time_dim)
+        case "simple_projection":
+            return nn.Linear(width, time_dim)
+        case "identity":
+            return nn.Identity()
+    return None if config.num_class_embeds is None else nn.Embedding(config.num_class_embeds, time_dim)
+
+
+def _add_embedding(config: UNetConfig, time_dim: int) -> nn.Module | None:
+    """Of pooled text: pooled here from the tokens ("text"), or by the text encoder, beside sizes (XL)."""
+    if config.addition_embed_type == "text":
+        width = config.per_level("cross_attention_dim")[0]
+        return TextTimeEmbedding(width, time_dim, config.addition_embed_type_num_heads)
+    width = config.projection_class_embeddings_input_dim or 0
+    return TimeEmbedding(width, time_dim) if config.addition_embed_type == "text_time" else None
 
 
 def _resnet(config: UNetConfig, time_dim: int, in_channels: int, out_channels: int) -> ResnetBlock:
     return ResnetBlock(in_channels, out_channels, time_dim, config.norm_num_groups, config.norm_eps)
 
 
-def _transformer(config: UNetConfig, level: int) -> SpatialTransformer:
-    return SpatialTransformer(
-        config.block_out_channels[level],
-        config.per_level("cross_attention_dim")[level],
-        config.per_level("attention_head_dim")[level],
-        config.per_level("transformer_layers_per_block")[level],
-        config.norm_num_groups,
-        config.use_linear_projection,
-    )
+def _transformers(
+    config: UNetConfig, level: int, depths: Iterable[int], only_cross: bool
+) -> list[SpatialTransformer]:
+    """One transformer for each of `depths`, its number of blocks."""
+    return [
+        SpatialTransformer(
+            config.block_out_channels[level],
+            config.per_level("cross_attention_dim")[level],
+            config.per_level("attention_head_dim")[level],
+            depth,
+            config.norm_num_groups,
+            config.use_linear_projection,
+            only_cross,
+        )
+        for depth in depths
+    ]
 
 
 def _down_blocks(config: UNetConfig, time_dim: int) -> Iterable[DownBlock]:
     channels, layers = config.block_out_channels, config.per_level("layers_per_block")
+    depths, only_cross = config.depths(), config.per_level("only_cross_attention")
     for level, kind in enumerate(config.down_block_types):
         wide, last = channels[level], level == len(channels) - 1
         inputs = [channels[max(level - 1, 0)]] + [wide] * (layers[level] - 1)
         attends = kind == "CrossAttnDownBlock2D"
         yield DownBlock(
             [_resnet(config, time_dim, c, wide) for c in inputs],
-            [_transformer(config, level) for _ in inputs if attends],
+            _transformers(config, level, depths[level] if attends else (), only_cross[level]),
             None if last else Downsample(wide, config.downsample_padding),
         )
 
 
-def _mid_block(config: UNetConfig, time_dim: int) -> MidBlock:
-    wide = config.block_out_channels[-1]
-    resnets = [_resnet(config, time_dim, wide, wide) for _ in range(2)]
+def _mid_block(config: UNetConfig, time_dim: int) -> MidBlock | None:
+    if config.mid_block_type is None:  # in some distilled models
+        return None
+    wide, attends = config.block_out_channels[-1], config.mid_block_type == "UNetMidBlock2DCrossAttn"
+    resnets = [_resnet(config, time_dim, wide, wide) for _ in range(1 + attends)]
     for resnet in resnets:
         resnet.scale = config.mid_block_scale_factor
-    return MidBlock(resnets, _transformer(config, -1))
+    depths = config.depths()[-1][:1] if attends else ()
+    return MidBlock(resnets, _transformers(config, -1, depths, only_cross=False))
 
 
 def _up_blocks(config: UNetConfig, time_dim: int) -> Iterable[UpBlock]:
     channels, layers = config.block_out_channels, config.per_level("layers_per_block")
+    depths, only_cross = config.depths(up=True), config.per_level("only_cross_attention")
     for level, kind in zip(reversed(range(len(channels))), config.up_block_types, strict=True):
         wide, below = channels[level], channels[min(level + 1, len(channels) - 1)]
         # The last skip of a level comes from the level above it: the output of its downsampling.
@@ -206,6 +289,6 @@ def _up_blocks(config: UNetConfig, time_dim: int) -> Iterable[UpBlock]:
         attends = kind == "CrossAttnUpBlock2D"
         yield UpBlock(
             [_resnet(config, time_dim, c + s, wide) for c, s in zip(inputs, skips, strict=True)],
-            [_transformer(config, level) for _ in inputs if attends],
+            _transformers(config, level, depths[level] if attends else (), only_cross[level]),
             Upsample(wide) if level else None,
         )

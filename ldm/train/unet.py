@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 import ldm
-from ldm.checkpoint.folder import Parts, save_folder
+from ldm.checkpoint import Parts, save_folder
 from ldm.images import grid
 from ldm.models import AutoencoderKL, AutoencoderTiny
 from ldm.prediction import c_in

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ldm.checkpoint.folder import load_module, save_module
+from ldm.checkpoint import load_module, save_module
 from ldm.images import grid, to_pil
 from ldm.models import AutoencoderTiny, build
 from ldm.train.data import Pictures

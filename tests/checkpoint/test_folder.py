@@ -53,16 +53,6 @@ def test_vae_with_the_old_names_of_its_attention(tiny_folder, folder):
     assert torch.equal(ldm.load(folder, device="cpu", dtype="fp32").decode(latents(tiny_folder)), wanted)
 
 
-def test_fp16_variant(tiny_folder, folder):
-    path = folder / VAE
-    save_file(
-        {name: t.half() for name, t in load_file(path).items()}, str(path).replace(".safe", ".fp16.safe")
-    )
-    path.unlink()
-    wanted = load_module(tiny_folder / "vae").half().state_dict()
-    assert all(torch.equal(t, wanted[name]) for name, t in load_module(folder / "vae").state_dict().items())
-
-
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 def test_parts_are_ready_to_draw(tiny_folder, dtype):
     pipe = ldm.load(tiny_folder, device="cpu", dtype=dtype)

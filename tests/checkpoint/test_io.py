@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ldm.checkpoint.io import fill, find_weights, read_json, read_tensors, whole_folder, write_tensors
+from ldm.checkpoint.io import fill, read_json, read_tensors, whole_folder, write_tensors
 from ldm.errors import UserError
 
 
@@ -64,15 +64,6 @@ def test_many_faults_still_make_two_lines(tmp_path):
     with pytest.raises(UserError, match="0, 1 and 48 more") as caught:
         fill(torch.nn.Linear(2, 3), read_tensors(path), path)
     assert len(str(caught.value).splitlines()) == 2
-
-
-def test_the_fp16_variant_is_found_when_it_is_alone(tmp_path):
-    (tmp_path / "model.fp16.safetensors").touch()
-    assert find_weights(tmp_path, "model").name == "model.fp16.safetensors"
-    (tmp_path / "model.safetensors").touch()
-    assert find_weights(tmp_path, "model").name == "model.safetensors"
-    with pytest.raises(UserError, match=r"found only model\.fp16\.safetensors, model\.safetensors"):
-        find_weights(tmp_path, "other")
 
 
 def test_json_in_another_encoding(tmp_path):

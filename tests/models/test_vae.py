@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from conftest import relative_error
+from conftest import randomise_, relative_error
 from diffusers import AutoencoderKL as ReferenceKL
 from diffusers import AutoencoderTiny as ReferenceTiny
+from full_size import pair, vae_errors
+from hub_configs import VAES
 
 from ldm.models import build
 
@@ -53,6 +55,24 @@ def test_kl_equals_diffusers(reference_kl, changes):
         drawn = (expected.mean + expected.std * noise - shift) * scale
         assert relative_error(ours.encode_latents(images, noise), drawn) < 1e-5
         assert relative_error(ours.decode(latents), reference.decode(expected.mean).sample) < 1e-5
+
+
+@pytest.mark.parametrize("size", [(64, 64), (45, 70)], ids=["even", "odd"])
+@pytest.mark.parametrize("family", VAES)
+def test_every_family_equals_diffusers(family, size):
+    """The real config but 16 times narrower."""
+    config = VAES[family]
+    narrow = {key: [c // 16 for c in config[key]] for key in config if key.endswith("block_out_channels")}
+    groups = {"norm_num_groups": 4} if "norm_num_groups" in config else {}
+    cls = ReferenceKL if config["_class_name"] == "AutoencoderKL" else ReferenceTiny
+    reference = randomise_(cls.from_config(config | narrow | groups))
+    errors = vae_errors(reference, ours_like(reference), size)
+    assert max(errors.values()) < 1e-5, errors
+
+
+def test_full_size_of_stable_diffusion_1_equals_diffusers():
+    errors = vae_errors(*pair(VAES["sd1"]), (64, 64))
+    assert max(errors.values()) < 1e-5, errors
 
 
 TAESD_CONFIGS = {

@@ -1,0 +1,185 @@
+"""Textual inversion: new words, each of one or several learnt token embeddings (Gal et al. 2022).
+
+https://arxiv.org/abs/2208.01618. A word of n vectors has n tokens, `<cat>`, `<cat>_1`, ..., as in diffusers;
+in a prompt it is written once, and `ldm.text` reads all of them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.adapters.layers import share
+from ldm.adapters.names import ENCODERS, TEXT, TEXT_2
+from ldm.checkpoint import Parts
+from ldm.checkpoint.digest import sha256
+from ldm.checkpoint.io import read_bytes, read_tensors
+from ldm.checkpoint.pickles import read_pickle
+from ldm.errors import UserError
+
+XL_KEYS = {"clip_l": TEXT, "clip_g": TEXT_2}
+WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 1280: "SDXL's second encoder"}
+NAMELESS = ("emb_params", "*")  # keys that are no words
+
+
+@dataclass(frozen=True, eq=False)
+class Embedding:
+    """A word and its vectors [n, D]: one tensor, or SDXL's two by text encoder."""
+
+    path: Path
+    sha256: str
+    name: str
+    vectors: Mapping[str, Tensor]  # {"": one} or {"text_encoder": ..., "text_encoder_2": ...}
+
+    def __str__(self) -> str:
+        count = len(next(iter(self.vectors.values())))
+        return f"{self.path.name}: {count} vector{'s' * (count > 1)}, written {self.name} in prompts"
+
+
+def read_embedding(path: str | Path, name: str | None = None) -> Embedding:
+    """A textual inversion in the format of diffusers, of AUTOMATIC1111, or SDXL's `clip_l` and `clip_g`.
+
+    Args:
+        path: .safetensors, or .pt or .bin, which are read without running code.
+        name: what to write in prompts; by default the word in diffusers' files, the file's name for others.
+
+    Raises:
+        UserError: if the file is missing, damaged, holds code or NaN, or is no textual inversion.
+    """
+    path = Path(path)
+    read_bytes(path, limit=32)
+    state = path.stat()
+    word, vectors = _read(path, state.st_mtime_ns, state.st_size)
+    word = name or word or path.stem
+    if not word.strip() or word != word.strip():
+        raise UserError(f"{path}: {word!r} is no word; choose a name: --embedding name=file")
+    return Embedding(path, sha256(path), word, vectors)
+
+
+@lru_cache(maxsize=32)
+def _read(path: Path, _mtime_ns: int, _size: int) -> tuple[str | None, Mapping[str, Tensor]]:
+    content = _content(path)
+    word = None
+    if isinstance(content, dict) and "string_to_param" in content:  # AUTOMATIC1111, and the paper's own code
+        params = content["string_to_param"]
+        content = dict(params.items()) if isinstance(params, dict | nn.ParameterDict) else {}
+    if isinstance(content, Tensor):
+        content = {"*": content}
+    if isinstance(content, dict) and len(content) == 1:
+        ((key, tensor),) = content.items()
+        word = key if isinstance(key, str) and key not in NAMELESS else None
+        content = {"": tensor}
+    elif isinstance(content, dict) and content.keys() == XL_KEYS.keys():
+        content = {part: content[key] for key, part in XL_KEYS.items()}
+    else:
+        raise UserError(f"{path}: not a textual inversion: one tensor, or clip_l and clip_g, are expected")
+    vectors = {part: _rows(tensor, path) for part, tensor in content.items()}
+    if len({len(rows) for rows in vectors.values()}) > 1:
+        raise UserError(f"{path}: clip_l and clip_g have different numbers of vectors; fetch it again")
+    return word, vectors
+
+
+def _content(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        return read_tensors(path)
+    with torch.serialization.safe_globals([nn.ParameterDict]):  # of the paper's own code
+        return read_pickle(path)
+
+
+def _rows(tensor: Any, path: Path) -> Tensor:
+    """[D] or [n, D] -> [n, D]."""
+    if not isinstance(tensor, Tensor) or tensor.ndim not in (1, 2) or not tensor.is_floating_point():
+        raise UserError(f"{path}: not a textual inversion: it should hold vectors [n, width]")
+    if not bool(tensor.isfinite().all()) or not tensor.numel():
+        raise UserError(f"{path}: its vectors are empty or hold NaN; this file is damaged, fetch it again")
+    return tensor.detach().reshape(-1, tensor.shape[-1])
+
+
+# --- giving them to a model ------------------------------------------------------------------------------
+
+
+def add_words(parts: Parts, embeddings: Sequence[Embedding]) -> Parts:
+    """Parts with copies of the tokenizers that know the words; the text encoders share all other tensors.
+
+    Raises:
+        UserError: for vectors of another family's width, and for a word that the model has already.
+    """
+    changed: dict[str, Any] = {}
+    for encoder, tokenizer in zip(ENCODERS, ("tokenizer", "tokenizer_2"), strict=True):
+        model = getattr(parts, encoder)
+        if model is not None and embeddings:
+            rows = [_fitting(each, encoder, parts) for each in embeddings]
+            changed[tokenizer] = _add_tokens(getattr(parts, tokenizer), embeddings)
+            changed[encoder] = _add_rows(model, torch.cat(rows), changed[tokenizer])
+    return replace(parts, **changed)
+
+
+def _fitting(embedding: Embedding, encoder: str, parts: Parts) -> Tensor:
+    """The vectors for one text encoder."""
+    wanted = {name: _width(getattr(parts, name)) for name in ENCODERS if getattr(parts, name) is not None}
+    given = {name: rows.shape[1] for name, rows in embedding.vectors.items()}
+    vectors = embedding.vectors.get(encoder, embedding.vectors.get("") if len(wanted) == 1 else None)
+    if vectors is None or vectors.shape[1] != wanted[encoder] or len(given) > len(wanted):
+        raise UserError(
+            f"{embedding.path}: vectors of width {_family(given)}; this model takes {_family(wanted)}.\n"
+            "A textual inversion works only with the family that it was trained on."
+        )
+    return vectors
+
+
+def _family(widths: Mapping[str, int]) -> str:
+    numbers = " and ".join(map(str, widths.values()))
+    name = "SDXL" if len(widths) == 2 else WIDTHS.get(next(iter(widths.values())))
+    return f"{numbers} ({name})" if name else numbers
+
+
+def _width(model: Any) -> int:
+    return int(model.config.hidden_size)
+
+
+def _add_tokens(tokenizer: Any, embeddings: Sequence[Embedding]) -> Any:
+    from transformers import AddedToken
+
+    extended = copy.deepcopy(tokenizer)
+    for each in embeddings:
+        count = len(next(iter(each.vectors.values())))
+        tokens = [each.name, *(f"{each.name}_{i}" for i in range(1, count))]
+        known = extended.get_vocab()
+        if taken := [token for token in (*tokens, f"{each.name}_{count}") if token in known]:
+            raise UserError(
+                f"{each.path}: the model has {taken[0]!r} already; choose a name: --embedding name=file"
+            )
+        # "ed" must not be found in "red".
+        whole = each.name[0].isalnum() and each.name[-1].isalnum()
+        extended.add_tokens([AddedToken(token, single_word=whole, normalized=True) for token in tokens])
+    return extended
+
+
+def _add_rows(model: Any, rows: Tensor, tokenizer: Any) -> Any:
+    """A text encoder that shares all tensors of `model` but the token embedding, which is longer."""
+    extended = share(model)
+    old: nn.Embedding = extended.get_input_embeddings()
+    # Rows beyond the tokenizer's words are padding of the matrix: new ones go where their tokens say.
+    first = len(tokenizer) - len(rows)
+    weight = torch.cat([old.weight[:first], rows.to(old.weight), old.weight[first + len(rows) :]])
+    frozen = not old.weight.requires_grad
+    new = nn.Embedding.from_pretrained(weight, frozen)  # type: ignore[no-untyped-call]
+    extended.set_input_embeddings(new)
+    extended.config.vocab_size = len(weight)
+    _pool_at_end(extended, tokenizer.eos_token_id)
+    return extended
+
+
+def _pool_at_end(model: Any, end: int) -> None:
+    """Configs that say `eos_token_id` 2 make transformers pool at the highest id: now a new word's."""
+    model.config.eos_token_id = end
+    for module in model.modules():
+        if hasattr(module, "eos_token_id"):
+            module.eos_token_id = end

@@ -1,0 +1,115 @@
+"""Modules that share the tensors of others and compute something beside them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ldm.adapters.deltas import Delta
+
+M = TypeVar("M", bound=nn.Module)
+Weighted = tuple[Delta, float]  # and how strongly
+
+
+class AdaptedLinear(nn.Linear):
+    """[..., in] -> [..., out]: W x + b + up (down x), with another layer's W and b.
+
+    Args:
+        down: [r, in].
+        up: [out, r], scaled.
+    """
+
+    def __init__(self, layer: nn.Linear, down: Tensor, up: Tensor) -> None:
+        super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        self.weight, self.bias = layer.weight, layer.bias
+        # Not persistent: `state_dict` keeps the names and tensors of the model below.
+        self.register_buffer("down", down, persistent=False)
+        self.register_buffer("up", up, persistent=False)
+        self.train(layer.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + F.linear(F.linear(x, self.get_buffer("down")), self.get_buffer("up"))
+
+
+class AdaptedConv2d(nn.Conv2d):
+    """[B, in, H, W] -> [B, out, H', W']: W x + b + up (down x), with another layer's W and b.
+
+    Args:
+        down: [r, in, k, k], which strides and pads as W does.
+        up: [out, r], scaled.
+    """
+
+    def __init__(self, layer: nn.Conv2d, down: Tensor, up: Tensor) -> None:
+        super().__init__(
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,  # type: ignore[arg-type]  # torch's stubs: any tuple
+            layer.stride,  # type: ignore[arg-type]
+            layer.padding,  # type: ignore[arg-type]
+            layer.dilation,  # type: ignore[arg-type]
+            layer.groups,
+            layer.bias is not None,
+            layer.padding_mode,
+            device="meta",
+        )
+        self.weight, self.bias = layer.weight, layer.bias
+        self.register_buffer("down", down, persistent=False)
+        self.register_buffer("up", up[:, :, None, None], persistent=False)
+        self.train(layer.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self._conv_forward(x, self.get_buffer("down"), None)
+        return super().forward(x) + F.conv2d(inner, self.get_buffer("up"))
+
+
+def share(module: M) -> M:
+    """A new tree of modules with the very same parameters and buffers."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+
+
+def adapt_module(module: M, changes: Mapping[str, Sequence[Weighted]], fused: bool) -> M:
+    """A module that shares all tensors of `module` but has `changes`, by a layer's path.
+
+    Low-rank changes are computed beside the layer, as long as it has no others; with `fused`, and for the
+    other kinds, the layer gets a weight of its own, computed in fp32 and cast once. The changes must fit:
+    `Delta.change` says whether they do.
+    """
+    adapted = share(module)
+    for path, deltas in changes.items():
+        parent, _, name = path.rpartition(".")
+        layer = adapted.get_submodule(path)
+        beside = not fused and all(delta.is_low_rank for delta, _ in deltas)
+        setattr(adapted.get_submodule(parent), name, (_beside if beside else _inside)(layer, deltas))
+    return adapted
+
+
+def _beside(layer: nn.Module, deltas: Sequence[Weighted]) -> nn.Module:
+    """The sum of several low-rank products is one, of the ranks' sum."""
+    assert isinstance(layer, nn.Linear | nn.Conv2d)
+    factors = [(delta.factors(layer.weight), weight) for delta, weight in deltas]
+    down = torch.cat([down for (down, _), _ in factors]).to(layer.weight.dtype)
+    up = torch.cat([weight * up for (_, up), weight in factors], dim=1).to(layer.weight.dtype)
+    if isinstance(layer, nn.Linear):
+        return AdaptedLinear(layer, down, up)
+    return AdaptedConv2d(layer, down.contiguous(memory_format=torch.channels_last), up)
+
+
+def _inside(layer: nn.Module, deltas: Sequence[Weighted]) -> nn.Module:
+    """The layer with a weight of its own; it is a private copy, made by `share`."""
+    old = layer.get_parameter("weight").detach()
+    new = old.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    for delta, weight in deltas:
+        if delta.is_low_rank:
+            down, up = delta.factors(new)
+            new.flatten(1).addmm_(up, down.flatten(1), alpha=weight)
+        else:
+            new += weight * delta.change(old.float())
+    weights = torch.empty_like(old).copy_(new)
+    layer.weight = nn.Parameter(weights, requires_grad=layer.get_parameter("weight").requires_grad)
+    return layer

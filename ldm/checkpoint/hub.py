@@ -1,0 +1,138 @@
+"""Models by their name on the Hugging Face hub: only the files that are read, once, into its own cache."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ldm.checkpoint.folder import CLASSES, STEMS
+from ldm.checkpoint.weights import choose_weights
+from ldm.errors import UserError
+
+PIPELINE_FILES = ("model_index.json", "ldm.json", "words.txt")
+CONFIG_FILES = ("config.json", "scheduler_config.json")
+TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
+
+
+def fetch(
+    name: str, revision: str | None = None, variant: str | None = None, part: str | None = None
+) -> Path:
+    """The folder in the cache with a model, or with one part of it, fetched where it is not there yet.
+
+    Args:
+        name: "owner/model".
+        revision: a branch, tag or commit; None is the main branch.
+        variant: of the weights, such as "fp16".
+        part: "unet", "vae", ...: fetch only this, of a pipeline or of a repository that holds nothing else.
+
+    Raises:
+        UserError: in one line, how to get the model where the hub does not give it.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    try:
+        info = HfApi().model_info(name, revision=revision)
+        wanted = needed_files([file.rfilename for file in info.siblings or ()], name, variant, part)
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    except UserError:
+        raise
+    except Exception as error:  # what the hub refuses, and whatever a broken network raises
+        if (reason := _refused(error, name, revision)) is not None:
+            raise UserError(f"{name}: no such folder or file here, and {reason}") from None
+        return _cached(name, revision, error)
+
+
+def _cached(name: str, revision: str | None, error: Exception) -> Path:
+    """What an earlier download has left, without network. Its reader names files that it lacks."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        # The pattern keeps huggingface_hub from asking for the files that were never wanted.
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                local_files_only=True,
+                allow_patterns=["model_index.json", "config.json"],
+            )
+        )
+    except Exception:
+        at = f" --revision {revision}" if revision else ""
+        raise UserError(
+            f"{name}: no such folder or file here, and the hub cannot be reached ({type(error).__name__}).\n"
+            f"With a network, `hf download {name}{at}` gets it; or give the path of a folder that holds it."
+        ) from None
+
+
+def _refused(error: Exception, name: str, revision: str | None) -> str | None:
+    """What the hub has against it, if it was the hub that answered."""
+    from huggingface_hub import errors
+
+    page = f"https://huggingface.co/{name}"
+    match error:
+        case errors.GatedRepoError():
+            return f"the hub wants its terms accepted: do so at {page}, then run `hf auth login`"
+        case errors.RevisionNotFoundError():
+            return f"it has no revision {revision!r} on the hub: see {page}/branches"
+        case errors.RepositoryNotFoundError():
+            return "the hub has none of that name, or a private one: check it, or run `hf auth login`"
+        case errors.HFValidationError():
+            return "it is not a name that the hub can have (owner/model)"
+        case _:
+            return None
+
+
+def needed_files(
+    files: Iterable[str], name: str, variant: str | None = None, part: str | None = None
+) -> list[str]:
+    """The files of a repository that are read: chosen as in a folder, nothing twice, nothing to run.
+
+    Raises:
+        UserError: if it holds no pipeline (or, with `part`, no such part), or not the weights asked for.
+    """
+    folders: dict[str, set[str]] = {}
+    for file in files:
+        path = PurePosixPath(file)
+        folders.setdefault("" if str(path.parent) == "." else str(path.parent), set()).add(path.name)
+    top = folders.get("", set())
+    if part is not None and "model_index.json" not in top and "config.json" in top:
+        return _part_files(top, name, "", part, variant)
+    if "model_index.json" not in top:
+        single = sorted(file for file in top if file.endswith((".safetensors", ".ckpt")))
+        get = f": `hf download {name} {single[0]}`, and give the file's path" if single else ""
+        raise UserError(f"{name}: not a diffusers pipeline (no model_index.json){get}")
+    if part is not None and part not in folders:
+        raise UserError(f"{name}: a pipeline without {part}")
+    wanted = sorted(top.intersection(PIPELINE_FILES))
+    for each in CLASSES if part is None else (part,):
+        if each in folders:
+            wanted += _part_files(folders[each], name, f"{each}/", each, variant)
+    return wanted
+
+
+def _part_files(names: set[str], name: str, prefix: str, part: str, variant: str | None) -> list[str]:
+    """The files of one part, with the folder before them."""
+    wanted = names.intersection((*CONFIG_FILES, *TOKENIZER_FILES))
+    if part in STEMS:
+        folder = Path(name) / part if prefix else Path(name)
+        weights = choose_weights(names, folder, STEMS[part], variant, needed=part == "unet")
+        wanted |= {weights, *_shards(weights, names)}
+    return sorted(prefix + file for file in wanted)
+
+
+def _shards(index: str, names: Iterable[str]) -> set[str]:
+    """The files that an index stands for: model.fp16-00001-of-00002.safetensors, ..."""
+    match: Any = re.fullmatch(r"(\w+)\.(safetensors|bin)\.index(\.\w+)?\.json", index)
+    if match is None:
+        return set()
+    stem, kind, variant = match.groups()
+    shard = re.compile(rf"{stem}{re.escape(variant or '')}-\d+-of-\d+\.{kind}")
+    return {name for name in names if shard.fullmatch(name)}

@@ -1,0 +1,306 @@
+"""A model written to disk: as a pipeline folder that diffusers opens, or in one file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.checkpoint.clip import STEM
+from ldm.checkpoint.detect import ARCHITECTURES, OPTIONS, OWN, PREDICTIONS
+from ldm.checkpoint.folder import MODEL_STEM, Parts
+from ldm.checkpoint.io import whole_folder, write_json, write_tensors
+from ldm.checkpoint.keymap import module_keys, text_keys, to_original
+from ldm.checkpoint.sections import TEXT, prefixes
+from ldm.checkpoint.tokenizer import bpe, describe_tokenizer
+from ldm.errors import UserError
+from ldm.models import Model
+from ldm.schedule import Schedule
+
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+SCHEDULERS = ("scheduler", "low_res_scheduler")
+
+
+def save_model(
+    path: Path, parts: Parts, dtype: torch.dtype | None = None, max_shard_size: str | None = None
+) -> None:
+    """Write a single file if `path` ends in .safetensors, and a pipeline folder otherwise; all or nothing.
+
+    Args:
+        dtype: of floating-point tensors; None keeps the modules'.
+        max_shard_size: "5GB", "500MB": larger files of a folder are cut.
+
+    Raises:
+        UserError: if `path` cannot be written to, or a single file cannot hold this model.
+    """
+    if path.suffix == ".safetensors" and max_shard_size is not None:
+        raise UserError(f"{path}: a single file has no shards: leave max_shard_size out or save a folder")
+    if path.suffix in (".ckpt", ".pt", ".bin"):
+        raise UserError(f"{path}: pickles are not written, as they can carry code: use .safetensors")
+    if path.suffix == ".safetensors":
+        save_single(path, parts, dtype)
+    else:
+        save_folder(path, parts, dtype, max_shard_size)
+
+
+# --- a folder --------------------------------------------------------------------------------------------
+
+
+def save_folder(
+    folder: Path, parts: Parts, dtype: torch.dtype | None = None, max_shard_size: str | None = None
+) -> None:
+    """Write a pipeline folder, all of it or nothing, in `dtype` or in that of the modules."""
+    with whole_folder(Path(folder)) as aside:
+        write_json(aside / "model_index.json", _index(parts))
+        save_module(parts.unet, aside / "unet", dtype, max_shard_size)
+        save_module(parts.vae, aside / "vae", dtype, max_shard_size)
+        for name in TEXT["sdxl"]:
+            if (model := getattr(parts, name)) is not None:
+                save_text_encoder(model, aside / name, dtype, max_shard_size)
+        for name in TOKENIZERS:
+            if (tokenizer := getattr(parts, name)) is not None:
+                save_tokenizer(tokenizer, aside / name)
+        for name in SCHEDULERS:
+            if (config := getattr(parts, name)) is not None:
+                (aside / name).mkdir()
+                write_json(aside / name / "scheduler_config.json", config)
+        write_json(aside / "ldm.json", _defaults(parts))
+        if parts.words:
+            (aside / "words.txt").write_text("\n".join(sorted(parts.words)) + "\n")
+
+
+def save_module(
+    module: Model, folder: Path, dtype: torch.dtype | None = None, max_shard_size: str | None = None
+) -> None:
+    """Write the config.json and weights of a U-Net or VAE."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", module.to_config())
+    _write_weights(folder, MODEL_STEM, module.state_dict(), dtype, max_shard_size)
+
+
+def save_text_encoder(
+    model: Any, folder: Path, dtype: torch.dtype | None = None, max_shard_size: str | None = None
+) -> None:
+    """Write CLIP's text encoder with the `text_model.` prefix, which every version of transformers reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", _text_config(model))
+    _write_weights(folder, STEM, _text_tensors(model), dtype, max_shard_size)
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write vocab.json, merges.txt and tokenizer_config.json, which every version of transformers reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    described = describe_tokenizer(tokenizer)
+    write_json(folder / "vocab.json", described.pop("vocab"))
+    merges = map(" ".join, described.pop("merges"))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+    config = {"tokenizer_class": "CLIPTokenizer", **described}
+    if _learnt_words(tokenizer):
+        flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+        config["added_tokens_decoder"] = {
+            str(i): {flag: getattr(token, flag) for flag in flags}
+            for i, token in tokenizer.added_tokens_decoder.items()
+        }
+    write_json(folder / "tokenizer_config.json", config)
+
+
+def _learnt_words(tokenizer: Any) -> list[str]:
+    """Those of textual inversions, which are no part of CLIP's vocabulary."""
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if not token.special]
+
+
+def pipeline_class(parts: Parts) -> str:
+    """The name of diffusers' pipeline for a model, which its configs tell."""
+    config = parts.unet.config
+    kind = {0: "", 3: "Upscale", 4: "InstructPix2Pix", 5: "Inpaint"}[
+        config.in_channels - parts.vae.latent_channels
+    ]
+    if parts.text_encoder_2 is not None:
+        return f"StableDiffusionXL{'Img2Img' if parts.text_encoder is None else kind}Pipeline"
+    if config.time_cond_proj_dim is not None and not kind:
+        return "LatentConsistencyModelPipeline"
+    return f"StableDiffusion{kind}Pipeline"
+
+
+def _index(parts: Parts) -> dict[str, Any]:
+    """model_index.json: the class of each part, and what the pipeline is made with."""
+    name, absent = pipeline_class(parts), [None, None]
+    index: dict[str, Any] = {
+        "_class_name": name,
+        "_diffusers_version": "0.36.0",
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", type(parts.vae).__name__],
+    }
+    for encoder, tokenizer in zip(TEXT["sdxl"], TOKENIZERS, strict=True):
+        model = getattr(parts, encoder)
+        if model is not None:
+            index |= {encoder: ["transformers", type(model).__name__]}
+            index |= {tokenizer: ["transformers", "CLIPTokenizer"]}
+        elif "XL" in name:
+            index |= {encoder: absent, tokenizer: absent}
+    for scheduler in SCHEDULERS:
+        if (config := getattr(parts, scheduler)) is not None:
+            index[scheduler] = ["diffusers", config.get("_class_name", "DDIMScheduler")]
+    if "XL" in name:
+        index["force_zeros_for_empty_prompt"] = parts.force_zeros_for_empty_prompt
+        if "Img2Img" in name or "Inpaint" in name:
+            index["requires_aesthetics_score"] = parts.requires_aesthetics_score
+        if "InstructPix2Pix" in name:
+            return index | {"is_cosxl_edit": False}
+        return index | {"feature_extractor": absent, "image_encoder": absent}
+    index |= {"safety_checker": absent, "feature_extractor": absent}
+    if "Upscale" in name:
+        return index | {"watermarker": absent, "max_noise_level": parts.max_noise_level}
+    return index | {"image_encoder": absent, "requires_safety_checker": False}
+
+
+def _write_weights(
+    folder: Path,
+    stem: str,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
+    max_shard_size: str | None,
+) -> None:
+    """One safetensors file, or several with the index that diffusers and transformers read."""
+    if max_shard_size is None:
+        write_tensors(folder / f"{stem}.safetensors", tensors, dtype)
+        return
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    sizes = {
+        name: torch.empty_like(t, device="meta", dtype=dtype if t.is_floating_point() else None)
+        for name, t in tensors.items()
+    }
+    pattern = f"{stem}{{suffix}}.safetensors"
+    try:
+        split = split_torch_state_dict_into_shards(
+            sizes, filename_pattern=pattern, max_shard_size=max_shard_size
+        )
+    except ValueError as error:
+        raise UserError(f"max_shard_size {max_shard_size!r} is not a size: {error}") from None
+    for file, names in split.filename_to_tensors.items():
+        write_tensors(folder / file, {name: tensors[name] for name in names}, dtype)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / f"{stem}.safetensors.index.json", index)
+
+
+def _text_config(model: Any) -> dict[str, Any]:
+    """config.json of a text encoder: its keys are plain values, but for what transformers adds."""
+    config = model.config.to_diff_dict() | {"architectures": [type(model).__name__]}
+    plain: dict[str, Any] = json.loads(json.dumps(config, default=str))
+    return plain
+
+
+def _text_tensors(model: Any) -> dict[str, Tensor]:
+    return {
+        name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}": tensor
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def _defaults(parts: Parts) -> dict[str, Any]:
+    return {key: value for key, value in asdict(parts.defaults).items() if value is not None}
+
+
+# --- one file --------------------------------------------------------------------------------------------
+
+
+def save_single(path: Path, parts: Parts, dtype: torch.dtype | None = None) -> None:
+    """Write a .safetensors file in the original layout, which other programs read too; all or nothing.
+
+    What a folder has beside tensors goes into the header, so that `ldm` reads the file without a guess.
+
+    Raises:
+        UserError: for a part that the layout has no names for, and if `path` cannot be written to.
+    """
+    words = [word for name in TOKENIZERS if (own := getattr(parts, name)) for word in _learnt_words(own)]
+    if words:
+        raise UserError(f"{path}: a single file cannot hold {words[0]}, a textual inversion: save a folder")
+    family = family_of_parts(parts)
+    tensors: dict[str, Tensor] = {}
+    for part, prefix in prefixes(family).items():
+        module = getattr(parts, part)
+        if part in TEXT["sdxl"]:
+            open_clip = not TEXT[family][part].endswith("transformer.")
+            renamed = to_original(text_keys(_text_config(module), open_clip), _text_tensors(module))
+        else:
+            renamed = to_original(module_keys(module), module.state_dict())
+        tensors |= {prefix + name: tensor for name, tensor in renamed.items()}
+    schedule = Schedule.from_config(dict(parts.scheduler))
+    if family == "sdxl" and schedule.prediction.value == "v_prediction":
+        # Marks that other programs look for.
+        tensors["v_pred"] = torch.tensor([])
+        if schedule.zero_terminal_snr:
+            tensors["ztsnr"] = torch.tensor([])
+    with _whole_file(path) as aside:
+        write_tensors(aside, tensors, dtype, _metadata(path, family, parts, schedule.prediction.value))
+
+
+def family_of_parts(parts: Parts) -> str:
+    """The family by which a model's tensors are named in a single file: as `sections.family_of` finds it."""
+    if parts.text_encoder_2 is not None:
+        return "sdxl_refiner" if parts.text_encoder is None else "sdxl"
+    if parts.unet.config.num_class_embeds is not None:
+        return "x4_upscaler"
+    return "sd2" if parts.unet.config.use_linear_projection else "sd1"
+
+
+def _metadata(path: Path, family: str, parts: Parts, prediction: str) -> dict[str, str]:
+    """ModelSpec (https://github.com/Stability-AI/ModelSpec), and what of the model is not tensors."""
+    own: dict[str, Any] = {"unet": parts.unet.to_config(), "vae": parts.vae.to_config()}
+    own |= {part: _text_config(getattr(parts, part)) for part in TEXT[family]}
+    own |= {name: getattr(parts, name) for name in SCHEDULERS if getattr(parts, name) is not None}
+    for name in TOKENIZERS:
+        if getattr(parts, name) is not None:
+            own[name] = described = describe_tokenizer(getattr(parts, name))
+            if (described["vocab"], list(map(tuple, described["merges"]))) == bpe():
+                del described["vocab"], described["merges"]  # CLIP's, which comes with the package
+    own |= {"options": {key: getattr(parts, key) for key in OPTIONS}, "defaults": _defaults(parts)}
+    own["words"] = sorted(parts.words)
+    size = parts.unet.config.sample_size or 64
+    height, width = (size, size) if isinstance(size, int) else size
+    return {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": _architecture(family, prediction),
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": path.stem,
+        "modelspec.resolution": f"{width * parts.vae.downscale}x{height * parts.vae.downscale}",
+        "modelspec.prediction_type": next(k for k, v in PREDICTIONS.items() if v == prediction),
+        OWN: json.dumps(own),
+    }
+
+
+def _architecture(family: str, prediction: str) -> str:
+    if family in ("sd2", "x4_upscaler"):
+        return next(name for name, value in ARCHITECTURES.items() if value == prediction)
+    names = {"sd1": "v1", "sdxl": "xl-v1-base", "sdxl_refiner": "xl-v1-refiner"}
+    return f"stable-diffusion-{names[family]}"
+
+
+@contextlib.contextmanager
+def _whole_file(path: Path) -> Iterator[Path]:
+    """A file to write to, which replaces `path` once it is written; on an error nothing changes."""
+    aside = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        os.close(handle)
+        aside = Path(name)
+        yield aside
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror or error}") from None
+    finally:
+        if aside is not None:
+            aside.unlink(missing_ok=True)

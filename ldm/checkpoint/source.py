@@ -1,0 +1,100 @@
+"""Where a model comes from: a pipeline folder, a single file or the hub, some parts from elsewhere."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from ldm.checkpoint.folder import Parts, load_folder
+from ldm.errors import UserError
+from ldm.runtime import Runtime
+from ldm.schedule import Schedule
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+
+
+def _warn(line: str) -> None:
+    warnings.warn(line, stacklevel=2)
+
+
+def load_parts(
+    model: str | Path,
+    runtime: Runtime,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    unet: str | Path | None = None,
+    vae: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+    text_encoder_2: str | Path | None = None,
+    prediction_type: str | None = None,
+    ema: bool | None = None,
+    say: Callable[[str], object] = _warn,
+) -> Parts:
+    """All parts of a model, on the runtime's device; those given separately in place of its own.
+
+    Args:
+        model: a pipeline folder, a single file, a hub name ("owner/model").
+        revision: of a model on the hub: a branch, tag or commit.
+        variant: of a folder's weights, such as "fp16".
+        unet, vae, text_encoder, text_encoder_2: each a folder of its own, a pipeline that has one, a file, or
+            a name on the hub.
+        prediction_type: "epsilon" or "v_prediction", in place of what the model says or seems to be.
+        ema: of a single file that holds both, the averaged weights (True) or the plain ones (False).
+        say: is given a line for each thing that was guessed.
+
+    Raises:
+        UserError: naming what is missing, damaged or does not fit, and what to do.
+    """
+    path = find(model, revision, variant)
+    given = {"unet": unet, "vae": vae, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
+    overrides = {part: find_part(what, part) for part, what in given.items() if what is not None}
+    if path.is_dir():
+        if ema is not None:
+            raise UserError(
+                f"{path}: ema chooses between the two sets of weights of a single file; leave it out"
+            )
+        parts = load_folder(path, runtime, variant=variant, overrides=overrides)
+        return parts if prediction_type is None else _predicting(parts, prediction_type)
+    if variant is not None:
+        raise UserError(f"{path}: variants are files of a folder, and this is a single file; leave it out")
+    from ldm.checkpoint.single import load_single
+
+    return load_single(path, runtime, prediction_type=prediction_type, ema=ema, overrides=overrides, say=say)
+
+
+def find(
+    what: str | Path, revision: str | None = None, variant: str | None = None, part: str | None = None
+) -> Path:
+    """The folder or file that is meant, fetched from the hub where it is a name there. Raises UserError."""
+    path = Path(what).expanduser()
+    if path.exists():
+        if revision is not None:
+            raise UserError(f"{path}: lies here, and only models on the hub have revisions; leave it out")
+        return path
+    if isinstance(what, str) and HUB_NAME.fullmatch(what):
+        from ldm.checkpoint.hub import fetch
+
+        return fetch(what, revision, variant, part)
+    raise UserError(
+        f"{what}: no such folder or file; give a pipeline folder, a single file or a hub name (owner/model)"
+    )
+
+
+def find_part(what: str | Path, part: str) -> Path:
+    """The folder or file of one part; of a pipeline folder the part in it. Raises UserError."""
+    path = find(what, part=part)
+    if not (path / "model_index.json").exists():
+        return path
+    if not (path / part / "config.json").exists():
+        raise UserError(f"{path}: a pipeline without {part}")
+    return path / part
+
+
+def _predicting(parts: Parts, prediction_type: str) -> Parts:
+    scheduler = {**parts.scheduler, "prediction_type": prediction_type}
+    Schedule.from_config(scheduler)
+    return replace(parts, scheduler=scheduler)

@@ -1,0 +1,90 @@
+"""A network's folder: its config.json, and which of the files beside it holds the weights."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ldm.checkpoint.io import read_config, read_tensors
+from ldm.errors import UserError
+
+# What weights are called, by the library that writes them: as safetensors and as a pickle.
+STEMS = {
+    "diffusion_pytorch_model": "diffusion_pytorch_model",  # diffusers: U-Net and VAE
+    "model": "pytorch_model",  # transformers: text encoders
+}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A network on the disk: found and checked as far as that goes without reading the weights."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]  # mapped
+    path: Path  # of the weights: a file, or the index of several
+
+
+def open_stored(folder: Path, stem: str, variant: str | None = None, *, needed: bool = False) -> Stored:
+    """The network in `folder`. Arguments as in `choose_weights`. Raises UserError."""
+    config = read_config(folder / "config.json")
+    path = find_weights(folder, stem, variant, needed=needed)
+    return Stored(config, read_tensors(path), path)
+
+
+def find_weights(folder: Path, stem: str, variant: str | None = None, *, needed: bool = False) -> Path:
+    """The weights in `folder`, as `choose_weights` says; a warning where another variant is taken."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    chosen = choose_weights(names, folder, stem, variant, needed=needed)
+    if list_weights(names, stem).get(variant or "") != chosen:
+        missing = f"no variant {variant!r}" if variant else "no plain file"
+        warnings.warn(f"{folder}: {missing}, so {chosen} is read", stacklevel=2)
+    return folder / chosen
+
+
+def choose_weights(
+    names: Iterable[str], folder: Path, stem: str, variant: str | None = None, *, needed: bool = False
+) -> str:
+    """The file of weights among all that are in a folder: safetensors before a pickle.
+
+    Args:
+        stem: "diffusion_pytorch_model" or "model"; the names of pickles follow from it.
+        variant: such as "fp16", of `stem`.fp16.safetensors. Where it is not there, the plain file is taken,
+            and without it the only variant there is.
+        needed: no other than the variant will do.
+
+    Raises:
+        UserError: that says what is there instead.
+    """
+    names = sorted(names)
+    found = list_weights(names, stem)
+    asked = variant or ""
+    if asked in found:
+        return found[asked]
+    if (variant and needed) or (len(found) != 1 and "" not in found):
+        file = f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
+        raise UserError(f"{folder / file}: no such file{_instead(names, found)}")
+    return found.get("") or next(iter(found.values()))
+
+
+def list_weights(names: Iterable[str], stem: str) -> dict[str, str]:
+    """The file of each variant, "" being the plain one: safetensors before a pickle, whole before sharded."""
+    found: dict[str, str] = {}
+    for file in (f"{STEMS[stem]}@.bin", f"{stem}@.safetensors"):
+        for form in (f"{file.replace('@', '')}.index@.json", file):
+            before, after = (re.escape(half) for half in form.split("@"))
+            matches = (re.fullmatch(rf"{before}(?:\.(\w+))?{after}", name) for name in names)
+            found |= {match[1] or "": match[0] for match in matches if match}
+    return found
+
+
+def _instead(names: Iterable[str], found: dict[str, str]) -> str:
+    if len(found) > 1 and "" not in found:
+        return f", only the variants {', '.join(sorted(found))}: say which (--variant)"
+    others = [name for name in names if name.endswith((".bin", ".safetensors", ".msgpack", ".onnx"))]
+    return f"; found only {', '.join(others)}" if others else "; is the download complete?"
