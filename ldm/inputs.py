@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
 from ldm.errors import UserError
 from ldm.images import to_tensor
+from ldm.rgb import to_rgb
 
 # A tensor is [3, H, W] or [1, 3, H, W] in 0..1; of a mask [H, W], [1, H, W] or [1, 1, H, W].
 InMemory = Image.Image | Tensor
@@ -27,7 +28,9 @@ def read_file(path: str, sha256: str | None = None) -> tuple[Image.Image, str]:
     """
     try:
         data = Path(path).read_bytes()
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+        image = to_rgb(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+    except UnidentifiedImageError:
+        raise UserError(f"cannot read the picture {path}: it is not a picture, or a damaged one") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = getattr(error, "strerror", None) or f"{error}".partition("\n")[0]
         raise UserError(f"cannot read the picture {path}: {reason}") from None
@@ -41,9 +44,14 @@ def read_file(path: str, sha256: str | None = None) -> tuple[Image.Image, str]:
 
 
 def take(image: InMemory | None, channels: int) -> InMemory | None:
-    """An image from memory, a tensor as [1, channels, H, W]. Raises UserError for another shape or range."""
-    if not isinstance(image, Tensor):
-        return image
+    """A PIL image as RGB, a tensor as [1, channels, H, W]. Raises UserError for another shape or range."""
+    if image is None:
+        return None
+    if isinstance(image, Image.Image):
+        try:
+            return to_rgb(image)
+        except ValueError as error:
+            raise UserError(f"an image cannot be used: {error}") from None
     batch = image.reshape((1,) * (4 - image.ndim) + image.shape)
     if batch.shape[:2] != (1, channels) or batch.ndim != 4:
         raise UserError(
@@ -66,7 +74,7 @@ def fit_image(image: InMemory, size: tuple[int, int], bicubic: bool = False) -> 
     if isinstance(image, Tensor):
         return F.interpolate(image, size)
     resample = Image.Resampling.BICUBIC if bicubic else Image.Resampling.LANCZOS
-    return to_tensor(image.convert("RGB").resize(size[::-1], resample))
+    return to_tensor(image.resize(size[::-1], resample))
 
 
 def fit_mask(mask: InMemory, size: tuple[int, int]) -> Tensor:

@@ -58,7 +58,8 @@ def _condition(
         if "class_labels" in config.conditioning:
             told["class_labels"] = torch.tensor([request.noise_level or 0], device=device)
         if config.time_cond_proj_dim is not None:
-            scale = guidance_embedding(request.guidance_scale or 1.0, config.time_cond_proj_dim)
+            given = request.guidance_scale
+            scale = guidance_embedding(1.0 if given is None else given, config.time_cond_proj_dim)
             told["timestep_cond"] = scale.to(device)
     cond, uncond = (replace(text, **told) for text, told in zip(read, both, strict=True))
     return cond, uncond

@@ -8,6 +8,7 @@ cast where the U-Net is called. Nothing here changes after construction, so thre
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -127,10 +128,16 @@ class Pipeline:
 
     @cached_property
     def model_hash(self) -> str | None:
-        """The first 10 hex digits of the SHA-256 of the U-Net's file; None for parts made in memory."""
+        """The first 10 hex digits of the SHA-256 of the U-Net's file; None for parts made in memory.
+
+        Of that and of what was asked to be other than in the model, where something was: `Parts.changes`.
+        """
         if self.parts.weights is None:
             return None
-        return sha256(*weight_files(self.parts.weights))[:10]
+        digest, changes = sha256(*weight_files(self.parts.weights)), self.parts.changes
+        if changes:
+            digest = hashlib.sha256("\n".join([digest, *changes]).encode()).hexdigest()
+        return digest[:10]
 
     @property
     def text(self) -> TextEncoder:

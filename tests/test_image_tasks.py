@@ -238,8 +238,22 @@ def test_a_picture_of_memory_cannot_be_drawn_again_and_says_so(models):
 
 def test_a_file_that_is_no_picture(models, tmp_path):
     (tmp_path / "a.png").write_text("no picture")
-    with pytest.raises(ldm.UserError, match=r"cannot read the picture .*a.png: cannot identify"):
+    with pytest.raises(ldm.UserError, match=r"cannot read the picture .*a.png: it is not a picture"):
         models("pix2pix")("sea", image=tmp_path / "a.png")
+
+
+def test_pictures_of_16_bits_keep_their_levels_and_transparency_lies_on_white(tmp_path):
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(levels.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    image, _ = read_file(tmp_path / "deep.png")
+    assert (np.asarray(image)[..., 0] == levels).all()
+    deep = Image.open(tmp_path / "deep.png")
+    assert (np.asarray(take(deep, 3))[..., 1] == levels).all()
+    assert fit_mask(take(deep, 1), (16, 16)).sum() == 128
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    assert np.asarray(take(clear, 3)).min() == 255
+    with pytest.raises(ldm.UserError, match="32 bits a channel"):
+        take(Image.new("F", (8, 8)), 3)
 
 
 # --- defaults --------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 
 from ldm.adapters.inversion import Embedding, add_words
 from ldm.adapters.layers import Weighted, adapt_module
-from ldm.adapters.lora import SUFFIXES, Lora, Report, match, read_lora
+from ldm.adapters.lora import SUFFIXES, Lora, Report, match, name_of, read_lora
 from ldm.adapters.names import ENCODERS, UNET
 from ldm.checkpoint import Parts
 from ldm.errors import UserError
@@ -103,7 +103,7 @@ def used_embeddings(request: Request, held: Sequence[Embedding]) -> tuple[Embedd
 def find_lora(name: str, folder: Path) -> Path:
     """The adapter of that name in `folder` or below. Raises UserError if there is none, or more than one."""
     # Names come from prompts and pictures: they are compared with what is there, never joined to a path.
-    found = [path for path in sorted(folder.rglob("*")) if path.suffix in SUFFIXES and path.stem == name]
+    found = [path for path in sorted(folder.rglob("*")) if path.suffix in SUFFIXES and name_of(path) == name]
     if len(found) == 1:
         return found[0]
     if found:

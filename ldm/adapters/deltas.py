@@ -79,7 +79,7 @@ class Delta:
         except RuntimeError:
             shapes = ", ".join(f"{role} {list(tensor.shape)}" for role, tensor in self.tensors.items())
             raise UserError(f"{shapes} do not go together: different ranks?") from None
-        _check_shape((made.shape[0], made[0].numel()), weight)
+        _check_shape(tuple(made.flatten(1).shape), weight)
         return self.scale * made.reshape(weight.shape)
 
     def _lora(self, weight: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ def _own_scale(tensors: Mapping[str, Tensor], kind: str) -> float:
     return float(tensors["alpha"].flatten()[0]) / rank
 
 
-def _check_shape(made: tuple[int, int], weight: Tensor) -> None:
+def _check_shape(made: tuple[int, ...], weight: Tensor) -> None:
     if made != (weight.shape[0], weight[0].numel()):
         raise UserError(f"it changes a layer of {made[1]} -> {made[0]}, this one is {list(weight.shape)}")
 

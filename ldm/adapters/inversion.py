@@ -21,7 +21,7 @@ from ldm.adapters.names import ENCODERS, TEXT, TEXT_2
 from ldm.checkpoint import Parts
 from ldm.checkpoint.digest import sha256
 from ldm.checkpoint.io import read_bytes, read_tensors
-from ldm.checkpoint.pickles import read_pickle
+from ldm.checkpoint.pickles import check_whole, read_pickle
 from ldm.errors import UserError
 
 XL_KEYS = {"clip_l": TEXT, "clip_g": TEXT_2}
@@ -53,7 +53,7 @@ def read_embedding(path: str | Path, name: str | None = None) -> Embedding:
     Raises:
         UserError: if the file is missing, damaged, holds code or NaN, or is no textual inversion.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     read_bytes(path, limit=32)
     state = path.stat()
     word, vectors = _read(path, state.st_mtime_ns, state.st_size)
@@ -97,6 +97,7 @@ def _rows(tensor: Any, path: Path) -> Tensor:
     """[D] or [n, D] -> [n, D]."""
     if not isinstance(tensor, Tensor) or tensor.ndim not in (1, 2) or not tensor.is_floating_point():
         raise UserError(f"{path}: not a textual inversion: it should hold vectors [n, width]")
+    check_whole("*", tensor, path)
     if not bool(tensor.isfinite().all()) or not tensor.numel():
         raise UserError(f"{path}: its vectors are empty or hold NaN; this file is damaged, fetch it again")
     return tensor.detach().reshape(-1, tensor.shape[-1])

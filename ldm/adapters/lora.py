@@ -41,7 +41,7 @@ class LoraFile:
     @property
     def name(self) -> str:
         """What tags and requests call it: the file's name, or its folder's where the file's is everyone's."""
-        return self.path.resolve().parent.name if self.path.name in FOLDER_FILES else self.path.stem
+        return name_of(self.path)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +72,11 @@ class Report:
         return f"{self.name}: {' and '.join(self.kinds)}, matched {', '.join(told)}"
 
 
+def name_of(path: Path) -> str:
+    """What an adapter file is called."""
+    return path.resolve().parent.name if path.name in FOLDER_FILES else path.stem
+
+
 # --- reading ---------------------------------------------------------------------------------------------
 
 
@@ -81,7 +86,7 @@ def read_lora(path: str | Path) -> LoraFile:
     Raises:
         UserError: if it is missing, damaged, no adapter, or holds NaN.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_dir():
         path = next((path / name for name in FOLDER_FILES if (path / name).exists()), path / FOLDER_FILES[0])
     if not path.is_file():
@@ -218,7 +223,12 @@ def _scale(settings: Mapping[str, Any], layer: Layer) -> float | None:
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
-    """As peft does: a pattern is a regular expression for the end of a module's name."""
+    """As peft does: a pattern is a regular expression for the end of a module's name.
+
+    Raises ValueError for one that could take for ever: quantified groups, or many wildcards.
+    """
+    if any(re.search(r"\)[*+?{]", key) or len(re.findall("[*+{]", key)) > 3 for key in patterns or {}):
+        raise ValueError
     found = (value for key, value in (patterns or {}).items() if re.fullmatch(rf"(.*\.)?({key})", path))
     return next(found, default)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -57,8 +57,9 @@ def detect(file: Single, given: Mapping[str, Any], prediction_type: str | None =
         if name in base:
             configs[name] = dict(given.get(name) or base[name])
     unet = configs["unet"]
-    if unet["in_channels"] not in (base["unet"]["in_channels"], *KINDS):
-        raise UserError(f"{file.path}: no model that can be read has {unet['in_channels']} input channels")
+    channels = unet.setdefault("in_channels", 4)  # as in diffusers
+    if channels not in (base["unet"]["in_channels"], *KINDS):
+        raise UserError(f"{file.path}: no model that can be read has {channels!r} input channels")
     configs["scheduler"], notes = _scheduler(file, unet, given.get("scheduler", {}), prediction_type)
     if file.family == "sd2" and configs["scheduler"]["prediction_type"] == "epsilon" and "unet" not in given:
         unet["sample_size"] = 64  # SD 2 base draws 512 x 512 pixels
@@ -90,9 +91,21 @@ def own_configs(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
         value = json.loads(metadata.get(OWN, "{}"))
     except ValueError:
         value = None
-    if not isinstance(value, dict) or not all(isinstance(each, (dict, list)) for each in value.values()):
+    if not isinstance(value, dict) or not _is_ours(value):
         raise UserError(f"{path}: the header's {OWN} is damaged; convert the model again")
     return value
+
+
+def _is_ours(value: Mapping[str, Any]) -> bool:
+    """Whether it holds what we write and nothing else, as far as the configs' own readers do not see it."""
+    defaults, options, words = (value.get(name, {}) for name in ("defaults", "options", "words"))
+    return (
+        all(isinstance(value[name], list if name == "words" else dict) for name in value)
+        and all(isinstance(word, str) for word in words)
+        and defaults.keys() <= {each.name for each in fields(Defaults)}
+        and options.keys() <= {*OPTIONS}
+        and all(isinstance(each, int) for each in options.values())
+    )
 
 
 def _config(file: Single, part: str, base: Config, given: Config) -> dict[str, Any]:

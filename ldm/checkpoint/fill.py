@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,8 +16,9 @@ from ldm.errors import UserError
 
 M = TypeVar("M", bound=nn.Module)
 
-CHUNK = 2**20  # elements cast at a time: the intermediate fp32 stays in the processor's cache
+CHUNK = 2**18  # elements cast at a time: the intermediate fp32 stays in the processor's cache
 ALIGNMENT = 64  # bytes
+THREADS = 4  # at most: with more, they only wait for each other and for memory
 
 
 def fill(module: M, tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None = None) -> M:
@@ -29,21 +32,25 @@ def fill(module: M, tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtyp
         UserError: naming tensors that are missing, extra, of another shape, not finite, or not so in `dtype`.
     """
     _check_names(module.state_dict(), tensors, path)
-    copied = {name for name, tensor in tensors.items() if _differs(tensor, dtype)}
-    room = torch.empty(sum(_room_for(tensors[name], dtype) for name in copied), dtype=torch.uint8)
-    rows = (tensors[name][0].numel() for name in copied if tensors[name].ndim)
-    scratch = torch.empty(8 * max((CHUNK, *rows)), dtype=torch.uint8)
-    ready = {}
-    for name, tensor in tensors.items():
-        if name in copied:
-            size = _room_for(tensor, dtype)
-            ready[name] = _copy(tensor, room[:size], dtype or tensor.dtype, scratch)
-            room = room[size:]
+    copied = [name for name, tensor in tensors.items() if _differs(tensor, dtype)]
+    sizes = [_room_for(tensors[name], dtype) for name in copied]
+    with torch.inference_mode(False):  # whatever the caller's, as threads have a mode of their own
+        room = torch.empty(sum(sizes), dtype=torch.uint8)
+    rooms = dict(zip(copied, torch.split(room, sizes), strict=True))
+    longest = max((tensors[name][0].numel() for name in copied if tensors[name].ndim), default=0)
+
+    def make(name: str, scratch: Tensor) -> Tensor:
+        tensor = tensors[name]
+        if name in rooms:
+            ready = _copy(tensor, rooms[name], dtype or tensor.dtype, scratch)
         else:
-            ready[name] = _as_channels_last(tensor) if dtype else tensor
-        _check_finite(name, ready[name], tensor, path)
+            ready = _laid_out(tensor, tensor.shape) if dtype else tensor
+        _check_finite(name, ready, tensor, path)
         _let_go(tensor)
-    module.load_state_dict(ready, assign=True)
+        return ready
+
+    ready = _in_threads(make, tensors, max(CHUNK, longest))
+    module.load_state_dict(dict(zip(tensors, ready, strict=True)), assign=True)
     return module
 
 
@@ -82,13 +89,6 @@ def _is_spatial(tensor: Tensor) -> bool:
     return tensor.ndim == 4 and tensor.shape[2:] != (1, 1)
 
 
-def _as_channels_last(tensor: Tensor) -> Tensor:
-    if tensor.ndim != 4:
-        return tensor
-    channels = tensor.shape[1]
-    return tensor.as_strided(tensor.shape, (channels, 1, channels, channels))
-
-
 def _room_for(tensor: Tensor, dtype: torch.dtype | None) -> int:
     """Bytes of a copy."""
     size = tensor.numel() * (dtype or tensor.dtype).itemsize
@@ -97,27 +97,47 @@ def _room_for(tensor: Tensor, dtype: torch.dtype | None) -> int:
 
 def _copy(tensor: Tensor, room: Tensor, dtype: torch.dtype, scratch: Tensor) -> Tensor:
     """The tensor in `room`, as `dtype`, channels_last if it is a convolution's."""
-    flat = room[: tensor.numel() * dtype.itemsize].view(dtype)
-    if tensor.ndim == 4:
-        o, i, h, w = tensor.shape
-        copy = flat.view(o, h, w, i).permute(0, 3, 1, 2)
-    else:
-        copy = flat.view(tensor.shape)
-    if tensor.ndim == 0 or tensor.dtype is dtype:
+    copy = _laid_out(room[: tensor.numel() * dtype.itemsize].view(dtype), tensor.shape)
+    if tensor.ndim == 0 or dtype in (tensor.dtype, torch.float32):
         return copy.copy_(tensor)
     rows = max(1, CHUNK // tensor[0].numel())
     for source, target in zip(torch.split(tensor, rows), torch.split(copy, rows), strict=True):
-        # fp16 to bf16 by way of fp32 is exact too, and three times as fast; so is casting before permuting.
-        wide = _as(scratch, torch.float32, source.shape).copy_(source)
-        if tensor.ndim == 4:
-            half = scratch[len(scratch) // 2 :]
-            wide = _as(half, dtype, source.shape).copy_(wide)
-        target.copy_(wide)
+        # fp16 to bf16 by way of fp32 is exact too, and three times as fast; so is permuting on the way in.
+        wide = _laid_out(scratch[: source.numel()], source.shape)
+        target.copy_(wide.copy_(source))
     return copy
 
 
-def _as(room: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:
-    return room[: shape.numel() * dtype.itemsize].view(dtype).view(shape)
+def _laid_out(numbers: Tensor, shape: torch.Size) -> Tensor:
+    """Contiguous numbers as a tensor of that shape, channels_last if it has four dimensions."""
+    if len(shape) != 4:
+        return numbers.view(shape)
+    o, i, h, w = shape
+    return numbers.view(o, h, w, i).permute(0, 3, 1, 2)
+
+
+def _in_threads(make: Callable[[str, Tensor], Tensor], names: Collection[str], scratch: int) -> list[Tensor]:
+    """`make` of each name, in threads that have room for so many fp32 and let torch start none of its own.
+
+    Torch's threads wait for each other after each of thousands of short operations, and where other programs
+    use the processors too that takes ten times as long as the work.
+    """
+    own, threads = threading.local(), torch.get_num_threads()
+    count = min(THREADS, threads, len(names))
+    with torch.inference_mode(False):
+        scratches = [torch.empty(scratch) for _ in range(count)]
+    begun = threading.Barrier(count + 1, timeout=60)
+
+    def begin() -> None:
+        own.scratch = scratches.pop()
+        torch.set_num_threads(1)
+        begun.wait()
+
+    with ThreadPoolExecutor(max(1, count), initializer=begin) as pool:
+        made = pool.map(lambda name: make(name, own.scratch), names)
+        begun.wait()
+        torch.set_num_threads(threads)  # it is this thread's own, but also what later threads begin with
+        return list(made)
 
 
 def _check_finite(name: str, ready: Tensor, stored: Tensor, path: Path) -> None:

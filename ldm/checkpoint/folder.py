@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ldm.checkpoint.clip import STEM as TEXT_STEM
-from ldm.checkpoint.clip import load_tokenizer, make_text_encoder
+from ldm.checkpoint.clip import check_text_encoder, check_tokenizer, load_tokenizer, make_text_encoder
+from ldm.checkpoint.fill import _check_names as check_names
 from ldm.checkpoint.fit import check_fit
 from ldm.checkpoint.io import fill, read_bytes, read_config, read_json
 from ldm.checkpoint.weights import Stored, open_stored
@@ -90,6 +92,9 @@ class Parts:
     defaults: Defaults = field(default_factory=Defaults)
     words: frozenset[str] = frozenset()  # that the model has seen; empty if not known
     weights: Path | None = None  # the U-Net's file, or the single file; None for parts made in memory
+    changes: tuple[
+        str, ...
+    ] = ()  # what was asked to be other than in the model: parts by hash, prediction type
     text_encoder_2: Any = None  # transformers' CLIPTextModelWithProjection: SDXL's second, with pooled text
     tokenizer_2: Any = None
     low_res_scheduler: Mapping[str, Any] | None = None  # x4 upscaler: how its low-resolution input is noised
@@ -138,7 +143,8 @@ def load_folder(
     networks = [part for part in NETWORKS if part in index]
     for part in overrides.keys() - networks:
         raise UserError(f"{folder}: has no {part} to replace")
-    # All headers first: most damage shows there, and at once. What comes from elsewhere has no variants.
+    # What can be checked without reading weights comes first: most damage shows there, and at once.
+    # What comes from elsewhere has no variants.
     stored = {
         part: open_stored(folder / part, STEMS[part], variant, needed=part == "unet")
         for part in networks
@@ -148,8 +154,14 @@ def load_folder(
     weights = stored["unet"].path if "unet" in stored else overrides["unet"]
     small = _load_small_parts(folder, index)
     sources = {part: overrides.get(part, folder / part) for part in networks}
+    for part in TOKENIZERS:
+        if part in index:
+            check_tokenizer(folder / part)
+    empty = {part: _make_empty(part, each) for part, each in stored.items()}
     modules = {
-        part: _load_network(part, stored.pop(part, None), sources[part], folder / part, runtime)
+        part: _load_network(
+            part, stored.pop(part, None), empty.get(part), sources[part], folder / part, runtime
+        )
         for part in networks
     }
     tokenizers = {part: load_tokenizer(folder / part) for part in TOKENIZERS if part in index}
@@ -176,8 +188,21 @@ def _load_small_parts(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
     return parts
 
 
+def _make_empty(part: str, stored: Stored) -> Any:
+    """The module that a network's tensors go to, which they fit; None for a text encoder, only checked."""
+    if part in TEXT_ENCODERS:
+        check_text_encoder(stored.config, stored.tensors, stored.path)
+        return None
+    return _build(stored)
+
+
 def _load_network(
-    part: str, stored: Stored | None, source: Path, original: Path, runtime: Runtime | None
+    part: str,
+    stored: Stored | None,
+    empty: Any,
+    source: Path,
+    original: Path,
+    runtime: Runtime | None,
 ) -> Any:
     """A network, ready to draw: as it was opened, or from the file `source` with the config in `original`."""
     config = read_config(original / "config.json") if stored is None else stored.config
@@ -191,7 +216,7 @@ def _load_network(
     elif part in TEXT_ENCODERS:
         module = make_text_encoder(config, stored.tensors, stored.path, dtype)
     else:
-        module = _make_module(stored, dtype)
+        module = fill(empty, _named(stored), stored.path, dtype)
     classes = {"unet": UNet, "vae": AutoencoderKL | AutoencoderTiny}
     if part in classes and not isinstance(module, classes[part]):
         raise UserError(f"{source}: a {config.get('_class_name')}, which cannot be the {part}")
@@ -200,17 +225,24 @@ def _load_network(
 
 def load_module(folder: Path, dtype: torch.dtype | None = None, variant: str | None = None) -> Model:
     """The U-Net or VAE in `folder`, in `dtype` or as stored, mapped from the file. Raises UserError."""
-    return _make_module(open_stored(folder, MODEL_STEM, variant), dtype)
+    stored = open_stored(folder, MODEL_STEM, variant)
+    return fill(_build(stored), _named(stored), stored.path, dtype)
 
 
-def _make_module(stored: Stored, dtype: torch.dtype | None) -> Model:
+def _build(stored: Stored) -> Model:
+    """The module of a config, on the meta device; the tensors fit it. Raises UserError."""
     try:
         with torch.device("meta"):
             module = build(stored.config)
     except UserError as error:
         raise UserError(f"{stored.path.parent / 'config.json'}: {error}") from None
-    tensors = {new_name(name): tensor for name, tensor in stored.tensors.items()}
-    return fill(module, tensors, stored.path, dtype)
+    check_names(module.state_dict(), _named(stored), stored.path)
+    return module
+
+
+def _named(stored: Stored) -> dict[str, Tensor]:
+    """The tensors by their names in today's modules."""
+    return {new_name(name): tensor for name, tensor in stored.tensors.items()}
 
 
 def _load_scheduler(folder: Path, check: Callable[[dict[str, Any]], object]) -> dict[str, Any]:

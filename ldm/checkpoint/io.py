@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.checkpoint.fill import fill
-from ldm.checkpoint.pickles import read_pickle
+from ldm.checkpoint.pickles import check_whole, read_pickle
 from ldm.errors import UserError
 
 __all__ = [
@@ -134,7 +134,7 @@ def weight_files(path: Path) -> list[Path]:
         return [path]
     names = sorted(set(_weight_map(path).values()))
     for name in names:
-        if name != PureWindowsPath(name).name or name in ("", ".."):
+        if name != PureWindowsPath(name).name or name in ("", "..") or name.endswith(".json"):
             raise UserError(f"{path}: names {name!r}, which is not a file of this folder; fetch it again")
     return [path.parent / name for name in names]
 
@@ -203,6 +203,8 @@ def _named_tensors(content: object, path: Path) -> dict[str, Tensor]:
     }
     if not tensors:
         raise UserError(f"{path}: holds no named tensors, so it is not a model's weights")
+    for name, tensor in tensors.items():
+        check_whole(name, tensor, path)
     return tensors
 
 

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ def save_folder(
                 write_json(aside / name / "scheduler_config.json", config)
         write_json(aside / "ldm.json", _defaults(parts))
         if parts.words:
-            (aside / "words.txt").write_text("\n".join(sorted(parts.words)) + "\n")
+            _write_lines(aside / "words.txt", sorted(parts.words))
 
 
 def save_module(
@@ -101,7 +101,7 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     described = describe_tokenizer(tokenizer)
     write_json(folder / "vocab.json", described.pop("vocab"))
     merges = map(" ".join, described.pop("merges"))
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+    _write_lines(folder / "merges.txt", ["#version: 0.2", *merges])
     config = {"tokenizer_class": "CLIPTokenizer", **described}
     if _learnt_words(tokenizer):
         flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
@@ -110,6 +110,11 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
             for i, token in tokenizer.added_tokens_decoder.items()
         }
     write_json(folder / "tokenizer_config.json", config)
+
+
+def _write_lines(path: Path, lines: Iterable[str]) -> None:
+    """The same bytes on every system."""
+    path.write_bytes("".join(f"{line}\n" for line in lines).encode())
 
 
 def _learnt_words(tokenizer: Any) -> list[str]:

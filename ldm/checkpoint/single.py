@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.checkpoint.clip import load_text_encoder, load_tokenizer, make_text_encoder
+from ldm.checkpoint.clip import load_text_encoder, load_tokenizer, make_text_encoder, read_sizes
 from ldm.checkpoint.detect import OPTIONS, Detected, detect, own_configs
 from ldm.checkpoint.fit import check_fit
 from ldm.checkpoint.folder import MODEL_STEM, Parts, load_module, new_name
@@ -25,7 +25,7 @@ from ldm.checkpoint.keymap import Key, from_original, module_keys, text_keys
 from ldm.checkpoint.sections import TEXT, Single, open_single, prefixes, section_of
 from ldm.checkpoint.shapes import Tensors, is_open_clip, shape_of
 from ldm.checkpoint.tokenizer import make_tokenizer
-from ldm.checkpoint.weights import find_weights
+from ldm.checkpoint.weights import check_counts, find_weights
 from ldm.errors import UserError
 from ldm.models import build
 from ldm.runtime import Runtime
@@ -114,7 +114,7 @@ def read_single(
             unused += left
     weights = overrides.get("unet", path)
     weights = find_weights(weights, MODEL_STEM) if weights.is_dir() else weights
-    parts = _assemble(found, modules, config, weights)
+    parts = _assemble(found, modules, config, weights, path)
     check_fit(parts, {part: overrides.get(part, path) for part in modules})
     return parts, unused
 
@@ -160,7 +160,9 @@ def _load(
     dtype: torch.dtype | None,
 ) -> tuple[Any, list[str]]:
     """A part from its tensors in the original layout, and the names in the file of those not used."""
+    check_counts(config, section, path)
     if part in TEXT["sdxl"]:
+        read_sizes(config, path)
         keys = text_keys(config, is_open_clip(section))
         tensors, left = _rename(keys, section, part, config, path, prefix)
         return make_text_encoder(config, tensors, path, dtype), left
@@ -238,14 +240,20 @@ def _read_configs(folder: Path) -> dict[str, Any]:
     return configs | {"options": {key: index[key] for key in OPTIONS if key in index}}
 
 
-def _assemble(found: Detected, modules: Mapping[str, Any], config: Path | None, weights: Path) -> Parts:
+def _assemble(
+    found: Detected, modules: Mapping[str, Any], config: Path | None, weights: Path, path: Path
+) -> Parts:
     tokenizers = {}
     for name in ("tokenizer", "tokenizer_2"):
         if name in found.configs:
             if config is not None and (config / name).is_dir():
                 tokenizers[name] = load_tokenizer(config / name)
             else:
-                tokenizers[name] = make_tokenizer(found.configs[name])
+                try:
+                    tokenizers[name] = make_tokenizer(found.configs[name])
+                except Exception as error:  # transformers raises whatever it likes at odd values
+                    reason = str(error).partition("\n")[0]
+                    raise UserError(f"{path}: its {name} is damaged ({reason}); convert it again") from None
     return Parts(
         unet=modules["unet"],
         vae=modules["vae"],

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from ldm.checkpoint.folder import Parts, load_folder
+from ldm.checkpoint.digest import sha256
+from ldm.checkpoint.folder import STEMS, Parts, load_folder
+from ldm.checkpoint.io import weight_files
+from ldm.checkpoint.weights import find_weights
 from ldm.errors import UserError
 from ldm.runtime import Runtime
 from ldm.schedule import Schedule
@@ -58,20 +61,23 @@ def load_parts(
                 f"{path}: ema chooses between the two sets of weights of a single file; leave it out"
             )
         parts = load_folder(path, runtime, variant=variant, overrides=overrides)
-        return parts if prediction_type is None else _predicting(parts, prediction_type)
+        if prediction_type is not None:
+            parts = _predicting(parts, prediction_type)
+        return replace(parts, changes=_changes(overrides, prediction_type))
     if variant is not None:
         raise UserError(f"{path}: variants are files of a folder, and this is a single file; leave it out")
     from ldm.checkpoint.single import load_single
 
-    return load_single(path, runtime, prediction_type=prediction_type, ema=ema, overrides=overrides, say=say)
+    parts = load_single(path, runtime, prediction_type=prediction_type, ema=ema, overrides=overrides, say=say)
+    return replace(parts, changes=_changes(overrides, prediction_type, ema))
 
 
 def find(
     what: str | Path, revision: str | None = None, variant: str | None = None, part: str | None = None
 ) -> Path:
     """The folder or file that is meant, fetched from the hub where it is a name there. Raises UserError."""
-    path = Path(what).expanduser()
-    if path.exists():
+    path = _local(what)
+    if path is not None:
         if revision is not None:
             raise UserError(f"{path}: lies here, and only models on the hub have revisions; leave it out")
         return path
@@ -84,6 +90,15 @@ def find(
     )
 
 
+def _local(what: str | Path) -> Path | None:
+    """What lies here under that name, if anything."""
+    try:
+        path = Path(what).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError):  # too long a name, a folder that may not be entered, nobody's home
+        return None
+
+
 def find_part(what: str | Path, part: str) -> Path:
     """The folder or file of one part; of a pipeline folder the part in it. Raises UserError."""
     path = find(what, part=part)
@@ -92,6 +107,19 @@ def find_part(what: str | Path, part: str) -> Path:
     if not (path / part / "config.json").exists():
         raise UserError(f"{path}: a pipeline without {part}")
     return path / part
+
+
+def _changes(
+    overrides: Mapping[str, Path], prediction_type: str | None, ema: bool | None = None
+) -> tuple[str, ...]:
+    """What makes the pictures other than those of the model alone."""
+    changes = []
+    for part, place in sorted(overrides.items()):
+        file = find_weights(place, STEMS[part]) if place.is_dir() else place
+        changes.append(f"{part} {sha256(*weight_files(file))}")
+    if prediction_type is not None:
+        changes.append(prediction_type)
+    return (*changes, "averaged weights") if ema else tuple(changes)
 
 
 def _predicting(parts: Parts, prediction_type: str) -> Parts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,27 @@ def open_stored(folder: Path, stem: str, variant: str | None = None, *, needed: 
     """The network in `folder`. Arguments as in `choose_weights`. Raises UserError."""
     config = read_config(folder / "config.json")
     path = find_weights(folder, stem, variant, needed=needed)
-    return Stored(config, read_tensors(path), path)
+    tensors = read_tensors(path)
+    check_counts(config, tensors, folder / "config.json")
+    return Stored(config, tensors, path)
+
+
+def check_counts(config: Mapping[str, Any], tensors: Collection[str], path: Path) -> None:
+    """Raises UserError for a config, in `path`, of more layers than there are tensors, which none can be."""
+    for key, value in config.items():
+        if isinstance(value, int | list | tuple) and re.search("layers|_blocks$", key):
+            most = max(_numbers(value), default=0)
+            if most > len(tensors):
+                raise UserError(f"{path}: {key} = {most}, but the weights have only {len(tensors)} tensors")
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """Those in nested lists."""
+    if isinstance(value, list | tuple):
+        for each in value:
+            yield from _numbers(each)
+    elif isinstance(value, int | float):
+        yield value
 
 
 def find_weights(folder: Path, stem: str, variant: str | None = None, *, needed: bool = False) -> Path:

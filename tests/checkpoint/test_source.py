@@ -210,3 +210,16 @@ def test_nothing_of_the_model_changes(tiny_folder, tmp_path):
     again = load_parts(tiny_folder, CPU, unet=tmp_path / "unet")
     assert equal(again.unet, parts.unet)
     assert replace(again, unet=None, weights=None).scheduler == parts.scheduler
+
+
+def test_the_hash_tells_what_was_taken_from_elsewhere(tiny_folder, tmp_path):
+    other = shutil.copytree(tiny_folder / "vae", tmp_path / "vae")
+    tensors = load_file(other / "diffusion_pytorch_model.safetensors")
+    tensors["decoder.conv_out.bias"] += 1
+    save_file(tensors, other / "diffusion_pytorch_model.safetensors")
+    hashes = [
+        ldm.load(tiny_folder, device="cpu", **changes).model_hash
+        for changes in ({}, {"vae": other}, {"vae": tiny_folder / "vae"}, {"prediction_type": "v_prediction"})
+    ]
+    assert len(set(hashes)) == 4
+    assert ldm.load(tiny_folder, device="cpu", vae=other).model_hash == hashes[1]

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -236,6 +237,30 @@ def test_what_the_file_has_stays_mapped(tmp_path):
     assert [tensor.data_ptr() for tensor in net.state_dict().values()] == before
     as_stored, tensors = filled(tmp_path, None, None)
     assert all(t.data_ptr() == tensors[name].data_ptr() for name, t in as_stored.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, None])
+def test_a_caller_in_inference_mode(tmp_path, dtype):
+    with torch.inference_mode():
+        net, tensors = filled(tmp_path, torch.float16, dtype)
+    assert torch.equal(net.conv.weight, tensors["conv.weight"].to(dtype))
+
+
+def test_torch_s_threads_are_as_many_as_before(tmp_path):
+    """In this thread and in those that begin later; also after an error."""
+    found = []
+    before = torch.get_num_threads()
+    filled(tmp_path, torch.float16, torch.bfloat16)
+    tensors = read_tensors(tmp_path / "x.safetensors")
+    tensors["conv.weight"][0, 0, 0, 0] = torch.nan
+    with torch.device("meta"):
+        net = Net()
+    with pytest.raises(UserError, match=r"conv\.weight holds NaN"):
+        fill(net, tensors, tmp_path / "x.safetensors", torch.bfloat16)
+    later = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    later.start()
+    later.join()
+    assert found == [torch.get_num_threads()] == [before]
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
