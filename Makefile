@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROMPT ?= a red sailboat on a calm sea at sunset
 
-.PHONY: picture test lint types clean
+.PHONY: picture test test-all lint types clean
 
 # torch first and pinned: a bare `torch` would fetch gigabytes of CUDA.
 $(BIN)/python:
@@ -23,6 +23,9 @@ picture: $(VENV)/.picture
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2
+
+test-all: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 -m ""
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

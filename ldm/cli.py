@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import re
 import sys
 import time
 import traceback
@@ -26,6 +27,7 @@ from ldm.errors import UserError
 from ldm.flags import (
     Parser,
     add_convert_flags,
+    add_folder_flags,
     add_info_flags,
     add_redraw_flags,
     add_txt2img_flags,
@@ -43,6 +45,14 @@ if TYPE_CHECKING:
 MAX_PICTURES = 100_000  # of one run
 MAX_BATCH_PIXELS = 2**26  # 4 pictures of 4096 x 4096, 4096 of 128 x 128
 SPELLING = "Flags may be spelt with dashes or underscores."
+# Arguments of Python's call that have flags of other names; all others are `--the-name`.
+FLAGS = {
+    "image": "--init-image",
+    "mask_image": "--mask",
+    "num_inference_steps": "--steps",
+    "spacing": "--scheduler",
+    "seeds": "--seed",
+}
 GRID_LIMIT = 100  # pictures on one grid: a run may be endless, a sheet may not
 
 
@@ -58,7 +68,7 @@ def txt2img(argv: Sequence[str] | None = None) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The `ldm` command: `ldm txt2img`, `ldm info`, `ldm redraw`, `ldm convert`."""
+    """The `ldm` command: `ldm txt2img`, `info`, `redraw`, `convert`, `folder`."""
     parser = Parser("ldm", description="Latent diffusion: draw pictures from words.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for command, add_flags, purpose in (
@@ -66,9 +76,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         (info, add_info_flags, "show how a PNG was drawn"),
         (redraw, add_redraw_flags, "draw a PNG again from its own metadata and compare the pixels"),
         (convert, add_convert_flags, "change a model between folder and single file, or its dtype"),
+        (folder, add_folder_flags, "examine a folder of pictures before training on it"),
     ):
         name = "txt2img" if command is draw else command.__name__
-        child = commands.add_parser(name, help=purpose, description=f"{purpose.capitalize()}. {SPELLING}")
+        child = commands.add_parser(
+            name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}. {SPELLING}"
+        )
         add_flags(child)
         child.set_defaults(command=command)
     return run(parser, argv)
@@ -81,12 +94,15 @@ def run(parser: Parser, argv: Sequence[str] | None) -> int:
         with warnings_in_one_line(parser.prog):
             return int(args.command(args))
     except KeyboardInterrupt:
-        print("stopped; finished pictures are kept", file=sys.stderr)
+        left = "finished pictures are kept" if args.command is draw else "nothing half-written is left"
+        print(f"stopped; {left}", file=sys.stderr)
         return 130
     except Exception as error:
         if args.debug:
             traceback.print_exc()
         line, code = verdict(error)
+        if args.command is draw:
+            line = in_flags(line)
         print(f"{parser.prog}: {line}", file=sys.stderr)
         return code
 
@@ -101,9 +117,17 @@ def verdict(error: Exception) -> tuple[str, int]:
             return first_line, 1
         case BrokenPipeError():
             return "nobody reads the output any more", 1
+        case _ if "No space left on device" in first_line:  # safetensors has an exception of its own for it
+            return "no space left on the disk", 2
         case _:
             what = f"{type(error).__name__}: {first_line}"
             return f"internal error: {what} (please report it, with what --debug shows)", 1
+
+
+def in_flags(line: str) -> str:
+    """Of an argument that is not allowed, the flag that was typed: `--mask` for `mask_image`."""
+    names = re.compile(r"(?:^|(?<=; ))(\w+)(?= (?:\S+ )?is not allowed)")
+    return names.sub(lambda name: FLAGS.get(name[0], f"--{name[0].replace('_', '-')}"), line)
 
 
 @contextmanager
@@ -371,6 +395,16 @@ def convert(args: argparse.Namespace) -> int:
     return 0
 
 
+# --- folder ----------------------------------------------------------------------------------------------
+
+
+def folder(args: argparse.Namespace) -> int:
+    """Say everything that is wrong with a folder of pictures, before any model loads."""
+    from ldm.train import examine_cli
+
+    return examine_cli.folder(args)
+
+
 # --- info and redraw -------------------------------------------------------------------------------------
 
 
@@ -396,7 +430,9 @@ def redraw(args: argparse.Namespace) -> int:
     if request.model_hash not in (None, pipe.model_hash):
         drawn_by = f"{request.model} ({request.model_hash})"
         print(
-            f"note: {args.file} was drawn by {drawn_by}, not {pipe.name} ({pipe.model_hash})", file=sys.stderr
+            f"note: {args.file} was drawn by {drawn_by}, not {pipe.name} ({pipe.model_hash}); "
+            "give its model by --model (and the same --vae, --unet, --prediction-type, ...)",
+            file=sys.stderr,
         )
     inputs = {"image": args.image or request.image, "mask_image": args.mask_image or request.mask_image}
     request = pipe.resolve(request.replace(model=None, model_hash=None, **inputs))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +24,17 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
         self.add_argument("--version", action=ShowVersion, nargs=0, help="show the version and exit")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Unknown flags are told by the command that does not know them, with the nearest that it knows."""
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            near = difflib.get_close_matches(
+                dashes(unknown)[0].partition("=")[0], self._option_string_actions, 1
+            )
+            hint = f"; did you mean {near[0]}?" if near and unknown[0].startswith("--") else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return namespace, unknown
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} ({self.prog} --help shows every flag)\n")
@@ -79,7 +91,12 @@ def add_txt2img_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_image_flags(parser: argparse.ArgumentParser) -> None:
     add = add_input_flags(parser, "drawing from a picture").add_argument
-    add("--strength", type=float, metavar="SHARE", help="0 to 1: how much of the picture is drawn anew")
+    add(
+        "--strength",
+        type=float,
+        metavar="SHARE",
+        help="0 to 1: how much of the picture is drawn anew (default: 0.8; of SDXL 0.3; with a mask 1)",
+    )
     add(
         "--image-guidance-scale",
         type=float,
@@ -168,7 +185,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     dtype = group.add_mutually_exclusive_group()
     dtype.add_argument("--dtype", metavar="NAME", help="fp32, bf16, fp16 (default: the fastest safe one)")
     dtype.add_argument(
-        "--precision", dest="dtype", type=precision, metavar="{full,autocast}", help="fp32 or auto"
+        "--precision",
+        dest="dtype",
+        type=precision,
+        metavar="{full,autocast}",
+        help="--dtype fp32, or its default",
     )
     add(
         "--lora",
@@ -192,7 +213,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         metavar="[NAME=]FILE",
         help="a textual inversion, repeatable; NAME is what to write in prompts",
     )
-    add("--threads", type=count, metavar="N", help="CPU threads")
+    add("--threads", type=count, metavar="N", help="CPU threads (default: OMP_NUM_THREADS, or all cores)")
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
@@ -201,12 +222,14 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_info_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path)
+    parser.add_argument("file", type=Path, metavar="FILE", help="a PNG that was drawn by this program")
     add_common_flags(parser)
 
 
 def add_redraw_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path)
+    parser.add_argument(
+        "file", type=Path, metavar="FILE", help="a PNG; give its model and LoRAs as when drawn"
+    )
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="keep the new picture here")
     add_input_flags(parser, "where the pictures that it was drawn from lie now, if they were moved")
     add_model_flags(parser)
@@ -233,6 +256,23 @@ def add_convert_flags(parser: argparse.ArgumentParser) -> None:
     add("--config", type=Path, metavar="FOLDER", help="a pipeline folder with the configs of a single file")
     add("--max-shard-size", metavar="SIZE", help="5GB, 500MB: cut larger files of a folder")
     add("--force", action="store_true", help="replace a target that is there")
+    add_common_flags(parser)
+
+
+def add_folder_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("folder", type=Path, metavar="DIR", help="pictures, with captions in any of the usual layouts")
+    add("--instance-prompt", metavar="TEXT", help="the caption of every picture; those in DIR are not read")
+    add(
+        "--missing-caption",
+        choices=("error", "empty", "skip"),
+        default="error",
+        help="of a picture without a caption: stop, train it on an empty one, leave it out (default: error)",
+    )
+    add("--resolution", type=count, default=512, metavar="PIXELS", help="of the training (default: 512)")
+    add("--sheet", type=Path, metavar="FILE", help="write a PNG of the crops that training will see")
+    add("--json", action="store_true", help="everything, as JSON")
+    add("--all", action="store_true", help="every line, not the first 20 of each kind")
     add_common_flags(parser)
 
 

@@ -315,6 +315,41 @@ def test_debug_shows_the_traceback(fake, capsys):
     assert "in generate" in err
 
 
+def test_what_is_not_allowed_is_called_by_its_flag(fake, capsys):
+    assert cli.txt2img(["-p", "a", "--steps", "0", "-W", "100"]) == 2
+    told = capsys.readouterr().err
+    assert "; --steps 0 is not allowed" in told
+    assert "--width 100 is not allowed" in told
+    assert cli.in_flags("mask_image is not allowed here: only x can").startswith("--mask is not")
+    assert cli.in_flags("a.png: height is not allowed") == "a.png: height is not allowed"
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("--stepz", "--steps"), ("--negativ_prompt=x", "--negative-prompt")]
+)
+@pytest.mark.parametrize(("command", "prog"), [(cli.txt2img, "txt2img"), (cli.main, "ldm txt2img")])
+def test_a_misspelt_flag_gets_the_nearest(command, prog, typed, meant, capsys):
+    with pytest.raises(SystemExit):
+        command([*prog.split()[1:], "-p", "a", typed])
+    told = capsys.readouterr().err
+    assert told.startswith(f"{prog}: unrecognized arguments: {typed.replace('_', '-')}")
+    assert f"did you mean {meant}?" in told
+
+
+def test_a_full_disk_is_the_users_to_put_right():
+    error = RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert cli.verdict(error) == ("no space left on the disk", 2)
+
+
+def test_ctrl_c_where_nothing_is_drawn(monkeypatch, capsys):
+    def stop(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ldm.images.read_request", stop)
+    assert cli.main(["info", "a.png"]) == 130
+    assert capsys.readouterr().err == "stopped; nothing half-written is left\n"
+
+
 @pytest.mark.parametrize(
     "error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")]
 )
@@ -370,7 +405,10 @@ def test_redraw_says_whether_the_pixels_are_equal(fake, capsys):
     assert "note" not in told.err
     fake.model_hash = "another"
     cli.main(["redraw", "a.png"])
-    assert "was drawn by fake (0123456789), not fake (another)" in capsys.readouterr().err
+    assert (
+        "was drawn by fake (0123456789), not fake (another); give its model by --model"
+        in capsys.readouterr().err
+    )
 
 
 def test_redraw_of_a_picture_without_a_request(fake, capsys):

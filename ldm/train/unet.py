@@ -1,9 +1,8 @@
 """Training the denoiser: cached latents, captions as tokens, v- or eps-prediction.
 
-The loss is the mean square error of the network's output against `Prediction.target` at uniform timesteps,
-weighted towards the cells that an object covers (`object_weight`): backgrounds are learnt quickly, and they
-are most of a picture. A tenth of the captions are dropped for classifier-free guidance (Ho and Salimans
-2022, arXiv 2207.12598).
+The loss is the plain one of `ldm.train.loss`, weighted towards the cells that an object covers
+(`object_weight`): backgrounds are learnt quickly, and they are most of a picture. A tenth of the captions are
+dropped for classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598).
 
 The log's `caption_gap` is the held-out loss at t = 0.8 T with shuffled captions minus that with the right
 ones: the early sign that pictures will follow their prompts.
@@ -26,12 +25,22 @@ import ldm
 from ldm.checkpoint import Parts, save_folder
 from ldm.images import grid
 from ldm.models import AutoencoderKL, AutoencoderTiny
-from ldm.prediction import c_in
 from ldm.schedule import Schedule
 from ldm.train.clip import pick_captions, tokenise
 from ldm.train.data import Pictures
 from ldm.train.loop import Batch, Task
+from ldm.train.loss import (
+    LossSection,
+    draw_noise,
+    draw_timesteps,
+    noisy_latents,
+    pixel_losses,
+    timestep_probabilities,
+    training_target,
+)
 from ldm.train.recipe import loss_settings
+
+_PLAIN = LossSection()  # uniform timesteps, unit noise, square error
 
 
 @dataclass(frozen=True)
@@ -125,12 +134,13 @@ class UNetTask(Task):
         index = torch.randint(len(data), (size,), generator=rng)
         ids = pick_captions(data.tokens, index, rng)
         ids[torch.rand(size, generator=rng) < self.weights["drop"]] = self.empty_prompt
-        t = torch.randint(len(self.schedule.alphas_cumprod), (size,), generator=rng)
+        t = draw_timesteps(timestep_probabilities(_PLAIN, len(self.schedule.alphas_cumprod)), size, rng)
         return self._batch(data, index, ids, t, rng)
 
     def _batch(self, data: Latents, index: Tensor, ids: Tensor, t: Tensor, rng: torch.Generator) -> Batch:
         x0 = data.latents[index].float()
-        batch = {"x0": x0, "noise": torch.randn(x0.shape, generator=rng), "t": t, "ids": ids}
+        noise, _ = draw_noise(x0.shape, _PLAIN, rng)
+        batch = {"x0": x0, "noise": noise, "t": t, "ids": ids}
         if data.weights is not None:
             batch["weight"] = 1 + self.weights["object_weight"] * data.weights[index].float() / 255
         return batch
@@ -146,13 +156,9 @@ class UNetTask(Task):
         """Error of the output against its target, squared, mean over channels: [B, h, w]."""
         x0, noise, t = batch["x0"], batch["noise"], batch["t"]
         tokens = self.text_encoder(input_ids=batch["ids"]).last_hidden_state
-        # At zero terminal SNR the last sigma is infinite; 1e6 is the same in fp32 and keeps 0 * inf away.
-        sigma = self.schedule.sigma(t.cpu()).clamp(max=1e6).to(x0)[:, None, None, None]
-        noisy = c_in(sigma) * x0 + (sigma * c_in(sigma)) * noise
-        noisy = noisy.contiguous(memory_format=torch.channels_last)
-        target = self.schedule.prediction.target(x0, noise, sigma)
-        error: Tensor = self.unet(noisy, t, tokens).float() - target
-        return error.square().mean(1)
+        noisy = noisy_latents(x0, noise, t, self.schedule).contiguous(memory_format=torch.channels_last)
+        target = training_target(x0, noise, t, self.schedule)
+        return pixel_losses(self.unet(noisy, t, tokens), target, _PLAIN)
 
     def evaluate(self) -> dict[str, float]:
         data, rng = self.held_out, torch.Generator().manual_seed(0)

@@ -1,0 +1,110 @@
+"""Inpainting training: random masks, and the U-Net's 9-channel input."""
+
+from __future__ import annotations
+
+import math
+from typing import Self
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from pydantic import Field, model_validator
+from torch import Tensor
+from torch.nn import functional as F
+
+from ldm.train.recipe import Section
+
+
+class MaskSection(Section):
+    """Which share of the masks is of each kind.
+
+    A quarter cover the whole picture, as in the training of stable-diffusion-inpainting (its model card): the
+    model goes on drawing from the prompt alone.
+    """
+
+    rectangles: float = Field(0.35, ge=0)  # one to three
+    strokes: float = Field(0.35, ge=0)  # one to three, of a round brush
+    whole: float = Field(0.25, ge=0)  # all is drawn anew
+    none: float = Field(0.05, ge=0)  # nothing is
+
+    @model_validator(mode="after")
+    def _sums_to_one(self) -> Self:
+        total = math.fsum(self.shares)
+        if not math.isclose(total, 1, abs_tol=1e-6):
+            raise ValueError(f"rectangles, strokes, whole and none sum to {total:g}: they are shares of 1")
+        return self
+
+    @property
+    def shares(self) -> tuple[float, float, float, float]:
+        """Of rectangles, strokes, whole, none."""
+        return self.rectangles, self.strokes, self.whole, self.none
+
+
+def random_masks(
+    count: int, size: tuple[int, int], rng: torch.Generator, options: MaskSection | None = None
+) -> Tensor:
+    """Masks [count, 1, H, W] of a (height, width) in pixels: 1 where the picture is drawn anew, else 0.
+
+    In the spirit of LaMa's training masks (Suvorov et al. 2022, arXiv 2109.07161, section 2.3). `rng` is on
+    the CPU and the only source of randomness.
+    """
+    shares = torch.tensor((options or MaskSection()).shares, dtype=torch.float64)
+    kinds = torch.multinomial(shares, count, replacement=True, generator=rng).tolist()
+    return torch.stack([_MAKERS[kind](size, rng) for kind in kinds])[:, None]
+
+
+def _some(rng: torch.Generator) -> int:
+    return int(torch.randint(1, 4, (), generator=rng))
+
+
+def _rectangles(size: tuple[int, int], rng: torch.Generator) -> Tensor:
+    """One to three, of sides from a tenth to three fifths of the picture's; some reach beyond its edges."""
+    mask = torch.zeros(size)
+    extent = torch.tensor(size)
+    for _ in range(_some(rng)):
+        centre = torch.rand(2, generator=rng) * extent
+        half = (0.05 + 0.25 * torch.rand(2, generator=rng)) * extent
+        top, left = (centre - half).clamp(min=0).long().tolist()
+        bottom, right = (centre + half).ceil().long().tolist()
+        mask[top:bottom, left:right] = 1
+    return mask
+
+
+def _strokes(size: tuple[int, int], rng: torch.Generator) -> Tensor:
+    """One to three chains of lines between three to eight points, 3 to 15 % of the shorter side wide."""
+    height, width = size
+    image = Image.new("L", (width, height))
+    pen = ImageDraw.Draw(image)
+    for _ in range(_some(rng)):
+        corners = int(torch.randint(3, 9, (), generator=rng))
+        points = (torch.rand(corners, 2, generator=rng) * torch.tensor([width, height])).tolist()
+        brush = math.ceil((0.03 + 0.12 * float(torch.rand((), generator=rng))) * min(size))
+        pen.line([(x, y) for x, y in points], fill=255, width=brush)
+        for x, y in points:  # round joints and ends
+            pen.circle((x, y), brush / 2, fill=255)
+    return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)
+
+
+def _whole(size: tuple[int, int], rng: torch.Generator) -> Tensor:
+    return torch.ones(size)
+
+
+def _none(size: tuple[int, int], rng: torch.Generator) -> Tensor:
+    return torch.zeros(size)
+
+
+_MAKERS = (_rectangles, _strokes, _whole, _none)  # in the order of MaskSection.shares
+
+
+def masked_pictures(pictures: Tensor, masks: Tensor) -> Tensor:
+    """Pictures [B, 3, H, W] in -1..1, grey (0) where masks [B, 1, H, W] are 1: what the VAE encodes."""
+    return torch.where(masks > 0, 0.0, pictures)
+
+
+def inpainting_input(noisy: Tensor, masks: Tensor, masked_latents: Tensor) -> Tensor:
+    """The U-Net's input [B, 9, h, w]: noisy latents, the mask at their size, the masked pictures' latents.
+
+    The order of channels and the nearest pixels of the mask are those of drawing (`ldm.tasks`).
+    """
+    small = F.interpolate(masks, size=noisy.shape[2:])
+    return torch.cat([noisy, small.to(noisy), masked_latents], dim=1)

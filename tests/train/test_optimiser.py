@@ -1,0 +1,115 @@
+"""AdamW against torch's formula and a stand-in for bitsandbytes; learning rates against transformers."""
+
+import sys
+import types
+
+import pytest
+import torch
+from pydantic import ValidationError
+from transformers import get_scheduler
+
+from ldm.train.optimiser import AdamWSection, lr_factor, make_optimiser
+
+
+def theirs(name, warmup, total, **specific):
+    """transformers' factor in each step."""
+    optimiser = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler = get_scheduler(name, optimiser, warmup, total, specific)
+    factors = []
+    for _ in range(total + 1):
+        factors.append(scheduler.get_last_lr()[0])
+        optimiser.step()
+        scheduler.step()
+    return factors
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 7])
+@pytest.mark.parametrize(
+    ("name", "ours", "specific"),
+    [
+        ("constant_with_warmup", {}, {}),
+        ("linear", {}, {}),
+        ("cosine", {}, {}),
+        ("cosine_with_restarts", {"lr_num_cycles": 3}, {"num_cycles": 3}),
+        ("polynomial", {"lr_power": 2.0}, {"power": 2.0, "lr_end": 0.0}),
+    ],
+)
+def test_learning_rates_are_those_of_transformers(name, ours, specific, warmup):
+    options = AdamWSection(lr_scheduler=name, lr_warmup_steps=warmup, **ours)
+    factors = [lr_factor(options, step, 30) for step in range(31)]
+    assert factors == pytest.approx(theirs(name, warmup, 30, **specific), abs=1e-12)
+
+
+def test_constant_warms_up():
+    options = AdamWSection(lr_scheduler="constant", lr_warmup_steps=7)
+    factors = [lr_factor(options, step, 30) for step in range(31)]
+    assert factors == pytest.approx(theirs("constant_with_warmup", 7, 30), abs=1e-12)
+    assert lr_factor(AdamWSection(), 0, 30) == 1
+
+
+def test_a_warm_up_longer_than_the_run_only_warms_up():
+    options = AdamWSection(lr_scheduler="cosine", lr_warmup_steps=100)
+    assert [lr_factor(options, step, 10) for step in (0, 5, 10)] == [0, 0.05, 0.1]
+
+
+def test_adamw_steps_by_its_formula():
+    """Loshchilov and Hutter 2019, algorithm 2, in float64 by hand, for two steps of two groups."""
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randn(5, generator=generator).requires_grad_() for _ in range(2))
+    options = AdamWSection(learning_rate=0.1, adam_beta1=0.8, adam_beta2=0.9, adam_weight_decay=0.3)
+    optimiser = make_optimiser([{"params": [first]}, {"params": [second], "lr": 0.01}], options)
+    expected = [p.detach().double().clone() for p in (first, second)]
+    m, v = torch.zeros(2, 5, dtype=torch.float64), torch.zeros(2, 5, dtype=torch.float64)
+    for step in (1, 2):
+        grads = torch.randn(2, 5, generator=generator)
+        first.grad, second.grad = grads[0].clone(), grads[1].clone()
+        optimiser.step()
+        m, v = 0.8 * m + 0.2 * grads, 0.9 * v + 0.1 * grads.double() ** 2
+        for i, lr in enumerate((0.1, 0.01)):
+            update = (m[i] / (1 - 0.8**step)) / ((v[i] / (1 - 0.9**step)).sqrt() + 1e-8)
+            expected[i] = expected[i] * (1 - lr * 0.3) - lr * update
+    torch.testing.assert_close(first.detach().double(), expected[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(second.detach().double(), expected[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def bitsandbytes(monkeypatch):
+    """A stand-in whose AdamW8bit is torch's AdamW and keeps what it was given."""
+
+    class AdamW8bit(torch.optim.AdamW):
+        def __init__(self, params, **settings):
+            self.given = settings
+            super().__init__(params, **settings)
+
+    module = types.ModuleType("bitsandbytes")
+    module.optim = types.SimpleNamespace(AdamW8bit=AdamW8bit)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", module)
+    return AdamW8bit
+
+
+def test_8_bits_by_bitsandbytes_where_it_is(bitsandbytes, monkeypatch, recwarn):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    made = make_optimiser([torch.zeros(2, requires_grad=True)], AdamWSection(use_8bit_adam=True))
+    assert type(made) is bitsandbytes
+    assert made.given == {"lr": 1e-4, "betas": (0.9, 0.999), "weight_decay": 1e-2, "eps": 1e-8}
+    assert not recwarn.list
+    params = [torch.zeros(2, requires_grad=True)]
+    assert type(make_optimiser(params, AdamWSection())) is torch.optim.AdamW  # only if asked for
+
+
+def test_8_bits_are_missed_with_a_warning(bitsandbytes, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    params, options = [torch.zeros(2, requires_grad=True)], AdamWSection(use_8bit_adam=True)
+    with pytest.warns(UserWarning, match="no CUDA device, so AdamW keeps its moments in 32 bits"):
+        assert type(make_optimiser(params, options)) is torch.optim.AdamW
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.warns(UserWarning, match="bitsandbytes is not installed"):
+        assert type(make_optimiser(params, options)) is torch.optim.AdamW
+
+
+@pytest.mark.parametrize(
+    "options", [{"lr_scheduler": "cosin"}, {"learning_rate": 0}, {"adam_beta2": 1}, {"lr_warmup_steps": -1}]
+)
+def test_options_that_make_no_sense_are_refused(options):
+    with pytest.raises(ValidationError, match=next(iter(options))):
+        AdamWSection(**options)
