@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ldm.errors import UserError
 
@@ -39,7 +39,8 @@ class OptimiserSection(Section):
     decay_from: float = Field(0.6, ge=0, lt=1)  # fraction of the run
     ema_decay: float = Field(0.999, ge=0, lt=1)
     max_grad_norm: float = Field(1.0, gt=0)
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(64, ge=1)  # of each process, and of each of the accumulation's parts
+    gradient_accumulation_steps: int = Field(1, ge=1)
 
 
 class RunSection(Section):
@@ -53,6 +54,18 @@ class RunSection(Section):
     log_every: int = Field(50, ge=1)
     eval_every: int = Field(500, ge=1)
     save_every: int = Field(1000, ge=1)
+    checkpoints_total_limit: int = Field(1, ge=1)  # states kept
+    # latest, the newest whole state in the run's folder; no; or a state's path, or its name in that folder
+    resume_from_checkpoint: str = "latest"
+    force: bool = False  # go on where a changed recipe, damage or states left behind speak against it
+    on_nan: Literal["stop", "skip"] = "stop"  # for a batch whose loss is NaN or Inf
+    report_to: Literal["none", "tensorboard"] = "none"  # beside metrics.jsonl, which is always written
+
+    @field_validator("resume_from_checkpoint", mode="before")
+    @classmethod
+    def _yaml_no(cls, value: object) -> object:
+        """YAML reads a bare `no` as false."""
+        return "no" if value is False else value
 
     @model_validator(mode="after")
     def _ends(self) -> Self:

@@ -1,0 +1,290 @@
+"""A training under way: what a step changes, where it stands, and what it writes."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from ldm.errors import UserError
+from ldm.train.checkpoint import (
+    Position,
+    State,
+    check_recipe,
+    find_state,
+    flat,
+    load_state,
+    newest_state,
+    save_state,
+)
+from ldm.train.processes import alone, mean
+from ldm.train.progress import Progress
+from ldm.train.recipe import OptimiserSection, Recipe
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from ldm.train.loop import Batch, Task
+
+MOST_SKIPPED = 10  # steps in a row: then the weights are at fault and not a picture
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk that is full, or full for us
+
+
+class Run:
+    """A training under way: what a step changes, where it stands, and its folder."""
+
+    def __init__(self, task: Task, recipe: Recipe, run_dir: Path, accelerator: Accelerator) -> None:
+        self.task, self.recipe, self.run_dir, self.accelerator = task, recipe, run_dir, accelerator
+        opt = recipe.optimiser
+        task.to(accelerator.device)
+        task.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        task.train()
+        optimiser = torch.optim.AdamW(
+            task.parameter_groups(opt.lr), betas=opt.betas, weight_decay=opt.weight_decay, fused=True
+        )
+        self.rates = [group["lr"] for group in optimiser.param_groups]
+        self.trained = {name: p for name, p in task.named_parameters() if p.requires_grad}
+        self.ema = {name: p.detach().clone() for name, p in self.trained.items()}
+        self.state = State(self.trained | _buffers(task), self.ema, optimiser)
+        values = dict(flat(recipe.model_dump(mode="json")))
+        values |= {"optimiser.kind": type(optimiser).__name__, "run.processes": accelerator.num_processes}
+        self.values = values
+        self.progress = Progress(
+            run_dir,
+            accelerator.device,
+            recipe.run.log_every,
+            accelerator.is_main_process,
+            accelerator.log if accelerator.trackers else None,
+        )
+        self.position, self.saved_step = Position(), -1
+        self._resume()
+        model = torch.compile(task) if recipe.run.compile else task
+        self.model, self.optimiser = accelerator.prepare(model, optimiser)
+
+    def _resume(self) -> None:
+        found, window = alone(self.accelerator, self._find), None
+        if found is not None:
+            self.say(f"going on from {found}")
+            self.position, extra = load_state(found, self.state)
+            if found.parent == self.run_dir:
+                self.saved_step = self.position.step
+            window = extra["window"]
+            if self.accelerator.scaler is not None and extra["scaler"]:
+                self.accelerator.scaler.load_state_dict(extra["scaler"])
+        self.progress.resume(self.position, self.fraction, window)
+
+    def _find(self) -> Path | None:
+        run = self.recipe.run
+        found = find_state(self.run_dir, run.resume_from_checkpoint, run.force)
+        if found is not None:
+            check_recipe(found, self.values, run.force)
+        return found
+
+    @property
+    def fraction(self) -> float:
+        """How much of the run is done, 0 to 1: by steps or by minutes, whichever is further."""
+        run = self.recipe.run
+        by_steps = self.position.step / run.max_steps if run.max_steps else 0.0
+        by_time = self.position.seconds / 60 / run.max_minutes if run.max_minutes else 0.0
+        return max(by_steps, by_time)
+
+    def due(self, every: int) -> bool:
+        return self.position.step % every == 0
+
+    def say(self, line: str) -> None:
+        if self.accelerator.is_main_process:
+            print(line, flush=True)
+
+    # --- a step -------------------------------------------------------------------------------------------
+
+    def step(self, stopped: list[int]) -> bool:
+        """One step of the optimiser. False, and none was made, if a signal has come to any process."""
+        began = time.perf_counter()
+        opt, position, accelerator = self.recipe.optimiser, self.position, self.accelerator
+        for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
+            group["lr"] = rate * _lr_scale(opt, position.step, self.fraction)
+        values = self._gradients(stopped)
+        if values is None:
+            return False
+        norm = float(accelerator.clip_grad_norm_(self.trained.values(), opt.max_grad_norm))
+        values["grad_norm"] = norm
+        (values["loss"],) = mean(accelerator, values["loss"])
+        finite = math.isfinite(values["loss"]) and math.isfinite(norm)
+        if not finite:
+            self._not_finite(values["loss"])
+            self.optimiser.zero_grad()  # so that the step changes nothing but the scale of fp16's gradients
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        if finite:
+            _update_ema(list(self.ema.values()), list(self.trained.values()), opt.ema_decay, position.step)
+        samples = opt.batch_size * opt.gradient_accumulation_steps * accelerator.num_processes
+        (seconds,) = mean(accelerator, time.perf_counter() - began)
+        self.position = Position(
+            position.step + 1,
+            position.samples + samples,
+            position.seconds + seconds,
+            position.skipped + (not finite),
+            0 if finite else position.skipped_in_a_row + 1,
+        )
+        self.progress.step(self.position, self.fraction, values if finite else {})
+        return True
+
+    def _gradients(self, stopped: list[int]) -> dict[str, float] | None:
+        """Add up the gradients of one step. Returns the means of what to log; None if it is to stop."""
+        parts, totals = self.recipe.optimiser.gradient_accumulation_steps, dict[str, Tensor]()
+        for micro in range(parts):
+            if any(mean(self.accelerator, len(stopped))):
+                return None
+            batch = {k: v.to(self.accelerator.device) for k, v in self._batch(micro).items()}
+            torch.manual_seed(self._seed("forward", micro))  # for dropout
+            last = micro == parts - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                loss, extra = self.model(batch)
+                self.accelerator.backward(loss / parts)
+            for name, value in {"loss": loss, **extra}.items():
+                totals[name] = totals.get(name, 0) + value.detach().float()
+        numbers = torch.stack(list(totals.values())).tolist()  # the GPU is waited for once
+        return {name: total / parts for name, total in zip(totals, numbers, strict=True)}
+
+    def _batch(self, micro: int) -> Batch:
+        rng = torch.Generator().manual_seed(self._seed("batch", micro))
+        return self.task.batch(rng, self.recipe.optimiser.batch_size)
+
+    def _seed(self, what: str, micro: int) -> int:
+        """8 bytes of a hash: torch's CPU generator takes in the lower 32 bits, so packing would lose some."""
+        parts = (what, self.recipe.run.seed, self.position.step, micro, self.accelerator.process_index)
+        return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big")
+
+    def _not_finite(self, loss: float) -> None:
+        """Say so, or raise UserError, as the recipe has chosen."""
+        position, on_nan = self.position, self.recipe.run.on_nan
+        if self.accelerator.scaler is not None and math.isfinite(loss):
+            what, on_nan = "the gradients overflow fp16 and are scaled down", "skip"
+        else:
+            what = f"the loss is {loss}" if not math.isfinite(loss) else "the gradients are NaN or Inf"
+        message = f"step {position.step}: {what}{self._named()}"
+        if on_nan == "skip" and position.skipped_in_a_row < MOST_SKIPPED - 1:
+            self.say(f"{message}: skipped, {position.skipped + 1} so far")
+            return
+        advice = "lower optimiser.lr and run the same command again"
+        if on_nan == "skip":
+            message = f"{message}: the {MOST_SKIPPED}th in a row"
+        else:
+            advice += ", or set run.on_nan=skip"
+        alone(self.accelerator, partial(_fail, f"{message}: {advice}"))
+
+    def _named(self) -> str:
+        """The files that the step's batches were made of, drawn once more."""
+        from accelerate.utils import gather_object
+
+        parts = self.recipe.optimiser.gradient_accumulation_steps
+        names = gather_object(
+            [name for micro in range(parts) for name in self.task.names(self._batch(micro))]
+        )
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        return f", of {', '.join(names[:8])}{more}" if names else ""
+
+    # --- its folder ---------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write the state, unless this step's is there."""
+        if self.saved_step == self.position.step:
+            return
+        scaler = self.accelerator.scaler
+        extra = {"window": self.progress.window, "scaler": scaler.state_dict() if scaler else None}
+        keep = self.recipe.run.checkpoints_total_limit
+        alone(
+            self.accelerator,
+            lambda: save_state(self.run_dir, self.position, self.state, self.values, extra, keep),
+        )
+        self.saved_step = self.position.step
+
+    def look(self) -> None:
+        """Held-out figures, a grid, and the weights as they are now, unless this step has them."""
+        alone(self.accelerator, self._look)
+
+    def export(self) -> None:
+        """The weights as they are now."""
+        alone(self.accelerator, self._export)
+
+    def _look(self) -> None:
+        if self.progress.evaluated == self.position.step:
+            return
+        with self._averaged():
+            figures = self.task.evaluate()
+            self.task.export(self.run_dir / "export")
+            picture = self.task.picture(self.run_dir / "export")
+        if picture is not None:
+            grids = self.run_dir / "grids"
+            grids.mkdir(exist_ok=True)
+            aside = grids / f".{self.position.step:08d}.png"
+            picture.save(aside)
+            aside.replace(grids / aside.name[1:])
+        self.progress.evaluation(self.position, figures)
+
+    def _export(self) -> None:
+        with self._averaged():
+            self.task.export(self.run_dir / "export")
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Show how it goes inside the block; what ends it there says which state is left to go on from."""
+        try:
+            with self.progress:
+                yield
+        except (UserError, OSError, SafetensorError) as error:  # the last two are how a full disk is told
+            if isinstance(error, OSError) and error.errno not in FULL:
+                raise
+            newest = newest_state(self.run_dir)
+            left = f"the last good state is {newest}" if newest else "no state has been saved"
+            raise UserError(f"{error}; {left}") from None
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The task holds the EMA weights inside the block, ready to be looked at."""
+        self.task.eval()
+        kept = [p.detach().clone() for p in self.trained.values()]
+        with torch.no_grad():
+            for name, p in self.trained.items():
+                p.copy_(self.ema[name])
+            try:
+                yield
+            finally:
+                for p, value in zip(self.trained.values(), kept, strict=True):
+                    p.copy_(value)
+                self.task.train()
+
+
+def _fail(message: str) -> NoReturn:
+    raise UserError(message)
+
+
+def _buffers(task: Task) -> dict[str, Tensor]:
+    """What of the task's state is no parameter."""
+    parameters = {name for name, _ in task.named_parameters(remove_duplicate=False)}
+    return {name: value for name, value in task.state_dict().items() if name not in parameters}
+
+
+def _lr_scale(opt: OptimiserSection, step: int, fraction: float) -> float:
+    """Linear warm-up, flat, cosine from `decay_from` to 2 %."""
+    warm = min(1.0, (step + 1) / opt.warmup_steps) if opt.warmup_steps else 1.0
+    if fraction < opt.decay_from:
+        return warm
+    through = (fraction - opt.decay_from) / (1 - opt.decay_from)
+    return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * through)))
+
+
+@torch.no_grad()
+def _update_ema(ema: list[Tensor], trained: list[nn.Parameter], decay: float, step: int) -> None:
+    """ema += (1 - d)(p - ema); d = min(decay, (1 + step) / (10 + step)): early steps are forgotten."""
+    torch._foreach_lerp_(ema, [p.detach() for p in trained], 1 - min(decay, (1 + step) / (10 + step)))
