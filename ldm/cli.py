@@ -375,7 +375,7 @@ def say(args: argparse.Namespace, line: str) -> None:
 def convert(args: argparse.Namespace) -> int:
     """From a folder or file to the other; what is left out is said."""
     from ldm.checkpoint.convert import convert
-    from ldm.checkpoint.source import find_part
+    from ldm.checkpoint.source import find_parts
     from ldm.runtime import choose
 
     given = {part: getattr(args, part) for part in ("unet", "vae", "text_encoder", "text_encoder_2")}
@@ -388,7 +388,7 @@ def convert(args: argparse.Namespace) -> int:
         force=args.force,
         prediction_type=args.prediction_type,
         config=args.config,
-        overrides={part: find_part(place, part) for part, place in given.items() if place is not None},
+        overrides=find_parts(given),
         say=lambda line: say(args, line),
     )
     say(args, str(args.target))

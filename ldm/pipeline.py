@@ -136,7 +136,8 @@ class Pipeline:
             return None
         digest, changes = sha256(*weight_files(self.parts.weights)), self.parts.changes
         if changes:
-            digest = hashlib.sha256("\n".join([digest, *changes]).encode()).hexdigest()
+            told = [f"{what} {sha256(*weight_files(file))}" if file else what for what, file in changes]
+            digest = hashlib.sha256("\n".join([digest, *told]).encode()).hexdigest()
         return digest[:10]
 
     @property

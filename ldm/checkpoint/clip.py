@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.checkpoint.fill import _check_names as check_names
+from ldm.checkpoint.fill import check_names
 from ldm.checkpoint.io import fill, read_bytes, read_config, read_json
 from ldm.checkpoint.keymap import text_keys
 from ldm.checkpoint.weights import open_stored

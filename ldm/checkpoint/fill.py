@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ldm.errors import UserError
+from ldm.errors import UserError, few
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -31,7 +31,7 @@ def fill(module: M, tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtyp
     Raises:
         UserError: naming tensors that are missing, extra, of another shape, not finite, or not so in `dtype`.
     """
-    _check_names(module.state_dict(), tensors, path)
+    check_names(module.state_dict(), tensors, path)
     copied = [name for name, tensor in tensors.items() if _differs(tensor, dtype)]
     sizes = [_room_for(tensors[name], dtype) for name in copied]
     with torch.inference_mode(False):  # whatever the caller's, as threads have a mode of their own
@@ -54,7 +54,8 @@ def fill(module: M, tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtyp
     return module
 
 
-def _check_names(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path) -> None:
+def check_names(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raises UserError unless the tensors, read from `path`, have the names and shapes of those wanted."""
     misshaped = [
         f"{name} is {list(tensors[name].shape)}, config.json says {list(wanted[name].shape)}"
         for name in wanted
@@ -74,8 +75,7 @@ def _check_names(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], pa
 def _named(fault: str, names: list[str]) -> list[str]:
     if not names:
         return []
-    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
-    return [f"{fault}: {', '.join(names[:2])}{more}"]
+    return [f"{fault}: {few(names)}"]
 
 
 def _differs(tensor: Tensor, dtype: torch.dtype | None) -> bool:

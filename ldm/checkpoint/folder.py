@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ldm.checkpoint.clip import STEM as TEXT_STEM
 from ldm.checkpoint.clip import check_text_encoder, check_tokenizer, load_tokenizer, make_text_encoder
-from ldm.checkpoint.fill import _check_names as check_names
+from ldm.checkpoint.fill import check_names
 from ldm.checkpoint.fit import check_fit
 from ldm.checkpoint.io import fill, read_bytes, read_config, read_json
 from ldm.checkpoint.weights import Stored, open_stored
@@ -92,9 +92,8 @@ class Parts:
     defaults: Defaults = field(default_factory=Defaults)
     words: frozenset[str] = frozenset()  # that the model has seen; empty if not known
     weights: Path | None = None  # the U-Net's file, or the single file; None for parts made in memory
-    changes: tuple[
-        str, ...
-    ] = ()  # what was asked to be other than in the model: parts by hash, prediction type
+    # What was asked to be other than in the model: parts with the file of their weights, prediction type.
+    changes: tuple[tuple[str, Path | None], ...] = ()
     text_encoder_2: Any = None  # transformers' CLIPTextModelWithProjection: SDXL's second, with pooled text
     tokenizer_2: Any = None
     low_res_scheduler: Mapping[str, Any] | None = None  # x4 upscaler: how its low-resolution input is noised
@@ -206,9 +205,7 @@ def _load_network(
 ) -> Any:
     """A network, ready to draw: as it was opened, or from the file `source` with the config in `original`."""
     config = read_config(original / "config.json") if stored is None else stored.config
-    dtype = None
-    if runtime is not None:
-        dtype = runtime.vae_dtype(config.get("force_upcast", True)) if part == "vae" else runtime.dtype
+    dtype = dtype_of(part, config, runtime)
     if stored is None:
         from ldm.checkpoint.single import load_component  # which in turn reads folders
 
@@ -223,19 +220,31 @@ def _load_network(
     return module if runtime is None else runtime.place(module, dtype)
 
 
+def dtype_of(part: str, config: Mapping[str, Any], runtime: Runtime | None) -> torch.dtype | None:
+    """What a part with this config is loaded in; None, as stored, without a runtime."""
+    if runtime is None:
+        return None
+    return runtime.vae_dtype(config.get("force_upcast", True)) if part == "vae" else runtime.dtype
+
+
 def load_module(folder: Path, dtype: torch.dtype | None = None, variant: str | None = None) -> Model:
     """The U-Net or VAE in `folder`, in `dtype` or as stored, mapped from the file. Raises UserError."""
     stored = open_stored(folder, MODEL_STEM, variant)
     return fill(_build(stored), _named(stored), stored.path, dtype)
 
 
-def _build(stored: Stored) -> Model:
-    """The module of a config, on the meta device; the tensors fit it. Raises UserError."""
+def build_empty(config: Mapping[str, Any], path: Path) -> Model:
+    """The module of a config, which is from `path`, on the meta device. Raises UserError."""
     try:
         with torch.device("meta"):
-            module = build(stored.config)
+            return build(config)
     except UserError as error:
-        raise UserError(f"{stored.path.parent / 'config.json'}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
+
+
+def _build(stored: Stored) -> Model:
+    """The module of a config, on the meta device; the tensors fit it. Raises UserError."""
+    module = build_empty(stored.config, stored.path.parent / "config.json")
     check_names(module.state_dict(), _named(stored), stored.path)
     return module
 

@@ -19,15 +19,14 @@ from torch import Tensor
 from ldm.checkpoint.clip import load_text_encoder, load_tokenizer, make_text_encoder, read_sizes
 from ldm.checkpoint.detect import OPTIONS, Detected, detect, own_configs
 from ldm.checkpoint.fit import check_fit
-from ldm.checkpoint.folder import MODEL_STEM, Parts, load_module, new_name
+from ldm.checkpoint.folder import MODEL_STEM, Parts, build_empty, dtype_of, load_module, new_name
 from ldm.checkpoint.io import fill, read_json, read_tensors
 from ldm.checkpoint.keymap import Key, from_original, module_keys, text_keys
 from ldm.checkpoint.sections import TEXT, Single, open_single, prefixes, section_of
 from ldm.checkpoint.shapes import Tensors, is_open_clip, shape_of
 from ldm.checkpoint.tokenizer import make_tokenizer
 from ldm.checkpoint.weights import check_counts, find_weights
-from ldm.errors import UserError
-from ldm.models import build
+from ldm.errors import UserError, few
 from ldm.runtime import Runtime
 from ldm.schedule import Schedule
 
@@ -103,10 +102,8 @@ def read_single(
         say(f"{path.name} ({found.title}): {note}")
     modules: dict[str, Any] = {}
     for part, prefix in prefixes(file.family).items():
-        configured, dtype = found.configs[part], None
-        if runtime is not None:
-            upcast = part == "vae" and configured.get("force_upcast", True)
-            dtype = runtime.vae_dtype(True) if upcast else runtime.dtype
+        configured = found.configs[part]
+        dtype = dtype_of(part, configured, runtime)
         if part in overrides:
             modules[part] = load_component(overrides[part], part, configured, dtype)
         else:
@@ -136,7 +133,9 @@ def load_component(path: Path, part: str, config: Mapping[str, Any], dtype: torc
         return load_text_encoder(path, dtype) if is_text else load_module(path, dtype)
     tensors = read_tensors(path)
     if not is_text and any("down_blocks." in name for name in tensors):
-        return fill(_build(config, path), {new_name(name): t for name, t in tensors.items()}, path, dtype)
+        return fill(
+            build_empty(config, path), {new_name(name): t for name, t in tensors.items()}, path, dtype
+        )
     prefix, section = section_of(part, tensors, path)
     try:
         shape = shape_of(part, section, config)
@@ -166,17 +165,9 @@ def _load(
         keys = text_keys(config, is_open_clip(section))
         tensors, left = _rename(keys, section, part, config, path, prefix)
         return make_text_encoder(config, tensors, path, dtype), left
-    module = _build(config, path)
+    module = build_empty(config, path)
     tensors, left = _rename(module_keys(module), section, part, config, path, prefix)
     return fill(module, tensors, path, dtype), left
-
-
-def _build(config: Mapping[str, Any], path: Path) -> Any:
-    try:
-        with torch.device("meta"):
-            return build(config)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
 
 
 def _rename(
@@ -211,8 +202,7 @@ def _unused_outside(file: Single) -> list[str]:
 
 def _refuse(fault: str, names: list[str], path: Path) -> None:
     if names:
-        more = f" and {len(names) - 2} more" if len(names) > 2 else ""
-        raise UserError(f"{path}: tensors {fault}: {', '.join(sorted(names)[:2])}{more}")
+        raise UserError(f"{path}: tensors {fault}: {few(sorted(names))}")
 
 
 def _check_complete(file: Single, overrides: Mapping[str, Path]) -> None:

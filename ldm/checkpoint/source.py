@@ -8,9 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from ldm.checkpoint.digest import sha256
 from ldm.checkpoint.folder import STEMS, Parts, load_folder
-from ldm.checkpoint.io import weight_files
 from ldm.checkpoint.weights import find_weights
 from ldm.errors import UserError
 from ldm.runtime import Runtime
@@ -54,7 +52,7 @@ def load_parts(
     """
     path = find(model, revision, variant)
     given = {"unet": unet, "vae": vae, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
-    overrides = {part: find_part(what, part) for part, what in given.items() if what is not None}
+    overrides = find_parts(given)
     if path.is_dir():
         if ema is not None:
             raise UserError(
@@ -99,6 +97,11 @@ def _local(what: str | Path) -> Path | None:
         return None
 
 
+def find_parts(given: Mapping[str, str | Path | None]) -> dict[str, Path]:
+    """The folders or files of the parts that are given, by part. Raises UserError."""
+    return {part: find_part(what, part) for part, what in given.items() if what is not None}
+
+
 def find_part(what: str | Path, part: str) -> Path:
     """The folder or file of one part; of a pipeline folder the part in it. Raises UserError."""
     path = find(what, part=part)
@@ -111,15 +114,15 @@ def find_part(what: str | Path, part: str) -> Path:
 
 def _changes(
     overrides: Mapping[str, Path], prediction_type: str | None, ema: bool | None = None
-) -> tuple[str, ...]:
+) -> tuple[tuple[str, Path | None], ...]:
     """What makes the pictures other than those of the model alone."""
-    changes = []
-    for part, place in sorted(overrides.items()):
-        file = find_weights(place, STEMS[part]) if place.is_dir() else place
-        changes.append(f"{part} {sha256(*weight_files(file))}")
+    changes: list[tuple[str, Path | None]] = [
+        (part, find_weights(place, STEMS[part]) if place.is_dir() else place)
+        for part, place in sorted(overrides.items())
+    ]
     if prediction_type is not None:
-        changes.append(prediction_type)
-    return (*changes, "averaged weights") if ema else tuple(changes)
+        changes.append((prediction_type, None))
+    return (*changes, ("averaged weights", None)) if ema else tuple(changes)
 
 
 def _predicting(parts: Parts, prediction_type: str) -> Parts:

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ldm.errors import UserError
+from ldm.errors import UserError, few
 from ldm.train.checkpoint import (
     Position,
     State,
@@ -191,8 +191,7 @@ class Run:
         names = gather_object(
             [name for micro in range(parts) for name in self.task.names(self._batch(micro))]
         )
-        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-        return f", of {', '.join(names[:8])}{more}" if names else ""
+        return f", of {few(names, 8)}" if names else ""
 
     # --- its folder ---------------------------------------------------------------------------------------
 
