@@ -27,6 +27,7 @@ from ldm.errors import UserError
 from ldm.flags import (
     Parser,
     add_convert_flags,
+    add_finetune_flags,
     add_folder_flags,
     add_info_flags,
     add_redraw_flags,
@@ -68,7 +69,7 @@ def txt2img(argv: Sequence[str] | None = None) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The `ldm` command: `ldm txt2img`, `info`, `redraw`, `convert`, `folder`."""
+    """The `ldm` command: `ldm txt2img`, `info`, `redraw`, `convert`, `folder`, `finetune`."""
     parser = Parser("ldm", description="Latent diffusion: draw pictures from words.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for command, add_flags, purpose in (
@@ -77,12 +78,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         (redraw, add_redraw_flags, "draw a PNG again from its own metadata and compare the pixels"),
         (convert, add_convert_flags, "change a model between folder and single file, or its dtype"),
         (folder, add_folder_flags, "examine a folder of pictures before training on it"),
+        (
+            finetune,
+            add_finetune_flags,
+            "train a model on a folder of pictures",
+        ),
     ):
         name = "txt2img" if command is draw else command.__name__
         child = commands.add_parser(
             name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}. {SPELLING}"
         )
-        add_flags(child)
+        child.add_flags.append(add_flags)
         child.set_defaults(command=command)
     return run(parser, argv)
 
@@ -396,6 +402,20 @@ def convert(args: argparse.Namespace) -> int:
 
 
 # --- folder ----------------------------------------------------------------------------------------------
+
+
+def finetune(args: argparse.Namespace) -> int:
+    """Fine-tune; the same command again goes on where it stopped."""
+    from ldm.train.finetune_recipe import read_finetune_recipe
+
+    recipe = read_finetune_recipe(args)
+    try:
+        from ldm.train.finetune import finetune
+
+        finetune(recipe)
+    except ModuleNotFoundError as error:
+        raise UserError(f"training needs {error.name}: pip install 'ldm[train]'") from None
+    return 0
 
 
 def folder(args: argparse.Namespace) -> int:

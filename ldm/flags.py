@@ -24,9 +24,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
         self.add_argument("--version", action=ShowVersion, nargs=0, help="show the version and exit")
+        self.add_flags: list[Callable[[Parser], object]] = []  # called when this command is the one asked for
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Unknown flags are told by the command that does not know them, with the nearest that it knows."""
+        while self.add_flags:
+            self.add_flags.pop()(self)
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
             near = difflib.get_close_matches(
@@ -274,6 +277,13 @@ def add_folder_flags(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="everything, as JSON")
     add("--all", action="store_true", help="every line, not the first 20 of each kind")
     add_common_flags(parser)
+
+
+def add_finetune_flags(parser: argparse.ArgumentParser) -> None:
+    from ldm.train.finetune_recipe import add_recipe_flags
+
+    add_recipe_flags(parser)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def count(text: str) -> int:

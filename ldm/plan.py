@@ -104,10 +104,14 @@ def _defaults(pipe: Pipeline, request: Request, image: InMemory | None) -> dict[
 
 def _size(parts: Parts, image: InMemory | None) -> tuple[int, int]:
     """(height, width) in pixels: the image's, or what the model was trained on."""
-    defaults, factor = parts.defaults, parts.vae.downscale
     if image is not None:
-        return tasks.picture_size(image, tasks.kind_of(parts), factor)
-    side = parts.unet.config.sample_size or 64
+        return tasks.picture_size(image, tasks.kind_of(parts), parts.vae.downscale)
+    return native_size(parts)
+
+
+def native_size(parts: Parts) -> tuple[int, int]:
+    """(height, width) in pixels that a model is drawn at where nothing else is said."""
+    side, defaults, factor = parts.unet.config.sample_size or 64, parts.defaults, parts.vae.downscale
     height, width = (side, side) if isinstance(side, int) else side
     return defaults.height or height * factor, defaults.width or width * factor
 

@@ -28,21 +28,21 @@ from ldm.scheduler_config import noise_levels
 
 
 class Kind(Enum):
-    """What a model draws from; the value is the number of channels concatenated with its 4 of latents."""
+    """What a model draws from: told by the channels that its U-Net takes beside the c of latents."""
 
-    TEXT = 0  # and from text and an image that it begins with
-    UPSCALE = 3  # a low-resolution picture
-    PIX2PIX = 4  # the latents of a picture to change
-    INPAINT = 5  # a mask, and the latents of the picture without what it covers
+    TEXT = "0"  # and from text and an image that it begins with
+    UPSCALE = "3"  # a low-resolution picture
+    PIX2PIX = "c"  # the latents of a picture to change
+    INPAINT = "1 + c"  # a mask, and the latents of the picture without what it covers
 
 
 def kind_of(parts: Parts) -> Kind:
     """Raises UserError for a U-Net with other channels."""
     taken, own = parts.unet.config.in_channels, parts.vae.latent_channels
-    try:
-        return Kind(taken - own)
-    except ValueError:
-        raise UserError(f"a U-Net of {taken} input channels does not fit a VAE of {own}") from None
+    kinds = {0: Kind.TEXT, 3: Kind.UPSCALE, own: Kind.PIX2PIX, own + 1: Kind.INPAINT}
+    if taken - own not in kinds:
+        raise UserError(f"a U-Net of {taken} input channels does not fit a VAE of {own}")
+    return kinds[taken - own]
 
 
 def defaults(parts: Parts, has_image: bool) -> dict[str, Any]:

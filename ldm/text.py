@@ -76,12 +76,19 @@ class Clip:
             norm: put it through the final norm.
         """
         ids = torch.cat([self.tokenise(prompt, windows) for prompt in prompts])
-        length = ids.shape[1]
         # One tensor, so that both are made again should one of them hold NaN.
         flat = finite(self.model, lambda model: _read(model, ids, layer, norm), "the text encoder")
-        tokens = flat[:, : length * self.width].reshape(len(prompts), -1, self.width)
-        pooled = flat[::windows, length * self.width :]
-        return Conditioning(tokens, pooled if self.pools else None)
+        return self._split(flat, windows)
+
+    def read(self, ids: Tensor, windows: int, layer: int = -1, norm: bool = True) -> Conditioning:
+        """As `encode`, of token ids [B * windows, N], with gradients and unchecked: for training."""
+        return self._split(_read(self.model, ids, layer, norm), windows)
+
+    def _split(self, flat: Tensor, windows: int) -> Conditioning:
+        """[B * windows, N * D + P] as `_read` gives it."""
+        end = flat.shape[1] - (int(self.model.config.projection_dim) if self.pools else 0)
+        tokens = flat[:, :end].reshape(len(flat) // windows, -1, self.width)
+        return Conditioning(tokens, flat[::windows, end:] if self.pools else None)
 
     def _ids(self, prompt: str) -> list[int]:
         # Without `verbose` transformers would complain of the length, which is no fault here.
@@ -144,10 +151,25 @@ class TextEncoder:
                 f"it is read in {needed} parts",
                 stacklevel=2,
             )
-        layer = -1 - self.pools - self._skipped(clip_skip)
-        norm = not self.pools
-        read = [clip.encode(column, windows or needed, layer, norm) for clip, column in each]
-        return Conditioning(torch.cat([part.tokens for part in read], -1), read[-1].pooled)
+        layer, norm = self._layer(clip_skip)
+        return _beside([clip.encode(column, windows or needed, layer, norm) for clip, column in each])
+
+    def tokenise(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
+        """Token ids [B * windows, N] of B prompts for each encoder, as `read` takes them."""
+        windows = max(clip.count_windows(prompt) for clip in self.clips for prompt in prompts)
+        return tuple(
+            torch.cat([clip.tokenise(prompt, windows) for prompt in prompts]) for clip in self.clips
+        )
+
+    def read(self, ids: Sequence[Tensor], windows: int, clip_skip: int | None = None) -> Conditioning:
+        """As `encode`, of what `tokenise` gives, with gradients and unchecked: for training."""
+        layer, norm = self._layer(clip_skip)
+        each = zip(self.clips, ids, strict=True)
+        return _beside([clip.read(own, windows, layer, norm) for clip, own in each])
+
+    def _layer(self, clip_skip: int | None) -> tuple[int, bool]:
+        """Which layer's output is taken, and whether it goes through the final norm."""
+        return -1 - self.pools - self._skipped(clip_skip), not self.pools
 
     def _skipped(self, clip_skip: int | None) -> int:
         layers = min(int(clip.model.config.num_hidden_layers) for clip in self.clips) - self.pools
@@ -156,6 +178,11 @@ class TextEncoder:
                 f"clip_skip {clip_skip} is not allowed: this text encoder has {layers} layers to read from"
             )
         return clip_skip or 0
+
+
+def _beside(read: Sequence[Conditioning]) -> Conditioning:
+    """What several encoders read: tokens side by side, and the last one's pooled text."""
+    return Conditioning(torch.cat([part.tokens for part in read], -1), read[-1].pooled)
 
 
 def spell_out(ids: Sequence[int], added: Mapping[str, int]) -> list[int]:

@@ -27,7 +27,7 @@ class Line(Task):
         self.poison, self.interrupt, self.calls = poison, interrupt, 0
         self.batches = []
 
-    def batch(self, rng, size):
+    def batch(self, rng, size, number):
         x = torch.randn(size, 1, generator=rng)
         return {"x": x, "y": 3 * x - 1 + 0.1 * torch.randn(size, 1, generator=rng)}
 
@@ -57,9 +57,11 @@ def exported(run_dir: Path) -> dict[str, torch.Tensor]:
 
 def tiny_recipe(steps: int, parts: int = 1, batch_size: int = 16, lr: float = 0.02, **run) -> Recipe:
     """`parts` are the micro-steps of an optimisation step."""
-    optimiser = {"lr": lr, "batch_size": batch_size, "warmup_steps": 5, "gradient_accumulation_steps": parts}
-    every = {"log_every": 5, "eval_every": 20, "save_every": 10}
-    run = {"max_steps": steps, "mixed_precision": "no"} | every | run
+    optimiser = {"learning_rate": lr, "adam_beta2": 0.99, "ema_decay": 0.999, "train_batch_size": batch_size}
+    optimiser |= {"gradient_accumulation_steps": parts, "lr_warmup_steps": 5}
+    optimiser |= {"lr_scheduler": "warmup_stable_decay"}
+    every = {"logging_steps": 5, "validation_steps": 20, "checkpointing_steps": 10}
+    run = {"max_train_steps": steps, "mixed_precision": "no"} | every | run
     return Recipe.model_validate({"run": run, "optimiser": optimiser})
 
 

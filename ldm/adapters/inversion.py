@@ -20,13 +20,14 @@ from ldm.adapters.layers import share
 from ldm.adapters.names import ENCODERS, TEXT, TEXT_2
 from ldm.checkpoint import Parts
 from ldm.checkpoint.digest import sha256
-from ldm.checkpoint.io import read_bytes, read_tensors
+from ldm.checkpoint.io import read_bytes, read_metadata, read_tensors
 from ldm.checkpoint.pickles import check_whole, read_pickle
 from ldm.errors import UserError
 
 XL_KEYS = {"clip_l": TEXT, "clip_g": TEXT_2}
 WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 1280: "SDXL's second encoder"}
 NAMELESS = ("emb_params", "*")  # keys that are no words
+WORD = "word"  # in the header of our SDXL files, whose keys say nothing of it
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +78,7 @@ def _read(path: Path, _mtime_ns: int, _size: int) -> tuple[str | None, Mapping[s
         word = key if isinstance(key, str) and key not in NAMELESS else None
         content = {"": tensor}
     elif isinstance(content, dict) and content.keys() == XL_KEYS.keys():
+        word = read_metadata(path).get(WORD)
         content = {part: content[key] for key, part in XL_KEYS.items()}
     else:
         raise UserError(f"{path}: not a textual inversion: one tensor, or clip_l and clip_g, are expected")
@@ -146,21 +148,36 @@ def _width(model: Any) -> int:
 
 
 def _add_tokens(tokenizer: Any, embeddings: Sequence[Embedding]) -> Any:
-    from transformers import AddedToken
-
     extended = copy.deepcopy(tokenizer)
     for each in embeddings:
         count = len(next(iter(each.vectors.values())))
-        tokens = [each.name, *(f"{each.name}_{i}" for i in range(1, count))]
-        known = extended.get_vocab()
-        if taken := [token for token in (*tokens, f"{each.name}_{count}") if token in known]:
+        if taken := taken_token(extended, each.name, count):
             raise UserError(
-                f"{each.path}: the model has {taken[0]!r} already; choose a name: --embedding name=file"
+                f"{each.path}: the model has {taken!r} already; choose a name: --embedding name=file"
             )
-        # "ed" must not be found in "red".
-        whole = each.name[0].isalnum() and each.name[-1].isalnum()
-        extended.add_tokens([AddedToken(token, single_word=whole, normalized=True) for token in tokens])
+        add_tokens(extended, each.name, count)
     return extended
+
+
+def taken_token(tokenizer: Any, name: str, count: int) -> str | None:
+    """The first of the tokens of a word of `count` vectors that a tokenizer has already."""
+    known = tokenizer.get_vocab()
+    # The last would be read as one more vector.
+    return next((token for token in (*_tokens(name, count), f"{name}_{count}") if token in known), None)
+
+
+def add_tokens(tokenizer: Any, name: str, count: int) -> None:
+    """Teach a tokenizer, in place, the tokens of a word of `count` vectors."""
+    from transformers import AddedToken
+
+    # "ed" must not be found in "red".
+    whole = name[0].isalnum() and name[-1].isalnum()
+    tokens = [AddedToken(token, single_word=whole, normalized=True) for token in _tokens(name, count)]
+    tokenizer.add_tokens(tokens)
+
+
+def _tokens(name: str, count: int) -> list[str]:
+    return [name, *(f"{name}_{i}" for i in range(1, count))]
 
 
 def _add_rows(model: Any, rows: Tensor, tokenizer: Any) -> Any:
@@ -174,11 +191,11 @@ def _add_rows(model: Any, rows: Tensor, tokenizer: Any) -> Any:
     new = nn.Embedding.from_pretrained(weight, frozen)  # type: ignore[no-untyped-call]
     extended.set_input_embeddings(new)
     extended.config.vocab_size = len(weight)
-    _pool_at_end(extended, tokenizer.eos_token_id)
+    pool_at_end(extended, tokenizer.eos_token_id)
     return extended
 
 
-def _pool_at_end(model: Any, end: int) -> None:
+def pool_at_end(model: Any, end: int) -> None:
     """Configs that say `eos_token_id` 2 make transformers pool at the highest id: now a new word's."""
     model.config.eos_token_id = end
     for module in model.modules():

@@ -29,6 +29,7 @@ __all__ = [
     "read_metadata",
     "read_tensors",
     "weight_files",
+    "whole_file",
     "whole_folder",
     "write_json",
     "write_tensors",
@@ -228,6 +229,26 @@ def write_tensors(
     }
     save_file(plain, path, metadata={"format": "pt", **(metadata or {})})
     path.chmod(0o644)  # safetensors makes files that only their owner can read
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A file to write to, which replaces `path` once it is written; on an error nothing changes."""
+    aside = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        os.close(handle)
+        aside = Path(name)
+        yield aside
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror or error}") from None
+    finally:
+        if aside is not None:
+            aside.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

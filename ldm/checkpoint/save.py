@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +14,7 @@ from torch import Tensor
 from ldm.checkpoint.clip import STEM
 from ldm.checkpoint.detect import ARCHITECTURES, OPTIONS, OWN, PREDICTIONS
 from ldm.checkpoint.folder import MODEL_STEM, Parts
-from ldm.checkpoint.io import whole_folder, write_json, write_tensors
+from ldm.checkpoint.io import whole_file, whole_folder, write_json, write_tensors
 from ldm.checkpoint.keymap import module_keys, text_keys, to_original
 from ldm.checkpoint.sections import TEXT, prefixes
 from ldm.checkpoint.tokenizer import bpe, describe_tokenizer
@@ -124,12 +121,11 @@ def _learnt_words(tokenizer: Any) -> list[str]:
 
 def pipeline_class(parts: Parts) -> str:
     """The name of diffusers' pipeline for a model, which its configs tell."""
-    config = parts.unet.config
-    kind = {0: "", 3: "Upscale", 4: "InstructPix2Pix", 5: "Inpaint"}[
-        config.in_channels - parts.vae.latent_channels
-    ]
+    config, own = parts.unet.config, parts.vae.latent_channels
+    kinds = {0: "", 3: "Upscale", own: "InstructPix2Pix", own + 1: "Inpaint"}
+    kind = kinds[config.in_channels - own]
     if parts.text_encoder_2 is not None:
-        return f"StableDiffusionXL{'Img2Img' if parts.text_encoder is None else kind}Pipeline"
+        return f"StableDiffusionXL{'Img2Img' if parts.text_encoder is None and not kind else kind}Pipeline"
     if config.time_cond_proj_dim is not None and not kind:
         return "LatentConsistencyModelPipeline"
     return f"StableDiffusion{kind}Pipeline"
@@ -246,7 +242,7 @@ def save_single(path: Path, parts: Parts, dtype: torch.dtype | None = None) -> N
         tensors["v_pred"] = torch.tensor([])
         if schedule.zero_terminal_snr:
             tensors["ztsnr"] = torch.tensor([])
-    with _whole_file(path) as aside:
+    with whole_file(path) as aside:
         write_tensors(aside, tensors, dtype, _metadata(path, family, parts, schedule.prediction.value))
 
 
@@ -289,23 +285,3 @@ def _architecture(family: str, prediction: str) -> str:
         return next(name for name, value in ARCHITECTURES.items() if value == prediction)
     names = {"sd1": "v1", "sdxl": "xl-v1-base", "sdxl_refiner": "xl-v1-refiner"}
     return f"stable-diffusion-{names[family]}"
-
-
-@contextlib.contextmanager
-def _whole_file(path: Path) -> Iterator[Path]:
-    """A file to write to, which replaces `path` once it is written; on an error nothing changes."""
-    aside = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        os.close(handle)
-        aside = Path(name)
-        yield aside
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write to {path}: {error.strerror or error}") from None
-    finally:
-        if aside is not None:
-            aside.unlink(missing_ok=True)

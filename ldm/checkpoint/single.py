@@ -47,7 +47,7 @@ UNUSED_IN_TEXT = re.compile(r"(.*\.)?position_ids|logit_scale|attn_mask|text_pro
 
 def load_single(
     path: Path,
-    runtime: Runtime,
+    runtime: Runtime | None,
     *,
     prediction_type: str | None = None,
     ema: bool | None = None,
@@ -72,6 +72,8 @@ def load_single(
     parts, _ = read_single(
         path, runtime, prediction_type=prediction_type, ema=ema, config=config, overrides=overrides, say=say
     )
+    if runtime is None:
+        return parts
     placed: dict[str, Any] = {
         part: runtime.place(module)
         for part in ("unet", "text_encoder", "text_encoder_2")

@@ -23,7 +23,7 @@ def _warn(line: str) -> None:
 
 def load_parts(
     model: str | Path,
-    runtime: Runtime,
+    runtime: Runtime | None,
     *,
     revision: str | None = None,
     variant: str | None = None,
@@ -35,7 +35,7 @@ def load_parts(
     ema: bool | None = None,
     say: Callable[[str], object] = _warn,
 ) -> Parts:
-    """All parts of a model, on the runtime's device; those given separately in place of its own.
+    """All parts of a model, on the runtime's device (None: as stored); those given in place of its own.
 
     Args:
         model: a pipeline folder, a single file, a hub name ("owner/model").

@@ -36,7 +36,7 @@ class ScorerTask(Task):
         self.weights = loss_settings(plain | {"density": 0.5, "centre": 4.0, "melted": 0.08}, loss)
         self.scenes = scenes_from(range(held_out), "scorer held-out")
 
-    def batch(self, rng: Generator, size: int) -> Batch:
+    def batch(self, rng: Generator, size: int, number: int = 0) -> Batch:
         seeds = torch.randint(2**62, (size,), generator=rng).tolist()
         scenes = scenes_from(seeds, "scorer")
         images = torch.from_numpy(np.stack([world.render(scene, SIZE) for scene in scenes]))

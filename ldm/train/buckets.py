@@ -33,17 +33,19 @@ Size = tuple[int, int]  # (height, width) in pixels
 # --- sizes -----------------------------------------------------------------------------------------------
 
 
-def make_buckets(resolution: int, *, unit: int = 64, max_ratio: float = 2.0) -> tuple[Size, ...]:
+def make_buckets(resolution: int, *, unit: int | None = None, max_ratio: float = 2.0) -> tuple[Size, ...]:
     """The sizes that training is done in, widest first: 1024 gives those of SDXL between 1344 x 768 and back.
 
     Args:
         resolution: no size has more than resolution^2 pixels, so none needs more memory than the square.
-        unit: sides are multiples of it (and it of the VAE's and U-Net's downscaling).
+        unit: sides are multiples of it (and it of the VAE's downscaling); by default 64 or,
+            for less than 512 pixels, less.
         max_ratio: of the longer side to the shorter.
 
     Raises:
         UserError: if `resolution` is not a multiple of `unit`, or `max_ratio` is below 1.
     """
+    unit = unit or next((u for u in (64, 32, 16) if resolution % u == 0 and resolution >= 8 * u), 8)
     if resolution < unit or resolution % unit:
         near = max(1, round(resolution / unit)) * unit
         raise UserError(f"resolution {resolution} is not a multiple of {unit}: take {near}")
@@ -176,7 +178,8 @@ class Batches:
             raise UserError(
                 f"{len(examples)} pictures in batches of {batch_size}: at least 1 is needed of both"
             )
-        self.batch_size, self.seed, self.variation = batch_size, seed, variation or Variation()
+        self.examples, self.batch_size, self.seed = tuple(examples), batch_size, seed
+        self.variation = variation or Variation()
         members: dict[Size, list[Example]] = {bucket: [] for bucket in buckets}
         for example in examples:
             members[nearest_bucket(example.size, buckets)] += [example] * example.repeats

@@ -6,7 +6,7 @@
     ema.safetensors        the moving averages, by name
     optimiser.safetensors  <number of the parameter>.<name of the moment>
     run.json               the position, and what else a run needs to go on that is no tensor
-    recipe.json            the recipe, flat: {"optimiser.lr": 0.001, ...}
+    recipe.json            the recipe, flat: {"optimiser.learning_rate": 0.001, ...}
     manifest.json          size and SHA-256 of each of these
 
 It is written aside, flushed, and renamed; older ones go only after that. No file of it is a pickle.
@@ -31,15 +31,9 @@ from ldm.checkpoint.io import read_json, read_tensors, whole_folder, write_json,
 from ldm.errors import UserError
 
 # What a recipe cannot change between two parts of one run.
-FIXED = (
-    "model",
-    "optimiser.kind",
-    "optimiser.batch_size",
-    "optimiser.gradient_accumulation_steps",
-    "run.seed",
-    "run.processes",
-)
-FREE = ("run.resume_from_checkpoint", "run.force")  # what may differ without a word
+FIXED = ("kind", "train_batch_size", "gradient_accumulation_steps", "seed", "processes")
+SHAPES = ("mode", "rank")  # what it cannot change even by force: the tensors are others
+FREE = ("resume_from_checkpoint", "force")  # what may differ without a word
 
 
 @dataclass(frozen=True)
@@ -218,12 +212,12 @@ def find_state(run_dir: Path, resume: str = "latest", force: bool = False) -> Pa
         if later and not force:
             raise UserError(
                 f"{run_dir} holds {later[-1].name}: leave out resume_from_checkpoint={resume} to go on from "
-                "it, choose another folder, or set run.force=true to leave it behind"
+                "it, choose another folder, or set force to leave it behind"
             )
     if resume == "latest" and states and found is None and not force:
         raise UserError(
             f"{run_dir}: no state is whole ({'; '.join(faults)}): choose another folder, or set "
-            "run.force=true to start anew"
+            "set force to start anew"
         )
     if faults:
         print(f"passed over {'; '.join(faults)}", flush=True)
@@ -278,11 +272,15 @@ def _fill(path: Path, into: Mapping[str, Tensor]) -> None:
     found = read_tensors(path)
     for name in sorted(found.keys() ^ into.keys()):
         where = "is in it, but not in the model" if name in found else "is in the model, but not in it"
-        raise UserError(f"{path}: {name} {where}: another model's state, or another mode of training")
+        raise UserError(
+            f"{path}: {name} {where}: another model's state, or another mode of training: choose another "
+            "folder"
+        )
     for name, value in found.items():
         if value.shape != into[name].shape:
             raise UserError(
-                f"{path}: {name} is {list(value.shape)}, and {list(into[name].shape)} in the model"
+                f"{path}: {name} is {list(value.shape)}, and {list(into[name].shape)} in the model: "
+                "choose another folder"
             )
         into[name].copy_(value)
 
@@ -296,16 +294,23 @@ def check_recipe(folder: Path, recipe: Mapping[str, Any], force: bool = False) -
     changed = [
         f"{key} {before.get(key, 'unset')} -> {recipe.get(key, 'unset')}"
         for key in sorted(before.keys() | recipe.keys())
-        if before.get(key) != recipe.get(key) and not key.startswith(FREE)
+        if before.get(key) != recipe.get(key) and _last(key) not in FREE
     ]
-    fixed = [change for change in changed if change.startswith(FIXED)]
-    if fixed and not force:
+    shapes = [change for change in changed if _last(change.split()[0]) in SHAPES]
+    fixed = [change for change in changed if change.startswith("model") or _last(change.split()[0]) in FIXED]
+    if shapes or (fixed and not force):
+        advice = "or choose another folder" if shapes else "choose another folder, or set force"
         raise UserError(
-            f"{folder} was trained with another recipe: {', '.join(fixed)}; take the old values, choose "
-            "another folder, or set run.force=true"
+            f"{folder} was trained with another recipe: {', '.join(shapes + fixed)}; take the old values, "
+            f"{advice}"
         )
     if changed:
         print(f"the recipe has changed since {folder.name}: {', '.join(changed)}", flush=True)
+
+
+def _last(key: str) -> str:
+    """Recipes of training from scratch have sections, those of fine-tuning none."""
+    return key.rpartition(".")[2]
 
 
 def flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -67,7 +67,7 @@ class CLIPTask(Task):
         self.held_out_tokens = tokenise(tokenizer, held_out.captions)
         self.naming_weight = loss_settings({"naming": 1.0}, loss)["naming"]
 
-    def batch(self, rng: torch.Generator, size: int) -> Batch:
+    def batch(self, rng: torch.Generator, size: int, number: int = 0) -> Batch:
         index = torch.randint(len(self.train_pictures), (size,), generator=rng)
         batch = {"x": self.train_pictures.tensors(index), "ids": pick_captions(self.tokens, index, rng)}
         if self.train_pictures.labels is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +13,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ImageOps
 
 from ldm.errors import UserError
+from ldm.train.folder import examine, open_upright
 from ldm.train.recipe import DataSection
 
 if TYPE_CHECKING:
     from ldm.postcards import Scene
-
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 @dataclass(frozen=True)
@@ -152,37 +150,13 @@ def _render_some(job: tuple[int, int, DataSection]) -> Pictures:
 
 
 def _folder(folder: Path, size: int) -> Pictures:
-    """Every readable image below `folder`, its shorter side scaled to `size` and cropped at the centre.
+    """Every picture that `examine` finds fit, its shorter side scaled to `size` and cropped at the centre.
 
-    A caption comes from metadata.jsonl (`file_name`, `text`) or from the .txt of the same name, or is empty.
+    Raises UserError where something stops the training; a missing caption is an empty one.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder: give one that holds images")
-    listed = dict(_metadata(folder / "metadata.jsonl"))
-    images, captions = [], []
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES):
-        try:
-            with Image.open(path) as opened:
-                image = ImageOps.fit(ImageOps.exif_transpose(opened).convert("RGB"), (size, size))
-        except (UnidentifiedImageError, OSError) as error:
-            raise UserError(f"{path} cannot be read as an image ({error}): mend or remove it") from error
-        beside = path.with_suffix(".txt")
-        text = listed.get(path.relative_to(folder).as_posix())
-        if text is None:
-            text = beside.read_text().strip() if beside.exists() else ""
-        images.append(np.asarray(image))
-        captions.append([text])
-    if not images:
-        raise UserError(f"no image ({', '.join(sorted(IMAGE_SUFFIXES))}) below {folder}")
-    return Pictures(np.stack(images), captions)
-
-
-def _metadata(path: Path) -> Iterator[tuple[str, str]]:
-    if not path.exists():
-        return
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            row = json.loads(line)
-            yield row["file_name"], row["text"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UserError(f'{path}:{number}: a row is {{"file_name": ..., "text": ...}}') from error
+    examined = examine(folder, missing_caption="empty", resolution=size)
+    for finding in examined.findings:
+        if finding.effect == "stops":
+            raise UserError(f"{finding.path or folder}: {finding.text}; `ldm folder {folder}` tells all")
+    pictures = [np.asarray(ImageOps.fit(open_upright(each.path), (size, size))) for each in examined.examples]
+    return Pictures(np.stack(pictures), [[each.caption or ""] for each in examined.examples])

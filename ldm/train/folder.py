@@ -261,6 +261,6 @@ def _tell_long(
     for path, caption in captions:
         # A token has at least one byte, so most captions need no counting.
         if caption and len(caption.encode()) > room and (n := count(caption)) > room:
-            text = f"{n} tokens, but the text encoder reads {room}: the last {n - room} are cut off"
+            text = f"{n} tokens; the text encoder reads {room} at once: it is read in {-(-n // room)} parts"
             findings.append(Finding(path, "long caption", text, "note"))
     return findings

@@ -8,6 +8,7 @@ that is interrupted, inside its accumulation too, is made again from its beginni
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from ldm.errors import UserError
 from ldm.train.lock import only_run
 from ldm.train.processes import alone, stop_signals
-from ldm.train.recipe import Recipe
+from ldm.train.recipe import Trainable
 from ldm.train.run import Run
 
 if TYPE_CHECKING:
@@ -31,9 +32,16 @@ Batch = dict[str, Tensor]
 class Task(nn.Module, ABC):
     """What is trained: modules, a loss, and how to look at them. The loop optimises its parameters."""
 
+    facts: Mapping[str, Any] = {}  # beside the recipe, what a run that is gone on with should have kept
+    looks_first = False  # before the first step too: for weights that are not random
+    draws_from_export = True  # so each look writes it; else only the end of the run does
+
     @abstractmethod
-    def batch(self, rng: torch.Generator, size: int) -> Batch:
-        """A batch on the CPU, with all its noise: `forward` is a pure function of it."""
+    def batch(self, rng: torch.Generator, size: int, number: int) -> Batch:
+        """A batch on the CPU, with all its noise: `forward` is a pure function of it.
+
+        `number` counts the batches of the run, those of all processes and of accumulation too.
+        """
 
     @abstractmethod
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -60,7 +68,7 @@ class Task(nn.Module, ABC):
         return []
 
 
-def train(task: Task, recipe: Recipe, run_dir: Path) -> None:
+def train(task: Task, recipe: Trainable, run_dir: Path) -> None:
     """Train `task` until the recipe's end, going on from the state in run_dir if it holds one.
 
     Writes run_dir/metrics.jsonl, grids/<step>.png, state-<step>/ and export/ (EMA weights). SIGINT and
@@ -78,30 +86,38 @@ def train(task: Task, recipe: Recipe, run_dir: Path) -> None:
         run = Run(task, recipe, run_dir, accelerator)
         stopped = stack.enter_context(stop_signals())
         stack.enter_context(run.guarded())
-        if run.position.step and run.due(recipe.run.eval_every):
-            run.look()  # where the run ended before it could
+        if run.due(recipe.run.validation_steps) and (run.position.step or task.looks_first):
+            run.look()  # at the beginning, or where the run ended before it could
         while run.fraction < 1 and run.step(stopped):
-            if run.due(recipe.run.save_every):
+            if run.due(recipe.run.checkpointing_steps):
                 run.save()
-            if run.due(recipe.run.eval_every):
+            if run.due(recipe.run.validation_steps):
                 run.look()
         run.save()
-        if run.fraction < 1:
-            run.export()
-            run.say(f"stopped at step {run.position.step}, saved: the same command goes on from there")
-        else:
+        ended = run.fraction >= 1
+        if ended:
             run.look()
+        if not (ended and task.draws_from_export):
+            run.export()
+        if not ended:
+            run.say(f"stopped at step {run.position.step}, saved: the same command goes on from there")
 
 
-def _accelerator(recipe: Recipe, run_dir: Path) -> Accelerator:
-    from accelerate import Accelerator
+def check_tracker(name: str) -> None:
+    """Raise UserError if what `report_to` names is not installed."""
     from accelerate.utils import is_tensorboard_available
 
+    if name == "tensorboard" and not is_tensorboard_available():
+        raise UserError("report_to is tensorboard, which is not installed: pip install tensorboard")
+
+
+def _accelerator(recipe: Trainable, run_dir: Path) -> Accelerator:
+    from accelerate import Accelerator
+
     tracker = recipe.run.report_to
+    check_tracker(tracker)
     if tracker == "none":
         return Accelerator(mixed_precision=recipe.run.mixed_precision)
-    if not is_tensorboard_available():
-        raise UserError("run.report_to is tensorboard, which is not installed: pip install tensorboard")
     accelerator = Accelerator(
         mixed_precision=recipe.run.mixed_precision, log_with=tracker, project_dir=run_dir
     )

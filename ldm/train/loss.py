@@ -15,53 +15,15 @@ What is random is drawn on the CPU from one generator; the rest are functions of
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
 from ldm.errors import UserError
 from ldm.prediction import Prediction
 from ldm.schedule import Schedule
-from ldm.train.recipe import Section
-
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-
-
-class LossSection(Section):
-    """How the loss is made; the defaults are the plain one of Ho et al. 2020, equation 14.
-
-    Names are those of diffusers' training scripts where they have the option, else sd-scripts'. What the
-    U-Net predicts is the model's own: `load_parts` takes another `prediction_type`, and it is saved with it.
-    """
-
-    timestep_sampling: Literal["uniform", "logit_normal", "importance"] = "uniform"
-    logit_mean: Finite = 0.0  # of logit(t / T): above 0, more noise
-    logit_std: Finite = Field(1.0, gt=0)
-    timestep_histogram: tuple[Annotated[Finite, Field(gt=0)], ...] = ()  # importance: equal bins over 0..T
-    min_timestep: int = Field(0, ge=0)  # train from here
-    max_timestep: int | None = Field(None, ge=1)  # to the one before this; None: all
-
-    noise_offset: Finite = Field(0.0, ge=0)  # 0.05 to 0.1 teaches an eps model dark and bright pictures
-    multires_noise_discount: Finite = Field(0.0, ge=0, lt=1)  # pyramid noise: weight of each coarser level
-    input_perturbation: Finite = Field(0.0, ge=0)  # 0.1 is recommended
-
-    loss_type: Literal["l2", "huber"] = "l2"
-    huber_c: Finite = Field(0.1, gt=0)  # errors above it count linearly
-    snr_gamma: Finite | None = Field(None, gt=0)  # min-SNR; 5 is recommended
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if (self.timestep_sampling == "importance") != bool(self.timestep_histogram):
-            raise ValueError("timestep_sampling: importance and timestep_histogram go together: give both")
-        if self.max_timestep is not None and self.max_timestep <= self.min_timestep:
-            raise ValueError(
-                f"max_timestep {self.max_timestep} must be above min_timestep {self.min_timestep}"
-            )
-        return self
-
+from ldm.train.recipe import LossSection
 
 # --- timesteps ---------------------------------------------------------------------------------------------
 

@@ -3,41 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Self
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldm.train.recipe import Section
-
-
-class MaskSection(Section):
-    """Which share of the masks is of each kind.
-
-    A quarter cover the whole picture, as in the training of stable-diffusion-inpainting (its model card): the
-    model goes on drawing from the prompt alone.
-    """
-
-    rectangles: float = Field(0.35, ge=0)  # one to three
-    strokes: float = Field(0.35, ge=0)  # one to three, of a round brush
-    whole: float = Field(0.25, ge=0)  # all is drawn anew
-    none: float = Field(0.05, ge=0)  # nothing is
-
-    @model_validator(mode="after")
-    def _sums_to_one(self) -> Self:
-        total = math.fsum(self.shares)
-        if not math.isclose(total, 1, abs_tol=1e-6):
-            raise ValueError(f"rectangles, strokes, whole and none sum to {total:g}: they are shares of 1")
-        return self
-
-    @property
-    def shares(self) -> tuple[float, float, float, float]:
-        """Of rectangles, strokes, whole, none."""
-        return self.rectangles, self.strokes, self.whole, self.none
+from ldm.train.recipe import MaskSection
 
 
 def random_masks(

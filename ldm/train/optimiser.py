@@ -5,39 +5,16 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from ldm.train.recipe import Section
-
-LrScheduler = Literal[
-    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
-]
-
-
-class AdamWSection(Section):
-    """How weights follow gradients: names and defaults of diffusers' training scripts, but for the warm-up.
-
-    There `lr_warmup_steps` is 500 and ignored by the default schedule; here it is 0, and none ignores it.
-    """
-
-    learning_rate: float = Field(1e-4, gt=0)
-    lr_scheduler: LrScheduler = "constant"
-    lr_warmup_steps: int = Field(0, ge=0)
-    lr_num_cycles: int = Field(1, ge=1)  # of cosine_with_restarts
-    lr_power: float = Field(1.0, gt=0)  # of polynomial
-    use_8bit_adam: bool = False
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.999, ge=0, lt=1)
-    adam_weight_decay: float = Field(1e-2, ge=0)
-    adam_epsilon: float = Field(1e-8, gt=0)
+from ldm.train.recipe import OptimiserSection
 
 
 def make_optimiser(
-    params: Iterable[Tensor] | Iterable[dict[str, Any]], options: AdamWSection
+    params: Iterable[Tensor] | Iterable[dict[str, Any]], options: OptimiserSection
 ) -> torch.optim.Optimizer:
     """AdamW over parameters, or over groups of them with their own ``lr``.
 
@@ -64,13 +41,14 @@ def make_optimiser(
     return torch.optim.AdamW(params, **settings, fused=True)
 
 
-def lr_factor(options: AdamWSection, step: int, total: int) -> float:
+def lr_factor(options: OptimiserSection, step: int, total: float) -> float:
     """What learning rates are multiplied by in step `step` (from 0) of `total`: 0 to 1.
 
     Every schedule starts with a linear warm-up ``step / lr_warmup_steps``. Then, with p from 0 to 1 over the
     rest of the run: constant: 1. linear: 1 - p. cosine: (1 + cos(pi p)) / 2. cosine_with_restarts: that,
-    `lr_num_cycles` times over. polynomial: (1 - p)^lr_power. The formulas of transformers' `get_scheduler`,
-    whose `constant` has no warm-up and whose polynomial ends at 1e-7 and not at 0.
+    `lr_num_cycles` times over. polynomial: (1 - p)^lr_power. warmup_stable_decay: 1 until `lr_decay_from` of
+    the run, then by a cosine to 2 %. The formulas of transformers' `get_scheduler`, whose `constant` has no
+    warm-up and whose polynomial ends at 1e-7 and not at 0.
     """
     warmup = options.lr_warmup_steps
     if step < warmup:
@@ -85,5 +63,8 @@ def lr_factor(options: AdamWSection, step: int, total: int) -> float:
             return 0.0 if p == 1 else (1 + math.cos(math.pi * (options.lr_num_cycles * p % 1))) / 2
         case "polynomial":
             return float((1 - p) ** options.lr_power)
+        case "warmup_stable_decay":
+            through = max(0.0, step / total - options.lr_decay_from) / (1 - options.lr_decay_from)
+            return 0.02 + 0.98 * (1 + math.cos(math.pi * min(1.0, through))) / 2
         case _:
             return 1.0

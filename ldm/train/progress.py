@@ -25,9 +25,14 @@ class Progress:
     """
 
     def __init__(
-        self, run_dir: Path, device: torch.device, log_every: int, active: bool, track: Track | None = None
+        self,
+        run_dir: Path,
+        device: torch.device,
+        logging_steps: int,
+        active: bool,
+        track: Track | None = None,
     ) -> None:
-        self.path, self.device, self.every = run_dir / "metrics.jsonl", device, log_every
+        self.path, self.device, self.every = run_dir / "metrics.jsonl", device, logging_steps
         self.active, self.track = active, track
         self.sums: dict[str, float] = {}
         self.count = 0

@@ -1,26 +1,44 @@
-"""Recipes: what a training run is, read from YAML and validated in one place."""
+"""Recipes: what a training run is, read from YAML and validated in one place.
+
+Each option is declared here once, with its default, its bounds and, in the text below it, what it means: the
+command line's help is made of these. Names are those of diffusers' training scripts where they have the
+option, else sd-scripts'. No torch here, so that `--help` answers at once.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Protocol, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ldm.errors import UserError
 
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+LrScheduler = Literal[
+    "constant",
+    "constant_with_warmup",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "warmup_stable_decay",
+]
+
 
 class Section(BaseModel):
     """A frozen part of a recipe; an unknown key is an error, not a typo that trains for hours."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class DataSection(Section):
     """Which pictures to train on: rendered postcards, or a folder of images with captions."""
 
-    folder: Path | None = None  # images with .txt beside them or a metadata.jsonl; None renders postcards
+    folder: Path | None = None  # images with captions, as `ldm folder` reads them; None renders postcards
     count: int = Field(60_000, ge=1)  # postcards to render
     captions: int = Field(4, ge=1)  # captions written for each postcard
     size: int = Field(128, ge=32, multiple_of=8)  # pixels, square
@@ -29,37 +47,144 @@ class DataSection(Section):
     cache: Path = Path("runs/data")  # where rendered pictures are kept between runs
 
 
-class OptimiserSection(Section):
-    """AdamW, linear warm-up, flat, then a cosine to 2 % over the last part of the run."""
+class LossSection(Section):
+    """How the loss is made; the defaults are the plain one of Ho et al. 2020, equation 14.
 
-    lr: float = Field(1e-3, gt=0)
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = Field(0.01, ge=0)
-    warmup_steps: int = Field(200, ge=0)
-    decay_from: float = Field(0.6, ge=0, lt=1)  # fraction of the run
-    ema_decay: float = Field(0.999, ge=0, lt=1)
+    What the U-Net predicts is the model's own: `load_parts` takes another `prediction_type`, and it is saved
+    with it.
+    """
+
+    timestep_sampling: Literal["uniform", "logit_normal", "importance"] = "uniform"
+    """how often each noise level is trained on"""
+    logit_mean: Finite = 0.0
+    """logit_normal: mean of logit(t / T); above 0, more noise"""
+    logit_std: Finite = Field(1.0, gt=0)
+    """logit_normal: its standard deviation"""
+    timestep_histogram: tuple[Annotated[Finite, Field(gt=0)], ...] = ()
+    """importance: how often, in equal bins over 0..T"""
+    min_timestep: int = Field(0, ge=0)
+    """train from this timestep"""
+    max_timestep: int | None = Field(None, ge=1)
+    """to the one before this; by default all"""
+
+    noise_offset: Finite = Field(0.0, ge=0)
+    """0.05 to 0.1 teaches an eps model dark and bright pictures"""
+    multires_noise_discount: Finite = Field(0.0, ge=0, lt=1)
+    """pyramid noise: the weight of each coarser level"""
+    input_perturbation: Finite = Field(0.0, ge=0)
+    """more noise in the input than in the target; 0.1 is recommended"""
+
+    loss_type: Literal["l2", "huber"] = "l2"
+    """huber: a broken picture weighs less"""
+    huber_c: Finite = Field(0.1, gt=0)
+    """huber: errors above it count linearly"""
+    snr_gamma: Finite | None = Field(None, gt=0)
+    """min-SNR weighting of noise levels; 5 is recommended"""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.timestep_sampling == "importance") != bool(self.timestep_histogram):
+            raise ValueError("timestep_sampling: importance and timestep_histogram go together: give both")
+        if self.max_timestep is not None and self.max_timestep <= self.min_timestep:
+            raise ValueError(
+                f"max_timestep {self.max_timestep} must be above min_timestep {self.min_timestep}"
+            )
+        return self
+
+
+class MaskSection(Section):
+    """Which share of the masks of inpainting is of each kind.
+
+    A quarter cover the whole picture, as in the training of stable-diffusion-inpainting (its model card): the
+    model goes on drawing from the prompt alone.
+    """
+
+    rectangles: float = Field(0.35, ge=0)  # one to three
+    strokes: float = Field(0.35, ge=0)  # one to three, of a round brush
+    whole: float = Field(0.25, ge=0)  # all is drawn anew
+    none: float = Field(0.05, ge=0)  # nothing is
+
+    @model_validator(mode="after")
+    def _sums_to_one(self) -> Self:
+        total = math.fsum(self.shares)
+        if not math.isclose(total, 1, abs_tol=1e-6):
+            raise ValueError(f"rectangles, strokes, whole and none sum to {total:g}: they are shares of 1")
+        return self
+
+    @property
+    def shares(self) -> tuple[float, float, float, float]:
+        """Of rectangles, strokes, whole, none."""
+        return self.rectangles, self.strokes, self.whole, self.none
+
+
+class OptimiserSection(Section):
+    """How weights follow gradients: AdamW, its learning rate, and batches.
+
+    In diffusers' scripts `lr_warmup_steps` is 500 and ignored by the default schedule; here it is 0, and no
+    schedule ignores it.
+    """
+
+    learning_rate: float = Field(1e-4, gt=0)
+    """of AdamW"""
+    lr_scheduler: LrScheduler = "constant"
+    """how the learning rate changes; all begin with the warm-up"""
+    lr_warmup_steps: int = Field(0, ge=0)
+    """steps in which the learning rate rises from 0"""
+    lr_num_cycles: int = Field(1, ge=1)
+    """of cosine_with_restarts"""
+    lr_power: float = Field(1.0, gt=0)
+    """of polynomial"""
+    lr_decay_from: float = Field(0.6, ge=0, lt=1)
+    """warmup_stable_decay: the part of the run after which the rate falls, by a cosine, to 2 %"""
+    use_8bit_adam: bool = False
+    """keep moments in 8 bits (bitsandbytes, CUDA)"""
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """decay of the mean of gradients"""
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    """decay of the mean of their squares"""
+    adam_weight_decay: float = Field(1e-2, ge=0)
+    """how fast weights shrink"""
+    adam_epsilon: float = Field(1e-8, gt=0)
+    """added to the root of the squares' mean"""
     max_grad_norm: float = Field(1.0, gt=0)
-    batch_size: int = Field(64, ge=1)  # of each process, and of each of the accumulation's parts
+    """longer gradients are shortened to it"""
+    ema_decay: float = Field(0.0, ge=0, lt=1)
+    """moving averages of the weights are kept and exported, 0.999 or more for long runs; 0: none"""
+    train_batch_size: int = Field(1, ge=1)
+    """pictures of each process, and of each of the accumulation's parts"""
     gradient_accumulation_steps: int = Field(1, ge=1)
+    """batches whose gradients make one step"""
 
 
 class RunSection(Section):
     """How long, on what, and how often to look."""
 
     seed: int = 0
-    max_steps: int | None = Field(None, ge=1)
-    max_minutes: float | None = Field(None, gt=0)  # of training, over all resumed parts of the run
+    """all randomness of the run follows from it"""
+    max_train_steps: int | None = Field(None, ge=1)
+    """steps of the optimiser"""
+    max_minutes: float | None = Field(None, gt=0)
+    """of training, over all resumed parts of the run"""
     mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
+    """what networks compute in; what is trained is kept in fp32"""
     compile: bool = False
-    log_every: int = Field(50, ge=1)
-    eval_every: int = Field(500, ge=1)
-    save_every: int = Field(1000, ge=1)
-    checkpoints_total_limit: int = Field(1, ge=1)  # states kept
-    # latest, the newest whole state in the run's folder; no; or a state's path, or its name in that folder
+    """torch.compile"""
+    logging_steps: int = Field(50, ge=1)
+    """steps between rows of metrics.jsonl"""
+    validation_steps: int = Field(500, ge=1)
+    """steps between looks at held-out figures and pictures"""
+    checkpointing_steps: int = Field(1000, ge=1)
+    """steps between states"""
+    checkpoints_total_limit: int = Field(1, ge=1)
+    """states kept"""
     resume_from_checkpoint: str = "latest"
-    force: bool = False  # go on where a changed recipe, damage or states left behind speak against it
-    on_nan: Literal["stop", "skip"] = "stop"  # for a batch whose loss is NaN or Inf
-    report_to: Literal["none", "tensorboard"] = "none"  # beside metrics.jsonl, which is always written
+    """latest: the newest whole state in the run's folder; no; or a state's path, or its name there"""
+    force: bool = False
+    """go on where a changed recipe, damage or states left behind speak against it"""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """what to do with a batch whose loss is NaN or Inf"""
+    report_to: Literal["none", "tensorboard"] = "none"
+    """beside metrics.jsonl, which is always written"""
 
     @field_validator("resume_from_checkpoint", mode="before")
     @classmethod
@@ -67,21 +192,41 @@ class RunSection(Section):
         """YAML reads a bare `no` as false."""
         return "no" if value is False else value
 
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _yaml_no_too(cls, value: object) -> object:
+        return "no" if value is False else value
+
     @model_validator(mode="after")
     def _ends(self) -> Self:
-        if self.max_steps is None and self.max_minutes is None:
-            raise ValueError("set max_steps or max_minutes, or the run never ends")
+        if self.max_train_steps is None and self.max_minutes is None:
+            raise ValueError("set max_train_steps or max_minutes, or the run never ends")
         return self
 
 
 class Recipe(Section):
-    """One training run: `data`, `model` (diffusers-style configs), `loss`, `optimiser`, `run`."""
+    """A training from scratch: `data`, `model` (diffusers-style configs), `loss`, `optimiser`, `run`."""
 
     data: DataSection = DataSection()
     model: dict[str, Any] = {}
     loss: dict[str, float] = {}
     optimiser: OptimiserSection = OptimiserSection()
     run: RunSection
+
+
+class Trainable(Protocol):
+    """What the loop reads of a recipe."""
+
+    @property
+    def optimiser(self) -> OptimiserSection: ...
+
+    @property
+    def run(self) -> RunSection: ...
+
+    def model_dump(self, *, mode: str) -> dict[str, Any]: ...
+
+
+R = TypeVar("R", bound=Section)
 
 
 def loss_settings(defaults: dict[str, float], given: dict[str, float]) -> dict[str, float]:
@@ -97,12 +242,7 @@ def load_recipe(path: Path, overrides: list[str]) -> Recipe:
 
     Raises UserError naming the file and the key when something is unknown or out of range.
     """
-    try:
-        raw = yaml.safe_load(path.read_text()) or {}
-    except OSError as error:
-        raise UserError(f"cannot read the recipe {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}".replace("\n", " ")) from error
+    raw = read_yaml(path)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
@@ -112,9 +252,32 @@ def load_recipe(path: Path, overrides: list[str]) -> Recipe:
         for section in sections:
             node = node.setdefault(section, {})
         node[last] = yaml.safe_load(value)
+    return validate(Recipe, raw, str(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, {} of an empty one. Raises UserError."""
     try:
-        return Recipe.model_validate(raw)
+        raw = yaml.safe_load(path.read_text()) or {}
+    except OSError as error:
+        raise UserError(f"cannot read the recipe {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {error}".replace("\n", " ")) from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} is not a recipe: it should have lines of the form key: value")
+    return raw
+
+
+def validate(kind: type[R], raw: Mapping[str, Any], source: str) -> R:
+    """A recipe of plain values from `source`. Raises UserError naming the key that is unknown or wrong."""
+    try:
+        return kind.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{path}: {where}: {first['msg']} (got {first['input']!r})") from error
+        said = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "missing":
+            raise UserError(f"{source}: {where} is missing: give it") from error
+        if not where:
+            raise UserError(f"{source}: {said}") from error
+        raise UserError(f"{source}: {where}: {said} (got {first['input']!r})") from error

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.errors import UserError, few
 from ldm.train.checkpoint import (
@@ -27,9 +27,10 @@ from ldm.train.checkpoint import (
     newest_state,
     save_state,
 )
+from ldm.train.optimiser import lr_factor, make_optimiser
 from ldm.train.processes import alone, mean
 from ldm.train.progress import Progress
-from ldm.train.recipe import OptimiserSection, Recipe
+from ldm.train.recipe import Trainable
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -43,26 +44,24 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk that is full, or full
 class Run:
     """A training under way: what a step changes, where it stands, and its folder."""
 
-    def __init__(self, task: Task, recipe: Recipe, run_dir: Path, accelerator: Accelerator) -> None:
+    def __init__(self, task: Task, recipe: Trainable, run_dir: Path, accelerator: Accelerator) -> None:
         self.task, self.recipe, self.run_dir, self.accelerator = task, recipe, run_dir, accelerator
         opt = recipe.optimiser
         task.to(accelerator.device)
         task.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         task.train()
-        optimiser = torch.optim.AdamW(
-            task.parameter_groups(opt.lr), betas=opt.betas, weight_decay=opt.weight_decay, fused=True
-        )
+        optimiser = make_optimiser(task.parameter_groups(opt.learning_rate), opt)
         self.rates = [group["lr"] for group in optimiser.param_groups]
         self.trained = {name: p for name, p in task.named_parameters() if p.requires_grad}
-        self.ema = {name: p.detach().clone() for name, p in self.trained.items()}
+        averaged = self.trained if opt.ema_decay else {}
+        self.ema = {name: p.detach().clone() for name, p in averaged.items()}
         self.state = State(self.trained | _buffers(task), self.ema, optimiser)
-        values = dict(flat(recipe.model_dump(mode="json")))
-        values |= {"optimiser.kind": type(optimiser).__name__, "run.processes": accelerator.num_processes}
-        self.values = values
+        own = {"optimiser.kind": type(optimiser).__name__, "run.processes": accelerator.num_processes}
+        self.values = dict(flat(recipe.model_dump(mode="json"))) | own | dict(task.facts)
         self.progress = Progress(
             run_dir,
             accelerator.device,
-            recipe.run.log_every,
+            recipe.run.logging_steps,
             accelerator.is_main_process,
             accelerator.log if accelerator.trackers else None,
         )
@@ -94,9 +93,14 @@ class Run:
     def fraction(self) -> float:
         """How much of the run is done, 0 to 1: by steps or by minutes, whichever is further."""
         run = self.recipe.run
-        by_steps = self.position.step / run.max_steps if run.max_steps else 0.0
+        by_steps = self.position.step / run.max_train_steps if run.max_train_steps else 0.0
         by_time = self.position.seconds / 60 / run.max_minutes if run.max_minutes else 0.0
         return max(by_steps, by_time)
+
+    @property
+    def _total_steps(self) -> float:
+        """Steps of the whole run; for one that minutes end, as many as its speed so far makes likely."""
+        return self.position.step / self.fraction if self.fraction else self.recipe.run.max_train_steps or 1
 
     def due(self, every: int) -> bool:
         return self.position.step % every == 0
@@ -112,7 +116,7 @@ class Run:
         began = time.perf_counter()
         opt, position, accelerator = self.recipe.optimiser, self.position, self.accelerator
         for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
-            group["lr"] = rate * _lr_scale(opt, position.step, self.fraction)
+            group["lr"] = rate * lr_factor(opt, position.step, self._total_steps)
         values = self._gradients(stopped)
         if values is None:
             return False
@@ -126,8 +130,8 @@ class Run:
         self.optimiser.step()
         self.optimiser.zero_grad()
         if finite:
-            _update_ema(list(self.ema.values()), list(self.trained.values()), opt.ema_decay, position.step)
-        samples = opt.batch_size * opt.gradient_accumulation_steps * accelerator.num_processes
+            self._average(position.step)
+        samples = opt.train_batch_size * opt.gradient_accumulation_steps * accelerator.num_processes
         (seconds,) = mean(accelerator, time.perf_counter() - began)
         self.position = Position(
             position.step + 1,
@@ -138,6 +142,14 @@ class Run:
         )
         self.progress.step(self.position, self.fraction, values if finite else {})
         return True
+
+    @torch.no_grad()
+    def _average(self, step: int) -> None:
+        """ema += (1 - d)(p - ema); d = min(decay, (1 + step) / (10 + step)): early steps are forgotten."""
+        if self.ema:
+            decay = min(self.recipe.optimiser.ema_decay, (1 + step) / (10 + step))
+            now = [p.detach() for p in self.trained.values()]
+            torch._foreach_lerp_(list(self.ema.values()), now, 1 - decay)
 
     def _gradients(self, stopped: list[int]) -> dict[str, float] | None:
         """Add up the gradients of one step. Returns the means of what to log; None if it is to stop."""
@@ -158,7 +170,10 @@ class Run:
 
     def _batch(self, micro: int) -> Batch:
         rng = torch.Generator().manual_seed(self._seed("batch", micro))
-        return self.task.batch(rng, self.recipe.optimiser.batch_size)
+        opt, accelerator = self.recipe.optimiser, self.accelerator
+        part = self.position.step * opt.gradient_accumulation_steps + micro
+        number = part * accelerator.num_processes + accelerator.process_index
+        return self.task.batch(rng, opt.train_batch_size, number)
 
     def _seed(self, what: str, micro: int) -> int:
         """8 bytes of a hash: torch's CPU generator takes in the lower 32 bits, so packing would lose some."""
@@ -176,11 +191,11 @@ class Run:
         if on_nan == "skip" and position.skipped_in_a_row < MOST_SKIPPED - 1:
             self.say(f"{message}: skipped, {position.skipped + 1} so far")
             return
-        advice = "lower optimiser.lr and run the same command again"
+        advice = "lower learning_rate and run the same command again"
         if on_nan == "skip":
             message = f"{message}: the {MOST_SKIPPED}th in a row"
         else:
-            advice += ", or set run.on_nan=skip"
+            advice += ", or set on_nan=skip"
         alone(self.accelerator, partial(_fail, f"{message}: {advice}"))
 
     def _named(self) -> str:
@@ -221,7 +236,8 @@ class Run:
             return
         with self._averaged():
             figures = self.task.evaluate()
-            self.task.export(self.run_dir / "export")
+            if self.task.draws_from_export:
+                self.task.export(self.run_dir / "export")
             picture = self.task.picture(self.run_dir / "export")
         if picture is not None:
             grids = self.run_dir / "grids"
@@ -250,17 +266,17 @@ class Run:
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
-        """The task holds the EMA weights inside the block, ready to be looked at."""
+        """Inside the block the task holds the EMA weights, where there are any, ready to be looked at."""
         self.task.eval()
-        kept = [p.detach().clone() for p in self.trained.values()]
+        kept = {name: self.trained[name].detach().clone() for name in self.ema}
         with torch.no_grad():
-            for name, p in self.trained.items():
-                p.copy_(self.ema[name])
+            for name, average in self.ema.items():
+                self.trained[name].copy_(average)
             try:
                 yield
             finally:
-                for p, value in zip(self.trained.values(), kept, strict=True):
-                    p.copy_(value)
+                for name, value in kept.items():
+                    self.trained[name].copy_(value)
                 self.task.train()
 
 
@@ -272,18 +288,3 @@ def _buffers(task: Task) -> dict[str, Tensor]:
     """What of the task's state is no parameter."""
     parameters = {name for name, _ in task.named_parameters(remove_duplicate=False)}
     return {name: value for name, value in task.state_dict().items() if name not in parameters}
-
-
-def _lr_scale(opt: OptimiserSection, step: int, fraction: float) -> float:
-    """Linear warm-up, flat, cosine from `decay_from` to 2 %."""
-    warm = min(1.0, (step + 1) / opt.warmup_steps) if opt.warmup_steps else 1.0
-    if fraction < opt.decay_from:
-        return warm
-    through = (fraction - opt.decay_from) / (1 - opt.decay_from)
-    return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * through)))
-
-
-@torch.no_grad()
-def _update_ema(ema: list[Tensor], trained: list[nn.Parameter], decay: float, step: int) -> None:
-    """ema += (1 - d)(p - ema); d = min(decay, (1 + step) / (10 + step)): early steps are forgotten."""
-    torch._foreach_lerp_(ema, [p.detach() for p in trained], 1 - min(decay, (1 + step) / (10 + step)))

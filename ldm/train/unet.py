@@ -30,7 +30,6 @@ from ldm.train.clip import pick_captions, tokenise
 from ldm.train.data import Pictures
 from ldm.train.loop import Batch, Task
 from ldm.train.loss import (
-    LossSection,
     draw_noise,
     draw_timesteps,
     noisy_latents,
@@ -38,7 +37,7 @@ from ldm.train.loss import (
     timestep_probabilities,
     training_target,
 )
-from ldm.train.recipe import loss_settings
+from ldm.train.recipe import LossSection, loss_settings
 
 _PLAIN = LossSection()  # uniform timesteps, unit noise, square error
 
@@ -129,7 +128,7 @@ class UNetTask(Task):
             )
         return groups
 
-    def batch(self, rng: torch.Generator, size: int) -> Batch:
+    def batch(self, rng: torch.Generator, size: int, number: int = 0) -> Batch:
         data = self.train_set
         index = torch.randint(len(data), (size,), generator=rng)
         ids = pick_captions(data.tokens, index, rng)

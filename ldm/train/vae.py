@@ -57,7 +57,7 @@ class VAETask(Task):
         }
         self.weights = loss_settings(defaults | {"crop": 0.0}, loss)
 
-    def batch(self, rng: torch.Generator, size: int) -> Batch:
+    def batch(self, rng: torch.Generator, size: int, number: int = 0) -> Batch:
         index = torch.randint(len(self.train_pictures), (size,), generator=rng)
         x = self._crop(self.train_pictures.tensors(index), rng)
         cells = x.shape[-1] // self.vae.downscale

@@ -72,12 +72,16 @@ def killed_at_random(tmp_path: Path, kills: int, **options) -> int:
 
 
 def test_killed_at_five_random_moments(tmp_path):
-    killed_at_random(tmp_path, 5, steps=24, parts=2, save_every=1, log_every=7, eval_every=9)
+    killed_at_random(
+        tmp_path, 5, steps=24, parts=2, checkpointing_steps=1, logging_steps=7, validation_steps=9
+    )
 
 
 @pytest.mark.slow
 def test_killed_at_fifty_random_moments(tmp_path):
-    writing = killed_at_random(tmp_path, 50, steps=400, parts=2, save_every=1, log_every=7, eval_every=90)
+    writing = killed_at_random(
+        tmp_path, 50, steps=400, parts=2, checkpointing_steps=1, logging_steps=7, validation_steps=90
+    )
     print(f"{writing} of 50 kills came while a state was being written")
     assert writing >= 5
 
@@ -109,7 +113,7 @@ def kill_at(call: int) -> None:
 @pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_any_change_of_the_disk(tmp_path, stride):
     """A save that takes an older state's place: killed before any part of it."""
-    options = {"steps": 2, "save_every": 1, "eval_every": 2, "log_every": 1}
+    options = {"steps": 2, "checkpointing_steps": 1, "validation_steps": 2, "logging_steps": 1}
     assert ended(tmp_path / "first", interrupt=1, **options) == 0
     first = newest_state(tmp_path / "first").name
     shutil.copytree(tmp_path / "first", tmp_path / "whole")
@@ -130,7 +134,7 @@ def test_killed_at_any_change_of_the_disk(tmp_path, stride):
 
 
 def test_the_lock_of_a_killed_run_holds_nobody_and_that_of_a_live_one_does(tmp_path):
-    ready, options = forked().Event(), {"steps": 10**6, "log_every": 10}
+    ready, options = forked().Event(), {"steps": 10**6, "logging_steps": 10}
     process = forked().Process(target=child, args=(tmp_path, ready), kwargs=options)
     process.start()
     while not (tmp_path / "metrics.jsonl").exists():
@@ -168,7 +172,7 @@ def both(run_dir: Path, interrupts=(0, 0), **options) -> list[int]:
 
 
 def test_two_processes_stopped_inside_accumulation_go_on_bit_for_bit(tmp_path):
-    options = {"steps": 6, "parts": 3, "save_every": 4, "eval_every": 3, "log_every": 2}
+    options = {"steps": 6, "parts": 3, "checkpointing_steps": 4, "validation_steps": 3, "logging_steps": 2}
     assert both(tmp_path / "whole", **options) == [0, 0]
     batches = [load_file(tmp_path / "whole" / f"batch-{rank}.safetensors")["x"] for rank in (0, 1)]
     assert not torch.equal(*batches)
@@ -187,7 +191,7 @@ def test_two_processes_stopped_inside_accumulation_go_on_bit_for_bit(tmp_path):
 
 
 def test_a_fault_of_the_main_process_ends_both_and_is_said_once(tmp_path):
-    options = {"steps": 4, "save_every": 2}
+    options = {"steps": 4, "checkpointing_steps": 2}
     assert both(tmp_path, **options) == [0, 0]
     (newest_state(tmp_path) / "weights.safetensors").unlink()
     assert both(tmp_path, **options) == [2, 2]
@@ -205,7 +209,7 @@ def test_torchrun_sends_on_the_signal_and_both_processes_save(tmp_path):
         sys.path.insert(0, {str(Path(__file__).parents[1])!r})
         import torch
         from tiny_training import Line, tiny_recipe, train
-        train(Line(), tiny_recipe(int(sys.argv[1]), parts=3, log_every=1), Path(sys.argv[2]))
+        train(Line(), tiny_recipe(int(sys.argv[1]), parts=3, logging_steps=1), Path(sys.argv[2]))
         torch.distributed.destroy_process_group()
         """)
     )

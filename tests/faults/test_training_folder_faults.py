@@ -415,7 +415,7 @@ def test_names_cannot_write_to_the_terminal(folder, capsys):
         (["nowhere"], "nowhere is not a folder"),
         ([".", "--sheet", "mine/sheet.png"], "lies in the folder itself"),
         (["mine", "--sheet", "sheet.jpg"], "must name a .png file"),
-        (["mine", "--sheet", "sheet.png", "--resolution", "100"], "not a multiple of 64"),
+        (["mine", "--sheet", "sheet.png", "--resolution", "100"], "not a multiple of 8"),
     ],
 )
 def test_mistakes_are_one_line(folder, monkeypatch, capsys, arguments, said):

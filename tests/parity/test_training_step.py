@@ -15,7 +15,6 @@ from tiny_families import NARROW, POOLED, WIDE
 from ldm.models.unet import UNet
 from ldm.schedule import Schedule
 from ldm.train.loss import (
-    LossSection,
     draw_noise,
     noisy_latents,
     pixel_losses,
@@ -23,7 +22,8 @@ from ldm.train.loss import (
     training_target,
 )
 from ldm.train.memory import checkpoint_blocks
-from ldm.train.optimiser import AdamWSection, make_optimiser
+from ldm.train.optimiser import make_optimiser
+from ldm.train.recipe import LossSection, OptimiserSection
 
 WIDTHS = {"sd1": NARROW, "inpaint": NARROW, "zero_terminal": NARROW, "sd2_v": WIDE, "sdxl": NARROW + WIDE}
 TIMESTEPS = torch.tensor([3, 250, 600, 999])
@@ -137,7 +137,7 @@ def test_one_step_equals_diffusers(families, family, prediction, options):
     assert worst(gradients(case.ours), gradients(case.theirs)) < 1e-5
 
     # Adam's first step is the gradient's sign but for epsilon: a small one makes steps of rounding errors.
-    make_optimiser(case.ours.parameters(), AdamWSection(adam_epsilon=1e-5)).step()
+    make_optimiser(case.ours.parameters(), OptimiserSection(adam_epsilon=1e-5)).step()
     torch.optim.AdamW(case.theirs.parameters(), lr=1e-4, eps=1e-5).step()
     assert worst(case.ours.state_dict(), case.theirs.state_dict()) < 1e-5
     assert worst(case.ours.state_dict(), families(family)[1].unet.state_dict()) > 1e-5  # it moved

@@ -57,10 +57,11 @@ def test_buckets_are_about_resolution_squared_in_units(resolution, unit):
 
 
 def test_faulty_buckets_are_told():
-    with pytest.raises(UserError, match="resolution 500 is not a multiple of 64: take 512"):
+    with pytest.raises(UserError, match="resolution 500 is not a multiple of 8: take 496"):
         make_buckets(500)
     with pytest.raises(UserError, match="resolution 32 is not a multiple of 64: take 64"):
-        make_buckets(32)
+        make_buckets(32, unit=64)
+    assert [make_buckets(side)[0] for side in (1024, 512, 128)] == [(768, 1344), (384, 640), (96, 160)]
     with pytest.raises(UserError, match="max_ratio"):
         make_buckets(512, max_ratio=0.5)
 

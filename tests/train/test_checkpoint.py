@@ -232,21 +232,21 @@ def test_a_run_goes_on_from_another_folders_state(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"batch_size": 8}, "optimiser.batch_size 16 -> 8"),
+        ({"batch_size": 8}, "optimiser.train_batch_size 16 -> 8"),
         ({"parts": 2}, "optimiser.gradient_accumulation_steps 1 -> 2"),
         ({"seed": 3}, "run.seed 0 -> 3"),
     ],
 )
 def test_a_recipe_that_changed_in_what_matters_is_refused_by_name(tmp_path, change, said, capsys):
     train(Line(), tiny_recipe(10), tmp_path)
-    with pytest.raises(UserError, match=rf"another recipe: {said}; .* run.force=true"):
+    with pytest.raises(UserError, match=rf"another recipe: {said}; .* set force"):
         train(Line(), tiny_recipe(12, **change), tmp_path)
     train(Line(), tiny_recipe(12, force=True, **change), tmp_path)
     assert newest_state(tmp_path).name == "state-00000012"
 
 
 def test_model_processes_and_the_kind_of_optimiser_matter_too(tmp_path, state):
-    before = {"model.width": 4, "run.processes": 1, "optimiser.kind": "AdamW", "optimiser.lr": 0.1}
+    before = {"model.width": 4, "run.processes": 1, "optimiser.kind": "AdamW", "optimiser.learning_rate": 0.1}
     folder = save_state(tmp_path, Position(), state, before, {})
     for key in ("model.width", "run.processes", "optimiser.kind"):
         with pytest.raises(UserError, match=f"another recipe: {key} {before[key]} -> other;"):
@@ -259,7 +259,7 @@ def test_a_recipe_that_changed_in_something_else_goes_on_and_is_said(tmp_path, c
     train(Line(), tiny_recipe(10), tmp_path)
     capsys.readouterr()
     train(Line(), tiny_recipe(10, lr=0.01), tmp_path)
-    said = "the recipe has changed since state-00000010: optimiser.lr 0.02 -> 0.01\n"
+    said = "the recipe has changed since state-00000010: optimiser.learning_rate 0.02 -> 0.01\n"
     assert capsys.readouterr().out.startswith(said)
 
 
@@ -315,7 +315,7 @@ def test_a_disk_that_fills_up_while_saving_leaves_the_last_state_whole(small_dis
     train(Wide(), tiny_recipe(10), run_dir)
     (small_disk / "ballast").write_bytes(bytes(200_000))
     with pytest.raises(UserError) as full:
-        train(Wide(), tiny_recipe(20, log_every=1), run_dir)
+        train(Wide(), tiny_recipe(20, logging_steps=1), run_dir)
     assert re.search(
         r"state-00000020: .*No space left on device.*; the last good state is .*-00000010", str(full.value)
     )
@@ -323,7 +323,7 @@ def test_a_disk_that_fills_up_while_saving_leaves_the_last_state_whole(small_dis
     assert [name for name in names(run_dir) if name != ".lock"] == ["metrics.jsonl", "state-00000010"]
     assert damage(run_dir / "state-00000010") is None
     (small_disk / "ballast").unlink()
-    train(Wide(), tiny_recipe(20, log_every=1), run_dir)
+    train(Wide(), tiny_recipe(20, logging_steps=1), run_dir)
     assert names(run_dir)[-1] == "state-00000020"
 
 

@@ -73,12 +73,8 @@ def test_a_folder_with_captions_beside_and_listed(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
-        (
-            lambda f: (f / "deep" / "0.png").write_bytes(b"\x89PNG broken"),
-            r"0\.png cannot be read as an image",
-        ),
-        (lambda f: (f / "metadata.jsonl").write_text('{"file_name": "a.png"}\n'), r"metadata\.jsonl:1"),
-        (lambda f: [p.unlink() for p in f.glob("deep/*")], "no image"),
+        (lambda f: (f / "metadata.jsonl").write_text('{"file_name": "a.png"\n'), r"metadata\.jsonl: row 1"),
+        (lambda f: [p.unlink() for p in f.glob("deep/*")], "no picture to train on"),
         (lambda f: [p.unlink() for p in f.glob("deep/[1-4]*")], "1 pictures found, but 2 are held out"),
     ],
 )
@@ -87,6 +83,20 @@ def test_a_folder_s_faults_are_named(tmp_path, damage, named):
     damage(folder)
     with pytest.raises(UserError, match=named):
         load_pictures(section(tmp_path, folder=folder))
+
+
+def test_a_picture_that_cannot_be_read_is_left_out_and_others_are_upright(tmp_path):
+    folder = folder_with(tmp_path)
+    (folder / "deep" / "0.png").write_bytes(b"\x89PNG broken")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    turned = Image.new("RGB", (60, 40))
+    turned.paste((250, 0, 0), (0, 0, 30, 40))
+    turned.save(folder / "deep" / "1.png", exif=exif)
+    train, held_out = load_pictures(section(tmp_path, folder=folder))
+    assert len(train) + len(held_out) == 4
+    assert train.images[0, 2, 16].tolist() == [250, 0, 0]  # the left half is the upper one
+    assert train.images[0, 30, 16].tolist() == [0, 0, 0]
 
 
 def test_a_folder_that_is_not_there(tmp_path):

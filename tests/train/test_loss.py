@@ -14,7 +14,6 @@ from ldm.errors import UserError
 from ldm.prediction import Prediction
 from ldm.schedule import Schedule
 from ldm.train.loss import (
-    LossSection,
     draw_noise,
     draw_timesteps,
     min_snr_weights,
@@ -26,6 +25,7 @@ from ldm.train.loss import (
     timestep_probabilities,
     training_target,
 )
+from ldm.train.recipe import LossSection
 
 CONFIG = {
     "_class_name": "DDPMScheduler",

@@ -5,7 +5,8 @@ import torch
 from pydantic import ValidationError
 from scipy import ndimage, stats
 
-from ldm.train.masks import MaskSection, inpainting_input, masked_pictures, random_masks
+from ldm.train.masks import inpainting_input, masked_pictures, random_masks
+from ldm.train.recipe import MaskSection
 
 NOTHING = {"rectangles": 0, "strokes": 0, "whole": 0, "none": 0}
 

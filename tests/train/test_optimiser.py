@@ -1,5 +1,6 @@
 """AdamW against torch's formula and a stand-in for bitsandbytes; learning rates against transformers."""
 
+import math
 import sys
 import types
 
@@ -8,7 +9,8 @@ import torch
 from pydantic import ValidationError
 from transformers import get_scheduler
 
-from ldm.train.optimiser import AdamWSection, lr_factor, make_optimiser
+from ldm.train.optimiser import lr_factor, make_optimiser
+from ldm.train.recipe import OptimiserSection
 
 
 def theirs(name, warmup, total, **specific):
@@ -35,20 +37,27 @@ def theirs(name, warmup, total, **specific):
     ],
 )
 def test_learning_rates_are_those_of_transformers(name, ours, specific, warmup):
-    options = AdamWSection(lr_scheduler=name, lr_warmup_steps=warmup, **ours)
+    options = OptimiserSection(lr_scheduler=name, lr_warmup_steps=warmup, **ours)
     factors = [lr_factor(options, step, 30) for step in range(31)]
     assert factors == pytest.approx(theirs(name, warmup, 30, **specific), abs=1e-12)
 
 
 def test_constant_warms_up():
-    options = AdamWSection(lr_scheduler="constant", lr_warmup_steps=7)
+    options = OptimiserSection(lr_scheduler="constant", lr_warmup_steps=7)
     factors = [lr_factor(options, step, 30) for step in range(31)]
     assert factors == pytest.approx(theirs("constant_with_warmup", 7, 30), abs=1e-12)
-    assert lr_factor(AdamWSection(), 0, 30) == 1
+    assert lr_factor(OptimiserSection(), 0, 30) == 1
+
+
+def test_warmup_stable_decay_is_flat_and_then_a_cosine_to_2_percent():
+    options = OptimiserSection(lr_scheduler="warmup_stable_decay", lr_warmup_steps=5, lr_decay_from=0.6)
+    factors = [lr_factor(options, step, 100) for step in (0, 4, 5, 60, 70, 80, 100)]
+    middle = 0.02 + 0.49 * (1 + math.cos(math.pi * 0.25))
+    assert factors == pytest.approx([0, 0.8, 1, 1, middle, 0.51, 0.02])
 
 
 def test_a_warm_up_longer_than_the_run_only_warms_up():
-    options = AdamWSection(lr_scheduler="cosine", lr_warmup_steps=100)
+    options = OptimiserSection(lr_scheduler="cosine", lr_warmup_steps=100)
     assert [lr_factor(options, step, 10) for step in (0, 5, 10)] == [0, 0.05, 0.1]
 
 
@@ -56,7 +65,7 @@ def test_adamw_steps_by_its_formula():
     """Loshchilov and Hutter 2019, algorithm 2, in float64 by hand, for two steps of two groups."""
     generator = torch.Generator().manual_seed(0)
     first, second = (torch.randn(5, generator=generator).requires_grad_() for _ in range(2))
-    options = AdamWSection(learning_rate=0.1, adam_beta1=0.8, adam_beta2=0.9, adam_weight_decay=0.3)
+    options = OptimiserSection(learning_rate=0.1, adam_beta1=0.8, adam_beta2=0.9, adam_weight_decay=0.3)
     optimiser = make_optimiser([{"params": [first]}, {"params": [second], "lr": 0.01}], options)
     expected = [p.detach().double().clone() for p in (first, second)]
     m, v = torch.zeros(2, 5, dtype=torch.float64), torch.zeros(2, 5, dtype=torch.float64)
@@ -89,17 +98,17 @@ def bitsandbytes(monkeypatch):
 
 def test_8_bits_by_bitsandbytes_where_it_is(bitsandbytes, monkeypatch, recwarn):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    made = make_optimiser([torch.zeros(2, requires_grad=True)], AdamWSection(use_8bit_adam=True))
+    made = make_optimiser([torch.zeros(2, requires_grad=True)], OptimiserSection(use_8bit_adam=True))
     assert type(made) is bitsandbytes
     assert made.given == {"lr": 1e-4, "betas": (0.9, 0.999), "weight_decay": 1e-2, "eps": 1e-8}
     assert not recwarn.list
     params = [torch.zeros(2, requires_grad=True)]
-    assert type(make_optimiser(params, AdamWSection())) is torch.optim.AdamW  # only if asked for
+    assert type(make_optimiser(params, OptimiserSection())) is torch.optim.AdamW  # only if asked for
 
 
 def test_8_bits_are_missed_with_a_warning(bitsandbytes, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    params, options = [torch.zeros(2, requires_grad=True)], AdamWSection(use_8bit_adam=True)
+    params, options = [torch.zeros(2, requires_grad=True)], OptimiserSection(use_8bit_adam=True)
     with pytest.warns(UserWarning, match="no CUDA device, so AdamW keeps its moments in 32 bits"):
         assert type(make_optimiser(params, options)) is torch.optim.AdamW
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
@@ -112,4 +121,4 @@ def test_8_bits_are_missed_with_a_warning(bitsandbytes, monkeypatch):
 )
 def test_options_that_make_no_sense_are_refused(options):
     with pytest.raises(ValidationError, match=next(iter(options))):
-        AdamWSection(**options)
+        OptimiserSection(**options)

@@ -17,19 +17,20 @@ def test_shipped_recipes_are_valid(name):
 
 def test_overrides(tmp_path):
     recipe = load_recipe(
-        CONFIGS / "postcard_vae.yaml", ["optimiser.lr=2e-4", "run.max_steps=7", "data.size=64"]
+        CONFIGS / "postcard_vae.yaml",
+        ["optimiser.learning_rate=2e-4", "run.max_train_steps=7", "data.size=64"],
     )
-    assert (recipe.optimiser.lr, recipe.run.max_steps, recipe.data.size) == (2e-4, 7, 64)
+    assert (recipe.optimiser.learning_rate, recipe.run.max_train_steps, recipe.data.size) == (2e-4, 7, 64)
 
 
 @pytest.mark.parametrize(
     ("override", "named"),
     [
-        ("optimiser.learning_rate=1", "optimiser.learning_rate"),
-        ("optimiser.lr=-1", "optimiser.lr"),
+        ("optimiser.rate=1", "optimiser.rate"),
+        ("optimiser.learning_rate=-1", "optimiser.learning_rate"),
         ("data.size=100", "data.size"),
         ("run.mixed_precision=fp8", "run.mixed_precision"),
-        ("run.max_steps", "section.key=value"),
+        ("run.max_train_steps", "section.key=value"),
     ],
 )
 def test_wrong_values_are_named(override, named):
@@ -39,7 +40,7 @@ def test_wrong_values_are_named(override, named):
 
 def test_a_run_without_an_end_is_refused(tmp_path):
     (tmp_path / "endless.yaml").write_text("run: {seed: 1}\n")
-    with pytest.raises(UserError, match="max_steps or max_minutes"):
+    with pytest.raises(UserError, match="max_train_steps or max_minutes"):
         load_recipe(tmp_path / "endless.yaml", [])
 
 

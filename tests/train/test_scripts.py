@@ -43,8 +43,8 @@ def small(name: str, tmp_path: Path) -> Path:
         model["defaults"]["num_inference_steps"] = 1
         model["prompts"] = ["picture"]
     recipe["data"] = {"size": 32, "held_out": 2, "cache": str(tmp_path / "cache")}
-    recipe["optimiser"]["batch_size"] = 2
-    recipe["run"] = {"max_steps": 2, "log_every": 1}
+    recipe["optimiser"]["train_batch_size"] = 2
+    recipe["run"] = {"max_train_steps": 2, "logging_steps": 1}
     (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
     return tmp_path / f"{name}.yaml"
 

@@ -1,0 +1,49 @@
+"""Pictures with captions of what the embedded model has never seen, to fine-tune on.
+
+`python scripts/render_windmills.py runs/windmills --count 30`; `--particular --count 10`: always the same.
+"""
+
+import argparse
+import random
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ldm.errors import UserError
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, help="made if it is not there")
+    parser.add_argument("--count", type=int, default=30, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="other pictures; default: %(default)s")
+    parser.add_argument(
+        "--particular", action="store_true", help="always the one with red bands and blue sails"
+    )
+    parser.add_argument("--noun", default="windmill", help='what captions call it, such as "sks windmill"')
+    parser.add_argument("--size", type=int, default=128, help="pixels; default: %(default)s")
+    try:
+        _render(parser.parse_args())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _render(args: argparse.Namespace) -> None:
+    from PIL import Image
+
+    from ldm.evaluate.windmill import PARTICULAR, sample_postcard
+
+    if args.folder.is_dir() and any(args.folder.iterdir()):
+        raise UserError(f"{args.folder} is not empty: give a new folder, or empty it")
+    args.folder.mkdir(parents=True, exist_ok=True)
+    for k in range(args.count):
+        rng = random.Random(f"windmill {args.seed} {k}")
+        postcard = sample_postcard(rng, PARTICULAR if args.particular else None)
+        Image.fromarray(postcard.render(args.size)).save(args.folder / f"{k:03d}.png")
+        (args.folder / f"{k:03d}.txt").write_text(postcard.caption(rng, args.noun) + "\n")
+
+
+if __name__ == "__main__":
+    main()
