@@ -168,6 +168,10 @@ class Pipeline:
 
     def unknown_words(self, prompt: str) -> list[str]:
         """The prompt's words that the model has never seen; none where the model does not list its words."""
+        if self.adapted.loras:  # which may have taught it any
+            return []
+        for embedding in self.adapted.embeddings:
+            prompt = prompt.replace(embedding.name, " ")
         return self.parts.unknown_words(prompt)
 
     # --- adapters: each gives a new pipeline that shares the tensors of this one ---------------------------

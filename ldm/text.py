@@ -157,9 +157,7 @@ class TextEncoder:
     def tokenise(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
         """Token ids [B * windows, N] of B prompts for each encoder, as `read` takes them."""
         windows = max(clip.count_windows(prompt) for clip in self.clips for prompt in prompts)
-        return tuple(
-            torch.cat([clip.tokenise(prompt, windows) for prompt in prompts]) for clip in self.clips
-        )
+        return tuple(torch.cat([clip.tokenise(prompt, windows) for prompt in prompts]) for clip in self.clips)
 
     def read(self, ids: Sequence[Tensor], windows: int, clip_skip: int | None = None) -> Conditioning:
         """As `encode`, of what `tokenise` gives, with gradients and unchecked: for training."""

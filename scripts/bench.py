@@ -1,11 +1,13 @@
-"""Drawing and loading side by side with diffusers.
+"""Drawing, loading and training side by side with diffusers.
 
 python scripts/bench.py --model weights/postcard --steps 10      both draw in the same process, in turn
 python scripts/bench.py load --model FOLDER --dtype bf16         each loads in a new process, in turn
+python scripts/bench.py train --batch 4                          each fine-tunes in a new process, in turn
 
 The tables give medians and their ratio. `cold` is a whole `txt2img` in a new process, from the shell to the
 written PNG. Loading is measured from after the imports on, the files being in the page cache; memory is
 Linux's (/proc): anonymous when the model is there, resident at the peak, both beyond what the imports took.
+`bench_train.py` says what is trained.
 """
 
 import argparse
@@ -20,6 +22,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import bench_train
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -125,16 +129,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", nargs="?", choices=("draw", "load"), default="draw")
+    parser.add_argument("what", nargs="?", choices=("draw", "load", "train"), default="draw")
     parser.add_argument("--model", type=Path, default=Path("weights/postcard"))
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="to load in")
+    parser.add_argument("--batch", type=int, default=4, help="pictures in a step of training")
+    parser.add_argument(
+        "--rows", choices=bench_train.ROWS, nargs="+", default=bench_train.ROWS, help="to train"
+    )
     parser.add_argument("--peer", choices=("ldm", "diffusers"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.what == "load":
         (load_once if args.peer else load)(args)
+        return
+    if args.what == "train":
+        (bench_train.measure if args.peer else bench_train.compare)(args)
         return
     print("| seconds per picture | ldm | diffusers | ratio |\n|---|---|---|---|")
     for name in DTYPES:

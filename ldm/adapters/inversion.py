@@ -55,6 +55,8 @@ def read_embedding(path: str | Path, name: str | None = None) -> Embedding:
         UserError: if the file is missing, damaged, holds code or NaN, or is no textual inversion.
     """
     path = Path(path).expanduser()
+    if path.is_dir():  # as training writes it
+        path = path / "learned_embeds.safetensors"
     read_bytes(path, limit=32)
     state = path.stat()
     word, vectors = _read(path, state.st_mtime_ns, state.st_size)

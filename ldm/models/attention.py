@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldm.models.convolution import Conv2d
 from ldm.models.layers import GroupNorm
 
-# Scores per head (queries x keys) up to which plain attention trains faster than SDPA on a CPU.
-PLAIN_SCORES = 256 * 256
+# Scores per head (queries x keys), by bytes a number, up to which plain attention trains faster on a CPU.
+PLAIN_SCORES = {2: 512 * 1024, 4: 256 * 256}
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -32,7 +33,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return out.transpose(1, 2)
     # On CPU the backward of SDPA is slow for the few tokens of small latents; without a gradient SDPA wins.
     wants_gradient = torch.is_grad_enabled() and q.requires_grad
-    if q.device.type == "cpu" and wants_gradient and q.shape[2] * k.shape[2] <= PLAIN_SCORES:
+    few = q.shape[2] * k.shape[2] <= PLAIN_SCORES.get(q.element_size(), 0)
+    if q.device.type == "cpu" and wants_gradient and few:
         weights = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(dim=-1)
         return torch.matmul(weights, v)
     return F.scaled_dot_product_attention(q, k, v)
@@ -161,11 +163,11 @@ class SpatialTransformer(nn.Module):
         inner = channels // heads * heads
         self.linear = linear
         self.norm = GroupNorm(groups, channels, eps=1e-6)
-        self.proj_in = nn.Linear(channels, inner) if linear else nn.Conv2d(channels, inner, 1)
+        self.proj_in = nn.Linear(channels, inner) if linear else Conv2d(channels, inner, 1)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(inner, context_dim, heads, only_cross) for _ in range(depth)
         )
-        self.proj_out = nn.Linear(inner, channels) if linear else nn.Conv2d(inner, channels, 1)
+        self.proj_out = nn.Linear(inner, channels) if linear else Conv2d(inner, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         height, width = x.shape[2:]

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ldm.models.attention import SpatialTransformer, TextTimeEmbedding
 from ldm.models.config import UNET_FIXED, UNetConfig, read_config, write_config
+from ldm.models.convolution import Conv2d
 from ldm.models.layers import (
     Downsample,
     GroupNorm,
@@ -104,7 +105,7 @@ class UNet(nn.Module):
         time_dim = config.time_embedding_dim or 4 * channels[0]
         kernel_in, kernel_out = config.conv_in_kernel, config.conv_out_kernel
 
-        self.conv_in = nn.Conv2d(config.in_channels, channels[0], kernel_in, padding=(kernel_in - 1) // 2)
+        self.conv_in = Conv2d(config.in_channels, channels[0], kernel_in, padding=(kernel_in - 1) // 2)
         self.time_embedding = TimeEmbedding(channels[0], time_dim, config.time_cond_proj_dim)
         self.class_embedding = _class_embedding(config, time_dim)
         self.add_embedding = _add_embedding(config, time_dim)
@@ -112,7 +113,7 @@ class UNet(nn.Module):
         self.mid_block = _mid_block(config, time_dim)
         self.up_blocks = nn.ModuleList(_up_blocks(config, time_dim))
         self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
-        self.conv_out = nn.Conv2d(channels[0], config.out_channels, kernel_out, padding=(kernel_out - 1) // 2)
+        self.conv_out = Conv2d(channels[0], config.out_channels, kernel_out, padding=(kernel_out - 1) // 2)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:

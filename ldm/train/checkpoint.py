@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,31 @@ from ldm.checkpoint.io import read_json, read_tensors, whole_folder, write_json,
 from ldm.errors import UserError
 
 # What a recipe cannot change between two parts of one run.
-FIXED = ("kind", "train_batch_size", "gradient_accumulation_steps", "seed", "processes")
-SHAPES = ("mode", "rank")  # what it cannot change even by force: the tensors are others
+FIXED = (
+    "kind",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "seed",
+    "processes",
+    "pictures",
+    "resolution",
+    "prediction_type",
+    "lora_alpha",
+    "initializer_token",
+    "class_prompt",
+)
+# What it cannot change by force either: other tensors, or other names of them.
+SHAPES = (
+    "mode",
+    "rank",
+    "lora_targets",
+    "lora_conv",
+    "use_dora",
+    "train_text_encoder",
+    "inpainting",
+    "placeholder_token",
+    "num_vectors",
+)
 FREE = ("resume_from_checkpoint", "force")  # what may differ without a word
 
 
@@ -212,12 +235,12 @@ def find_state(run_dir: Path, resume: str = "latest", force: bool = False) -> Pa
         if later and not force:
             raise UserError(
                 f"{run_dir} holds {later[-1].name}: leave out resume_from_checkpoint={resume} to go on from "
-                "it, choose another folder, or set force to leave it behind"
+                "it, choose another folder, or add --force to leave it behind"
             )
     if resume == "latest" and states and found is None and not force:
         raise UserError(
             f"{run_dir}: no state is whole ({'; '.join(faults)}): choose another folder, or set "
-            "set force to start anew"
+            "add --force to start anew"
         )
     if faults:
         print(f"passed over {'; '.join(faults)}", flush=True)
@@ -285,10 +308,12 @@ def _fill(path: Path, into: Mapping[str, Tensor]) -> None:
         into[name].copy_(value)
 
 
-def check_recipe(folder: Path, recipe: Mapping[str, Any], force: bool = False) -> None:
+def check_recipe(
+    folder: Path, recipe: Mapping[str, Any], force: bool = False, say: Callable[[str], object] = print
+) -> None:
     """Compare a state's recipe with the one to go on with, and say in one line what has changed.
 
-    Raises UserError naming the key if one of FIXED has changed and `force` is not set.
+    Raises UserError naming the key if one of SHAPES has changed, or one of FIXED and `force` is not set.
     """
     before = read_json(folder / "recipe.json")
     changed = [
@@ -296,16 +321,17 @@ def check_recipe(folder: Path, recipe: Mapping[str, Any], force: bool = False) -
         for key in sorted(before.keys() | recipe.keys())
         if before.get(key) != recipe.get(key) and _last(key) not in FREE
     ]
-    shapes = [change for change in changed if _last(change.split()[0]) in SHAPES]
+    mode = [change for change in changed if change.startswith("mode ")]  # others follow from it
+    shapes = mode or [change for change in changed if _last(change.split()[0]) in SHAPES]
     fixed = [change for change in changed if change.startswith("model") or _last(change.split()[0]) in FIXED]
     if shapes or (fixed and not force):
-        advice = "or choose another folder" if shapes else "choose another folder, or set force"
+        advice = "or choose another folder" if shapes else "choose another folder, or add --force"
         raise UserError(
             f"{folder} was trained with another recipe: {', '.join(shapes + fixed)}; take the old values, "
             f"{advice}"
         )
     if changed:
-        print(f"the recipe has changed since {folder.name}: {', '.join(changed)}", flush=True)
+        say(f"the recipe has changed since {folder.name}: {', '.join(changed)}")
 
 
 def _last(key: str) -> str:

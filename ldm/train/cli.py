@@ -25,8 +25,11 @@ def start(make_task: MakeTask, recipe: str, add_arguments: Callable[[argparse.Ar
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. run.max_minutes=20"
     )
+    parser.add_argument("--force", action="store_true", help="go on where the run's folder speaks against it")
     add_arguments(parser)
     args = parser.parse_args()
+    if args.force:
+        args.set.append("run.force=true")
     if args.train_data_dir:
         args.set.append(f"data.folder={args.train_data_dir}")
     try:

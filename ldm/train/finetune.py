@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ldm.checkpoint import Parts, embedded, load_parts
+from ldm.checkpoint.io import read_json
 from ldm.errors import UserError, few
 from ldm.pipeline import Pipeline
 from ldm.plan import native_size
@@ -25,6 +26,7 @@ from ldm.runtime import Runtime, choose
 from ldm.tasks import Kind, kind_of
 from ldm.train.buckets import Batches, Row, Variation, make_buckets, make_crop, nearest_bucket
 from ldm.train.cache import Latents, Texts
+from ldm.train.checkpoint import check_recipe, damage, flat, newest_state
 from ldm.train.examine_cli import clip_counter, report
 from ldm.train.feed import Feed
 from ldm.train.findings import Example
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], object]
 SHOWN = 5  # findings of each kind
+MOST_HELD_OUT = 64  # pictures: the held-out loss is steady by then, and each look at it takes its time
 MOST_PROMPTS = 4  # captions that are drawn where the recipe has no prompts
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -64,6 +67,7 @@ def finetune(recipe: FinetuneRecipe) -> None:
     mode = make_mode(recipe, [example.caption or "" for example in trained])
     parts = _load(recipe)
     recipe = _complete(recipe, parts, trained, processes)
+    _check_state(recipe)
     shows = _shows(recipe, trained, held_out)
     runtime = Runtime(processes.device, DTYPES[recipe.mixed_precision or "no"])
     parts = mode.prepare(parts, runtime)
@@ -92,9 +96,20 @@ def _check(recipe: FinetuneRecipe, device: torch.device) -> None:
         place = getattr(recipe, name)
         if place is not None and place.resolve().is_relative_to(recipe.train_data_dir.resolve()):
             raise UserError(f"{name} {place} lies in the folder of pictures, and would be trained on")
+    if recipe.output_dir.exists() and not recipe.output_dir.is_dir():
+        raise UserError(f"output_dir {recipe.output_dir} is a file: name a folder")
     if recipe.mixed_precision == "fp16" and device.type == "cpu":
         raise UserError("mixed_precision fp16 needs a GPU: give bf16 or no, or leave it out")
     check_tracker(recipe.report_to)
+
+
+def _check_state(recipe: FinetuneRecipe) -> None:
+    """Raise UserError at once where the output folder holds the state of another recipe."""
+    state = newest_state(recipe.output_dir)
+    if state is not None and damage(state) is None:
+        before = read_json(state / "recipe.json")
+        now = dict(flat(recipe.model_dump(mode="json")))
+        check_recipe(state, before | now, recipe.force, say=_silent)
 
 
 # --- pictures --------------------------------------------------------------------------------------------
@@ -117,12 +132,12 @@ def _pictures(recipe: FinetuneRecipe, say: Say) -> tuple[list[Example], list[Exa
 
 
 def split(examples: Sequence[Example], share: float, seed: int = 0) -> tuple[list[Example], list[Example]]:
-    """(to train on, held out): `share` of the pictures, rounded down; copies of one stay together.
+    """(to train on, held out): `share` of the pictures, rounded down, at most 64; copies stay together.
 
     Which ones follows from the bytes of each: a picture that is added moves at most one other.
     """
     order = sorted({each.digest for each in examples}, key=lambda digest: _hash(f"{seed} {digest}"))
-    chosen = set(order[: int(len(order) * share + 1e-9)])
+    chosen = set(order[: min(MOST_HELD_OUT, int(len(order) * share + 1e-9))])
     trained = [each for each in examples if each.digest not in chosen]
     return trained, [replace(each, repeats=1) for each in examples if each.digest in chosen]
 
@@ -264,7 +279,8 @@ def _plan(
     modules = [module for name in PARTS if (module := getattr(parts, name)) is not None]
     trained = sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad)
     yield f"model: {recipe.model or 'the embedded one'}"
-    yield f"trains: {recipe.mode}, {trained:,} parameters, in {str(runtime.dtype)[6:]} on {runtime.device}"
+    computed = f"computed in {str(runtime.dtype)[6:]} on {runtime.device}"
+    yield f"trains: {recipe.mode}, {trained:,} parameters, {computed}"
     sizes = ", ".join(f"{w} x {h} ({len(shown)})" for (h, w), shown in batches.members.items())
     yield f"pictures: {len(batches.examples)} to train on, {len(shows.held_out)} held out; trained as {sizes}"
     if not shows.held_out:
@@ -275,8 +291,8 @@ def _plan(
     if recipe.max_train_steps is None:
         yield f"run: {recipe.max_minutes:g} minutes, {a_step} pictures a step"
     else:
-        epochs = recipe.max_train_steps * a_step / (len(batches) * recipe.train_batch_size)
-        yield f"run: {recipe.max_train_steps} steps of {a_step} pictures: each is shown {epochs:.1f} times"
+        times = recipe.max_train_steps * a_step / len(batches.examples)
+        yield f"run: {recipe.max_train_steps} steps of {a_step} pictures: each {times:.0f} times"
     yield f"output: {recipe.output_dir}"
 
 

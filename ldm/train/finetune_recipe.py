@@ -84,13 +84,13 @@ class ModeSection(Section):
     rank: int = Field(4, ge=1)
     """lora: of the matrices"""
     lora_alpha: float | None = Field(None, gt=0)
-    """lora: what they add counts alpha / rank; by default 1"""
+    """lora: what they add counts alpha / rank; by default the rank, so 1"""
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     """lora: share of their inputs that is dropped"""
     lora_targets: tuple[str, ...] = ()
     """lora: ends of the names of layers that get them; by default to_q to_k to_v to_out.0, the attentions"""
     lora_conv: bool = False
-    """lora: convolutions get them too (LoCon)"""
+    """lora: all other layers get them too: convolutions, feed-forward, projections (LoCon)"""
     use_dora: bool = False
     """lora: learn magnitudes apart (DoRA)"""
     placeholder_token: str | None = None
@@ -120,8 +120,8 @@ class LookSection(Section):
 
     validation_prompts: tuple[str, ...] = ()
     """drawn before, during and after the training; by default captions of the folder"""
-    num_validation_images: int = Field(4, ge=1)
-    """pictures of each, of the seeds from 0"""
+    num_validation_images: int = Field(4, ge=0)
+    """pictures of each, of the seeds from 0; 0 draws none"""
     validation_inference_steps: int | None = Field(None, ge=1)
     """steps of the sampler; by default the model's"""
 
@@ -163,7 +163,8 @@ class FinetuneRecipe(
 
     @model_validator(mode="after")
     def _ends(self) -> Self:
-        return self  # after num_train_epochs
+        """In place of RunSection's own check: num_train_epochs is always there to end a run."""
+        return self
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -199,7 +200,8 @@ ALIASES = {
     "output_dir": ("-o",),
     "validation_prompts": ("--validation-prompt",),
     "num_vectors": ("--num-vectors-per-token",),
-    "rank": ("--lora-rank",),
+    "rank": ("--lora-rank", "--network-dim"),
+    "lora_alpha": ("--network-alpha",),
 }
 GROUPS = (ModelSection, FolderSection, ModeSection, LookSection, LossSection, OptimiserSection, RunSection)
 
@@ -261,8 +263,9 @@ def read_finetune_recipe(args: argparse.Namespace) -> FinetuneRecipe:
     """The recipe of a parsed command line. Raises UserError naming the flag or the key."""
     raw = {} if args.config is None else read_yaml(find_recipe(args.config))
     given = {name: value for name, value in vars(args).items() if name in FinetuneRecipe.model_fields}
-    source = "ldm finetune" if args.config is None else str(args.config)
-    return validate(FinetuneRecipe, raw | given, source)
+    if "num_train_epochs" in given:  # else the recipe's steps would go before it
+        raw.pop("max_train_steps", None)
+    return validate(FinetuneRecipe, raw | given, str(args.config or "the command line"), given)
 
 
 def shipped_recipes() -> list[str]:

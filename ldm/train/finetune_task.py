@@ -160,6 +160,8 @@ class FinetuneTask(Task):
         """The validation prompts, a row for each, drawn with the modules as they are."""
         pipe = Pipeline.from_parts(self.parts, Runtime(self.device, self.dtype))
         count, drawn = self.recipe.num_validation_images, []
+        if not count:
+            return None
         for i, prompt in enumerate(self.recipe.validation_prompts):
             more: dict[str, Any] = {"height": self.recipe.resolution, "width": self.recipe.resolution}
             if self.feed.masks is not None:

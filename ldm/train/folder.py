@@ -246,7 +246,8 @@ def _tell_picture(example: Example, seen: Look, resolution: int) -> list[Finding
     found = [Finding(example.path, kind, text, "fixed") for kind, text in seen.oddities]
     (height, width), short = seen.size, min(seen.size)
     if 2 * short < resolution:
-        text = f"{width} x {height}: its shorter side is enlarged {resolution / short:.1f} times"
+        enlarged = f"{resolution / short:.1f} times for {resolution} pixels"
+        text = f"{width} x {height}: its shorter side is enlarged {enlarged}"
         found.append(Finding(example.path, "tiny", text, "note"))
     if max(seen.size) > MAX_ASPECT * short:
         text = f"{width} x {height} is {max(seen.size) / short:.1f} : 1: most of it is cut off"

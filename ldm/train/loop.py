@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm.errors import UserError
+from ldm.train.heap import keep_freed_memory
 from ldm.train.lock import only_run
 from ldm.train.processes import alone, stop_signals
 from ldm.train.recipe import Trainable
@@ -71,14 +72,16 @@ class Task(nn.Module, ABC):
 def train(task: Task, recipe: Trainable, run_dir: Path) -> None:
     """Train `task` until the recipe's end, going on from the state in run_dir if it holds one.
 
-    Writes run_dir/metrics.jsonl, grids/<step>.png, state-<step>/ and export/ (EMA weights). SIGINT and
-    SIGTERM end the run at once, saved: a step that is under way is made again after it is resumed.
+    Writes run_dir/metrics.jsonl, state-<step>/, grids/<step>.png and export/ (EMA weights, if kept). SIGINT
+    and SIGTERM end the run at once, saved: a step that is under way is made again after it is resumed.
 
     Raises:
         UserError: if another run is in run_dir, if its states are damaged or of another recipe, if the disk
             is full, or if the loss is NaN or Inf. The message names the last state, which is whole.
     """
     accelerator = _accelerator(recipe, run_dir)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     with ExitStack() as stack:
         alone(accelerator, lambda: stack.enter_context(only_run(run_dir)))
         for tracker in accelerator.trackers:
@@ -86,6 +89,8 @@ def train(task: Task, recipe: Trainable, run_dir: Path) -> None:
         run = Run(task, recipe, run_dir, accelerator)
         stopped = stack.enter_context(stop_signals())
         stack.enter_context(run.guarded())
+        if run.fraction >= 1:
+            run.say(f"at its end already, step {run.position.step}: raise max_train_steps to go on")
         if run.due(recipe.run.validation_steps) and (run.position.step or task.looks_first):
             run.look()  # at the beginning, or where the run ended before it could
         while run.fraction < 1 and run.step(stopped):

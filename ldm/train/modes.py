@@ -58,11 +58,9 @@ class Full:
     def __init__(self, text: bool, captions: Iterable[str]) -> None:
         self.parts = ("unet", *TEXT_ENCODERS) if text else ("unet",)
         self.words = frozenset(re.findall(r"[a-z']+", " ".join(captions).lower()))
-        self.dtype: torch.dtype | None = None
         self.frozen: dict[str, Any] = {}
 
     def prepare(self, parts: Parts, runtime: Runtime) -> Parts:
-        self.dtype = next(parts.unet.parameters()).dtype
         modules = {name: module for name in PARTS if (module := getattr(parts, name)) is not None}
         self.frozen = {name: module for name, module in modules.items() if name not in self.parts}
         parts = replace(parts, **{name: copy.deepcopy(module) for name, module in self.frozen.items()})
@@ -79,8 +77,9 @@ class Full:
         return replace(parts, words=parts.words and parts.words | self.words)
 
     def export(self, parts: Parts, folder: Path) -> None:
-        # What is not trained goes out as it was stored: the copies drawn with may have been rounded.
-        save_folder(folder, replace(parts, **self.frozen), self.dtype)
+        # In fp32, as it was trained: bf16 would round away what a small learning rate has changed. All else
+        # goes out as it was stored: the copies that are drawn with may have been rounded.
+        save_folder(folder, replace(parts, **self.frozen))
 
     def outputs(self, folder: Path) -> list[tuple[Path, str]]:
         return [(folder, f'txt2img --model {folder} -p "..."')]

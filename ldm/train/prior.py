@@ -64,7 +64,7 @@ def draw_class(
         return
     pipe, request = load(), Request(prompt="", height=size, width=size)
     for k, path in sorted(drawn.items()):
-        _check(path, prompts[k % len(prompts)], pipe)
+        _check(path, request.replace(prompt=prompts[k % len(prompts)]), pipe)
     check_writable(folder)
     beside, at_once = _beside(pipe, size), min(MOST_AT_ONCE, pipe.runtime.images_at_once(size, size))
     for start in range(0, len(missing), at_once):
@@ -103,16 +103,18 @@ def _number(path: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def _check(path: Path, prompt: str, pipe: Pipeline) -> None:
-    """Raise UserError unless `path` was drawn for this prompt by this model."""
+def _check(path: Path, request: Request, pipe: Pipeline) -> None:
+    """Raise UserError unless `path` was drawn for this prompt, in this size, by this model."""
     try:
         was = read_request(path)
     except UserError as error:
         raise UserError(f"{error}: delete it, or give it another name") from None
     both_hashed = was.model_hash and pipe.model_hash  # parts made in memory have only a name
     same_model = was.model_hash == pipe.model_hash if both_hashed else was.model == pipe.name
-    if was.prompt != prompt:
-        difference = f"for the prompt {was.prompt!r} and not {prompt!r}"
+    if was.prompt != request.prompt:
+        difference = f"for the prompt {was.prompt!r} and not {request.prompt!r}"
+    elif (was.width, was.height) != (request.width, request.height):
+        difference = f"at {was.width} x {was.height} pixels and not {request.width} x {request.height}"
     elif not same_model:
         difference = f"by {was.model} ({was.model_hash}) and not {pipe.name} ({pipe.model_hash})"
     else:

@@ -7,8 +7,9 @@ option, else sd-scripts'. No torch here, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, Self, TypeVar
 
@@ -186,15 +187,10 @@ class RunSection(Section):
     report_to: Literal["none", "tensorboard"] = "none"
     """beside metrics.jsonl, which is always written"""
 
-    @field_validator("resume_from_checkpoint", mode="before")
+    @field_validator("resume_from_checkpoint", "mixed_precision", mode="before")
     @classmethod
     def _yaml_no(cls, value: object) -> object:
         """YAML reads a bare `no` as false."""
-        return "no" if value is False else value
-
-    @field_validator("mixed_precision", mode="before")
-    @classmethod
-    def _yaml_no_too(cls, value: object) -> object:
         return "no" if value is False else value
 
     @model_validator(mode="after")
@@ -268,16 +264,25 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return raw
 
 
-def validate(kind: type[R], raw: Mapping[str, Any], source: str) -> R:
-    """A recipe of plain values from `source`. Raises UserError naming the key that is unknown or wrong."""
+def validate(kind: type[R], raw: Mapping[str, Any], source: str, flags: Collection[str] = ()) -> R:
+    """A recipe of plain values from `source`, some of them from flags of the command line.
+
+    Raises UserError naming the key that is unknown, wrong or missing.
+    """
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
+        missing = [f"--{each['loc'][0]}" for each in error.errors() if each["type"] == "missing"]
+        if missing and kind is not Recipe:
+            raise UserError(f"{' and '.join(missing)}: give a folder") from error
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        said = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "missing":
-            raise UserError(f"{source}: {where} is missing: give it") from error
-        if not where:
+        said, place = first["msg"].removeprefix("Value error, "), f"{source}: {where}: "
+        if first["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(where, kind.model_fields, 1)
+            said = f"there is no such key{f'; did you mean {near[0]}?' if near else ''}"
+        if first["loc"] and first["loc"][0] in flags:
+            place = f"--{where}: "
+        elif not where:
             raise UserError(f"{source}: {said}") from error
-        raise UserError(f"{source}: {where}: {said} (got {first['input']!r})") from error
+        raise UserError(f"{place}{said} (got {first['input']!r})") from error

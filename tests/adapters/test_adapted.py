@@ -1,6 +1,7 @@
 """What a pipeline with adapters shares, keeps, tells, saves; and how requests name adapters."""
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -292,3 +293,13 @@ def test_pooled_text_is_that_of_the_end(tmp_path):
     assert torch.equal(ours.tokens, theirs.tokens)
     assert torch.equal(ours.pooled, theirs.pooled)
     assert same.shape[1] == WIDE
+
+
+def test_words_that_an_adapter_brings_are_not_unknown(families, tmp_path):
+    pipe = ldm.load(families("sd1")[0], device="cpu", dtype="fp32")
+    pipe = replace(pipe, parts=replace(pipe.parts, words=frozenset({"a", "boat"})))
+    assert pipe.unknown_words("a mill boat") == ["mill"]
+    save_file(
+        {"<mill>": torch.zeros(pipe.parts.text_encoder.config.hidden_size)}, tmp_path / "word.safetensors"
+    )
+    assert pipe.with_embedding(tmp_path / "word.safetensors").unknown_words("a <mill> wheel") == ["wheel"]

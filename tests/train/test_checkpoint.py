@@ -239,7 +239,7 @@ def test_a_run_goes_on_from_another_folders_state(tmp_path):
 )
 def test_a_recipe_that_changed_in_what_matters_is_refused_by_name(tmp_path, change, said, capsys):
     train(Line(), tiny_recipe(10), tmp_path)
-    with pytest.raises(UserError, match=rf"another recipe: {said}; .* set force"):
+    with pytest.raises(UserError, match=rf"another recipe: {said}; .* --force"):
         train(Line(), tiny_recipe(12, **change), tmp_path)
     train(Line(), tiny_recipe(12, force=True, **change), tmp_path)
     assert newest_state(tmp_path).name == "state-00000012"

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_finetune import QUICK, WORD, arguments, both, hashes, interrupted, result, run, write_pictures
 
+import ldm
+from ldm.train.checkpoint import newest_state
 from ldm.train.findings import Example
 from ldm.train.finetune import finetune, split
 from ldm.train.finetune_recipe import FinetuneRecipe
@@ -226,9 +229,9 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(families, data, tmp_path, c
     assert (hashes(root), hashes(data.parent), hashes(tmp_path)) == before
     said = capsys.readouterr().out
     assert "8 pictures to train on" in said
-    assert re.search(r"trains: lora, [\d,]+ parameters, in float32 on cpu", said)
+    assert re.search(r"trains: lora, [\d,]+ parameters, computed in float32 on cpu", said)
     assert "pictures: 6 to train on, 2 held out; trained as" in said
-    assert "each is shown" in said
+    assert "28 steps of 2 pictures: each 9 times" in said
     assert "output: run" in said
 
 
@@ -253,10 +256,57 @@ def test_the_command_tells_how_it_goes_and_what_came_of_it(families, data, tmp_p
     assert "loss" not in again.partition("going on from")[2].partition("report")[0]
 
 
-def test_a_folder_that_has_changed_is_told_when_gone_on(families, tmp_path, capsys):
+def test_a_folder_that_has_changed_is_gone_on_with_by_force_only(families, tmp_path, capsys):
     data = write_pictures(tmp_path / "data")
     assert run(families("sd1")[0], data, tmp_path / "run", max_train_steps=1) == 0
     (data / "0.txt").write_text("another caption")
     accelerate_anew()
-    assert run(families("sd1")[0], data, tmp_path / "run", max_train_steps=2) == 0
+    assert run(families("sd1")[0], data, tmp_path / "run", max_train_steps=2) == 2
+    assert "another recipe: pictures 6 " in capsys.readouterr().err
+    accelerate_anew()
+    assert run(families("sd1")[0], data, tmp_path / "run", max_train_steps=2, force=True) == 0
     assert "pictures 6 " in capsys.readouterr().out.partition("the recipe has changed since")[2]
+
+
+# --- what comes out, and when there is nothing left to do -------------------------------------------------
+
+
+def test_a_full_model_comes_out_as_precise_as_it_was_trained(families, data, tmp_path):
+    """In bf16 nearly all that so small a learning rate changes would be rounded away."""
+    stored = tmp_path / "stored"
+    ldm.load(families("sd1")[0], device="cpu", dtype="fp32").save(stored, torch.bfloat16)
+    assert run(stored, data, tmp_path / "run", mode="full", learning_rate=1e-6) == 0
+    trained = load_file(newest_state(tmp_path / "run") / "weights.safetensors")
+    export = tmp_path / "run" / "export"
+    for name, value in load_file(export / "unet" / "diffusion_pytorch_model.safetensors").items():
+        assert torch.equal(value, trained[f"unet.{name}"]), name
+    text = load_file(export / "text_encoder" / "model.safetensors")
+    assert {value.dtype for value in text.values() if value.is_floating_point()} == {torch.bfloat16}
+
+
+def test_a_run_at_its_end_says_so_and_another_word_is_refused(families, data, tmp_path, capsys):
+    model, word = families("sd1")[0], {"instance_prompt": "a <it>"} | WORD
+    assert run(model, data, tmp_path / "run", **word) == 0
+    before = result(tmp_path / "run")
+    capsys.readouterr()
+    accelerate_anew()
+    assert run(model, data, tmp_path / "run", **word) == 0
+    assert "at its end already, step 2: raise max_train_steps to go on" in capsys.readouterr().out
+    accelerate_anew()
+    other = word | {"placeholder_token": "<that>", "instance_prompt": "a <that>", "force": True}
+    assert run(model, data, tmp_path / "run", **other) == 2
+    assert "another recipe: placeholder_token <it> -> <that>;" in capsys.readouterr().err
+    assert result(tmp_path / "run") == before
+
+
+def test_no_more_than_64_pictures_are_held_out():
+    pictures = [Example(Path(f"{i}.png"), "a", (8, 8), f"{i:064x}") for i in range(1000)]
+    trained, held_out = split(pictures, 0.5)
+    assert (len(trained), len(held_out)) == (936, 64)
+
+
+def test_epochs_that_are_asked_for_go_before_the_steps_of_a_recipe(families, data, tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("max_train_steps: 1000\n")
+    options = {"config": tmp_path / "mine.yaml", "dry_run": True, "max_train_steps": None, "held_out": 0}
+    assert run(families("sd1")[0], data, tmp_path / "run", num_train_epochs=2, **options) == 0
+    assert "run: 16 steps of 1 pictures: each 2 times" in capsys.readouterr().out

@@ -196,8 +196,8 @@ WORD = ["--mode", "textual_inversion", "--placeholder_token", "<it>", "--initial
         ([*NEEDED, *WORD, "--inpainting"], "choose lora or full"),
         ([*NEEDED, *WORD[:4]], "textual_inversion needs initializer_token"),
         ([*NEEDED, *WORD[:2]], "textual_inversion needs placeholder_token"),
-        (NEEDED[2:], "train_data_dir is missing"),
-        (NEEDED[:2], "output_dir is missing"),
+        (NEEDED[2:], "--train_data_dir: give a folder"),
+        (NEEDED[:2], "--output_dir: give a folder"),
         ([*NEEDED, "--config", "nowhere.yaml"], "--config nowhere.yaml: no such file, nor one of finetune_"),
     ],
 )
@@ -215,13 +215,13 @@ def test_a_wrong_option_is_named_in_one_line(argv, said, capsys):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("rnk: 4", "mine.yaml: rnk: Extra inputs are not permitted"),
+        ("rnk: 4", "mine.yaml: rnk: there is no such key; did you mean rank?"),
         ("rank: [4]", "mine.yaml: rank: "),
         ("mode: dreambooth", "mine.yaml: mode: "),
         ("- rank", "is not a recipe"),
         ("rank: 4: 5", "is not valid YAML"),
         ("\x00", "is not valid YAML"),
-        ("run: {seed: 4}", "mine.yaml: run: Extra inputs are not permitted"),
+        ("run: {seed: 4}", "mine.yaml: run: there is no such key"),
     ],
 )
 def test_a_wrong_recipe_names_its_file_and_key(tmp_path, capsys, text, said):

@@ -1,0 +1,134 @@
+"""Gradients of the convolution that trains in bf16 on a CPU, against torch's own in float64."""
+
+import pytest
+import torch
+from conftest import relative_error
+from torch import nn
+from torch.nn import functional as F
+
+from ldm.models import convolution
+from ldm.models.convolution import Conv2d, weight_gradient
+
+SHAPES = {  # (B, C, O, H, W, kernel, stride, padding)
+    "3x3": (2, 6, 10, 5, 7, 3, 1, 1),
+    "strided, odd": (2, 6, 10, 7, 5, 3, 2, 1),
+    "strided, even": (1, 6, 10, 8, 6, 3, 2, 1),
+    "strided, not padded": (1, 6, 10, 9, 6, 3, 2, 0),
+    "1x1": (3, 6, 10, 4, 5, 1, 1, 0),
+    "oblong": (2, 6, 10, 9, 8, (3, 2), (1, 3), (2, 1)),
+    "one pixel": (1, 6, 10, 1, 1, 3, 1, 1),
+}
+
+
+def drawn(shape, dtype=torch.float32):
+    """Input in channels_last, and a convolution: numbers that bf16 can hold."""
+    batch, channels, out, height, width, *how = shape
+    x = torch.randn(batch, channels, height, width).bfloat16().to(dtype)
+    conv = Conv2d(channels, out, *how).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        for p in conv.parameters():
+            p.copy_(p.bfloat16())
+    return x.contiguous(memory_format=torch.channels_last), conv.to(dtype)
+
+
+def gradients(conv, x, grad):
+    """(output, gradients of input, weight, bias) by the forward of `conv`."""
+    leaves = (x.detach().requires_grad_(), *conv.parameters())
+    out = conv(leaves[0])
+    return out, *torch.autograd.grad(out, leaves, grad.to(out.dtype))
+
+
+def exact(conv, x, grad):
+    like = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding)
+    like.load_state_dict(conv.state_dict())
+    return gradients(like.double(), x.double(), grad.double())
+
+
+def is_ours(out):
+    return type(out.grad_fn).__name__ == "_ConvolutionBackward"
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_weight_gradient_is_torchs_in_float64(shape):
+    x, conv = drawn(shape, torch.float64)
+    out = conv(x)
+    grad = torch.randn_like(out)
+    expected = torch.autograd.grad(out, conv.weight, grad)[0]
+    ours = weight_gradient(x, grad, conv.weight.shape[2:], conv.stride, conv.padding)
+    assert relative_error(ours, expected) < 1e-13
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("few_pixels", [0, convolution.FEW_PIXELS], ids=["many", "few"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_gradients_in_bf16_are_as_good_as_torchs(monkeypatch, shape, few_pixels):
+    monkeypatch.setattr(convolution, "FEW_PIXELS", few_pixels)
+    x, conv = drawn(shape)
+    grad = torch.randn_like(conv(x)).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = gradients(conv, x, grad)
+        plain = nn.Conv2d.forward(conv, x)
+    assert is_ours(ours[0])
+    assert torch.equal(ours[0], plain)
+    for found, expected in zip(ours[1:], exact(conv, x, grad)[1:], strict=True):
+        assert found.dtype == torch.float32
+        assert relative_error(found, expected) < 2**-8
+    assert ours[2].stride() == conv.weight.stride()  # autograd keeps it as it is
+
+
+def test_weights_in_bf16_have_gradients_in_bf16():
+    x, conv = drawn(SHAPES["3x3"])
+    conv = conv.bfloat16()
+    grad = torch.randn(2, 10, 5, 7).bfloat16()
+    ours = gradients(conv, x.bfloat16(), grad)
+    assert is_ours(ours[0])
+    for found, expected in zip(ours, exact(conv.float(), x, grad), strict=True):
+        assert found.dtype == torch.bfloat16
+        assert relative_error(found.float(), expected) < 2**-8
+
+
+@pytest.mark.parametrize("frozen", ["input", "weight", "bias", "no bias"])
+def test_only_what_is_wanted_has_a_gradient(frozen):
+    x, conv = drawn(SHAPES["3x3"])
+    x.requires_grad_(frozen != "input")
+    conv.weight.requires_grad_(frozen != "weight")
+    conv.bias.requires_grad_(frozen != "bias")
+    if frozen == "no bias":
+        conv.bias = None
+    with torch.autocast("cpu", torch.bfloat16):
+        out = conv(x)
+    assert is_ours(out) == (frozen != "weight")
+    out.float().square().sum().backward()
+    found = {"input": x.grad, "weight": conv.weight.grad, "bias": conv.bias is not None and conv.bias.grad}
+    assert {name for name, g in found.items() if g is None} == ({frozen} & found.keys())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"groups": 2}, {"dilation": 2}, {"padding_mode": "reflect"}, {"padding": "same"}],
+    ids=lambda options: next(iter(options)),
+)
+def test_what_it_does_not_know_is_torchs(options):
+    conv, x = Conv2d(6, 10, 3, **({"padding": 1} | options)), torch.randn(2, 6, 5, 7)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = conv(x)
+        expected = nn.Conv2d.forward(conv, x)
+    assert not is_ours(out)
+    assert torch.equal(out, expected)
+
+
+def test_without_gradients_and_in_fp32_it_is_torchs():
+    x, conv = drawn(SHAPES["3x3"])
+    assert not is_ours(conv(x))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(conv(x), F.conv2d(x, conv.weight, conv.bias, 1, 1))
+    with pytest.raises(RuntimeError, match="same"):  # as torch says of dtypes that differ
+        conv(x.bfloat16())
+
+
+def test_two_runs_are_bit_for_bit_the_same():
+    x, conv = drawn((4, 64, 96, 8, 8, 3, 1, 1))
+    grad = torch.randn(4, 96, 8, 8).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        first, second = gradients(conv, x, grad), gradients(conv, x, grad)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
