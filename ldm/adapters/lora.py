@@ -22,7 +22,7 @@ from ldm.adapters.names import UNET, Layer, is_text, list_layers, spell_layers, 
 from ldm.checkpoint import Parts
 from ldm.checkpoint.digest import sha256
 from ldm.checkpoint.io import read_json, read_metadata, read_tensors
-from ldm.errors import UserError
+from ldm.errors import UserError, few
 
 SUFFIXES = (".safetensors", ".pt", ".bin", ".ckpt")
 FOLDER_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
@@ -108,11 +108,11 @@ def _read(_key: Path, path: Path, _mtime_ns: int, _size: int) -> LoraFile:
             layers.setdefault(split[0], {})[split[1]] = tensor
     if strange and not layers:
         raise UserError(
-            f"{path}: has no LoRA, LoHa, LoKr or DoRA tensors ({_some(strange)}): a LoRA is expected here,\n"
+            f"{path}: has no LoRA, LoHa, LoKr or DoRA tensors ({few(strange)}): a LoRA is expected here,\n"
             "not a whole model, a ControlNet or a textual inversion (give those by --embedding)"
         )
     if strange:
-        raise UserError(f"{path}: has tensors that no LoRA, LoHa, LoKr or DoRA has: {_some(strange)}")
+        raise UserError(f"{path}: has tensors that no LoRA, LoHa, LoKr or DoRA has: {few(strange)}")
     return LoraFile(path, sha256(path), layers, _read_settings(path))
 
 
@@ -179,7 +179,7 @@ def _report(lora: Lora, layers: Mapping[str, Layer]) -> dict[str, Any]:
 
 
 def _complain(file: LoraFile, layers: Mapping[str, Layer], report: Mapping[str, Any]) -> None:
-    lost = _some([stem for stem in file.layers if stem not in layers])
+    lost = few([stem for stem in file.layers if stem not in layers])
     (unet, unets), (text, texts) = report["unet"], report["text"]
     raise UserError(
         f"{file.path}: only {unet} of {unets} U-Net tensors and {text} of {texts} text tensors belong to "
@@ -231,8 +231,3 @@ def _by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> 
         raise ValueError
     found = (value for key, value in (patterns or {}).items() if re.fullmatch(rf"(.*\.)?({key})", path))
     return next(found, default)
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
-    return ", ".join(names[:2]) + more
