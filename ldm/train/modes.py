@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -125,7 +126,12 @@ class Inversion:
 
     def __init__(self, recipe: FinetuneRecipe, captions: Iterable[str]) -> None:
         self.recipe, self.word = recipe, recipe.placeholder_token or ""
-        if not any(self.word in caption for caption in captions):
+        captions = list(captions)
+        without = sum(self.word not in caption for caption in captions)
+        if 0 < without < len(captions):
+            text = f"{without} of {len(captions)} captions do not contain {self.word}: they teach it nothing"
+            warnings.warn(text, stacklevel=2)
+        if without == len(captions):
             raise UserError(
                 f"no caption contains {self.word}: write it in the captions, or give one to all pictures "
                 f'(--instance-prompt "a picture of {self.word}")'

@@ -104,7 +104,8 @@ class Progress:
         _append(self.path, json.dumps(row))
         if self.track:
             self.track(dict(values), position.step)
-        print("  ".join(f"{name} {value:.5g}" for name, value in row.items()) + more, flush=True)
+        if values:  # of no held-out pictures there is nothing to tell
+            print("  ".join(f"{name} {value:.5g}" for name, value in row.items()) + more, flush=True)
 
     def _time_left(self, position: Position, fraction: float) -> timedelta:
         """At the speed of this part of the run."""

@@ -215,6 +215,12 @@ def test_a_loss_that_is_not_finite_names_the_pictures(refused, sd1, tmp_path):
     refused(sd1, "lower learning_rate", mode="full", learning_rate=1e30, max_train_steps=9)
 
 
+def test_captions_without_the_word_are_counted(sd1, data, tmp_path, capsys):
+    (data / "0.txt").write_text("a <it>")
+    assert run(sd1, data, tmp_path / "run", dry_run=True, held_out=0, **WORD) == 0
+    assert "captions do not contain <it>: they teach it nothing" in capsys.readouterr().err
+
+
 # --- another run in the same folder ----------------------------------------------------------------------
 
 
