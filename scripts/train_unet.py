@@ -5,6 +5,7 @@ python scripts/train_unet.py --vae runs/vae/export --clip runs/clip/export --run
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -22,12 +23,17 @@ def make_task(recipe: Recipe, args: argparse.Namespace) -> Task:
     from ldm.models import AutoencoderKL, AutoencoderTiny, UNet, build
     from ldm.train.data import load_pictures
     from ldm.train.unet import UNetTask, prepare
+    from ldm.train.vocabulary import known_words
+    from ldm.train.widen import widen_latents
 
     torch.manual_seed(recipe.run.seed)
     model = dict(recipe.model)
-    unet, vae = build(model["unet"]), load_module(args.vae, torch.float32)
-    assert isinstance(unet, UNet)
+    vae = load_module(args.vae, torch.float32)
     assert isinstance(vae, AutoencoderKL | AutoencoderTiny)
+    unet = load_module(args.init_from / "unet", torch.float32) if args.init_from else build(model["unet"])
+    assert isinstance(unet, UNet)
+    if args.init_from:
+        unet = widen_latents(unet, vae.latent_channels)
     parts = Parts(
         unet=unet,
         vae=vae,
@@ -37,14 +43,18 @@ def make_task(recipe: Recipe, args: argparse.Namespace) -> Task:
         defaults=Defaults(**model["defaults"]),
         words=read_words(args.clip / "words.txt"),
     )
-    train, held_out = (
-        prepare(pictures, vae, parts.tokenizer, recipe.data.cache) for pictures in load_pictures(recipe.data)
-    )
+    pictures = load_pictures(recipe.data)
+    seen = known_words(text for texts in pictures[0].captions for text in texts)
+    parts = replace(parts, words=parts.words | set(seen))
+    train, held_out = (prepare(each, vae, parts.tokenizer, recipe.data.cache) for each in pictures)
     return UNetTask(parts, train, held_out, recipe.loss, model["prompts"])
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vae", type=Path, required=True, help="an exported VAE folder")
+    parser.add_argument(
+        "--init_from", type=Path, help="a model folder whose U-Net to go on from, widened where the VAE is"
+    )
     parser.add_argument("--clip", type=Path, required=True, help="text_encoder/, tokenizer/ and words.txt")
 
 

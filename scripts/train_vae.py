@@ -17,15 +17,22 @@ def make_task(recipe: Recipe, args: argparse.Namespace) -> Task:
 
     from ldm.train.data import load_pictures
     from ldm.train.vae import VAETask, load_vae
+    from ldm.train.widen import widen_vae
 
     torch.manual_seed(recipe.run.seed)
     vae = load_vae(args.init_from) if args.init_from else build(recipe.model)
     assert isinstance(vae, AutoencoderTiny)
-    return VAETask(vae, *load_pictures(recipe.data), recipe.loss, args.decoder_only)
+    narrow = load_vae(args.widen) if args.widen else None
+    if narrow is not None and not args.init_from:
+        vae = widen_vae(narrow, recipe.model["latent_channels"])
+    return VAETask(vae, *load_pictures(recipe.data), recipe.loss, args.decoder_only, narrow)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--init_from", type=Path, help="an exported VAE folder to go on from")
+    parser.add_argument(
+        "--widen", type=Path, help="an exported VAE whose channels are to be the first of this one"
+    )
     parser.add_argument("--decoder_only", action="store_true", help="freeze the encoder")
 
 

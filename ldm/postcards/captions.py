@@ -36,7 +36,7 @@ def caption(scene: Scene, rng: random.Random) -> str:
         text = _sentence(scene, mentions, rng)
     else:
         text = _phrase(scene, mentions, rng)
-    text = _article(text)
+    text = article(text)
     return text[0].upper() + text[1:] + "." if rng.random() < 0.15 else text
 
 
@@ -51,7 +51,7 @@ def full_caption(scene: Scene) -> str:
     elif _realms(scene) == {"air"}:
         where = f"over {where.split(' ', 1)[1]}"
     time, weather = phrases.TIMES[scene.time][0], phrases.WEATHERS[scene.weather][0]
-    return _article(" ".join([*things, where, time, weather]))
+    return article(" ".join([*things, where, time, weather]))
 
 
 _WHERE = {
@@ -75,6 +75,11 @@ def words() -> list[str]:
 def split(text: str) -> list[str]:
     """The words of a text, lower-case, without marks."""
     return re.findall(r"[a-z0-9]+(?:['-][a-z]+)*", text.lower())
+
+
+def article(text: str) -> str:
+    """The text with "an" for "a" before a vowel."""
+    return re.sub(r"\ba (?=[aeiou])", "an ", text)
 
 
 def _strings(table: object) -> Iterator[str]:
@@ -292,7 +297,3 @@ def _time_and_weather(scene: Scene, rng: random.Random) -> str:
         [word for word in phrases.WEATHER_ADJECTIVES[scene.weather] if "covered" not in word]
     )
     return f"on a {adjective} {rng.choice(phrases.TIME_NOUNS[scene.time])}"
-
-
-def _article(text: str) -> str:
-    return re.sub(r"\ba (?=[aeiou])", "an ", text)

@@ -1,6 +1,7 @@
 """A scene is what is in a picture: sampled and labelled here, drawn by picture.py, told by captions.py."""
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +22,9 @@ from ldm.postcards.vocabulary import (
 )
 
 # How often a scene has: nothing, one thing, two or three of a kind, two different things.
-_COMPOSITIONS = {"empty": 6, "one": 64, "two": 12, "three": 6, "pair": 12}
+_COMPOSITIONS: Mapping[str, float] = {"empty": 6, "one": 64, "two": 12, "three": 6, "pair": 12}
+# What may be weighted: of pairs also those beside each other and those above each other.
+COMPOSITIONS = (*_COMPOSITIONS, "beside", "stacked")
 _HELD_OUT_COMPOSITIONS = {"one": 75, "pair": 25}
 _WEATHER_WEIGHTS = {"clear": 40, "cloudy": 20, "rain": 20, "snow": 20}
 _SAME_COLOUR = 0.2  # of pairs of different things
@@ -92,17 +95,19 @@ class Labels:
     weather: int
 
 
-def sample_scene(rng: random.Random, *, held_out: bool = False) -> Scene:
-    """Draw a scene at random.
+def sample_scene(
+    rng: random.Random, *, held_out: bool = False, compositions: Mapping[str, float] | None = None
+) -> Scene:
+    """Draw a scene at random, with the weights of `compositions` (keys: COMPOSITIONS) where they are given.
 
     Without `held_out` no group has a pair of kind and colour that `is_held_out`; with it exactly one has.
     """
-    weights = _HELD_OUT_COMPOSITIONS if held_out else _COMPOSITIONS
-    composition = _choose(rng, weights)
+    composition = _choose(rng, compositions or (_HELD_OUT_COMPOSITIONS if held_out else _COMPOSITIONS))
     if composition == "empty":
         return _finish(rng, rng.choice(PLACES), ())
-    if composition == "pair":
-        return _sample_pair(rng, held_out)
+    if composition in ("pair", "beside", "stacked"):
+        stacked = rng.random() < 0.5 if composition == "pair" else composition == "stacked"
+        return _sample_pair(rng, held_out, stacked)
     kind = rng.choice(KINDS)
     place = _sample_place(rng, kind)
     colour = held_out_colour(kind) if held_out else _sample_colour(rng, kind)
@@ -132,8 +137,8 @@ def encode_labels(scene: Scene) -> Labels:
     return Labels(count, colour, x, y, position, place, time, weather)
 
 
-def _sample_pair(rng: random.Random, held_out: bool) -> Scene:
-    if rng.random() < 0.5:
+def _sample_pair(rng: random.Random, held_out: bool, stacked: bool) -> Scene:
+    if stacked:
         relation = "above"
         first = rng.choice([kind for kind in KINDS if SHAPES[kind].realm == "air"])
         second = rng.choice([kind for kind in KINDS if SHAPES[kind].realm != "air"])
@@ -183,5 +188,5 @@ def _finish(rng: random.Random, place: str, groups: tuple[Group, ...], relation:
     return Scene(place, time, weather, groups, rng.getrandbits(32), relation)
 
 
-def _choose(rng: random.Random, weights: dict[str, int]) -> str:
+def _choose(rng: random.Random, weights: Mapping[str, float]) -> str:
     return rng.choices(list(weights), list(weights.values()))[0]

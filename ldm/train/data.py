@@ -6,12 +6,13 @@ import hashlib
 import json
 import random
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from filelock import FileLock
 from numpy.typing import NDArray
 from PIL import ImageOps
 
@@ -28,25 +29,25 @@ class Pictures:
     """A set of pictures, all of one size.
 
     images: uint8 [N, H, W, 3]; captions: N lists of at least one caption.
-    labels: multi-hot [N, L] of what is in each picture, and masks: uint8 [N, H/8, W/8], 255 where an object
-    covers the cell; both only where the source knows them (the postcards do).
+    labels: multi-hot [N, L] of what is in each picture; masks: uint8 [N, H/8, W/8], 255 where an object
+    covers the cell; things: uint8 [N, H/16, W/16], which thing has its room there (0: none). All only
+    where the source knows them (the postcards do).
     """
 
     images: NDArray[np.uint8]
     captions: list[list[str]]
     labels: NDArray[np.uint8] | None = None
     masks: NDArray[np.uint8] | None = None
+    things: NDArray[np.uint8] | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
     def slice(self, part: slice) -> Pictures:
         """Some of the pictures, sharing memory."""
+        beside = (self.labels, self.masks, self.things)
         return Pictures(
-            self.images[part],
-            self.captions[part],
-            None if self.labels is None else self.labels[part],
-            None if self.masks is None else self.masks[part],
+            self.images[part], self.captions[part], *(None if each is None else each[part] for each in beside)
         )
 
     def tensors(self, index: torch.Tensor) -> torch.Tensor:
@@ -72,15 +73,17 @@ def load_pictures(data: DataSection) -> tuple[Pictures, Pictures]:
 def _postcards(data: DataSection) -> Pictures:
     """Render `count` + `held_out` postcards once; later runs map the files. 0.1 GB per 2,000 at 128 px."""
     total = data.count + data.held_out
-    key = f"{_world_hash()}-{total}-{data.size}-{data.captions}-{data.seed}"
+    mix = sorted(data.compositions.items())
+    key = f"{_world_hash()}-{total}-{data.size}-{data.captions}-{data.reworded}-{mix}-{data.seed}"
     folder = data.cache / f"postcards-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-    if not (folder / "captions.json").exists():
-        _render_all(folder, total, data)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):  # of several processes one renders
+        if not (folder / "captions.json").exists():
+            _render_all(folder, total, data)
     return Pictures(
         np.load(folder / "images.npy", mmap_mode="r"),
         json.loads((folder / "captions.json").read_text()),
-        np.load(folder / "labels.npy"),
-        np.load(folder / "masks.npy"),
+        *(np.load(folder / f"{name}.npy") for name in ("labels", "masks", "things")),
     )
 
 
@@ -110,40 +113,59 @@ def _multi_hot(scene: Scene) -> NDArray[np.uint8]:
     return np.concatenate(parts).astype(np.uint8)
 
 
+def _things(scene: Scene, cells: int) -> NDArray[np.uint8]:
+    """Whose room each cell is in, [cells, cells]: 0, or 1 + kind * number of colours + colour."""
+    from ldm import postcards as world
+
+    centres = (np.arange(cells) + 0.5) / cells
+    things = np.zeros((cells, cells), np.uint8)
+    for group in scene.groups:
+        number = 1 + world.KINDS.index(group.kind) * len(world.COLOURS) + world.COLOURS.index(group.colour)
+        for box in group.boxes:
+            rows = (box.top <= centres) & (centres <= box.bottom)
+            columns = (box.left <= centres) & (centres <= box.right)
+            things[np.ix_(rows, columns)] = number
+    return things
+
+
 def _render_all(folder: Path, total: int, data: DataSection) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    size, cells = data.size, data.size // 8
-    images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, (total, size, size, 3))
-    masks = np.lib.format.open_memmap(folder / "masks.npy", "w+", np.uint8, (total, cells, cells))
-    labels: list[NDArray[np.uint8]] = []
-    captions: list[list[str]] = []
+    shape = (total, data.size, data.size, 3)
+    images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, shape)
+    parts: list[Pictures] = []
     jobs = [(start, min(start + 500, total), data) for start in range(0, total, 500)]
     with ProcessPoolExecutor() as pool:
         for (start, stop, _), part in zip(jobs, pool.map(_render_some, jobs), strict=True):
-            images[start:stop], masks[start:stop] = part.images, part.masks
-            labels.append(part.labels)  # type: ignore[arg-type]
-            captions.extend(part.captions)
-    np.save(folder / "labels.npy", np.concatenate(labels))
+            images[start:stop] = part.images
+            parts.append(replace(part, images=images[start:stop]))
     images.flush()
-    masks.flush()
-    (folder / "captions.json").write_text(json.dumps(captions))
+    for name in ("labels", "masks", "things"):
+        np.save(folder / f"{name}.npy", np.concatenate([getattr(part, name) for part in parts]))
+    (folder / "captions.json").write_text(json.dumps([each for part in parts for each in part.captions]))
 
 
 def _render_some(job: tuple[int, int, DataSection]) -> Pictures:
     from ldm import postcards
 
     start, stop, data = job
-    images, captions, labels, masks = [], [], [], []
+    images, captions, labels, masks, things = [], [], [], [], []
     cells = data.size // 8
     for number in range(start, stop):
         rng = random.Random(f"{data.seed}-{number}")
-        scene = postcards.sample_scene(rng)
+        scene = postcards.sample_scene(rng, compositions=data.compositions)
         images.append(postcards.render(scene, data.size))
-        captions.append([postcards.caption(scene, rng) for _ in range(data.captions)])
+        captions.append([_caption(scene, rng, data.reworded) for _ in range(data.captions)])
         labels.append(_multi_hot(scene))
+        things.append(_things(scene, data.size // 16))
         mask = postcards.object_mask(scene, data.size).reshape(cells, 8, cells, 8).mean((1, 3))
         masks.append((mask * 255).astype(np.uint8))
-    return Pictures(np.stack(images), captions, np.stack(labels), np.stack(masks))
+    return Pictures(np.stack(images), captions, np.stack(labels), np.stack(masks), np.stack(things))
+
+
+def _caption(scene: Scene, rng: random.Random, reworded: float) -> str:
+    from ldm import postcards
+
+    text = postcards.caption(scene, rng)
+    return postcards.reword(text, rng) if reworded and rng.random() < reworded else text
 
 
 # --- a folder of images ------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
-"""AdamW, in 8 bits where that is possible, and learning rates as functions of the step."""
+"""AdamW, in 8 bits where that is possible, Muon, and learning rates as functions of the step."""
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,7 +17,7 @@ from ldm.train.recipe import OptimiserSection
 def make_optimiser(
     params: Iterable[Tensor] | Iterable[dict[str, Any]], options: OptimiserSection
 ) -> torch.optim.Optimizer:
-    """AdamW over parameters, or over groups of them with their own ``lr``.
+    """AdamW over parameters, or over groups of them with their own ``lr``; or Muon where the recipe says so.
 
     With `use_8bit_adam` its moments take 2 bytes a parameter instead of 8 (bitsandbytes; Dettmers et al.
     2022, arXiv 2110.02861); without bitsandbytes or CUDA it warns and is torch's.
@@ -27,6 +28,8 @@ def make_optimiser(
         "weight_decay": options.adam_weight_decay,
         "eps": options.adam_epsilon,
     }
+    if options.use_muon:
+        return Muon(params, **settings)
     if options.use_8bit_adam:
         try:
             import bitsandbytes
@@ -39,6 +42,86 @@ def make_optimiser(
             missing = "there is no CUDA device"
         warnings.warn(f"use_8bit_adam: {missing}, so AdamW keeps its moments in 32 bits", stacklevel=2)
     return torch.optim.AdamW(params, **settings, fused=True)
+
+
+class Muon(torch.optim.AdamW):
+    """Momentum made orthogonal for matrices and convolutions, AdamW for the rest (Jordan et al. 2024).
+
+    A group with ``muon=False`` (an embedding, say) is left to AdamW, and so is a matrix that is thinner than
+    `THINNEST` (the first and last convolutions). An update has the root mean square 0.2 that AdamW's usually
+    has, so learning rates and weight decay are AdamW's (Liu et al. 2025, arXiv 2502.16982). torch's own Muon
+    takes no convolutions.
+    """
+
+    THINNEST = 32
+    MOMENTUM = 0.95
+
+    def __init__(self, params: Iterable[Tensor] | Iterable[dict[str, Any]], **settings: Any) -> None:
+        groups: list[dict[str, Any]] = []
+        for given in params:
+            group = {"params": [given]} if isinstance(given, Tensor) else given
+            whole = group.get("muon", True)
+            for muon in (True, False):
+                some = [
+                    p for p in group["params"] if (whole and min(_matrix(p).shape) >= self.THINNEST) == muon
+                ]
+                groups += [group | {"params": some, "muon": muon}] if some else []
+        super().__init__(groups, **settings, fused=True)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group["muon"]]
+        try:
+            loss = super().step(closure)
+        finally:
+            self.param_groups = groups
+        for group in groups:
+            if group["muon"]:
+                self._step(group)
+        return loss
+
+    def _step(self, group: dict[str, Any]) -> None:
+        alike: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        for p in group["params"]:
+            if p.grad is not None:
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                state["momentum"].lerp_(p.grad, 1 - self.MOMENTUM)
+                ahead = _matrix(p.grad.lerp(state["momentum"], self.MOMENTUM))  # Nesterov's
+                alike[ahead.shape].append((p, ahead))
+        for shape, some in alike.items():
+            updates = orthogonal(torch.stack([ahead for _, ahead in some]))
+            for (p, _), update in zip(some, updates, strict=True):
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(_like(update, p), alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """About U V^T of U S V^T, for [N, m, n]: five steps of Newton and Schulz, with Jordan's numbers."""
+    x = matrices.bfloat16()
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    a, b, c = 3.4445, -4.7750, 2.0315
+    for _ in range(5):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    near: Tensor = x.mT if tall else x
+    return near.type_as(matrices)
+
+
+def _matrix(p: Tensor) -> Tensor:
+    """[outputs, all else] of a weight, in the order of channels_last; [n, 1] of a vector."""
+    return p.permute(0, 2, 3, 1).flatten(1) if p.ndim == 4 else p.reshape(len(p) if p.ndim else 1, -1)
+
+
+def _like(matrix: Tensor, p: Tensor) -> Tensor:
+    """What `_matrix` made of a weight, in the weight's shape."""
+    if p.ndim != 4:
+        return matrix.view_as(p)
+    return matrix.view(p.shape[0], *p.shape[2:], p.shape[1]).permute(0, 3, 1, 2)
 
 
 def lr_factor(options: OptimiserSection, step: int, total: float) -> float:

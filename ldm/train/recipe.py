@@ -42,10 +42,24 @@ class DataSection(Section):
     folder: Path | None = None  # images with captions, as `ldm folder` reads them; None renders postcards
     count: int = Field(60_000, ge=1)  # postcards to render
     captions: int = Field(4, ge=1)  # captions written for each postcard
+    reworded: float = Field(0.0, ge=0, le=1)  # share of them said in other words, `ldm.postcards.reword`
+    compositions: dict[str, Annotated[float, Field(ge=0)]] = {}  # weights of postcards' COMPOSITIONS
     size: int = Field(128, ge=32, multiple_of=8)  # pixels, square
     seed: int = 1
     held_out: int = Field(512, ge=1)  # pictures kept for the held-out loss
     cache: Path = Path("runs/data")  # where rendered pictures are kept between runs
+
+    @field_validator("compositions")
+    @classmethod
+    def _known(cls, value: dict[str, float]) -> dict[str, float]:
+        from ldm.postcards.scene import COMPOSITIONS
+
+        for name in value:
+            if name not in COMPOSITIONS:
+                raise ValueError(f"{name} is no composition: they are {', '.join(COMPOSITIONS)}")
+        if value and not any(value.values()):
+            raise ValueError("give one of them a weight above 0")
+        return value
 
 
 class LossSection(Section):
@@ -139,6 +153,8 @@ class OptimiserSection(Section):
     """warmup_stable_decay: the part of the run after which the rate falls, by a cosine, to 2 %"""
     use_8bit_adam: bool = False
     """keep moments in 8 bits (bitsandbytes, CUDA)"""
+    use_muon: bool = False
+    """orthogonal momentum for matrices and convolutions, AdamW for the rest"""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     """decay of the mean of gradients"""
     adam_beta2: float = Field(0.999, ge=0, lt=1)

@@ -4,6 +4,10 @@ The loss is the plain one of `ldm.train.loss`, weighted towards the cells that a
 (`object_weight`): backgrounds are learnt quickly, and they are most of a picture. A tenth of the captions are
 dropped for classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598).
 
+Beside it the U-Net may learn to say which thing of which colour is in each part of the picture, read off its
+features where text has first met layout (`align`): a short cut to what aligning features gives (REPA, Yu et
+al. 2025, arXiv 2410.06940), for a world that knows what it has drawn.
+
 The log's `caption_gap` is the held-out loss at t = 0.8 T with shuffled captions minus that with the right
 ones: the early sign that pictures will follow their prompts.
 """
@@ -18,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 
@@ -26,6 +31,7 @@ from ldm.checkpoint import Parts, save_folder
 from ldm.images import grid
 from ldm.models import AutoencoderKL, AutoencoderTiny
 from ldm.schedule import Schedule
+from ldm.train.alignment import Alignment
 from ldm.train.clip import pick_captions, tokenise
 from ldm.train.data import Pictures
 from ldm.train.loop import Batch, Task
@@ -40,18 +46,21 @@ from ldm.train.loss import (
 from ldm.train.recipe import LossSection, loss_settings
 
 _PLAIN = LossSection()  # uniform timesteps, unit noise, square error
+_LAYOUT = LossSection(min_timestep=600)
 
 
 @dataclass(frozen=True)
 class Latents:
     """What the denoiser is trained on.
 
-    latents: fp16 [N, c, h, w]; tokens: [N, captions, length]; weights: uint8 [N, h, w], 255 on objects.
+    latents: fp16 [N, c, h, w]; tokens: [N, captions, length]; weights: uint8 [N, h, w], 255 on objects;
+    things: uint8 [N, h / 2, w / 2], which thing is there, 0 none.
     """
 
     latents: Tensor
     tokens: Tensor
     weights: Tensor | None
+    things: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -69,9 +78,10 @@ def _encode(pictures: Pictures, vae: AutoencoderKL | AutoencoderTiny) -> Tensor:
 
 
 def _cached(file: Path, make: Callable[[], Tensor]) -> Tensor:
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        np.save(file, make().numpy())
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_name(f".{file.stem}.lock")):  # of several processes one makes it
+        if not file.exists():
+            np.save(file, make().numpy())
     return torch.from_numpy(np.load(file))
 
 
@@ -96,14 +106,19 @@ def prepare(pictures: Pictures, vae: AutoencoderKL | AutoencoderTiny, tokenizer:
         cache / f"tokens-{count}-{by_vocabulary.hexdigest()[:12]}.npy",
         lambda: tokenise(tokenizer, pictures.captions),
     )
-    weights = None if pictures.masks is None else torch.from_numpy(pictures.masks.copy())
-    return Latents(latents, tokens, weights)
+    weights, things = (
+        None if each is None else torch.from_numpy(each.copy()) for each in (pictures.masks, pictures.things)
+    )
+    return Latents(latents, tokens, weights, things)
 
 
 class UNetTask(Task):
     """Trains a pipeline's U-Net and, at `text_lr` times its rate, the text encoder (0 freezes it).
 
-    loss keys: object_weight, drop (share of captions dropped), text_lr.
+    loss keys: object_weight; drop (share of captions dropped); text_lr; layout (share of the batch whose
+    noise leaves only the layout to decide, t from 0.6 T; the others have any); fine (weight of the latent
+    channels after the first `coarse`: a widened VAE's new ones hold details); align (weight of naming what is
+    where from the features).
     """
 
     def __init__(
@@ -114,14 +129,19 @@ class UNetTask(Task):
         self.unet, self.text_encoder = parts.unet, parts.text_encoder
         self.schedule = Schedule.from_config(parts.scheduler)
         self.train_set, self.held_out = train, held_out
-        self.weights = loss_settings({"object_weight": 2.0, "drop": 0.1, "text_lr": 0.5}, loss)
+        defaults = {"object_weight": 2.0, "drop": 0.1, "text_lr": 0.5, "layout": 0.0}
+        self.weights = loss_settings(defaults | {"coarse": 0.0, "fine": 1.0, "align": 0.0}, loss)
         self.text_encoder.requires_grad_(self.weights["text_lr"] > 0)
         # SDPA's backward is slow on a CPU for so few tokens: 0.16 against 0.12 s for 32 captions of 48.
         self.text_encoder.set_attn_implementation("eager")
         self.empty_prompt = torch.tensor(parts.tokenizer("", padding="max_length")["input_ids"])
+        known = train.things is not None  # not in a folder of somebody's pictures
+        self.alignment = Alignment(self.unet) if self.weights["align"] and known else None
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         groups: list[dict[str, Any]] = [{"params": list(self.unet.parameters()), "lr": lr}]
+        if self.alignment is not None:
+            groups.append({"params": list(self.alignment.parameters()), "lr": lr})
         if self.weights["text_lr"] > 0:
             groups.append(
                 {"params": list(self.text_encoder.parameters()), "lr": lr * self.weights["text_lr"]}
@@ -133,7 +153,10 @@ class UNetTask(Task):
         index = torch.randint(len(data), (size,), generator=rng)
         ids = pick_captions(data.tokens, index, rng)
         ids[torch.rand(size, generator=rng) < self.weights["drop"]] = self.empty_prompt
-        t = draw_timesteps(timestep_probabilities(_PLAIN, len(self.schedule.alphas_cumprod)), size, rng)
+        steps = len(self.schedule.alphas_cumprod)
+        t = draw_timesteps(timestep_probabilities(_PLAIN, steps), size, rng)
+        early = draw_timesteps(timestep_probabilities(_LAYOUT, steps), size, rng)
+        t = torch.where(torch.rand(size, generator=rng) < self.weights["layout"], early, t)
         return self._batch(data, index, ids, t, rng)
 
     def _batch(self, data: Latents, index: Tensor, ids: Tensor, t: Tensor, rng: torch.Generator) -> Batch:
@@ -142,22 +165,33 @@ class UNetTask(Task):
         batch = {"x0": x0, "noise": noise, "t": t, "ids": ids}
         if data.weights is not None:
             batch["weight"] = 1 + self.weights["object_weight"] * data.weights[index].float() / 255
+        if self.alignment is not None and data.things is not None:
+            batch["things"] = data.things[index].long()
         return batch
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         square, weight = self._square_error(batch), batch.get("weight")
-        plain = square.mean()
-        if weight is None:
-            return plain, {"mse": plain.detach()}
-        return (square * weight).sum() / weight.sum(), {"mse": plain.detach()}
+        extra = {"mse": square.mean().detach()}
+        loss = square.mean() if weight is None else (square * weight).sum() / weight.sum()
+        if self.alignment is not None:
+            gap = self.alignment(batch["things"])
+            loss, extra["align"] = loss + self.weights["align"] * gap, gap.detach()
+        return loss, extra
 
     def _square_error(self, batch: Batch) -> Tensor:
-        """Error of the output against its target, squared, mean over channels: [B, h, w]."""
+        """Error of the output against its target, squared, weighted mean over channels: [B, h, w]."""
         x0, noise, t = batch["x0"], batch["noise"], batch["t"]
         tokens = self.text_encoder(input_ids=batch["ids"]).last_hidden_state
         noisy = noisy_latents(x0, noise, t, self.schedule).contiguous(memory_format=torch.channels_last)
         target = training_target(x0, noise, t, self.schedule)
-        return pixel_losses(self.unet(noisy, t, tokens), target, _PLAIN)
+        output, coarse = self.unet(noisy, t, tokens), int(self.weights["coarse"])
+        if not 0 < coarse < output.shape[1]:
+            return pixel_losses(output, target, _PLAIN)
+        first = pixel_losses(output[:, :coarse], target[:, :coarse], _PLAIN)
+        rest = pixel_losses(output[:, coarse:], target[:, coarse:], _PLAIN)
+        share = self.weights["fine"] * (output.shape[1] / coarse - 1)
+        total: Tensor = (first + share * rest) / (1 + share)
+        return total
 
     def evaluate(self) -> dict[str, float]:
         data, rng = self.held_out, torch.Generator().manual_seed(0)

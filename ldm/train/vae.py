@@ -6,6 +6,9 @@ colours) + L2. Three things make the latents easy for a U-Net to model:
 - noise is added before decoding, so what the picture hardly needs is not stored at great strength;
 - on some steps the latents are pooled 2x and must decode to the pooled picture, so a latent is a small image
   (equivariance to scale; Kouzelis et al. 2025, "EQ-VAE").
+
+An autoencoder that is widened from a narrower one keeps that one's channels by a loss: the U-Net that was
+trained on them can be widened too, and goes on from what it has learnt.
 """
 
 from __future__ import annotations
@@ -31,7 +34,8 @@ class VAETask(Task):
 
     loss keys: gradient, pooled, l2, moments, noise (std added to latents), pooled_steps (share of steps that
     decode pooled latents), crop (pixels of the random square that is cut from each picture, 0 for all of it:
-    a convolutional autoencoder learns as much from a pixel of a crop, and makes four times the steps).
+    a convolutional autoencoder learns as much from a pixel of a crop, and makes four times the steps), keep
+    (how far the first channels may leave those of `narrow`).
     """
 
     def __init__(
@@ -41,9 +45,11 @@ class VAETask(Task):
         held_out: Pictures,
         loss: dict[str, float],
         decoder_only: bool,
+        narrow: AutoencoderTiny | None = None,
     ) -> None:
         super().__init__()
         self.vae = vae
+        self.narrow = None if narrow is None else narrow.requires_grad_(False)
         self.decoder_only = decoder_only
         vae.encoder.requires_grad_(not decoder_only)
         self.train_pictures, self.held_out = train, held_out
@@ -55,7 +61,7 @@ class VAETask(Task):
             "noise": 0.1,
             "pooled_steps": 0.3,
         }
-        self.weights = loss_settings(defaults | {"crop": 0.0}, loss)
+        self.weights = loss_settings(defaults | {"crop": 0.0, "keep": 1.0}, loss)
 
     def batch(self, rng: torch.Generator, size: int, number: int = 0) -> Batch:
         index = torch.randint(len(self.train_pictures), (size,), generator=rng)
@@ -87,10 +93,14 @@ class VAETask(Task):
         loss = loss + w["pooled"] * (F.avg_pool2d(gap, 2).abs().mean() + F.avg_pool2d(gap, 8).abs().mean())
         mean, std = z.float().mean((0, 2, 3)), z.float().std((0, 2, 3))
         moments = mean.square().mean() + (std - 1).square().mean()
-        return loss + w["moments"] * moments, {
-            "l2": gap.detach().square().mean(),
-            "moments": moments.detach(),
-        }
+        extra = {"l2": gap.detach().square().mean(), "moments": moments.detach()}
+        loss = loss + w["moments"] * moments
+        if self.narrow is not None:
+            with torch.no_grad():
+                kept = self.narrow.encode_latents(batch["x"].contiguous(memory_format=torch.channels_last))
+            drift = (z[:, : kept.shape[1]] - kept).float().square().mean()
+            loss, extra["drift"] = loss + w["keep"] * drift, drift.detach()
+        return loss, extra
 
     def _reconstruct(self, pictures: Pictures, count: int) -> tuple[Tensor, Tensor]:
         x = pictures.tensors(torch.arange(min(count, len(pictures)))).to(next(self.parameters()).device)

@@ -1,16 +1,21 @@
-"""A text-to-image U-Net widened for inpainting, as runwayml's stable-diffusion-inpainting began."""
+"""Widened networks: a text-to-image U-Net for inpainting, and a VAE and its U-Net to more latent channels.
+
+For inpainting as runwayml's stable-diffusion-inpainting began. Of more latent channels the first are the old
+ones, so that what a U-Net has learnt of them holds.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import nn
 from torch.nn import functional as F
 
 from ldm.adapters.layers import share
 from ldm.checkpoint import Parts
 from ldm.errors import UserError
-from ldm.models import UNet
+from ldm.models import AutoencoderTiny, UNet, build
 from ldm.tasks import Kind, kind_of
 
 
@@ -57,3 +62,58 @@ def widen_unet(unet: UNet, latent_channels: int = 4) -> UNet:
     wide.conv_in.weight = nn.Parameter(weight, old.requires_grad)
     wide.conv_in.in_channels = wanted
     return wide
+
+
+# --- more latent channels ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def widen_vae(vae: AutoencoderTiny, latent_channels: int) -> AutoencoderTiny:
+    """An autoencoder of more latent channels, the first of them those of `vae`.
+
+    The new ones are random views of the encoder's last features, and the decoder does not look at them yet:
+    it draws what `vae` draws.
+
+    Raises:
+        UserError: for fewer channels than `vae` has.
+    """
+    have = vae.latent_channels
+    if latent_channels < have:
+        raise UserError(
+            f"{latent_channels} latent channels are fewer than the {have} of the VAE: it can only widen"
+        )
+    wide = build(vae.to_config() | {"latent_channels": latent_channels})
+    assert isinstance(wide, AutoencoderTiny)
+    for name, value in wide.named_parameters():
+        if name == "decoder.layers.0.weight":
+            value.zero_()
+    _copy_into(wide, vae)
+    return wide
+
+
+@torch.no_grad()
+def widen_latents(unet: UNet, latent_channels: int) -> UNet:
+    """The U-Net for a widened VAE: at first it ignores the new channels, and answers 0 for them.
+
+    Raises:
+        UserError: for fewer channels than `unet` has.
+    """
+    have = unet.config.in_channels
+    if latent_channels < have:
+        raise UserError(
+            f"{latent_channels} latent channels are fewer than the {have} of the U-Net: it can only widen"
+        )
+    wide = build(unet.to_config() | {"in_channels": latent_channels, "out_channels": latent_channels})
+    assert isinstance(wide, UNet)
+    for name, value in wide.named_parameters():
+        if name in ("conv_in.weight", "conv_out.weight", "conv_out.bias"):
+            value.zero_()
+    _copy_into(wide, unet)
+    return wide
+
+
+def _copy_into(wide: nn.Module, narrow: nn.Module) -> None:
+    """Each tensor into the first places of the one of its name; the other places stay as they are."""
+    into = wide.state_dict()
+    for name, value in narrow.state_dict().items():
+        into[name][tuple(slice(n) for n in value.shape)].copy_(value)

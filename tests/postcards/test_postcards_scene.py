@@ -192,3 +192,14 @@ def test_labels_say_what_the_scene_says():
             assert COLOURS[labels.colour[k]] == group.colour
             assert labels.x[k] == pytest.approx(np.mean([(b.left + b.right) / 2 for b in group.boxes]))
             assert labels.y[k] == pytest.approx(np.mean([(b.top + b.bottom) / 2 for b in group.boxes]))
+
+
+def test_compositions_are_drawn_as_weighted():
+    rng = random.Random(0)
+    weights = {"one": 1, "beside": 2, "stacked": 1}
+    drawn = [postcards.sample_scene(rng, compositions=weights) for _ in range(2000)]
+    assert not any(is_held_out(g.kind, g.colour) for scene in drawn for g in scene.groups)
+    counts = Counter(scene.relation for scene in drawn)
+    assert counts["left of"] / 2000 == pytest.approx(0.5, abs=0.03)
+    assert counts["above"] / 2000 == pytest.approx(0.25, abs=0.03)
+    assert {composition(scene) for scene in drawn} == {"one", "pair"}

@@ -1,6 +1,7 @@
 """Training pictures: rendered postcards and folders of images."""
 
 import json
+import random
 
 import numpy as np
 import pytest
@@ -21,8 +22,6 @@ def test_postcards_are_the_world_s_own(tmp_path):
     train, held_out = load_pictures(section(tmp_path, count=6))
     assert (len(train), len(held_out)) == (6, 2)
     assert train.images.shape == (6, 32, 32, 3)
-    import random
-
     rng = random.Random("1-4")
     scene = postcards.sample_scene(rng)
     assert np.array_equal(train.images[4], postcards.render(scene, 32))
@@ -32,6 +31,34 @@ def test_postcards_are_the_world_s_own(tmp_path):
     named = postcards.encode_labels(scene)
     assert np.array_equal(train.labels[4][: len(postcards.KINDS)], (named.count > 0).astype(np.uint8))
     assert train.labels[4].sum() == 2 * (named.count > 0).sum() + (named.count > 1).sum() + 3
+
+
+def test_things_are_where_their_boxes_are_and_compositions_are_those_asked_for(tmp_path):
+    mix = {"beside": 1.0}
+    train, _ = load_pictures(section(tmp_path, count=6, size=128, compositions=mix))
+    plain, _ = load_pictures(section(tmp_path, count=6, size=128))
+    assert not np.array_equal(train.images, plain.images)  # kept apart in the cache
+    for number in range(6):
+        scene = postcards.sample_scene(random.Random(f"1-{number}"), compositions=mix)
+        first, second = scene.groups
+        found = train.things[number]
+        assert set(np.unique(found)) <= {0} | {_number(first), _number(second)}
+        for group in scene.groups:
+            column = int(group.boxes[0].x * 8)
+            row = int(group.boxes[0].y * 8)
+            assert found[row, column] == _number(group)
+
+
+def _number(group):
+    return (
+        1 + postcards.KINDS.index(group.kind) * len(postcards.COLOURS) + postcards.COLOURS.index(group.colour)
+    )
+
+
+def test_captions_are_reworded_as_often_as_asked(tmp_path):
+    train, _ = load_pictures(section(tmp_path, count=40, captions=4, reworded=1.0))
+    plain, _ = load_pictures(section(tmp_path, count=40, captions=4))
+    assert len({*map(tuple, train.captions)} - {*map(tuple, plain.captions)}) > 30
 
 
 def test_postcards_are_rendered_once(tmp_path):

@@ -1,4 +1,4 @@
-"""AdamW against torch's formula and a stand-in for bitsandbytes; learning rates against transformers."""
+"""AdamW and Muon against torch's, a stand-in for bitsandbytes; learning rates against transformers."""
 
 import math
 import sys
@@ -122,3 +122,67 @@ def test_8_bits_are_missed_with_a_warning(bitsandbytes, monkeypatch):
 def test_options_that_make_no_sense_are_refused(options):
     with pytest.raises(ValidationError, match=next(iter(options))):
         OptimiserSection(**options)
+
+
+# --- Muon ------------------------------------------------------------------------------------------------
+
+
+def some_parameters(*shapes):
+    rng = torch.Generator().manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(shape, generator=rng)) for shape in shapes]
+
+
+def some_steps(optimiser, params, count=3):
+    rng = torch.Generator().manual_seed(1)
+    for _ in range(count):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=rng)
+        optimiser.step()
+
+
+def test_muon_is_torch_s_for_matrices_and_for_convolutions_as_matrices():
+    options = OptimiserSection(use_muon=True, learning_rate=1e-2, adam_weight_decay=0.1)
+    ours = some_parameters((48, 96), (96, 40), (48, 96))
+    theirs = some_parameters((48, 96), (96, 40), (48, 96))
+    reference = torch.optim.Muon(theirs, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    before = [p.detach().clone() for p in ours]
+    some_steps(make_optimiser(ours, options), ours)
+    some_steps(reference, theirs)
+    for start, a, b in zip(before, ours, theirs, strict=True):
+        assert ((a - b).norm() / (b - start).norm()).item() < 0.04  # both in bf16
+
+    (flat,) = some_parameters((48, 36 * 9))
+    for order in (torch.contiguous_format, torch.channels_last):
+        (conv,) = some_parameters((48, 36, 3, 3))
+        conv = torch.nn.Parameter(conv.detach().contiguous(memory_format=order))
+        (start,) = some_parameters((48, 36 * 9))
+        matrix = torch.nn.Parameter(start.detach().clone())
+        some_steps(make_optimiser([conv], options), [conv])
+        some_steps(
+            torch.optim.Muon([matrix], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"), [matrix]
+        )
+        assert ((conv.detach().flatten(1) - matrix).norm() / (matrix - flat).norm()).item() < 0.04
+
+
+def test_muon_s_updates_are_orthogonal_and_as_large_as_adamw_s():
+    (p,) = some_parameters((64, 256))
+    before = p.detach().clone()
+    some_steps(
+        make_optimiser([p], OptimiserSection(use_muon=True, learning_rate=0.1, adam_weight_decay=0)), [p], 1
+    )
+    update = (before - p.detach()) / 0.1
+    singular = torch.linalg.svdvals(update) / (0.2 * math.sqrt(256))
+    assert 0.5 < singular.min() <= singular.max() < 1.3
+    assert update.square().mean().sqrt().item() == pytest.approx(0.2, rel=0.2)
+
+
+def test_muon_leaves_vectors_thin_matrices_and_marked_groups_to_adamw():
+    shapes = [(64,), (3, 64, 3, 3), (64, 3, 3, 3)]
+    ours, theirs = some_parameters(*shapes, (50, 64)), some_parameters(*shapes, (50, 64))
+    groups = [{"params": ours[:3], "lr": 0.01}, {"params": ours[3:], "lr": 0.002, "muon": False}]
+    optimiser = make_optimiser(groups, OptimiserSection(use_muon=True))
+    some_steps(optimiser, ours)
+    plain = [{"params": theirs[:3], "lr": 0.01}, {"params": theirs[3:], "lr": 0.002}]
+    some_steps(make_optimiser(plain, OptimiserSection()), theirs)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert [group["lr"] for group in optimiser.param_groups] == [0.01, 0.002]

@@ -1,5 +1,7 @@
 """The three tasks: losses against diffusers' schedulers and closed forms, exports against loaders."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from ldm.train.data import Pictures
 from ldm.train.unet import UNetTask, prepare
 from ldm.train.vae import VAETask, load_vae
 from ldm.train.vocabulary import train_vocabulary
+from ldm.train.widen import widen_vae
 
 CAPTIONS = ["a red car", "a blue house", "the sea at night", "snow"]
 
@@ -110,6 +113,56 @@ def test_unet_loss_and_gradients_equal_a_plain_step(tokenizer_dir, pictures, pre
     assert ((ours - theirs).abs().max() / theirs.abs().max()).item() < 1e-5
 
 
+def test_a_widened_vae_s_fine_channels_weigh_as_asked(tokenizer_dir, pictures):
+    parts = parts_for(tokenizer_dir, "v_prediction")
+    data = prepare(pictures, parts.vae, parts.tokenizer, tokenizer_dir.parent / "cache")
+    task = UNetTask(parts, data, data, {"object_weight": 0, "coarse": 2, "fine": 0.25}, [])
+    batch = task.batch(torch.Generator().manual_seed(3), 6)
+    scheduler = DDPMScheduler.from_config(parts.scheduler)
+    noisy = scheduler.add_noise(batch["x0"], batch["noise"], batch["t"])
+    target = scheduler.get_velocity(batch["x0"], batch["noise"], batch["t"])
+    output = parts.unet(noisy, batch["t"], parts.text_encoder(input_ids=batch["ids"]).last_hidden_state)
+    each = ((output - target) ** 2).mean((0, 2, 3))
+    expected = (each[0] + each[1] + 0.25 * each[2]) / 2.25
+    assert task(batch)[0].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_layout_s_share_of_timesteps_has_much_noise(tokenizer_dir, pictures):
+    parts = parts_for(tokenizer_dir, "epsilon")
+    data = prepare(pictures, parts.vae, parts.tokenizer, tokenizer_dir.parent / "cache")
+    task = UNetTask(parts, data, data, {"layout": 0.5}, [])
+    t = task.batch(torch.Generator().manual_seed(0), 4000)["t"]
+    assert (t >= 600).float().mean().item() == pytest.approx(0.5 + 0.5 * 0.4, abs=0.02)
+    assert t.min() < 20
+    assert t.max() > 980
+
+
+def test_alignment_is_learnt_from_words_and_noise(tokenizer_dir, pictures):
+    """Its loss equals one written out by hand, and trains the U-Net up to where it looks, and the text."""
+    parts = parts_for(tokenizer_dir, "epsilon")
+    things = np.zeros((12, 2, 2), np.uint8)
+    things[:, 0, 1] = 1 + 3 * 8 + 5  # the fourth kind in the sixth colour
+    known = replace(pictures, things=things)
+    data = prepare(known, parts.vae, parts.tokenizer, tokenizer_dir.parent / "cache")
+    task = UNetTask(parts, data, data, {"align": 0.5}, [])
+    batch = task.batch(torch.Generator().manual_seed(0), 4)
+    kept = []
+    parts.unet.up_blocks[0].register_forward_hook(lambda *call: kept.append(call[2]))
+    loss, extra = task(batch)
+    logits = task.alignment.head(torch.nn.functional.avg_pool2d(kept[0], 2))
+    kinds, colours = logits[:, :15].log_softmax(1), logits[:, 15:].log_softmax(1)
+    kind = torch.tensor([[0, 4], [0, 0]]).expand(4, 1, 2, 2)
+    expected = -kinds.gather(1, kind).mean() - colours[:, 5, 0, 1].sum() / 16
+    assert extra["align"].item() == pytest.approx(expected.item(), rel=1e-5)
+    plain = UNetTask(parts, data, data, {}, [])(batch)[0]
+    assert loss.item() == pytest.approx(plain.item() + 0.5 * expected.item(), rel=1e-5)
+    parts.unet(batch["x0"], 5, parts.text_encoder(input_ids=batch["ids"]).last_hidden_state)
+    task.alignment(batch["things"]).backward()
+    assert parts.unet.conv_in.weight.grad.abs().max() > 0
+    assert parts.unet.conv_out.weight.grad is None
+    assert parts.text_encoder.get_input_embeddings().weight.grad.abs().max() > 0
+
+
 def test_captions_are_dropped_at_the_rate_asked_for(tokenizer_dir, pictures):
     parts = parts_for(tokenizer_dir, "epsilon")
     data = prepare(pictures, parts.vae, parts.tokenizer, tokenizer_dir.parent / "cache")
@@ -153,6 +206,20 @@ def test_vae_export_has_latents_of_mean_0_and_variance_1(pictures, tmp_path):
     assert (after.std((0, 2, 3)) - 1).abs().max() < 1e-4
     mean, std = before.mean((0, 2, 3), keepdim=True), before.std((0, 2, 3), keepdim=True)
     assert torch.allclose(after, (before - mean) / std, atol=1e-3)
+
+
+def test_a_widened_vae_is_kept_near_the_narrow_one(pictures, tmp_path):
+    narrow = tiny_vae()
+    task = VAETask(widen_vae(narrow, 5), pictures, pictures, {"keep": 2.0}, False, narrow)
+    batch = task.batch(torch.Generator().manual_seed(0), 4)
+    assert task(batch)[1]["drift"] == 0
+    with torch.no_grad():
+        task.vae.encoder.layers[-1].bias += 0.5
+    free = VAETask(task.vae, pictures, pictures, {}, False)
+    assert task(batch)[1]["drift"].item() == pytest.approx(0.25, rel=1e-5)
+    assert task(batch)[0].item() == pytest.approx(free(batch)[0].item() + 2 * 0.25, rel=1e-5)
+    task(batch)[0].backward()
+    assert all(p.grad is None for p in task.narrow.parameters())
 
 
 def test_decoder_only_leaves_the_encoder_alone(pictures, tmp_path):

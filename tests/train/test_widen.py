@@ -8,8 +8,9 @@ from PIL import Image
 
 import ldm
 from ldm.checkpoint import load_parts, save_folder
+from ldm.models import build
 from ldm.runtime import choose
-from ldm.train.widen import widen, widen_unet
+from ldm.train.widen import widen, widen_latents, widen_unet, widen_vae
 
 FP32 = choose("cpu", "fp32")
 
@@ -106,3 +107,42 @@ def test_what_can_be_widened(families):
             widen(parts)
         with pytest.raises(ldm.UserError, match=f"of {taken} input channels cannot be made"):
             widen_unet(parts.unet)
+
+
+def tiny_vae(channels=3):
+    torch.manual_seed(0)
+    return build(
+        {
+            "_class_name": "AutoencoderTiny",
+            "encoder_block_out_channels": [8] * 4,
+            "decoder_block_out_channels": [8] * 4,
+            "num_encoder_blocks": [0, 1, 1, 1],
+            "num_decoder_blocks": [1, 1, 1, 0],
+            "latent_channels": channels,
+        }
+    )
+
+
+@torch.no_grad()
+def test_a_vae_of_more_channels_draws_as_before_and_its_first_channels_are_the_old_ones():
+    vae = tiny_vae()
+    wide = widen_vae(vae, 5)
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    assert torch.equal(wide.encode_latents(x)[:, :3], vae.encode_latents(x))
+    assert wide.encode_latents(x)[:, 3:].std() > 0.001
+    latents = torch.randn(2, 5, 4, 4)
+    assert relative_error(wide.decode(latents), vae.decode(latents[:, :3])) < 1e-6
+    assert wide.to_config() == vae.to_config() | {"latent_channels": 5}
+    with pytest.raises(ldm.errors.UserError, match="can only widen"):
+        widen_vae(wide, 3)
+
+
+def test_the_unet_of_a_widened_vae_answers_as_before(families):
+    unet = load_parts(families("sd1")[0], FP32).unet
+    wide = widen_latents(unet, 6)
+    latents = torch.randn(2, 6, 8, 8)
+    out = call(wide, latents)
+    assert relative_error(out[:, :4], call(unet, latents[:, :4])) < 1e-6
+    assert not out[:, 4:].any()
+    with pytest.raises(ldm.errors.UserError, match="can only widen"):
+        widen_latents(wide, 4)
