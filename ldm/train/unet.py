@@ -143,9 +143,9 @@ class UNetTask(Task):
         if self.alignment is not None:
             groups.append({"params": list(self.alignment.parameters()), "lr": lr})
         if self.weights["text_lr"] > 0:
-            groups.append(
-                {"params": list(self.text_encoder.parameters()), "lr": lr * self.weights["text_lr"]}
-            )
+            text = list(self.text_encoder.parameters())
+            # Its embeddings are rows that are rarely seen, which Muon would pull as hard as the others.
+            groups.append({"params": text, "lr": lr * self.weights["text_lr"], "muon": False})
         return groups
 
     def batch(self, rng: torch.Generator, size: int, number: int = 0) -> Batch:

@@ -14,6 +14,7 @@ from tiny_training import tiny_recipe as recipe
 from ldm.errors import UserError
 from ldm.train.checkpoint import newest_state
 from ldm.train.loop import train
+from ldm.train.optimiser import Muon
 from ldm.train.recipe import load_recipe
 
 
@@ -61,6 +62,17 @@ def test_stopped_in_any_part_of_any_step_it_goes_on_bit_for_bit(whole, tmp_path,
     assert hashes(tmp_path) == hashes(whole)
     assert curve(tmp_path) == curve(whole)
     assert all(torch.equal(value, exported(whole)[name]) for name, value in exported(tmp_path).items())
+
+
+def test_muon_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr(Muon, "THINNEST", 1)
+    settings = recipe(8, muon=True)
+    train(Line(), settings, tmp_path / "whole")
+    train(Line(interrupt=5), settings, tmp_path / "parts")
+    train(Line(), settings, tmp_path / "parts")
+    assert hashes(tmp_path / "parts") == hashes(tmp_path / "whole")
+    train(Line(), recipe(8), tmp_path / "adamw")
+    assert hashes(tmp_path / "adamw") != hashes(tmp_path / "whole")
 
 
 def test_what_came_after_the_last_state_is_made_again(tmp_path):

@@ -7,9 +7,10 @@ import types
 import pytest
 import torch
 from pydantic import ValidationError
+from tiny_training import forked
 from transformers import get_scheduler
 
-from ldm.train.optimiser import lr_factor, make_optimiser
+from ldm.train.optimiser import _shared, lr_factor, make_optimiser, orthogonal
 from ldm.train.recipe import OptimiserSection
 
 
@@ -174,6 +175,23 @@ def test_muon_s_updates_are_orthogonal_and_as_large_as_adamw_s():
     singular = torch.linalg.svdvals(update) / (0.2 * math.sqrt(256))
     assert 0.5 < singular.min() <= singular.max() < 1.3
     assert update.square().mean().sqrt().item() == pytest.approx(0.2, rel=0.2)
+
+
+def _share(rank, file):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    torch.save(_shared(orthogonal, some_parameters((3, 40, 50))[0].detach()), f"{file}-{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_share_the_work_and_have_the_same_updates(tmp_path):
+    processes = [forked().Process(target=_share, args=(rank, tmp_path / "met")) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    expected = orthogonal(some_parameters((3, 40, 50))[0].detach())
+    for rank in range(2):
+        assert torch.equal(torch.load(tmp_path / f"met-{rank}"), expected)
 
 
 def test_muon_leaves_vectors_thin_matrices_and_marked_groups_to_adamw():
