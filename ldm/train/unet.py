@@ -15,6 +15,7 @@ ones: the early sign that pictures will follow their prompts.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -79,9 +80,12 @@ def _encode(pictures: Pictures, vae: AutoencoderKL | AutoencoderTiny) -> Tensor:
 
 def _cached(file: Path, make: Callable[[], Tensor]) -> Tensor:
     file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(file.with_name(f".{file.stem}.lock")):  # of several processes one makes it
+    with FileLock(file.with_name(f".{file.stem}.lock")):
         if not file.exists():
+            threads = torch.get_num_threads()
+            torch.set_num_threads(os.cpu_count() or 1)  # other processes of the run are waiting
             np.save(file, make().numpy())
+            torch.set_num_threads(threads)
     return torch.from_numpy(np.load(file))
 
 

@@ -195,17 +195,11 @@ def test_unet_export_opens_and_draws(tokenizer_dir, pictures, tmp_path):
         assert torch.equal(loaded[name], value.to(torch.bfloat16).float())
 
 
-def test_vae_export_has_latents_of_mean_0_and_variance_1(pictures, tmp_path):
+def test_vae_export_is_the_autoencoder_as_it_was_measured(pictures, tmp_path):
     vae = tiny_vae()
-    task = VAETask(vae, pictures, pictures, {}, decoder_only=False)
-    task.export(tmp_path / "vae")
-    x = pictures.tensors(torch.arange(12))
-    before, after = vae.encode_latents(x), load_vae(tmp_path / "vae").encode_latents(x)
-    assert before.mean((0, 2, 3)).abs().max() > 1e-3  # there was something to fold
-    assert after.mean((0, 2, 3)).abs().max() < 1e-4
-    assert (after.std((0, 2, 3)) - 1).abs().max() < 1e-4
-    mean, std = before.mean((0, 2, 3), keepdim=True), before.std((0, 2, 3), keepdim=True)
-    assert torch.allclose(after, (before - mean) / std, atol=1e-3)
+    VAETask(vae, pictures, pictures, {}, decoder_only=False).export(tmp_path / "vae")
+    for name, value in load_vae(tmp_path / "vae").state_dict().items():
+        assert torch.equal(value, vae.state_dict()[name])
 
 
 def test_a_widened_vae_is_kept_near_the_narrow_one(pictures, tmp_path):
