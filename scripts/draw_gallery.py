@@ -1,23 +1,24 @@
-"""Draw docs/gallery.md: every prompt of docs/gallery.txt with the same seeds, whatever comes.
+"""Draw docs/gallery.md: every prompt of docs/gallery.txt with the same four seeds, whatever comes.
 
-python scripts/draw_gallery.py [MODEL] [--steps N]
+`python scripts/draw_gallery.py`, or with a model's folder and an --out of its own.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ldm.errors import UserError
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 SEEDS = (0, 1, 2, 3)
 PAGE = """# Gallery
 
-{count} prompts written by hand ([gallery.txt](gallery.txt)),
-each drawn with seeds 0, 1, 2 and 3. None was picked, none left out:
-`python scripts/draw_gallery.py` draws it again.
+{count} prompts written by hand, each drawn with the seeds {seeds}. None was picked, none left out:
+`python scripts/draw_gallery.py` draws them again.
 
-| Prompt | Seeds 0 to 3 |
+| Prompt | |
 |---|---|
 {rows}
 """
@@ -25,25 +26,31 @@ each drawn with seeds 0, 1, 2 and 3. None was picked, none left out:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", nargs="?", help="default: the embedded model")
-    parser.add_argument("--steps", type=int, help="default: the model's own")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs")
-    args = parser.parse_args()
+    parser.add_argument("model", nargs="?", help="a folder (default: the embedded model)")
+    parser.add_argument("--prompts", type=Path, default=DOCS / "gallery.txt", help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=DOCS, help="folder of gallery.md (default: %(default)s)")
+    try:
+        _draw(parser.parse_args())
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
+
+def _draw(args: argparse.Namespace) -> None:
     import ldm
     from ldm.images import grid
 
-    prompts = (ROOT / "docs/gallery.txt").read_text().splitlines()
+    prompts = args.prompts.read_text("utf-8").splitlines()
     pipe = ldm.load(args.model) if args.model else ldm.load()
     folder = args.out / "gallery"
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for number, prompt in enumerate(prompts):
-        images = pipe([prompt] * len(SEEDS), seed=list(SEEDS), num_inference_steps=args.steps).images
         name = f"{number:02}.webp"
+        images = pipe([prompt] * len(SEEDS), seed=list(SEEDS)).images
         grid(images, columns=len(SEEDS)).save(folder / name, quality=92)
         rows.append(f"| {prompt} | ![{prompt}](gallery/{name}) |")
-    (args.out / "gallery.md").write_text(PAGE.format(count=len(prompts), rows="\n".join(rows)))
+    page = PAGE.format(count=len(prompts), seeds=", ".join(map(str, SEEDS)), rows="\n".join(rows))
+    (args.out / "gallery.md").write_text(page, "utf-8")
 
 
 if __name__ == "__main__":

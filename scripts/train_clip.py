@@ -13,19 +13,22 @@ from ldm.train.recipe import Recipe
 
 def make_task(recipe: Recipe, args: argparse.Namespace) -> Task:
     import torch
+    from filelock import FileLock
 
+    from ldm.checkpoint.io import whole_folder
     from ldm.train.clip import CLIPTask
     from ldm.train.data import load_pictures
-    from ldm.train.vocabulary import known_words, train_vocabulary
+    from ldm.train.vocabulary import train_vocabulary
 
     pictures, held_out = load_pictures(recipe.data)
     model = dict(recipe.model)
-    tokenizer, export = args.run_dir / "tokenizer", args.run_dir / "export"
+    tokenizer = args.run_dir / "tokenizer"
     captions = [caption for each in pictures.captions for caption in each]
-    if not (tokenizer / "vocab.json").exists():
-        train_vocabulary(captions, model["merges"], model["length"], tokenizer)
-    export.mkdir(parents=True, exist_ok=True)
-    (export / "words.txt").write_text("\n".join(known_words(captions)) + "\n")
+    args.run_dir.mkdir(parents=True, exist_ok=True)
+    with FileLock(args.run_dir / ".tokenizer.lock"):  # of several processes one learns it
+        if not tokenizer.exists():
+            with whole_folder(tokenizer) as aside:
+                train_vocabulary(captions, model["merges"], model["length"], aside)
     torch.manual_seed(recipe.run.seed)
     return CLIPTask(model, tokenizer, pictures, held_out, recipe.loss)
 

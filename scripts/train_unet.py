@@ -10,6 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ldm.errors import UserError
 from ldm.train.cli import start
 from ldm.train.loop import Task
 from ldm.train.recipe import Recipe
@@ -19,6 +20,7 @@ def make_task(recipe: Recipe, args: argparse.Namespace) -> Task:
     import torch
 
     from ldm.checkpoint.clip import load_text_encoder, load_tokenizer
+    from ldm.checkpoint.fit import check_fit
     from ldm.checkpoint.folder import Defaults, Parts, load_module, read_words
     from ldm.models import AutoencoderKL, AutoencoderTiny, UNet, build
     from ldm.train.data import load_pictures
@@ -29,9 +31,11 @@ def make_task(recipe: Recipe, args: argparse.Namespace) -> Task:
     torch.manual_seed(recipe.run.seed)
     model = dict(recipe.model)
     vae = load_module(args.vae, torch.float32)
-    assert isinstance(vae, AutoencoderKL | AutoencoderTiny)
     unet = load_module(args.init_from / "unet", torch.float32) if args.init_from else build(model["unet"])
-    assert isinstance(unet, UNet)
+    if not isinstance(vae, AutoencoderKL | AutoencoderTiny):
+        raise UserError(f"{args.vae} holds a {type(vae).__name__}; give the folder of an autoencoder")
+    if not isinstance(unet, UNet):
+        raise UserError(f"{args.init_from}/unet holds a {type(unet).__name__}; give a model folder")
     if args.init_from:
         unet = widen_latents(unet, vae.latent_channels)
     parts = Parts(
@@ -43,9 +47,12 @@ def make_task(recipe: Recipe, args: argparse.Namespace) -> Task:
         defaults=Defaults(**model["defaults"]),
         words=read_words(args.clip / "words.txt"),
     )
+    text = args.clip / "text_encoder"
+    check_fit(parts, {"unet": args.init_from or args.config, "vae": args.vae, "text_encoder": text})
     pictures = load_pictures(recipe.data)
-    seen = known_words(text for texts in pictures[0].captions for text in texts)
-    parts = replace(parts, words=parts.words | set(seen))
+    if parts.words:
+        seen = known_words(caption for each in pictures[0].captions for caption in each)
+        parts = replace(parts, words=parts.words | set(seen))
     train, held_out = (prepare(each, vae, parts.tokenizer, recipe.data.cache) for each in pictures)
     return UNetTask(parts, train, held_out, recipe.loss, model["prompts"])
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm.models import AutoencoderTiny, build
 from ldm.train.cli import start
 from ldm.train.loop import Task
 from ldm.train.recipe import Recipe
@@ -16,15 +15,17 @@ def make_task(recipe: Recipe, args: argparse.Namespace) -> Task:
     import torch
 
     from ldm.train.data import load_pictures
-    from ldm.train.vae import VAETask, load_vae
+    from ldm.train.vae import VAETask, build_vae, load_vae
     from ldm.train.widen import widen_vae
 
     torch.manual_seed(recipe.run.seed)
-    vae = load_vae(args.init_from) if args.init_from else build(recipe.model)
-    assert isinstance(vae, AutoencoderTiny)
     narrow = load_vae(args.widen) if args.widen else None
-    if narrow is not None and not args.init_from:
-        vae = widen_vae(narrow, recipe.model["latent_channels"])
+    if args.init_from:
+        vae = load_vae(args.init_from)
+    elif narrow is not None:
+        vae = widen_vae(narrow, recipe.model.get("latent_channels", narrow.latent_channels))
+    else:
+        vae = build_vae(recipe.model)
     return VAETask(vae, *load_pictures(recipe.data), recipe.loss, args.decoder_only, narrow)
 
 

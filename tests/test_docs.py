@@ -1,9 +1,15 @@
 """The documents tell the truth about where things are."""
 
 import re
+import runpy
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+
+import ldm
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -31,3 +37,20 @@ def test_every_proof_is_a_test_that_is_there():
         assert f"[{label}]" in body, f"[{label}] is not used"
     used = re.findall(r"\[[^][]+\]\[([^][]+)\]|\[([^][]+)\](?![:(\[])", body)
     assert {first or second for first, second in used} <= {label for label, _, _ in proofs}
+
+
+def test_the_gallery_has_all_prompts_with_all_seeds(families, tmp_path, monkeypatch):
+    model = families("sd1")[0]
+    (tmp_path / "prompts.txt").write_text("a red boat\na blue house\n")
+    monkeypatch.setattr(sys, "argv", ["draw_gallery.py", str(model), "--out", str(tmp_path)])
+    sys.argv += ["--prompts", str(tmp_path / "prompts.txt")]
+    runpy.run_path(str(ROOT / "scripts" / "draw_gallery.py"), run_name="__main__")
+    page = (tmp_path / "gallery.md").read_text()
+    assert "2 prompts written by hand, each drawn with the seeds 0, 1, 2, 3" in page
+    assert "| a blue house | ![a blue house](gallery/01.webp) |" in page
+    pipe = ldm.load(model)
+    own, other = (pipe("a blue house", seed=seed).images[0] for seed in (3, 2))
+    with Image.open(tmp_path / "gallery" / "01.webp") as strip:
+        found = strip.convert("RGB").crop((strip.width - own.width - 2, 2, strip.width - 2, strip.height - 2))
+    gaps = [np.abs(np.asarray(found, np.float64) - np.asarray(each)).mean() for each in (own, other)]
+    assert gaps[0] < 0.6 * gaps[1]  # WebP loses much of pictures that are noise

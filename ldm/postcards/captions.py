@@ -36,7 +36,7 @@ def caption(scene: Scene, rng: random.Random) -> str:
         text = _sentence(scene, mentions, rng)
     else:
         text = _phrase(scene, mentions, rng)
-    text = article(text)
+    text = with_articles(text)
     return text[0].upper() + text[1:] + "." if rng.random() < 0.15 else text
 
 
@@ -51,7 +51,7 @@ def full_caption(scene: Scene) -> str:
     elif _realms(scene) == {"air"}:
         where = f"over {where.split(' ', 1)[1]}"
     time, weather = phrases.TIMES[scene.time][0], phrases.WEATHERS[scene.weather][0]
-    return article(" ".join([*things, where, time, weather]))
+    return with_articles(" ".join([*things, where, time, weather]))
 
 
 _WHERE = {
@@ -77,7 +77,7 @@ def split(text: str) -> list[str]:
     return re.findall(r"[a-z0-9]+(?:['-][a-z]+)*", text.lower())
 
 
-def article(text: str) -> str:
+def with_articles(text: str) -> str:
     """The text with "an" for "a" before a vowel."""
     return re.sub(r"\ba (?=[aeiou])", "an ", text)
 

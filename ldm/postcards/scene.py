@@ -100,7 +100,8 @@ def sample_scene(
 ) -> Scene:
     """Draw a scene at random, with the weights of `compositions` (keys: COMPOSITIONS) where they are given.
 
-    Without `held_out` no group has a pair of kind and colour that `is_held_out`; with it exactly one has.
+    Without `held_out` no group has a pair of kind and colour that `is_held_out`; with it exactly one has, if
+    there is any.
     """
     composition = _choose(rng, compositions or (_HELD_OUT_COMPOSITIONS if held_out else _COMPOSITIONS))
     if composition == "empty":

@@ -206,7 +206,7 @@ def reword(text: str, rng: random.Random) -> str:
         plain = plain.replace(",", "")
     if rng.random() < 0.1:
         plain = re.sub(r"\b(?:a|the) ", "", plain)
-    return _dress(captions.article(" ".join(plain.split()).replace(" ,", ",")), rng)
+    return _dress(captions.with_articles(" ".join(plain.split()).replace(" ,", ",")), rng)
 
 
 def words() -> list[str]:
@@ -242,7 +242,7 @@ _THING = (
     rf"(?:(?:{'|'.join(phrases.ADJECTIVES)}) )?(?:(?:{'|'.join(COLOURS)}) )?"
     rf"(?:{'|'.join(noun for pairs in phrases.NOUNS.values() for pair in pairs for noun in pair)})\b"
 )
-# The first that matches counts; within a rule the longest.
+# The first that matches counts; within a rule the longest. No pattern has a group: `_replace` counts them.
 _TABLE = [
     (rf"^(?:{_either(_FIRST)})", OPENINGS, 0.6),
     *((pattern, new, 0.4) for table in (TIMES, WEATHERS) for pattern, new in table.items()),

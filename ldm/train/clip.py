@@ -20,6 +20,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer, CL
 from ldm.train.data import Pictures
 from ldm.train.loop import Batch, Task
 from ldm.train.recipe import loss_settings
+from ldm.train.vocabulary import known_words
 
 
 def tokenise(tokenizer: Any, captions: list[list[str]]) -> Tensor:
@@ -67,6 +68,11 @@ class CLIPTask(Task):
         self.held_out_tokens = tokenise(tokenizer, held_out.captions)
         self.naming_weight = loss_settings({"naming": 1.0}, loss)["naming"]
 
+    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
+        embedding = self.clip.text_model.get_input_embeddings().weight
+        others = [p for p in self.parameters() if p.requires_grad and p is not embedding]
+        return [{"params": others, "lr": lr}, {"params": [embedding], "lr": lr, "muon": False}]
+
     def batch(self, rng: torch.Generator, size: int, number: int = 0) -> Batch:
         index = torch.randint(len(self.train_pictures), (size,), generator=rng)
         batch = {"x": self.train_pictures.tensors(index), "ids": pick_captions(self.tokens, index, rng)}
@@ -107,7 +113,7 @@ class CLIPTask(Task):
         return None
 
     def export(self, folder: Path) -> None:
-        """text_encoder/, tokenizer/ (for a pipeline) and image_encoder/ (for metrics)."""
+        """text_encoder/, tokenizer/, words.txt (for a pipeline) and image_encoder/ (for metrics)."""
         text = CLIPTextModel(self.clip.config.text_config)
         prefix = "text_model." if any(k.startswith("text_model.") for k in text.state_dict()) else ""
         text.load_state_dict({prefix + k: v for k, v in self.clip.text_model.state_dict().items()})
@@ -117,3 +123,5 @@ class CLIPTask(Task):
         vision.load_state_dict({k: state[k] for k in vision.state_dict()})
         vision.half().save_pretrained(folder / "image_encoder")  # metrics need no more
         CLIPTokenizer.from_pretrained(self.tokenizer_dir).save_pretrained(folder / "tokenizer")
+        words = known_words(caption for each in self.train_pictures.captions for caption in each)
+        (folder / "words.txt").write_text("\n".join(words) + "\n")

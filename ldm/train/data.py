@@ -16,6 +16,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from PIL import ImageOps
 
+from ldm.checkpoint.io import whole_file
 from ldm.errors import UserError
 from ldm.train.folder import examine, open_upright
 from ldm.train.recipe import DataSection
@@ -73,7 +74,7 @@ def load_pictures(data: DataSection) -> tuple[Pictures, Pictures]:
 def _postcards(data: DataSection) -> Pictures:
     """Render `count` + `held_out` postcards once; later runs map the files. 0.1 GB per 2,000 at 128 px."""
     total = data.count + data.held_out
-    mix = sorted(data.compositions.items())
+    mix = list(data.compositions.items())
     key = f"{_world_hash()}-{total}-{data.size}-{data.captions}-{data.reworded}-{mix}-{data.seed}"
     folder = data.cache / f"postcards-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -140,7 +141,8 @@ def _render_all(folder: Path, total: int, data: DataSection) -> None:
     images.flush()
     for name in ("labels", "masks", "things"):
         np.save(folder / f"{name}.npy", np.concatenate([getattr(part, name) for part in parts]))
-    (folder / "captions.json").write_text(json.dumps([each for part in parts for each in part.captions]))
+    with whole_file(folder / "captions.json") as aside:  # it says that all is there
+        aside.write_text(json.dumps([each for part in parts for each in part.captions]))
 
 
 def _render_some(job: tuple[int, int, DataSection]) -> Pictures:

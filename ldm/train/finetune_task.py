@@ -79,7 +79,8 @@ class FinetuneTask(Task):
             params = [] if module is None else [p for p in module.parameters() if p.requires_grad]
             if params:
                 own = lr if name == "unet" else self.recipe.text_encoder_lr or lr
-                groups.append({"params": params, "lr": own})
+                # Rows of an embedding are rarely seen: Muon would pull them as hard as the others.
+                groups.append({"params": params, "lr": own, "muon": name == "unet"})
         return groups
 
     def batch(self, rng: torch.Generator, size: int, number: int) -> Batch:

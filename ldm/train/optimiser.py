@@ -49,10 +49,10 @@ def make_optimiser(
 class Muon(torch.optim.AdamW):
     """Momentum made orthogonal for matrices and convolutions, AdamW for the rest (Jordan et al. 2024).
 
-    A group with ``muon=False`` (an embedding, say) is left to AdamW, and so is a matrix that is thinner than
-    `THINNEST` (the first and last convolutions). An update has the root mean square 0.2 that AdamW's usually
-    has, so learning rates and weight decay are AdamW's (Liu et al. 2025, arXiv 2502.16982). torch's own Muon
-    takes no convolutions.
+    A group with ``muon=False`` (an embedding, say) is left to AdamW, and so is what has fewer rows or columns
+    than `THINNEST` (a last convolution, a LoRA of low rank). An update has the root mean square 0.2 that
+    AdamW's usually has, so learning rates and weight decay are AdamW's (Liu et al. 2025, arXiv 2502.16982).
+    torch's own Muon takes no convolutions.
     """
 
     THINNEST = 32
@@ -124,9 +124,9 @@ def _shared(make: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
     processes, rank = dist.get_world_size(), dist.get_rank()
     share = -(-len(rows) // processes)
     filled = F.pad(rows, (0, 0, 0, 0, 0, share * processes - len(rows)))
-    mine = make(torch.split(filled, share)[rank]).bfloat16()
+    mine = make(torch.split(filled, share)[rank]).bfloat16().contiguous()
     parts = [torch.empty_like(mine) for _ in range(processes)]
-    dist.all_gather(parts, mine.contiguous())
+    dist.all_gather(parts, mine)
     return torch.cat(parts)[: len(rows)].type_as(rows)
 
 

@@ -43,7 +43,7 @@ class DataSection(Section):
     count: int = Field(60_000, ge=1)  # postcards to render
     captions: int = Field(4, ge=1)  # captions written for each postcard
     reworded: float = Field(0.0, ge=0, le=1)  # share of them said in other words, `ldm.postcards.reword`
-    compositions: dict[str, Annotated[float, Field(ge=0)]] = {}  # weights of postcards' COMPOSITIONS
+    compositions: dict[str, Annotated[Finite, Field(ge=0)]] = {}  # weights of postcards' COMPOSITIONS
     size: int = Field(128, ge=32, multiple_of=8)  # pixels, square
     seed: int = 1
     held_out: int = Field(512, ge=1)  # pictures kept for the held-out loss
@@ -140,7 +140,7 @@ class OptimiserSection(Section):
     """
 
     learning_rate: float = Field(1e-4, gt=0)
-    """of AdamW"""
+    """of AdamW and of Muon"""
     lr_scheduler: LrScheduler = "constant"
     """how the learning rate changes; all begin with the warm-up"""
     lr_warmup_steps: int = Field(0, ge=0)
@@ -154,7 +154,7 @@ class OptimiserSection(Section):
     use_8bit_adam: bool = False
     """keep moments in 8 bits (bitsandbytes, CUDA)"""
     use_muon: bool = False
-    """orthogonal momentum for matrices and convolutions, AdamW for the rest"""
+    """orthogonal momentum for matrices and convolutions from 32 rows and columns, AdamW for the rest"""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     """decay of the mean of gradients"""
     adam_beta2: float = Field(0.999, ge=0, lt=1)
@@ -171,6 +171,12 @@ class OptimiserSection(Section):
     """pictures of each process, and of each of the accumulation's parts"""
     gradient_accumulation_steps: int = Field(1, ge=1)
     """batches whose gradients make one step"""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if self.use_muon and self.use_8bit_adam:
+            raise ValueError("use_muon and use_8bit_adam exclude each other: Muon keeps 32 bits")
+        return self
 
 
 class RunSection(Section):
@@ -241,11 +247,22 @@ class Trainable(Protocol):
 R = TypeVar("R", bound=Section)
 
 
-def loss_settings(defaults: dict[str, float], given: dict[str, float]) -> dict[str, float]:
-    """A task's `loss` section over its defaults. Raises UserError naming a key it does not have."""
-    for key in given:
+def loss_settings(
+    defaults: dict[str, float], given: dict[str, float], shares: Collection[str] = ()
+) -> dict[str, float]:
+    """A task's `loss` section over its defaults.
+
+    Raises UserError naming a key that it does not have, or whose value is not finite, negative or, for one of
+    `shares`, above 1.
+    """
+    for key, value in given.items():
         if key not in defaults:
             raise UserError(f"loss.{key} is unknown: this trainer has {', '.join(defaults)}")
+        most = 1.0 if key in shares else math.inf
+        if not (math.isfinite(value) and 0 <= value <= most):
+            raise UserError(
+                f"loss.{key} must be {'from 0 to 1' if key in shares else 'at least 0'} (got {value})"
+            )
     return defaults | given
 
 

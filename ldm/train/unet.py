@@ -29,6 +29,7 @@ from torch import Tensor
 
 import ldm
 from ldm.checkpoint import Parts, save_folder
+from ldm.checkpoint.io import whole_file
 from ldm.images import grid
 from ldm.models import AutoencoderKL, AutoencoderTiny
 from ldm.schedule import Schedule
@@ -47,7 +48,6 @@ from ldm.train.loss import (
 from ldm.train.recipe import LossSection, loss_settings
 
 _PLAIN = LossSection()  # uniform timesteps, unit noise, square error
-_LAYOUT = LossSection(min_timestep=600)
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,14 @@ class Latents:
     """What the denoiser is trained on.
 
     latents: fp16 [N, c, h, w]; tokens: [N, captions, length]; weights: uint8 [N, h, w], 255 on objects;
-    things: uint8 [N, h / 2, w / 2], which thing is there, 0 none.
+    things: uint8 [N, h / 2, w / 2], which thing is there, 0 none; vae: a hash of the weights they are from.
     """
 
     latents: Tensor
     tokens: Tensor
     weights: Tensor | None
     things: Tensor | None = None
+    vae: str = ""
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -84,7 +85,8 @@ def _cached(file: Path, make: Callable[[], Tensor]) -> Tensor:
         if not file.exists():
             threads = torch.get_num_threads()
             torch.set_num_threads(os.cpu_count() or 1)  # other processes of the run are waiting
-            np.save(file, make().numpy())
+            with whole_file(file) as aside, aside.open("wb") as opened:
+                np.save(opened, make().numpy())
             torch.set_num_threads(threads)
     return torch.from_numpy(np.load(file))
 
@@ -97,9 +99,10 @@ def prepare(pictures: Pictures, vae: AutoencoderKL | AutoencoderTiny, tokenizer:
     """
     some = slice(None, None, max(1, len(pictures) // 64))
     content = hashlib.sha256(np.ascontiguousarray(pictures.images[some]).tobytes())
-    by_vae, by_vocabulary = content.copy(), content.copy()
+    by_vae, by_vocabulary, weights_hash = content.copy(), content.copy(), hashlib.sha256()
     for value in vae.state_dict().values():
-        by_vae.update(value.float().numpy().tobytes())
+        weights_hash.update(value.float().numpy().tobytes())
+    by_vae.update(weights_hash.digest())
     vocabulary = sorted(tokenizer.get_vocab().items())
     by_vocabulary.update(repr((vocabulary, tokenizer.model_max_length, pictures.captions[some])).encode())
     count = len(pictures)
@@ -113,16 +116,15 @@ def prepare(pictures: Pictures, vae: AutoencoderKL | AutoencoderTiny, tokenizer:
     weights, things = (
         None if each is None else torch.from_numpy(each.copy()) for each in (pictures.masks, pictures.things)
     )
-    return Latents(latents, tokens, weights, things)
+    return Latents(latents, tokens, weights, things, weights_hash.hexdigest())
 
 
 class UNetTask(Task):
     """Trains a pipeline's U-Net and, at `text_lr` times its rate, the text encoder (0 freezes it).
 
     loss keys: object_weight; drop (share of captions dropped); text_lr; layout (share of the batch whose
-    noise leaves only the layout to decide, t from 0.6 T; the others have any); fine (weight of the latent
-    channels after the first `coarse`: a widened VAE's new ones hold details); align (weight of naming what is
-    where from the features).
+    noise leaves only the layout to decide, t from 0.6 T; the others have any); align (weight of naming what
+    is where from the features).
     """
 
     def __init__(
@@ -134,11 +136,15 @@ class UNetTask(Task):
         self.schedule = Schedule.from_config(parts.scheduler)
         self.train_set, self.held_out = train, held_out
         defaults = {"object_weight": 2.0, "drop": 0.1, "text_lr": 0.5, "layout": 0.0}
-        self.weights = loss_settings(defaults | {"coarse": 0.0, "fine": 1.0, "align": 0.0}, loss)
+        self.weights = loss_settings(defaults | {"align": 0.0}, loss, shares=("drop", "layout"))
+        steps = len(self.schedule.alphas_cumprod)
+        self.any_t = timestep_probabilities(_PLAIN, steps)
+        self.early_t = timestep_probabilities(LossSection(min_timestep=int(0.6 * steps)), steps)
         self.text_encoder.requires_grad_(self.weights["text_lr"] > 0)
         # SDPA's backward is slow on a CPU for so few tokens: 0.16 against 0.12 s for 32 captions of 48.
         self.text_encoder.set_attn_implementation("eager")
         self.empty_prompt = torch.tensor(parts.tokenizer("", padding="max_length")["input_ids"])
+        self.facts = {"model.vae": train.vae}
         known = train.things is not None  # not in a folder of somebody's pictures
         self.alignment = Alignment(self.unet) if self.weights["align"] and known else None
 
@@ -157,9 +163,7 @@ class UNetTask(Task):
         index = torch.randint(len(data), (size,), generator=rng)
         ids = pick_captions(data.tokens, index, rng)
         ids[torch.rand(size, generator=rng) < self.weights["drop"]] = self.empty_prompt
-        steps = len(self.schedule.alphas_cumprod)
-        t = draw_timesteps(timestep_probabilities(_PLAIN, steps), size, rng)
-        early = draw_timesteps(timestep_probabilities(_LAYOUT, steps), size, rng)
+        t, early = (draw_timesteps(each, size, rng) for each in (self.any_t, self.early_t))
         t = torch.where(torch.rand(size, generator=rng) < self.weights["layout"], early, t)
         return self._batch(data, index, ids, t, rng)
 
@@ -183,19 +187,12 @@ class UNetTask(Task):
         return loss, extra
 
     def _square_error(self, batch: Batch) -> Tensor:
-        """Error of the output against its target, squared, weighted mean over channels: [B, h, w]."""
+        """Error of the output against its target, squared, mean over channels: [B, h, w]."""
         x0, noise, t = batch["x0"], batch["noise"], batch["t"]
         tokens = self.text_encoder(input_ids=batch["ids"]).last_hidden_state
         noisy = noisy_latents(x0, noise, t, self.schedule).contiguous(memory_format=torch.channels_last)
         target = training_target(x0, noise, t, self.schedule)
-        output, coarse = self.unet(noisy, t, tokens), int(self.weights["coarse"])
-        if not 0 < coarse < output.shape[1]:
-            return pixel_losses(output, target, _PLAIN)
-        first = pixel_losses(output[:, :coarse], target[:, :coarse], _PLAIN)
-        rest = pixel_losses(output[:, coarse:], target[:, coarse:], _PLAIN)
-        share = self.weights["fine"] * (output.shape[1] / coarse - 1)
-        total: Tensor = (first + share * rest) / (1 + share)
-        return total
+        return pixel_losses(self.unet(noisy, t, tokens), target, _PLAIN)
 
     def evaluate(self) -> dict[str, float]:
         data, rng = self.held_out, torch.Generator().manual_seed(0)

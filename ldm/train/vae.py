@@ -15,7 +15,9 @@ trained on them can be widened too, and goes on from what it has learnt.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +25,9 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.checkpoint import load_module, save_module
+from ldm.errors import UserError
 from ldm.images import grid, to_pil
-from ldm.models import AutoencoderTiny
+from ldm.models import AutoencoderTiny, build
 from ldm.train.data import Pictures
 from ldm.train.loop import Batch, Task
 from ldm.train.recipe import loss_settings
@@ -49,6 +52,10 @@ class VAETask(Task):
         narrow: AutoencoderTiny | None = None,
     ) -> None:
         super().__init__()
+        if narrow is not None and decoder_only:
+            raise UserError(
+                "--widen and --decoder_only exclude each other: a frozen encoder keeps its channels"
+            )
         self.vae = vae
         self.narrow = None if narrow is None else narrow.requires_grad_(False)
         self.decoder_only = decoder_only
@@ -62,7 +69,11 @@ class VAETask(Task):
             "noise": 0.1,
             "pooled_steps": 0.3,
         }
-        self.weights = loss_settings(defaults | {"crop": 0.0, "keep": 1.0}, loss)
+        shares = ("pooled_steps",)
+        self.weights = loss_settings(defaults | {"crop": 0.0, "keep": 1.0}, loss, shares)
+        if self.weights["crop"] % (pixels := 2 * vae.downscale):
+            raise UserError(f"loss.crop must be a multiple of {pixels} pixels (got {self.weights['crop']:g})")
+        self.facts = {"model.decoder_only": decoder_only, "model.widened": narrow is not None}
 
     def batch(self, rng: torch.Generator, size: int, number: int = 0) -> Batch:
         index = torch.randint(len(self.train_pictures), (size,), generator=rng)
@@ -81,26 +92,31 @@ class VAETask(Task):
         return torch.stack(cut)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        w, x = self.weights, batch["x"].contiguous(memory_format=torch.channels_last)
+        x = batch["x"].contiguous(memory_format=torch.channels_last)
         with torch.set_grad_enabled(not self.decoder_only):
             z = self.vae.encode_latents(x)
-        noisy = z + w["noise"] * batch["noise"]
+        loss, extra = self._of_latents(z, x)
+        noisy = z + self.weights["noise"] * batch["noise"]
         if batch["pooled"] and not self.decoder_only:
             noisy, x = F.avg_pool2d(noisy, 2), F.avg_pool2d(x, 2)
-        y = self.vae.decode(noisy).float()
-        gap = y - x
+        gap = self.vae.decode(noisy).float() - x
+        return loss + self._of_pixels(gap), extra | {"l2": gap.detach().square().mean()}
+
+    def _of_pixels(self, gap: Tensor) -> Tensor:
+        w = self.weights
         loss = gap.abs().mean() + w["l2"] * gap.square().mean()
         loss = loss + w["gradient"] * (gap.diff(dim=2).abs().mean() + gap.diff(dim=3).abs().mean())
-        loss = loss + w["pooled"] * (F.avg_pool2d(gap, 2).abs().mean() + F.avg_pool2d(gap, 8).abs().mean())
+        return loss + w["pooled"] * (F.avg_pool2d(gap, 2).abs().mean() + F.avg_pool2d(gap, 8).abs().mean())
+
+    def _of_latents(self, z: Tensor, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         mean, std = z.float().mean((0, 2, 3)), z.float().std((0, 2, 3))
         moments = mean.square().mean() + (std - 1).square().mean()
-        extra = {"l2": gap.detach().square().mean(), "moments": moments.detach()}
-        loss = loss + w["moments"] * moments
+        loss, extra = self.weights["moments"] * moments, {"moments": moments.detach()}
         if self.narrow is not None:
             with torch.no_grad():
-                kept = self.narrow.encode_latents(batch["x"].contiguous(memory_format=torch.channels_last))
+                kept = self.narrow.encode_latents(x)
             drift = (z[:, : kept.shape[1]] - kept).float().square().mean()
-            loss, extra["drift"] = loss + w["keep"] * drift, drift.detach()
+            loss, extra["drift"] = loss + self.weights["keep"] * drift, drift.detach()
         return loss, extra
 
     def _reconstruct(self, pictures: Pictures, count: int) -> tuple[Tensor, Tensor]:
@@ -124,8 +140,17 @@ class VAETask(Task):
         save_module(self.vae, folder)
 
 
+def build_vae(config: Mapping[str, Any]) -> AutoencoderTiny:
+    """A new VAE of random weights. Raises UserError for another kind of module."""
+    vae = build(config)
+    if not isinstance(vae, AutoencoderTiny):
+        raise UserError(f"model._class_name is {config.get('_class_name')}: this trains an AutoencoderTiny")
+    return vae
+
+
 def load_vae(folder: Path) -> AutoencoderTiny:
-    """An exported VAE, fp32."""
+    """An exported VAE, fp32. Raises UserError for another kind of module."""
     vae = load_module(folder, torch.float32)
-    assert isinstance(vae, AutoencoderTiny)
+    if not isinstance(vae, AutoencoderTiny):
+        raise UserError(f"{folder} holds a {type(vae).__name__}; give the folder of an AutoencoderTiny")
     return vae

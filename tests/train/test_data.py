@@ -10,6 +10,8 @@ from PIL import Image
 
 from ldm import postcards
 from ldm.errors import UserError
+from ldm.postcards import wording
+from ldm.postcards.captions import split
 from ldm.train.data import load_pictures
 from ldm.train.recipe import DataSection
 
@@ -56,9 +58,16 @@ def _number(group):
 
 
 def test_captions_are_reworded_as_often_as_asked(tmp_path):
-    train, _ = load_pictures(section(tmp_path, count=40, captions=4, reworded=1.0))
-    plain, _ = load_pictures(section(tmp_path, count=40, captions=4))
-    assert len({*map(tuple, train.captions)} - {*map(tuple, plain.captions)}) > 30
+    new = set(wording.words())
+
+    def share(reworded):
+        train, _ = load_pictures(section(tmp_path, count=300, captions=4, reworded=reworded))
+        told = [caption for captions in train.captions for caption in captions]
+        return sum(bool(new & set(split(caption))) for caption in told) / len(told)
+
+    assert share(0.0) == 0
+    assert share(0.4) == pytest.approx(0.4 * share(1.0), abs=0.05)
+    assert share(1.0) > 0.5
 
 
 def test_postcards_are_rendered_once(tmp_path):

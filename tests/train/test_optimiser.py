@@ -179,7 +179,8 @@ def test_muon_s_updates_are_orthogonal_and_as_large_as_adamw_s():
 
 def _share(rank, file):
     torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    torch.save(_shared(orthogonal, some_parameters((3, 40, 50))[0].detach()), f"{file}-{rank}")
+    made = [_shared(orthogonal, p.detach()) for p in some_parameters((3, 40, 50), (3, 50, 40))]
+    torch.save(made, f"{file}-{rank}")
     torch.distributed.destroy_process_group()
 
 
@@ -188,10 +189,12 @@ def test_processes_share_the_work_and_have_the_same_updates(tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join()
-    expected = orthogonal(some_parameters((3, 40, 50))[0].detach())
+        process.join(60)
+        assert process.exitcode == 0
+    expected = [orthogonal(p.detach()) for p in some_parameters((3, 40, 50), (3, 50, 40))]
     for rank in range(2):
-        assert torch.equal(torch.load(tmp_path / f"met-{rank}"), expected)
+        made = torch.load(tmp_path / f"met-{rank}")
+        assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
 
 
 def test_muon_leaves_vectors_thin_matrices_and_marked_groups_to_adamw():

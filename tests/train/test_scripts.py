@@ -1,16 +1,23 @@
 """The three trainers as a user runs them: on a folder of images, one after the other, to a picture."""
 
+import contextlib
 import json
+import os
 import runpy
+import signal
+import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
 import ldm
+from ldm.train.vae import load_vae
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,6 +74,90 @@ def test_from_a_folder_of_images_to_a_model_that_draws(folder, tmp_path, monkeyp
         assert any(key.startswith("held_out") for key in rows[-1])
     pipe = ldm.load(tmp_path / "unet" / "export")
     assert pipe("picture", seed=0).images[0].size == (32, 32)
+
+
+def test_one_command_trains_all_parts_and_puts_them_together(folder, tmp_path, monkeypatch, capsys):
+    ran = []
+
+    class Trainer(contextlib.nullcontext):
+        """What would be started, in this process, on a tiny model and a folder."""
+
+        def __init__(self, command, env):
+            script = next(i for i, word in enumerate(command) if word.endswith(".py"))
+            name = Path(command[script]).stem.removeprefix("train_")
+            _, config, *arguments = command[script + 1 :]
+            assert Path(config).is_file()
+            ran.append((name, dict(word.split("=") for word in arguments if "run.max_minutes" in word)))
+            run(monkeypatch, name, "--config", small(name, tmp_path), "--train_data_dir", folder, *arguments)
+            super().__init__(self)
+
+        def wait(self):
+            return 0
+
+    monkeypatch.setattr(subprocess, "Popen", Trainer)
+    monkeypatch.chdir(tmp_path)  # where a user's relative paths are
+    run(monkeypatch, "postcard", "--minutes", 100, "--run_dir", "all")
+    assert [name for name, _ in ran] == ["vae", "clip", "unet", "vae"]
+    assert sum(float(minutes["run.max_minutes"]) for _, minutes in ran) == pytest.approx(100)
+    assert f"the model is in {Path('all', 'model')}" in capsys.readouterr().out
+    parts = {part: tmp_path / "all" / part / "export" for part in ("vae", "decoder")}
+    first, polished, model = (
+        load_vae(path).state_dict() for path in (*parts.values(), tmp_path / "all" / "model" / "vae")
+    )
+    for name, value in model.items():
+        assert torch.equal(value, polished[name].bfloat16().float())
+        assert torch.equal(first[name], polished[name]) == name.startswith("encoder")
+
+    ran.clear()
+    old = tmp_path / "all" / "model"
+    run(monkeypatch, "postcard", "--minutes", 9, "--run_dir", tmp_path / "next", "--init_from", old)
+    assert [name for name, _ in ran] == ["vae", "unet", "vae"]
+    pipe = ldm.load(tmp_path / "next" / "model")
+    assert pipe("picture", seed=0).images[0].size == (32, 32)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_no_part_follows_one_that_was_stopped(monkeypatch, number):
+    """The trainer, here one that saves for half a second and exits with 0, is waited for."""
+    script = runpy.run_path(str(ROOT / "scripts" / "train_postcard.py"))
+    trainer = (
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), sys.exit(0)))\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "time.sleep(1.5)"
+    )
+    threading.Timer(0.5, os.kill, (os.getpid(), number)).start()
+    assert script["run"]([sys.executable, "-c", trainer], dict(os.environ)) == 128 + number
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--minutes", "0"], "--minutes must be above 0 (got 0)"),
+        (["--minutes", "inf"], "--minutes must be above 0 (got inf)"),
+        (["--minutes", "5", "--init_from", "nowhere"], "nowhere is no model folder"),
+    ],
+)
+def test_what_is_wrong_shows_before_anything_is_trained(tmp_path, monkeypatch, capsys, arguments, named):
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, "postcard", "--run_dir", tmp_path / "x", *arguments)
+    assert named in capsys.readouterr().err + str(stopped.value.code)
+    assert not (tmp_path / "x").exists()
+
+
+def test_parts_that_do_not_fit_are_named_before_pictures_are_made(folder, tmp_path, monkeypatch, capsys):
+    run(
+        monkeypatch, "vae", "--config", small("vae", tmp_path), "--run_dir", tmp_path / "vae",
+        *("--train_data_dir", folder, "--set", "model.latent_channels=5"),
+    )  # fmt: skip
+    run(monkeypatch, "clip", "--config", small("clip", tmp_path), "--run_dir", tmp_path / "clip",
+        *("--train_data_dir", folder))  # fmt: skip
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, "unet", "--config", small("unet", tmp_path), "--run_dir", tmp_path / "unet",
+            *("--vae", tmp_path / "vae/export", "--clip", tmp_path / "clip/export"))  # fmt: skip
+    assert stopped.value.code == 2
+    assert "takes 6 channels, which does not go with the VAE's 5" in capsys.readouterr().err
 
 
 def test_a_package_that_is_not_installed_is_named(folder, tmp_path, monkeypatch, capsys):

@@ -9,13 +9,15 @@ from diffusers import DDPMScheduler
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import ldm
+from ldm.checkpoint import save_module
 from ldm.checkpoint.clip import load_text_encoder, load_tokenizer
 from ldm.checkpoint.folder import Parts
+from ldm.errors import UserError
 from ldm.models import build
 from ldm.train.clip import CLIPTask
 from ldm.train.data import Pictures
 from ldm.train.unet import UNetTask, prepare
-from ldm.train.vae import VAETask, load_vae
+from ldm.train.vae import VAETask, build_vae, load_vae
 from ldm.train.vocabulary import train_vocabulary
 from ldm.train.widen import widen_vae
 
@@ -45,6 +47,22 @@ def tiny_vae():
     return build({"_class_name": "AutoencoderTiny", **channels, **blocks})
 
 
+def unet_config():
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "sample_size": 4,
+        "in_channels": 3,
+        "out_channels": 3,
+        "layers_per_block": 1,
+        "block_out_channels": [8, 16],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+        "cross_attention_dim": 16,
+        "attention_head_dim": 2,
+        "norm_num_groups": 4,
+    }
+
+
 def parts_for(tokenizer_dir, prediction):
     torch.manual_seed(0)
     tokenizer = load_tokenizer(tokenizer_dir)
@@ -58,21 +76,7 @@ def parts_for(tokenizer_dir, prediction):
         max_position_embeddings=8,
         **ids,
     )
-    unet = build(
-        {
-            "_class_name": "UNet2DConditionModel",
-            "sample_size": 4,
-            "in_channels": 3,
-            "out_channels": 3,
-            "layers_per_block": 1,
-            "block_out_channels": [8, 16],
-            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-            "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-            "cross_attention_dim": 16,
-            "attention_head_dim": 2,
-            "norm_num_groups": 4,
-        }
-    )
+    unet = build(unet_config())
     scheduler = {
         "_class_name": "DDPMScheduler",
         "num_train_timesteps": 1000,
@@ -111,20 +115,6 @@ def test_unet_loss_and_gradients_equal_a_plain_step(tokenizer_dir, pictures, pre
     assert loss.item() == pytest.approx(reference.item(), rel=1e-5)
     theirs = parts.unet.conv_in.weight.grad
     assert ((ours - theirs).abs().max() / theirs.abs().max()).item() < 1e-5
-
-
-def test_a_widened_vae_s_fine_channels_weigh_as_asked(tokenizer_dir, pictures):
-    parts = parts_for(tokenizer_dir, "v_prediction")
-    data = prepare(pictures, parts.vae, parts.tokenizer, tokenizer_dir.parent / "cache")
-    task = UNetTask(parts, data, data, {"object_weight": 0, "coarse": 2, "fine": 0.25}, [])
-    batch = task.batch(torch.Generator().manual_seed(3), 6)
-    scheduler = DDPMScheduler.from_config(parts.scheduler)
-    noisy = scheduler.add_noise(batch["x0"], batch["noise"], batch["t"])
-    target = scheduler.get_velocity(batch["x0"], batch["noise"], batch["t"])
-    output = parts.unet(noisy, batch["t"], parts.text_encoder(input_ids=batch["ids"]).last_hidden_state)
-    each = ((output - target) ** 2).mean((0, 2, 3))
-    expected = (each[0] + each[1] + 0.25 * each[2]) / 2.25
-    assert task(batch)[0].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_the_layout_s_share_of_timesteps_has_much_noise(tokenizer_dir, pictures):
@@ -226,6 +216,18 @@ def test_decoder_only_leaves_the_encoder_alone(pictures, tmp_path):
     task.export(tmp_path / "vae")
     for name, value in load_vae(tmp_path / "vae").state_dict().items():
         assert torch.equal(value, vae.state_dict()[name])
+
+
+def test_what_the_autoencoder_s_trainer_cannot_do_is_said(pictures, tmp_path):
+    with pytest.raises(UserError, match="a multiple of 16 pixels"):
+        VAETask(tiny_vae(), pictures, pictures, {"crop": 24}, decoder_only=False)
+    with pytest.raises(UserError, match="exclude each other"):
+        VAETask(tiny_vae(), pictures, pictures, {}, True, tiny_vae())
+    with pytest.raises(UserError, match="this trains an AutoencoderTiny"):
+        build_vae(unet_config())
+    save_module(build(unet_config()), tmp_path / "unet")
+    with pytest.raises(UserError, match="give the folder of an AutoencoderTiny"):
+        load_vae(tmp_path / "unet")
 
 
 def test_crops_are_parts_of_the_pictures(pictures):
