@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
     """Something the caller can put right: one or two lines that say what, where, and what to do next."""
+
+
+@contextmanager
+def reported(training: bool = False) -> Iterator[None]:
+    """Inside the block a UserError is one line and exit code 2; in `training` a missing package is, too."""
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+    except ModuleNotFoundError as error:
+        if not training:
+            raise
+        message = f"training needs {error.name}: pip install 'ldm[train]'"
+    else:
+        return
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def few(names: Sequence[str], most: int = 2) -> str:

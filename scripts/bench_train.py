@@ -83,9 +83,7 @@ def ours(lora: bool, batch: int) -> Callable[[], None]:
     trained = [p for p in unet.parameters() if p.requires_grad]
     options, settings = LossSection(), OptimiserSection()
     optimiser = make_optimiser(trained, settings)
-    schedule = Schedule.from_config(
-        {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    )
+    schedule = Schedule.from_config(BETAS)
     probabilities = timestep_probabilities(options, len(schedule.alphas_cumprod))
     rng = torch.Generator().manual_seed(0)
     x0, tokens = torch.randn(batch, 4, 32, 32), torch.randn(batch, 77, 768)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm.errors import UserError
+from ldm.errors import reported
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 SEEDS = (0, 1, 2, 3)
@@ -29,10 +29,8 @@ def main() -> None:
     parser.add_argument("model", nargs="?", help="a folder (default: the embedded model)")
     parser.add_argument("--prompts", type=Path, default=DOCS / "gallery.txt", help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=DOCS, help="folder of gallery.md (default: %(default)s)")
-    try:
+    with reported():
         _draw(parser.parse_args())
-    except UserError as error:
-        sys.exit(f"error: {error}")
 
 
 def _draw(args: argparse.Namespace) -> None:

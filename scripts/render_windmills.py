@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm.errors import UserError
+from ldm.errors import UserError, reported
 
 
 def main() -> None:
@@ -23,11 +23,8 @@ def main() -> None:
     )
     parser.add_argument("--noun", default="windmill", help='what captions call it, such as "sks windmill"')
     parser.add_argument("--size", type=int, default=128, help="pixels; default: %(default)s")
-    try:
+    with reported():
         _render(parser.parse_args())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def _render(args: argparse.Namespace) -> None:

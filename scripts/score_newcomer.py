@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm.errors import UserError
+from ldm.errors import reported
 
 
 def main() -> None:
@@ -30,11 +30,8 @@ def main() -> None:
     parser.add_argument("--dtype")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     parser.add_argument("--pictures", type=Path, help="write grids of what was drawn into this folder")
-    try:
+    with reported():
         _score(parser.parse_args())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def _score(args: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm.errors import UserError
+from ldm.errors import UserError, reported
 
 ROOT = Path(__file__).resolve().parents[1]
 # Of the minutes. With --init_from the text encoder is taken over, and its share goes to all.
@@ -102,12 +102,8 @@ def main() -> None:
         parser.error(f"--minutes must be above 0 (got {args.minutes:g})")
     if args.processes < 1:
         parser.error(f"--processes must be at least 1 (got {args.processes})")
-    try:
+    with reported(training=True):
         train_all(args, others)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except ModuleNotFoundError as error:
-        sys.exit(f"error: training needs {error.name}: pip install 'ldm[train]'")
 
 
 def train_all(args: argparse.Namespace, others: list[str]) -> None:

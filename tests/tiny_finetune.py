@@ -4,14 +4,13 @@ import hashlib
 import json
 import os
 import signal
-import socket
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from safetensors import safe_open
-from tiny_training import forked
+from tiny_training import forked, two_processes
 
 from ldm.cli import main
 from ldm.train.checkpoint import newest_state
@@ -146,17 +145,10 @@ def note_and_interrupt(names: Path, call: int) -> None:
 def both(run_dir: Path, argv, calls=(0, 0)) -> list[int]:
     """Run it in two processes over gloo, as torchrun would start them; their exit statuses."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     context = forked()
     context.set_forkserver_preload(["accelerate", "torch._dynamo", "peft", "ldm.cli", "ldm.train.finetune"])
-    processes = [
-        context.Process(target=child, args=(argv, run_dir / f"output-{rank}.txt", rank, port, calls[rank]))
-        for rank in (0, 1)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(90)
-    return [process.exitcode for process in processes]
+
+    def call(rank, port):
+        return child, (argv, run_dir / f"output-{rank}.txt", rank, port, calls[rank]), {}
+
+    return two_processes(call, context, 90)

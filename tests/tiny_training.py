@@ -3,8 +3,11 @@
 import multiprocessing
 import os
 import signal
+import socket
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -76,6 +79,32 @@ def forked() -> multiprocessing.context.BaseContext:
     # torch._dynamo is what making an optimizer imports.
     context.set_forkserver_preload(["accelerate", "torch._dynamo", "ldm.train.loop", "ldm.train.lock"])
     return context
+
+
+def two_processes(call, context=None, seconds=60) -> list[int]:
+    """Run both of `call(rank, port)`, a (function, args, kwargs), to meet over gloo; their exit statuses."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    calls = [call(rank, port) for rank in (0, 1)]
+    processes = [(context or forked()).Process(target=f, args=args, kwargs=kw) for f, args, kw in calls]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(seconds)
+    return [process.exitcode for process in processes]
+
+
+@contextmanager
+def largest_file(size):
+    """No file may grow beyond `size` bytes: what a full disk does to a writer."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def child(run_dir, ready=None, rank=0, port=0, sabotage=None, interrupt=0, **recipe):

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
-from ldm.errors import UserError
+from ldm.errors import reported
 
 
 def main() -> None:
     """Parse the command line, measure, report; a user's mistake is one line and exit code 2."""
-    try:
+    with reported():
         _evaluate(_arguments())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def _arguments() -> argparse.Namespace:

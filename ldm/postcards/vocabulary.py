@@ -1,6 +1,9 @@
 """What the postcard world is made of: things, colours, places, times, weathers; and the hold-out rule."""
 
 from dataclasses import dataclass
+from typing import Any, TypeVar
+
+N = TypeVar("N", bound=Any)
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "white")
 PLACES = ("sea", "beach", "meadow", "mountains", "forest", "desert", "city")
@@ -65,6 +68,16 @@ def held_out_colour(kind: str) -> str:
 def is_held_out(kind: str, colour: str) -> bool:
     """Whether the pair is kept out of training, to measure how kinds and colours compose."""
     return _HELD_OUT[kind] == colour
+
+
+def thing_number(kind: str, colour: str) -> int:
+    """A kind in a colour as a number from 1 on; 0 is nothing. `kind_and_colour` takes it apart."""
+    return 1 + KINDS.index(kind) * len(COLOURS) + COLOURS.index(colour)
+
+
+def kind_and_colour(number: N) -> tuple[N, N]:
+    """Indices into KINDS and COLOURS of a `thing_number`, or of arrays or tensors of them."""
+    return (number - 1) // len(COLOURS), (number - 1) % len(COLOURS)
 
 
 def places_for(kind: str) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.models import UNet
-from ldm.postcards import COLOURS, KINDS
+from ldm.postcards.vocabulary import COLOURS, KINDS, kind_and_colour
 
 _HIDDEN = 128
 
@@ -36,14 +36,14 @@ class Alignment(nn.Module):
     def forward(self, things: Tensor) -> Tensor:
         """Cross-entropy of kinds in all cells and of colours on things, of the U-Net's last call.
 
-        things: [B, h, w], 0 or 1 + kind * number of colours + colour.
+        things: [B, h, w], a `thing_number` in each cell, or 0.
         """
         assert self._features is not None, "the U-Net has not been called"
         features, self._features = self._features, None
         if features.shape[2:] != things.shape[1:]:
             features = F.adaptive_avg_pool2d(features, (things.shape[1], things.shape[2]))
         kinds, colours = self.head(features).float().split(self.split, 1)
-        there, thing = things > 0, (things - 1).clamp(min=0)
-        kind = torch.where(there, 1 + thing // len(COLOURS), 0)
-        wrong_colour = F.cross_entropy(colours, thing % len(COLOURS), reduction="none")
-        return F.cross_entropy(kinds, kind) + (wrong_colour * there).mean()
+        there = things > 0
+        kind, colour = kind_and_colour(things.clamp(min=1))
+        wrong_colour = F.cross_entropy(colours, colour, reduction="none")
+        return F.cross_entropy(kinds, torch.where(there, 1 + kind, 0)) + (wrong_colour * there).mean()

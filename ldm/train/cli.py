@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from ldm.errors import UserError
+from ldm.errors import reported
 from ldm.train.loop import Task, train
 from ldm.train.recipe import Recipe, load_recipe
 
@@ -32,12 +31,6 @@ def start(make_task: MakeTask, recipe: str, add_arguments: Callable[[argparse.Ar
         args.set.append("run.force=true")
     if args.train_data_dir:
         args.set.append(f"data.folder={args.train_data_dir}")
-    try:
+    with reported(training=True):
         chosen = load_recipe(args.config, args.set)
         train(make_task(chosen, args), chosen, args.run_dir)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except ModuleNotFoundError as error:
-        print(f"error: training needs {error.name}: pip install 'ldm[train]'", file=sys.stderr)
-        sys.exit(2)

@@ -115,17 +115,16 @@ def _multi_hot(scene: Scene) -> NDArray[np.uint8]:
 
 
 def _things(scene: Scene, cells: int) -> NDArray[np.uint8]:
-    """Whose room each cell is in, [cells, cells]: 0, or 1 + kind * number of colours + colour."""
-    from ldm import postcards as world
+    """Whose room each cell is in, [cells, cells]: a `thing_number` or 0."""
+    from ldm.postcards.vocabulary import thing_number
 
     centres = (np.arange(cells) + 0.5) / cells
     things = np.zeros((cells, cells), np.uint8)
     for group in scene.groups:
-        number = 1 + world.KINDS.index(group.kind) * len(world.COLOURS) + world.COLOURS.index(group.colour)
         for box in group.boxes:
             rows = (box.top <= centres) & (centres <= box.bottom)
             columns = (box.left <= centres) & (centres <= box.right)
-            things[np.ix_(rows, columns)] = number
+            things[np.ix_(rows, columns)] = thing_number(group.kind, group.colour)
     return things
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -95,7 +95,7 @@ class Muon(torch.optim.AdamW):
                 ahead = _matrix(p.grad.lerp(state["momentum"], self.MOMENTUM))  # Nesterov's
                 alike[ahead.shape].append((p, ahead))
         for shape, some in alike.items():
-            updates = _shared(orthogonal, torch.stack([ahead for _, ahead in some]))
+            updates = _shared(torch.stack([ahead for _, ahead in some]))
             for (p, _), update in zip(some, updates, strict=True):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(_like(update, p), alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
@@ -117,17 +117,17 @@ def orthogonal(matrices: Tensor) -> Tensor:
     return near.type_as(matrices)
 
 
-def _shared(make: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-    """`make` of all rows, of which each process makes its share, passed on in bf16."""
+def _shared(matrices: Tensor) -> Tensor:
+    """`orthogonal` of [N, m, n], of which each process makes its share, passed on in bf16."""
     if not (dist.is_available() and dist.is_initialized()):
-        return make(rows)
+        return orthogonal(matrices)
     processes, rank = dist.get_world_size(), dist.get_rank()
-    share = -(-len(rows) // processes)
-    filled = F.pad(rows, (0, 0, 0, 0, 0, share * processes - len(rows)))
-    mine = make(torch.split(filled, share)[rank]).bfloat16().contiguous()
+    share = -(-len(matrices) // processes)
+    filled = F.pad(matrices, (0, 0, 0, 0, 0, share * processes - len(matrices)))
+    mine = orthogonal(torch.split(filled, share)[rank]).bfloat16().contiguous()
     parts = [torch.empty_like(mine) for _ in range(processes)]
     dist.all_gather(parts, mine)
-    return torch.cat(parts)[: len(rows)].type_as(rows)
+    return torch.cat(parts)[: len(matrices)].type_as(matrices)
 
 
 def _matrix(p: Tensor) -> Tensor:

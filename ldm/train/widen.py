@@ -77,16 +77,10 @@ def widen_vae(vae: AutoencoderTiny, latent_channels: int) -> AutoencoderTiny:
     Raises:
         UserError: for fewer channels than `vae` has.
     """
-    have = vae.latent_channels
-    if latent_channels < have:
-        raise UserError(
-            f"{latent_channels} latent channels are fewer than the {have} of the VAE: it can only widen"
-        )
+    _check_wider(latent_channels, vae.latent_channels, "VAE")
     wide = build(vae.to_config() | {"latent_channels": latent_channels})
     assert isinstance(wide, AutoencoderTiny)
-    for name, value in wide.named_parameters():
-        if name == "decoder.layers.0.weight":
-            value.zero_()
+    wide.decoder.get_parameter("layers.0.weight").zero_()
     _copy_into(wide, vae)
     return wide
 
@@ -98,18 +92,20 @@ def widen_latents(unet: UNet, latent_channels: int) -> UNet:
     Raises:
         UserError: for fewer channels than `unet` has.
     """
-    have = unet.config.in_channels
-    if latent_channels < have:
-        raise UserError(
-            f"{latent_channels} latent channels are fewer than the {have} of the U-Net: it can only widen"
-        )
+    _check_wider(latent_channels, unet.config.in_channels, "U-Net")
     wide = build(unet.to_config() | {"in_channels": latent_channels, "out_channels": latent_channels})
     assert isinstance(wide, UNet)
-    for name, value in wide.named_parameters():
-        if name in ("conv_in.weight", "conv_out.weight", "conv_out.bias"):
-            value.zero_()
+    for name in ("conv_in.weight", "conv_out.weight", "conv_out.bias"):
+        wide.get_parameter(name).zero_()
     _copy_into(wide, unet)
     return wide
+
+
+def _check_wider(wanted: int, have: int, network: str) -> None:
+    if wanted < have:
+        raise UserError(
+            f"{wanted} latent channels are fewer than the {have} of the {network}: it can only widen"
+        )
 
 
 def _copy_into(wide: nn.Module, narrow: nn.Module) -> None:

@@ -3,11 +3,11 @@
 import os
 import shutil
 import sys
-from contextlib import contextmanager
 
 import pytest
 import torch
 from tiny_finetune import WORD, hashes, result, run, write_pictures
+from tiny_training import largest_file
 
 from ldm.train import finetune as module
 from ldm.train.checkpoint import newest_state
@@ -281,18 +281,6 @@ def test_damaged_entries_of_the_cache_are_made_again(sd1, data, tmp_path):
     assert result(tmp_path / "b" / "run") == result(tmp_path / "a" / "run")
 
 
-@contextmanager
-def room_for(size):
-    """No file may grow beyond `size` bytes: what a full disk does to a writer."""
-    resource = pytest.importorskip("resource")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such limit")
 @pytest.mark.parametrize(
     ("size", "said"), [(200, "cannot write to the cache"), (36_000, "no state has been saved")]
@@ -300,7 +288,7 @@ def room_for(size):
 def test_a_full_disk_is_told_and_the_same_command_goes_on_when_there_is_room(
     refused, sd1, data, tmp_path, size, said
 ):
-    with room_for(size):
+    with largest_file(size):
         refused(sd1, said)
     anew()
     assert run(sd1, data, tmp_path / "run") == 0
@@ -315,7 +303,7 @@ def test_a_disk_that_fills_up_on_the_way_keeps_the_last_state(refused, sd1, data
     options = {"mode": "full", "checkpointing_steps": 1}
     assert run(sd1, data, tmp_path / "run", max_train_steps=1, **options) == 0
     before = result(tmp_path / "run")
-    with room_for(300_000):
+    with largest_file(300_000):
         refused(sd1, "the last good state is", max_train_steps=2, **options)
     after = result(tmp_path / "run")
     assert (after["tensors"], after["export"]) == (before["tensors"], before["export"])

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_training import child, forked
+from tiny_training import child, forked, two_processes
 
 from ldm.train import checkpoint
 from ldm.train.checkpoint import damage, newest_state
@@ -153,22 +153,13 @@ def test_the_lock_of_a_killed_run_holds_nobody_and_that_of_a_live_one_does(tmp_p
 def both(run_dir: Path, interrupts=(0, 0), **options) -> list[int]:
     """Train in two processes over gloo, as torchrun would start them; their exit statuses."""
     run_dir.mkdir(exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = [
-        forked().Process(
-            target=child,
-            args=(run_dir,),
-            kwargs=options | {"rank": rank, "port": port, "interrupt": interrupts[rank]},
+    return two_processes(
+        lambda rank, port: (
+            child,
+            (run_dir,),
+            options | {"rank": rank, "port": port, "interrupt": interrupts[rank]},
         )
-        for rank in (0, 1)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    return [process.exitcode for process in processes]
+    )
 
 
 def test_two_processes_stopped_inside_accumulation_go_on_bit_for_bit(tmp_path):

@@ -3,15 +3,13 @@
 import json
 import os
 import re
-import resource
 import shutil
 import subprocess
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_training import Line, tiny_recipe
+from tiny_training import Line, largest_file, tiny_recipe
 
 from ldm.errors import UserError
 from ldm.train import checkpoint, lock, progress
@@ -325,16 +323,6 @@ def test_a_disk_that_fills_up_while_saving_leaves_the_last_state_whole(small_dis
     (small_disk / "ballast").unlink()
     train(Wide(), tiny_recipe(20, logging_steps=1), run_dir)
     assert names(run_dir)[-1] == "state-00000020"
-
-
-@contextmanager
-def largest_file(size):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_files_over_the_limit_of_their_size(tmp_path):

@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 from pydantic import ValidationError
-from tiny_training import forked
+from tiny_training import two_processes
 from transformers import get_scheduler
 
 from ldm.train.optimiser import _shared, lr_factor, make_optimiser, orthogonal
@@ -177,23 +177,19 @@ def test_muon_s_updates_are_orthogonal_and_as_large_as_adamw_s():
     assert update.square().mean().sqrt().item() == pytest.approx(0.2, rel=0.2)
 
 
-def _share(rank, file):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    made = [_shared(orthogonal, p.detach()) for p in some_parameters((3, 40, 50), (3, 50, 40))]
+def _share(file, rank, port):
+    address = f"tcp://127.0.0.1:{port}"
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    made = [_shared(p.detach()) for p in some_parameters((3, 40, 50), (3, 50, 40))]
     torch.save(made, f"{file}-{rank}")
     torch.distributed.destroy_process_group()
 
 
 def test_processes_share_the_work_and_have_the_same_updates(tmp_path):
-    processes = [forked().Process(target=_share, args=(rank, tmp_path / "met")) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
+    assert two_processes(lambda rank, port: (_share, (tmp_path / "made", rank, port), {})) == [0, 0]
     expected = [orthogonal(p.detach()) for p in some_parameters((3, 40, 50), (3, 50, 40))]
     for rank in range(2):
-        made = torch.load(tmp_path / f"met-{rank}")
+        made = torch.load(tmp_path / f"made-{rank}")
         assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
 
 
