@@ -189,7 +189,7 @@ def make_requests(args: argparse.Namespace) -> list[Request]:
     if total > MAX_PICTURES:
         raise UserError(f"{total} pictures are too many for one run: ask for at most {MAX_PICTURES}")
     (seed,) = consecutive_seeds(args.seed)
-    same_name = (Request.model_fields.keys() & vars(args).keys()) - {"prompt", "model"}
+    same_name = (Request.model_fields.keys() & vars(args).keys()) - {"prompt", "model", "upscaler"}
     one = Request(
         **{name: getattr(args, name) for name in same_name},
         num_inference_steps=args.steps,
@@ -262,7 +262,7 @@ def load_model(args: argparse.Namespace) -> Pipeline:
 
 
 def add_adapters(pipe: Pipeline, args: argparse.Namespace) -> Pipeline:
-    """--embedding, --lora and --lora-dir."""
+    """--embedding, --lora, --lora-dir and --upscaler."""
     for spec in args.embedding:
         name, file = parse_embedding(spec)
         pipe = pipe.with_embedding(file, name)
@@ -270,6 +270,8 @@ def add_adapters(pipe: Pipeline, args: argparse.Namespace) -> Pipeline:
     for spec in args.lora:
         pipe = pipe.with_lora(*parse_lora(spec))
         say(args, str(pipe.adapted.reports[-1]))
+    if args.upscaler is not None:
+        pipe = pipe.with_upscaler(args.upscaler)
     return replace(pipe, lora_dir=args.lora_dir)
 
 
@@ -291,10 +293,12 @@ def tell_loras(pipe: Pipeline, args: argparse.Namespace, requests: Sequence[Requ
 
 def check_batch(request: Request) -> None:
     """A batch's finished pictures are held in memory together."""
-    size, most = (request.width or 0) * (request.height or 0), MAX_BATCH_PIXELS
+    finished = request.upscaling or request
+    size, most = (finished.width or 0) * (finished.height or 0), MAX_BATCH_PIXELS
     if request.num_images * size > most:
+        shape = f"{finished.width}x{finished.height}"
         raise UserError(
-            f"{request.num_images} pictures of {request.width}x{request.height} are too many for one batch: "
+            f"{request.num_images} pictures of {shape} are too many for one batch: "
             f"ask for at most {most // size} at once, and for more batches with --n_iter"
         )
 
@@ -447,15 +451,10 @@ def redraw(args: argparse.Namespace) -> int:
     if args.output is not None:
         check_output(args, 1)
     pipe = load(args)
-    if request.model_hash not in (None, pipe.model_hash):
-        drawn_by = f"{request.model} ({request.model_hash})"
-        print(
-            f"note: {args.file} was drawn by {drawn_by}, not {pipe.name} ({pipe.model_hash}); "
-            "give its model by --model (and the same --vae, --unet, --prediction-type, ...)",
-            file=sys.stderr,
-        )
+    tell_other_models(pipe, request, args.file)
     inputs = {"image": args.image or request.image, "mask_image": args.mask_image or request.mask_image}
-    request = pipe.resolve(request.replace(model=None, model_hash=None, **inputs))
+    upscaling = request.upscaling if pipe.upscaler else None
+    request = pipe.resolve(request.replace(model=None, model_hash=None, upscaling=upscaling, **inputs))
     (new,) = generate(pipe, request, "redraw", args.quiet)
     if args.output is not None:
         save_png(new, args.output, request)
@@ -468,3 +467,16 @@ def redraw(args: argparse.Namespace) -> int:
     changed = np.count_nonzero(levels)
     print(f"different: {changed} of {levels.size} pixels, by up to {levels.max()} of 255 levels")
     return 1
+
+
+def tell_other_models(pipe: Pipeline, request: Request, file: Path) -> None:
+    """Whether a picture was drawn, or enlarged, by another model than it will be drawn by again."""
+    again = "give its model by --model (and the same --vae, --unet, --prediction-type, ...)"
+    pairs: list[tuple[str, Request, Pipeline | None, str]] = [("drawn", request, pipe, again)]
+    if request.upscaling is not None:
+        pairs.append(("enlarged", request.upscaling, pipe.upscaler, "give its upscaler by --upscaler"))
+    for done, asked, model, advice in pairs:
+        if model is None or asked.model_hash not in (None, model.model_hash):
+            other = "" if model is None else f", not {model.name} ({model.model_hash})"
+            line = f"note: {file} was {done} by {asked.model} ({asked.model_hash}){other}; {advice}"
+            print(line, file=sys.stderr)

@@ -20,7 +20,7 @@ class Conditioning:
     tokens: Tensor  # [B, N, D] text embedding, for cross-attention
     pooled: Tensor | None = None  # [B, P] pooled text (SDXL)
     time_ids: Tensor | None = None  # [B, 6] sizes and crops (SDXL), or 5 with an aesthetic score (refiner)
-    class_labels: Tensor | None = None  # [B] noise level of the low-resolution picture (x4 upscaler)
+    class_labels: Tensor | None = None  # [B] noise level of the low-resolution picture (upscaler)
     timestep_cond: Tensor | None = None  # [B, time_cond_proj_dim] embedded guidance scale (LCM)
     concat: Tensor | None = None  # [B, C, h, w] appended to the scaled latents
 

@@ -106,7 +106,12 @@ def add_image_flags(parser: argparse.ArgumentParser) -> None:
         metavar="SCALE",
         help="instruct-pix2pix: how closely to keep to the picture (default: 1.5)",
     )
-    add("--noise-level", type=int, metavar="N", help="x4 upscalers: noise added to the picture (default: 20)")
+    add(
+        "--noise-level",
+        type=int,
+        metavar="N",
+        help="upscalers: noise on the picture (default: the model's)",
+    )
 
 
 def add_input_flags(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
@@ -194,6 +199,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         metavar="{full,autocast}",
         help="--dtype fp32, or its default",
     )
+    add("--upscaler", metavar="MODEL", help="an upscaler, which enlarges each finished picture")
     add(
         "--lora",
         action="append",

@@ -82,6 +82,7 @@ def format_parameters(request: Request) -> str:
         "Size": f"{request.width}x{request.height}" if request.width and request.height else None,
         "Model hash": request.model_hash,
         "Model": request.model,
+        "Hires upscaler": request.upscaling.model if request.upscaling else None,
         "Clip skip": None if not request.clip_skip else request.clip_skip + 1,  # there, 1 skips no layer
         "CFG rescale": request.guidance_rescale or None,
         "Denoising strength": request.strength,

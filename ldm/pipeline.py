@@ -107,6 +107,7 @@ class Pipeline:
     name: str
     adapted: Adapted = field(default_factory=Adapted)  # LoRAs and textual inversions in `parts`
     lora_dir: Path = Path("loras")  # where prompts' <lora:name:weight> are found
+    upscaler: Pipeline | None = None  # what enlarges each finished picture
     # The last pipeline that a request's LoRAs asked for, so that its next batch need not build it again.
     _recent: dict[tuple[LoraUse, ...], Pipeline] = field(default_factory=dict, init=False, repr=False)
 
@@ -232,6 +233,21 @@ class Pipeline:
         parts, adapted = adapt(self.base.parts, adapted)
         return replace(self, parts=parts, adapted=adapted)
 
+    def with_upscaler(self, upscaler: Pipeline | str | Path) -> Pipeline:
+        """This pipeline with another that enlarges each finished picture, with its prompt and seed.
+
+        As that other would enlarge the picture's PNG: a request's `upscaling` says how, in what is not its
+        default. Latents and `denoise` stay small.
+
+        Raises:
+            UserError: if it is no upscaler.
+        """
+        if not isinstance(upscaler, Pipeline):
+            upscaler = load(upscaler, device=self.runtime.device, dtype=self.runtime.dtype)
+        if tasks.kind_of(upscaler.parts) is not tasks.Kind.UPSCALE:
+            raise UserError(f"{upscaler.name} is no upscaler: its U-Net does not take a small picture")
+        return replace(self, upscaler=upscaler)
+
     # --- drawing -----------------------------------------------------------------------------------------
 
     def __call__(
@@ -330,7 +346,28 @@ class Pipeline:
                     on_step(step)
             latents = step.x * plan.grid.final_scale
             drawn.append(latents if output_type == "latent" else start.finish(self.decode(latents)))
-        return Result(as_output(torch.cat(drawn), output_type), tuple(requests))
+        images = torch.cat(drawn)
+        if output_type == "latent":
+            requests = [each.replace(upscaling=None) for each in requests]
+        elif self.upscaler is not None:
+            images = self._enlarge(self.upscaler, images, requests)
+        return Result(as_output(images, output_type), tuple(requests))
+
+    @staticmethod
+    def _enlarge(upscaler: Pipeline, images: Tensor, requests: Sequence[Request]) -> Tensor:
+        """What an upscaler makes of the pictures of resolved requests, [B, 3, H, W] in 0..1, one by one."""
+        asked = [
+            each.upscaling.replace(prompt=each.prompt, seeds=(seed,))
+            for each in requests
+            for seed in each.seeds
+            if each.upscaling is not None
+        ]
+        images = (images * 255).round() / 255  # as they are in a PNG
+        large = [
+            upscaler.generate(request, output_type="pt", beside=Beside(image=image)).images
+            for image, request in zip(images, asked, strict=True)
+        ]
+        return torch.cat(large)
 
     def denoise(self, request: Request, beside: Beside = NOTHING) -> Iterator[Step]:
         """Draw a request's pictures in one batch, step by step. `decode` makes images of `x0` of a Step."""

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ldm import tasks
 from ldm.adapters import used_embeddings, wanted_loras
 from ldm.arguments import Beside
@@ -13,7 +15,7 @@ from ldm.checkpoint import Parts
 from ldm.errors import UserError
 from ldm.guidance import Guidance
 from ldm.inputs import InMemory
-from ldm.request import Request
+from ldm.request import MAX_SIDE, Request
 from ldm.schedule import Grid
 from ldm.solvers import Sampler, resolve_sampler
 
@@ -53,7 +55,23 @@ def resolve(pipe: Pipeline, request: Request, beside: Beside) -> Request:
         pixels = getattr(request, side)
         if pixels % factor:
             raise UserError(f"{side} {pixels} is not allowed: this model draws multiples of {factor} pixels")
-    return request
+    return request.replace(upscaling=_upscaling(pipe.upscaler, request))
+
+
+def _upscaling(upscaler: Pipeline | None, request: Request) -> Request | None:
+    """How a picture of `request` is enlarged, resolved like it."""
+    if upscaler is None:
+        if request.upscaling is not None:
+            raise UserError("upscaling is not allowed here: give an upscaler (with_upscaler, --upscaler)")
+        return None
+    height, width, factor = request.height or 0, request.width or 0, upscaler.vae.downscale
+    if max(height, width) * factor > MAX_SIDE:
+        raise UserError(
+            f"{width}x{height} pixels are too many for this upscaler, which draws {factor} times as large: "
+            f"give sides of at most {MAX_SIDE // factor}"
+        )
+    asked = (request.upscaling or Request()).replace(height=None, width=None, model=None, model_hash=None)
+    return resolve(upscaler, asked, Beside(image=torch.zeros(3, height, width)))
 
 
 def make_plan(pipe: Pipeline, request: Request, beside: Beside) -> Plan:

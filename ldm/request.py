@@ -132,7 +132,7 @@ class Request(_Checked):
     mask_image_sha256: Digest | None = None
     strength: Fraction | None = None  # of the steps, the share that is drawn, from the image
     image_guidance_scale: Scale | None = None  # instruct-pix2pix
-    noise_level: NoiseLevel | None = None  # x4 upscaler: timestep to which its input is noised
+    noise_level: NoiseLevel | None = None  # upscaler: timestep to which its input is noised
     original_size: Size | None = None
     crops_coords_top_left: Size | None = None
     target_size: Size | None = None
@@ -145,6 +145,7 @@ class Request(_Checked):
     embeddings: Annotated[tuple[EmbeddingUse, ...], Field(description="a list of words")] | None = None
     model: Text | None = None  # for the record in the PNG: not used to find the model
     model_hash: Text | None = None
+    upscaling: Request | None = None  # by a second model; prompt, seed and image are those of the picture
 
     @property
     def num_images(self) -> int:
@@ -279,7 +280,9 @@ def _explain(model: type[BaseModel], error: ValidationError) -> str:
 
 def _allowed(model: type[BaseModel], name: str) -> str:
     # Optional fields keep the description on the member of their union that is not None.
-    schema = model.model_json_schema()["properties"][name]
+    whole = model.model_json_schema()
+    whole = whole.get("$defs", {}).get(model.__name__, whole)  # where a model holds its own kind
+    schema = whole["properties"][name]
     members = [schema, *schema.get("anyOf", [])]
     return next((str(member["description"]) for member in members if "description" in member), "")
 

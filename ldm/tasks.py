@@ -1,4 +1,4 @@
-"""What kinds of models draw from: img2img, inpainting, instruct-pix2pix and the x4 upscaler.
+"""What kinds of models draw from: img2img, inpainting, instruct-pix2pix and upscalers.
 
 A kind is told by the channels that a U-Net takes beside its latents. Here is where a picture begins, what of
 its image is concatenated with the latents in every step, and what a kind is drawn with by default.
@@ -85,7 +85,7 @@ def check(request: Request, has_image: bool, has_mask: bool, parts: Parts) -> No
             ["strength"],
         ),
         (kind is Kind.PIX2PIX, "instruct-pix2pix models", ["image_guidance_scale"]),
-        (kind is Kind.UPSCALE, "x4 upscalers", ["noise_level"]),
+        (kind is Kind.UPSCALE, "upscalers, as --model,", ["noise_level"]),
         (two_encoders, "models with two text encoders", ["prompt_2", "negative_prompt_2"]),
         ("time_ids" in parts.unet.config.conditioning, "SDXL models", sizes),
         (parts.requires_aesthetics_score, "SDXL refiners", ["aesthetic_score", "negative_aesthetic_score"]),

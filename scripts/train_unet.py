@@ -22,28 +22,30 @@ def make_task(recipe: Recipe, args: argparse.Namespace) -> Task:
     from ldm.checkpoint.clip import load_text_encoder, load_tokenizer
     from ldm.checkpoint.fit import check_fit
     from ldm.checkpoint.folder import Defaults, Parts, load_module, read_words
-    from ldm.models import AutoencoderKL, AutoencoderTiny, UNet, build
+    from ldm.checkpoint.io import read_config
+    from ldm.models import UNet, build
     from ldm.train.data import load_pictures
     from ldm.train.unet import UNetTask, prepare
+    from ldm.train.vae import load_vae
     from ldm.train.vocabulary import known_words
     from ldm.train.widen import widen_latents
 
     torch.manual_seed(recipe.run.seed)
     model = dict(recipe.model)
-    vae = load_module(args.vae, torch.float32)
+    vae = load_vae(args.vae)
     unet = load_module(args.init_from / "unet", torch.float32) if args.init_from else build(model["unet"])
-    if not isinstance(vae, AutoencoderKL | AutoencoderTiny):
-        raise UserError(f"{args.vae} holds a {type(vae).__name__}; give the folder of an autoencoder")
     if not isinstance(unet, UNet):
         raise UserError(f"{args.init_from}/unet holds a {type(unet).__name__}; give a model folder")
+    scheduler = model["scheduler"]
     if args.init_from:
         unet = widen_latents(unet, vae.latent_channels)
+        scheduler = read_config(args.init_from / "scheduler" / "scheduler_config.json")
     parts = Parts(
         unet=unet,
         vae=vae,
         text_encoder=load_text_encoder(args.clip / "text_encoder", torch.float32),
         tokenizer=load_tokenizer(args.clip / "tokenizer"),
-        scheduler=model["scheduler"],
+        scheduler=scheduler,
         defaults=Defaults(**model["defaults"]),
         words=read_words(args.clip / "words.txt"),
     )

@@ -314,7 +314,7 @@ def test_defaults_are_those_of_diffusers(models, tmp_path, family, wanted):
         ),
         ("sd1", {"original_size": (8, 8)}, "original_size .* only SDXL models"),
         ("sdxl", {"aesthetic_score": 6.0}, "aesthetic_score .* only SDXL refiners"),
-        ("sdxl", {"noise_level": 6}, "noise_level .* only x4 upscalers"),
+        ("sdxl", {"noise_level": 6}, "noise_level .* only upscalers"),
         ("pix2pix", {"image": picture(), "strength": 0.5}, "strength is not allowed here"),
         (
             "inpaint",

@@ -42,6 +42,7 @@ WHOLE = Request(
     negative_aesthetic_score=2.0,
     model="postcard",
     model_hash="0123456789",
+    upscaling=Request(num_inference_steps=3, noise_level=7, model="upscaler", model_hash="9876543210"),
 )
 
 NOT_IN_WHOLE = {"timesteps", "sigmas", "loras", "embeddings"}
@@ -163,6 +164,11 @@ def test_bad_fields_are_told_in_one_line(fields, message):
         Request(**fields)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
+
+
+def test_a_bad_field_of_the_upscaling_is_told():
+    with pytest.raises(UserError, match="num_inference_steps 0 is not allowed"):
+        Request.from_json('{"version": 1, "upscaling": {"num_inference_steps": 0}}')
 
 
 def test_all_bad_fields_are_told_at_once():

@@ -78,6 +78,7 @@ class Defaults:
     spacing: str | None = None
     height: int | None = None  # None: the U-Net's sample_size
     width: int | None = None
+    noise_level: int | None = None  # upscalers
 
 
 @dataclass(frozen=True)

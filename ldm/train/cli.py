@@ -1,4 +1,4 @@
-"""What the three trainers' commands share: arguments, recipe, run folder, errors."""
+"""What the trainers' commands share: arguments, recipe, run folder, errors."""
 
 from __future__ import annotations
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch
 from filelock import FileLock
 from numpy.typing import NDArray
 from PIL import ImageOps
+from torch import nn
 
 from ldm.checkpoint.io import whole_file
 from ldm.errors import UserError
@@ -51,6 +54,15 @@ class Pictures:
             self.images[part], self.captions[part], *(None if each is None else each[part] for each in beside)
         )
 
+    @property
+    def every(self) -> int:
+        """Every so many-th picture stands for all: 64 of them, or up to twice as many."""
+        return max(1, len(self) // 64)
+
+    def digest(self) -> hashlib._Hash:
+        """SHA-256 of some of the pictures, to go on from: it names what is made of them."""
+        return hashlib.sha256(np.ascontiguousarray(self.images[:: self.every]).tobytes())
+
     def tensors(self, index: torch.Tensor) -> torch.Tensor:
         """Pictures `index` as float [B, 3, H, W] in [-1, 1]."""
         batch = torch.from_numpy(self.images[index.numpy()])
@@ -66,6 +78,33 @@ def load_pictures(data: DataSection) -> tuple[Pictures, Pictures]:
         )
     cut = len(pictures) - data.held_out
     return pictures.slice(slice(0, cut)), pictures.slice(slice(cut, None))
+
+
+def cut(x: torch.Tensor, corners: list[list[int]], side: int) -> torch.Tensor:
+    """Squares [B, C, side, side] of x [B, C, H, W], each from its own corner: row and column, in pixels."""
+    places = [[slice(start, start + side) for start in corner] for corner in corners]
+    return torch.stack([each[:, rows, columns] for each, (rows, columns) in zip(x, places, strict=True)])
+
+
+def digest_of(network: nn.Module) -> str:
+    """SHA-256 of a network's weights in fp32."""
+    digest = hashlib.sha256()
+    for value in network.state_dict().values():
+        digest.update(value.float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def cached(file: Path, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """The array in `file` (.npy), which one of several processes makes and writes if it is not there."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_name(f".{file.stem}.lock")):
+        if not file.exists():
+            threads = torch.get_num_threads()
+            torch.set_num_threads(os.cpu_count() or 1)  # other processes of the run are waiting
+            with whole_file(file) as aside, aside.open("wb") as opened:
+                np.save(opened, make().numpy())
+            torch.set_num_threads(threads)
+    return torch.from_numpy(np.load(file))
 
 
 # --- postcards ---------------------------------------------------------------------------------------------

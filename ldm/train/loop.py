@@ -1,4 +1,4 @@
-"""The one training loop: VAE, CLIP and U-Net differ only in their `Task`.
+"""The one training loop: VAE, CLIP, U-Net and the others differ only in their `Task`.
 
 All randomness of a batch follows from (seed, step, micro, rank), so a run that is stopped and started again
 goes on as if nothing had happened, and no loader has state to save. An optimisation step is the unit: one

@@ -14,28 +14,22 @@ ones: the early sign that pictures will follow their prompts.
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 
 import ldm
 from ldm.checkpoint import Parts, save_folder
-from ldm.checkpoint.io import whole_file
 from ldm.images import grid
 from ldm.models import AutoencoderKL, AutoencoderTiny
 from ldm.schedule import Schedule
 from ldm.train.alignment import Alignment
 from ldm.train.clip import pick_captions, tokenise
-from ldm.train.data import Pictures
+from ldm.train.data import Pictures, cached, digest_of
 from ldm.train.loop import Batch, Task
 from ldm.train.loss import (
     draw_noise,
@@ -47,7 +41,7 @@ from ldm.train.loss import (
 )
 from ldm.train.recipe import LossSection, loss_settings
 
-_PLAIN = LossSection()  # uniform timesteps, unit noise, square error
+PLAIN = LossSection()  # uniform timesteps, unit noise, square error
 
 
 @dataclass(frozen=True)
@@ -79,44 +73,27 @@ def _encode(pictures: Pictures, vae: AutoencoderKL | AutoencoderTiny) -> Tensor:
     return torch.cat(parts).contiguous()
 
 
-def _cached(file: Path, make: Callable[[], Tensor]) -> Tensor:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(file.with_name(f".{file.stem}.lock")):
-        if not file.exists():
-            threads = torch.get_num_threads()
-            torch.set_num_threads(os.cpu_count() or 1)  # other processes of the run are waiting
-            with whole_file(file) as aside, aside.open("wb") as opened:
-                np.save(opened, make().numpy())
-            torch.set_num_threads(threads)
-    return torch.from_numpy(np.load(file))
-
-
 def prepare(pictures: Pictures, vae: AutoencoderKL | AutoencoderTiny, tokenizer: Any, cache: Path) -> Latents:
     """Latents, tokens and object weights of `pictures`.
 
     Latents and tokens are kept in `cache`, under a hash of the VAE or vocabulary and of 64 pictures with
     their captions, so that a changed model or data set is never read from it.
     """
-    some = slice(None, None, max(1, len(pictures) // 64))
-    content = hashlib.sha256(np.ascontiguousarray(pictures.images[some]).tobytes())
-    by_vae, by_vocabulary, weights_hash = content.copy(), content.copy(), hashlib.sha256()
-    for value in vae.state_dict().values():
-        weights_hash.update(value.float().numpy().tobytes())
-    by_vae.update(weights_hash.digest())
+    by_vae, by_vocabulary, weights_hash = pictures.digest(), pictures.digest(), digest_of(vae)
+    by_vae.update(weights_hash.encode())
     vocabulary = sorted(tokenizer.get_vocab().items())
-    by_vocabulary.update(repr((vocabulary, tokenizer.model_max_length, pictures.captions[some])).encode())
+    words = (vocabulary, tokenizer.model_max_length, pictures.captions[:: pictures.every])
+    by_vocabulary.update(repr(words).encode())
     count = len(pictures)
-    latents = _cached(
-        cache / f"latents-{count}-{by_vae.hexdigest()[:12]}.npy", lambda: _encode(pictures, vae)
-    )
-    tokens = _cached(
+    latents = cached(cache / f"latents-{count}-{by_vae.hexdigest()[:12]}.npy", lambda: _encode(pictures, vae))
+    tokens = cached(
         cache / f"tokens-{count}-{by_vocabulary.hexdigest()[:12]}.npy",
         lambda: tokenise(tokenizer, pictures.captions),
     )
     weights, things = (
         None if each is None else torch.from_numpy(each.copy()) for each in (pictures.masks, pictures.things)
     )
-    return Latents(latents, tokens, weights, things, weights_hash.hexdigest())
+    return Latents(latents, tokens, weights, things, weights_hash)
 
 
 class UNetTask(Task):
@@ -138,7 +115,7 @@ class UNetTask(Task):
         defaults = {"object_weight": 2.0, "drop": 0.1, "text_lr": 0.5, "layout": 0.0}
         self.weights = loss_settings(defaults | {"align": 0.0}, loss, shares=("drop", "layout"))
         steps = len(self.schedule.alphas_cumprod)
-        self.any_t = timestep_probabilities(_PLAIN, steps)
+        self.any_t = timestep_probabilities(PLAIN, steps)
         self.early_t = timestep_probabilities(LossSection(min_timestep=int(0.6 * steps)), steps)
         self.text_encoder.requires_grad_(self.weights["text_lr"] > 0)
         # SDPA's backward is slow on a CPU for so few tokens: 0.16 against 0.12 s for 32 captions of 48.
@@ -169,7 +146,7 @@ class UNetTask(Task):
 
     def _batch(self, data: Latents, index: Tensor, ids: Tensor, t: Tensor, rng: torch.Generator) -> Batch:
         x0 = data.latents[index].float()
-        noise, _ = draw_noise(x0.shape, _PLAIN, rng)
+        noise, _ = draw_noise(x0.shape, PLAIN, rng)
         batch = {"x0": x0, "noise": noise, "t": t, "ids": ids}
         if data.weights is not None:
             batch["weight"] = 1 + self.weights["object_weight"] * data.weights[index].float() / 255
@@ -192,7 +169,7 @@ class UNetTask(Task):
         tokens = self.text_encoder(input_ids=batch["ids"]).last_hidden_state
         noisy = noisy_latents(x0, noise, t, self.schedule).contiguous(memory_format=torch.channels_last)
         target = training_target(x0, noise, t, self.schedule)
-        return pixel_losses(self.unet(noisy, t, tokens), target, _PLAIN)
+        return pixel_losses(self.unet(noisy, t, tokens), target, PLAIN)
 
     def evaluate(self) -> dict[str, float]:
         data, rng = self.held_out, torch.Generator().manual_seed(0)

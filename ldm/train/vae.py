@@ -27,29 +27,30 @@ from torch import Tensor
 from ldm.checkpoint import load_module, save_module
 from ldm.errors import UserError
 from ldm.images import grid, to_pil
-from ldm.models import AutoencoderTiny, build
-from ldm.train.data import Pictures
+from ldm.models import AutoencoderKL, AutoencoderTiny, build
+from ldm.train.data import Pictures, cut
 from ldm.train.loop import Batch, Task
 from ldm.train.recipe import loss_settings
 
 
 class VAETask(Task):
-    """Trains an AutoencoderTiny, all of it or (decoder_only) the decoder on frozen latents.
+    """Trains an autoencoder, all of it or (decoder_only) the decoder on frozen latents.
 
     loss keys: gradient, pooled, l2, moments, noise (std added to latents), pooled_steps (share of steps that
     decode pooled latents), crop (pixels of the random square that is cut from each picture, 0 for all of it:
     a convolutional autoencoder learns as much from a pixel of a crop, and makes four times the steps), keep
-    (how far the first channels may leave those of `narrow`).
+    (how far the first channels may leave those of `narrow`), new_std (standard deviation of the channels that
+    `narrow` does not have: below 1 they drown in noise earlier, so that a U-Net draws them last, as details).
     """
 
     def __init__(
         self,
-        vae: AutoencoderTiny,
+        vae: AutoencoderKL | AutoencoderTiny,
         train: Pictures,
         held_out: Pictures,
         loss: dict[str, float],
         decoder_only: bool,
-        narrow: AutoencoderTiny | None = None,
+        narrow: AutoencoderKL | AutoencoderTiny | None = None,
     ) -> None:
         super().__init__()
         if narrow is not None and decoder_only:
@@ -59,7 +60,8 @@ class VAETask(Task):
         self.vae = vae
         self.narrow = None if narrow is None else narrow.requires_grad_(False)
         self.decoder_only = decoder_only
-        vae.encoder.requires_grad_(not decoder_only)
+        for name, weight in vae.named_parameters():
+            weight.requires_grad_(not (decoder_only and name.startswith(("encoder.", "quant_conv."))))
         self.train_pictures, self.held_out = train, held_out
         defaults = {
             "gradient": 0.4,
@@ -70,8 +72,10 @@ class VAETask(Task):
             "pooled_steps": 0.3,
         }
         shares = ("pooled_steps",)
-        self.weights = loss_settings(defaults | {"crop": 0.0, "keep": 1.0}, loss, shares)
-        if self.weights["crop"] % (pixels := 2 * vae.downscale):
+        defaults |= {"crop": 0.0, "keep": 1.0, "new_std": 1.0}
+        self.weights = loss_settings(defaults, loss, shares)
+        pixels = max(2 * vae.downscale, 16)  # pooled latents are decoded, and pooled 8x compared
+        if self.weights["crop"] % pixels:
             raise UserError(f"loss.crop must be a multiple of {pixels} pixels (got {self.weights['crop']:g})")
         self.facts = {"model.decoder_only": decoder_only, "model.widened": narrow is not None}
 
@@ -88,8 +92,7 @@ class VAETask(Task):
         if not 0 < side < x.shape[-1]:
             return x
         corners = torch.randint(x.shape[-1] - side + 1, (len(x), 2), generator=rng).tolist()
-        cut = [each[:, i : i + side, j : j + side] for each, (i, j) in zip(x, corners, strict=True)]
-        return torch.stack(cut)
+        return cut(x, corners, side)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         x = batch["x"].contiguous(memory_format=torch.channels_last)
@@ -110,7 +113,10 @@ class VAETask(Task):
 
     def _of_latents(self, z: Tensor, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         mean, std = z.float().mean((0, 2, 3)), z.float().std((0, 2, 3))
-        moments = mean.square().mean() + (std - 1).square().mean()
+        wanted = torch.ones_like(std)
+        if self.narrow is not None:
+            wanted[self.narrow.latent_channels :] = self.weights["new_std"]
+        moments = mean.square().mean() + (std - wanted).square().mean()
         loss, extra = self.weights["moments"] * moments, {"moments": moments.detach()}
         if self.narrow is not None:
             with torch.no_grad():
@@ -140,17 +146,34 @@ class VAETask(Task):
         save_module(self.vae, folder)
 
 
-def build_vae(config: Mapping[str, Any]) -> AutoencoderTiny:
-    """A new VAE of random weights. Raises UserError for another kind of module."""
+@torch.no_grad()
+def build_vae(config: Mapping[str, Any]) -> AutoencoderKL | AutoencoderTiny:
+    """A new VAE of random weights. Raises UserError for another kind of module.
+
+    An AutoencoderKL is all but deterministic (a variance of e^-20, which only weight decay moves), and its
+    scaled latents are at first what its last layer gives, whatever the scaling factor (in the upscaler's
+    layout 0.08333).
+    """
     vae = build(config)
-    if not isinstance(vae, AutoencoderTiny):
-        raise UserError(f"model._class_name is {config.get('_class_name')}: this trains an AutoencoderTiny")
+    if isinstance(vae, AutoencoderTiny):
+        return vae
+    if not isinstance(vae, AutoencoderKL) or vae.quant_conv is None or vae.post_quant_conv is None:
+        raise UserError(
+            f"model is {config.get('_class_name')}: this trains an AutoencoderTiny, or an AutoencoderKL with "
+            "use_quant_conv and use_post_quant_conv"
+        )
+    bias = vae.quant_conv.get_parameter("bias")
+    vae.quant_conv.weight /= vae.scaling_factor
+    bias.div_(vae.scaling_factor)
+    vae.post_quant_conv.weight *= vae.scaling_factor
+    vae.quant_conv.weight[vae.latent_channels :] = 0
+    bias[vae.latent_channels :] = -20
     return vae
 
 
-def load_vae(folder: Path) -> AutoencoderTiny:
+def load_vae(folder: Path) -> AutoencoderKL | AutoencoderTiny:
     """An exported VAE, fp32. Raises UserError for another kind of module."""
     vae = load_module(folder, torch.float32)
-    if not isinstance(vae, AutoencoderTiny):
-        raise UserError(f"{folder} holds a {type(vae).__name__}; give the folder of an AutoencoderTiny")
+    if not isinstance(vae, AutoencoderKL | AutoencoderTiny):
+        raise UserError(f"{folder} holds a {type(vae).__name__}; give the folder of an autoencoder")
     return vae

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ldm.adapters.layers import share
 from ldm.checkpoint import Parts
 from ldm.errors import UserError
-from ldm.models import AutoencoderTiny, UNet, build
+from ldm.models import AutoencoderKL, AutoencoderTiny, UNet, build
 from ldm.tasks import Kind, kind_of
 
 
@@ -68,15 +68,17 @@ def widen_unet(unet: UNet, latent_channels: int = 4) -> UNet:
 
 
 @torch.no_grad()
-def widen_vae(vae: AutoencoderTiny, latent_channels: int) -> AutoencoderTiny:
+def widen_vae(vae: AutoencoderKL | AutoencoderTiny, latent_channels: int) -> AutoencoderTiny:
     """An autoencoder of more latent channels, the first of them those of `vae`.
 
     The new ones are random views of the encoder's last features, and the decoder does not look at them yet:
     it draws what `vae` draws.
 
     Raises:
-        UserError: for fewer channels than `vae` has.
+        UserError: for fewer channels than `vae` has, or another kind than AutoencoderTiny.
     """
+    if not isinstance(vae, AutoencoderTiny):
+        raise UserError(f"a {type(vae).__name__} cannot be widened: an AutoencoderTiny can")
     _check_wider(latent_channels, vae.latent_channels, "VAE")
     wide = build(vae.to_config() | {"latent_channels": latent_channels})
     assert isinstance(wide, AutoencoderTiny)

@@ -49,6 +49,12 @@ def small(name: str, tmp_path: Path) -> Path:
         model["unet"] |= {"attention_head_dim": 2, "addition_embed_type_num_heads": 2}
         model["defaults"]["num_inference_steps"] = 1
         model["prompts"] = ["picture"]
+    if name == "upscaler_vae":
+        model |= {"block_out_channels": [8, 8]}
+    if name == "upscaler":
+        model["unet"] |= {"block_out_channels": [8, 8], "sample_size": 16}
+    if name == "student":
+        model["prompts"] = ["picture"] * 2  # one would be too few numbers for GroupNorm
     recipe["data"] = {"size": 32, "held_out": 2, "cache": str(tmp_path / "cache")}
     recipe["optimiser"]["train_batch_size"] = 2
     recipe["run"] = {"max_train_steps": 2, "logging_steps": 1}
@@ -57,8 +63,12 @@ def small(name: str, tmp_path: Path) -> Path:
 
 
 def run(monkeypatch, name: str, *args: object) -> None:
-    monkeypatch.setattr(sys, "argv", [f"train_{name}.py", *map(str, args)])
-    runpy.run_path(str(ROOT / "scripts" / f"train_{name}.py"), run_name="__main__")
+    """scripts/train_<name>.py, or scripts/<name>.py."""
+    (script,) = {ROOT / "scripts" / f"train_{name}.py", ROOT / "scripts" / f"{name}.py"} & set(
+        (ROOT / "scripts").iterdir()
+    )
+    monkeypatch.setattr(sys, "argv", [script.name, *map(str, args)])
+    runpy.run_path(str(script), run_name="__main__")
 
 
 def test_from_a_folder_of_images_to_a_model_that_draws(folder, tmp_path, monkeypatch):
@@ -72,8 +82,20 @@ def test_from_a_folder_of_images_to_a_model_that_draws(folder, tmp_path, monkeyp
         rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
         assert [row["step"] for row in rows] == [1, 2, 2]
         assert any(key.startswith("held_out") for key in rows[-1])
-    pipe = ldm.load(tmp_path / "unet" / "export")
+    base = tmp_path / "unet" / "export"
+    pipe = ldm.load(base)
     assert pipe("picture", seed=0).images[0].size == (32, 32)
+
+    def follow(script, name, *more):
+        config, run_dir = small(name, tmp_path), tmp_path / name
+        run(monkeypatch, script, "--config", config, "--run_dir", run_dir, "--train_data_dir", folder, *more)
+        return run_dir / "export"
+
+    student = ldm.load(follow("distil_unet", "student", "--model", base))
+    assert student.resolve(ldm.Request()).num_inference_steps == 4
+    vae = follow("vae", "upscaler_vae", "--set", "loss.crop=0")
+    upscaler = ldm.load(follow("upscaler", "upscaler", "--vae", vae, "--base", base))
+    assert upscaler("picture", image=pipe("picture", seed=0).images[0]).images[0].size == (64, 64)
 
 
 def test_one_command_trains_all_parts_and_puts_them_together(folder, tmp_path, monkeypatch, capsys):
@@ -110,9 +132,13 @@ def test_one_command_trains_all_parts_and_puts_them_together(folder, tmp_path, m
 
     ran.clear()
     old = tmp_path / "all" / "model"
+    scheduler = old / "scheduler" / "scheduler_config.json"
+    config = json.loads(scheduler.read_text()) | {"beta_end": 0.013}
+    scheduler.write_text(json.dumps(config))
     run(monkeypatch, "postcard", "--minutes", 9, "--run_dir", tmp_path / "next", "--init_from", old)
     assert [name for name, _ in ran] == ["vae", "unet", "vae"]
     pipe = ldm.load(tmp_path / "next" / "model")
+    assert pipe.parts.scheduler["beta_end"] == 0.013  # a model goes on with the schedule that it has
     assert pipe("picture", seed=0).images[0].size == (32, 32)
 
 

@@ -6,92 +6,32 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from transformers import CLIPTextConfig, CLIPTextModel
+from tiny_tasks import tiny_parts, tiny_pictures, tiny_tokenizer, tiny_vae, unet_config
 
 import ldm
 from ldm.checkpoint import save_module
 from ldm.checkpoint.clip import load_text_encoder, load_tokenizer
-from ldm.checkpoint.folder import Parts
 from ldm.errors import UserError
 from ldm.models import build
 from ldm.train.clip import CLIPTask
-from ldm.train.data import Pictures
 from ldm.train.unet import UNetTask, prepare
 from ldm.train.vae import VAETask, build_vae, load_vae
-from ldm.train.vocabulary import train_vocabulary
 from ldm.train.widen import widen_vae
-
-CAPTIONS = ["a red car", "a blue house", "the sea at night", "snow"]
 
 
 @pytest.fixture
 def pictures():
-    rng = np.random.default_rng(0)
-    images = np.repeat(np.repeat(rng.integers(0, 256, (12, 4, 4, 3), dtype=np.uint8), 8, 1), 8, 2)
-    labels = rng.integers(0, 2, (12, 5), dtype=np.uint8)
-    masks = rng.integers(0, 256, (12, 4, 4), dtype=np.uint8)
-    captions = [[CAPTIONS[i % 4], CAPTIONS[(i + 1) % 4]] for i in range(12)]
-    return Pictures(images, captions, labels, masks)
+    return tiny_pictures()
 
 
 @pytest.fixture
 def tokenizer_dir(tmp_path):
-    train_vocabulary(CAPTIONS * 30, merges=40, length=8, folder=tmp_path / "tokenizer")
-    return tmp_path / "tokenizer"
-
-
-def tiny_vae():
-    torch.manual_seed(0)
-    channels = {"encoder_block_out_channels": [8] * 4, "decoder_block_out_channels": [8] * 4}
-    blocks = {"num_encoder_blocks": [0, 1, 1, 1], "num_decoder_blocks": [1, 1, 1, 0], "latent_channels": 3}
-    return build({"_class_name": "AutoencoderTiny", **channels, **blocks})
-
-
-def unet_config():
-    return {
-        "_class_name": "UNet2DConditionModel",
-        "sample_size": 4,
-        "in_channels": 3,
-        "out_channels": 3,
-        "layers_per_block": 1,
-        "block_out_channels": [8, 16],
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-        "cross_attention_dim": 16,
-        "attention_head_dim": 2,
-        "norm_num_groups": 4,
-    }
-
-
-def parts_for(tokenizer_dir, prediction):
-    torch.manual_seed(0)
-    tokenizer = load_tokenizer(tokenizer_dir)
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=8,
-        **ids,
-    )
-    unet = build(unet_config())
-    scheduler = {
-        "_class_name": "DDPMScheduler",
-        "num_train_timesteps": 1000,
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-        "prediction_type": prediction,
-        "rescale_betas_zero_snr": prediction == "v_prediction",
-    }
-    return Parts(unet, tiny_vae(), CLIPTextModel(text), tokenizer, scheduler)
+    return tiny_tokenizer(tmp_path / "tokenizer")
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_unet_loss_and_gradients_equal_a_plain_step(tokenizer_dir, pictures, prediction):
-    parts = parts_for(tokenizer_dir, prediction)
+    parts = tiny_parts(tokenizer_dir, prediction)
     data = prepare(pictures, parts.vae, parts.tokenizer, tokenizer_dir.parent / "cache")
     task = UNetTask(parts, data, data, {"object_weight": 2.0}, ["a red car"])
     batch = task.batch(torch.Generator().manual_seed(3), 6)
@@ -118,7 +58,7 @@ def test_unet_loss_and_gradients_equal_a_plain_step(tokenizer_dir, pictures, pre
 
 
 def test_the_layout_s_share_of_timesteps_has_much_noise(tokenizer_dir, pictures):
-    parts = parts_for(tokenizer_dir, "epsilon")
+    parts = tiny_parts(tokenizer_dir, "epsilon")
     data = prepare(pictures, parts.vae, parts.tokenizer, tokenizer_dir.parent / "cache")
     task = UNetTask(parts, data, data, {"layout": 0.5}, [])
     t = task.batch(torch.Generator().manual_seed(0), 4000)["t"]
@@ -129,7 +69,7 @@ def test_the_layout_s_share_of_timesteps_has_much_noise(tokenizer_dir, pictures)
 
 def test_alignment_is_learnt_from_words_and_noise(tokenizer_dir, pictures):
     """Its loss equals one written out by hand, and trains the U-Net up to where it looks, and the text."""
-    parts = parts_for(tokenizer_dir, "epsilon")
+    parts = tiny_parts(tokenizer_dir, "epsilon")
     things = np.zeros((12, 2, 2), np.uint8)
     things[:, 0, 1] = 1 + 3 * 8 + 5  # the fourth kind in the sixth colour
     known = replace(pictures, things=things)
@@ -154,7 +94,7 @@ def test_alignment_is_learnt_from_words_and_noise(tokenizer_dir, pictures):
 
 
 def test_captions_are_dropped_at_the_rate_asked_for(tokenizer_dir, pictures):
-    parts = parts_for(tokenizer_dir, "epsilon")
+    parts = tiny_parts(tokenizer_dir, "epsilon")
     data = prepare(pictures, parts.vae, parts.tokenizer, tokenizer_dir.parent / "cache")
     task = UNetTask(parts, data, data, {"drop": 0.25}, [])
     ids = task.batch(torch.Generator().manual_seed(0), 4000)["ids"]
@@ -175,7 +115,7 @@ def test_latents_are_those_of_the_vae_and_cached_by_its_weights(tokenizer_dir, p
 
 
 def test_unet_export_opens_and_draws(tokenizer_dir, pictures, tmp_path):
-    parts = parts_for(tokenizer_dir, "v_prediction")
+    parts = tiny_parts(tokenizer_dir, "v_prediction")
     data = prepare(pictures, parts.vae, parts.tokenizer, tmp_path / "cache")
     task = UNetTask(parts, data, data, {}, ["a red car", "snow"])
     task.export(tmp_path / "model")
@@ -226,7 +166,7 @@ def test_what_the_autoencoder_s_trainer_cannot_do_is_said(pictures, tmp_path):
     with pytest.raises(UserError, match="this trains an AutoencoderTiny"):
         build_vae(unet_config())
     save_module(build(unet_config()), tmp_path / "unet")
-    with pytest.raises(UserError, match="give the folder of an AutoencoderTiny"):
+    with pytest.raises(UserError, match="give the folder of an autoencoder"):
         load_vae(tmp_path / "unet")
 
 

@@ -1,0 +1,11 @@
+"""Measure an upscaler against bicubic: `python scripts/evaluate_upscaler.py --pictures upscaled.png`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ldm.evaluate.upscaling import main
+
+if __name__ == "__main__":
+    main()
