@@ -35,7 +35,7 @@ def make_task(recipe: Recipe, args: argparse.Namespace) -> Task:
     from ldm.train.vae import load_vae
 
     torch.manual_seed(recipe.run.seed)
-    vae, base, data = load_vae(args.vae), load_vae(args.base / "vae"), recipe.data
+    vae, base, data = rescaled(load_vae(args.vae)), load_vae(args.base / "vae"), recipe.data
     if args.init_from:
         parts = replace(load_folder(args.init_from, Runtime(torch.device("cpu"), torch.float32)), vae=vae)
         parts.unet.requires_grad_()
@@ -50,6 +50,16 @@ def make_task(recipe: Recipe, args: argparse.Namespace) -> Task:
         for large, little in zip(load_pictures(data), load_pictures(small), strict=True)
     )
     return UpscalerTask(parts, train, held_out, recipe.loss)
+
+
+def rescaled(vae: AutoencoderKL | AutoencoderTiny) -> AutoencoderKL | AutoencoderTiny:
+    """The same autoencoder with the factor that diffusers' pipeline works with, whatever a config says."""
+    from ldm.models import build
+
+    other = build(vae.to_config() | {"scaling_factor": 0.08333})
+    other.load_state_dict(vae.state_dict())
+    assert isinstance(other, type(vae))
+    return other
 
 
 def new_parts(model: dict[str, Any], vae: AutoencoderKL | AutoencoderTiny, tokenizer: Any) -> Parts:

@@ -30,6 +30,7 @@ class FakePipeline:
     runtime = SimpleNamespace(device=torch.device("cpu"))
 
     model_hash = "0123456789"
+    upscaler = None
 
     def __init__(self, fail_at=None, error=None):
         self.requests, self.steps, self.fail_at, self.error = [], 0, fail_at, error

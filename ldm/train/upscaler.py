@@ -100,8 +100,8 @@ class UpscalerTask(Task):
         self.parts, self.unet = parts, parts.unet
         self.vae = parts.vae.requires_grad_(False)
         self.schedule = Schedule.from_config(dict(parts.scheduler))
-        if self.schedule.prediction is not Prediction.V or self.schedule.alphas_cumprod[-1] > 0:
-            raise UserError("an upscaler is trained with v_prediction and rescale_betas_zero_snr")
+        if self.schedule.prediction is Prediction.EPSILON or self.schedule.alphas_cumprod[-1] > 0:
+            raise UserError("an upscaler is trained with v_prediction or sample, and rescale_betas_zero_snr")
         config = self.unet.config
         blocks = (*config.down_block_types, config.mid_block_type or "", *config.up_block_types)
         if any("CrossAttn" in each for each in blocks):
@@ -164,7 +164,8 @@ class UpscalerTask(Task):
 
     def in_one_step(self, batch: Batch) -> Tensor:
         """What is drawn from the batch's noise at once, [B, 3, H, W], about [-1, 1]: there v is -x0."""
-        return self.vae.decode(-self._answer(batch["noise"], batch)).float()
+        answer = self._answer(batch["noise"], batch)
+        return self.vae.decode(-answer if self.schedule.prediction is Prediction.V else answer).float()
 
     def evaluate(self) -> dict[str, float]:
         """Of whole pictures: the loss at all noise levels; a step from pure noise against bicubic, in dB."""

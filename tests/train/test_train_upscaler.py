@@ -64,7 +64,9 @@ def test_small_pictures_are_worn_and_noised_as_asked_for(parts, pairs):
     assert (noise.flatten(1).std(1) / expected).mean().item() == pytest.approx(1, abs=0.01)
 
 
-def test_loss_and_gradients_equal_those_of_diffusers(parts, pairs):
+@pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
+def test_loss_and_gradients_equal_those_of_diffusers(parts, pairs, prediction):
+    parts = replace(parts, scheduler=SCHEDULER | {"prediction_type": prediction})
     task = UpscalerTask(parts, pairs, pairs, {"crop": 8})
     batch = task.batch(torch.Generator().manual_seed(3), 6)
     batch["t"][0] = 999
@@ -79,9 +81,10 @@ def test_loss_and_gradients_equal_those_of_diffusers(parts, pairs):
     x0 = vae.encode(batch["large"]).latent_dist.mean * vae.config.scaling_factor
     noisy = scheduler.add_noise(x0, batch["noise"], batch["t"])
     velocity = DDPMScheduler.from_config(SCHEDULER).get_velocity(x0, batch["noise"], batch["t"])
+    target = x0 if prediction == "sample" else velocity
     text = torch.zeros(6, 1, 4)
     answer = unet(torch.cat([noisy, batch["small"]], 1), batch["t"], text, class_labels=batch["level"]).sample
-    reference = torch.nn.functional.mse_loss(answer, velocity.detach())
+    reference = torch.nn.functional.mse_loss(answer, target.detach())
     reference.backward()
     assert loss.item() == pytest.approx(reference.item(), rel=1e-5)
     ours, theirs = parts.unet.conv_in.weight.grad, unet.conv_in.weight.grad
@@ -89,7 +92,9 @@ def test_loss_and_gradients_equal_those_of_diffusers(parts, pairs):
     assert all(weight.grad is None for weight in parts.vae.parameters())
 
 
-def test_a_picture_in_one_step_is_that_of_the_pipeline(parts, pairs, tmp_path):
+@pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
+def test_a_picture_in_one_step_is_that_of_the_pipeline(parts, pairs, tmp_path, prediction):
+    parts = replace(parts, scheduler=SCHEDULER | {"prediction_type": prediction})
     with torch.no_grad():
         for network in (parts.unet, parts.vae.decoder):  # else it draws grey, whatever it sees
             network.conv_out.weight *= 20
@@ -175,8 +180,8 @@ def test_a_frozen_kl_encoder_keeps_its_latents(parts):
 @pytest.mark.parametrize(
     ("unet", "scheduler", "said"),
     [
-        ({}, {"prediction_type": "epsilon"}, "v_prediction and rescale_betas_zero_snr"),
-        ({}, {"rescale_betas_zero_snr": False}, "v_prediction and rescale_betas_zero_snr"),
+        ({}, {"prediction_type": "epsilon"}, "v_prediction or sample, and rescale_betas_zero_snr"),
+        ({}, {"rescale_betas_zero_snr": False}, "v_prediction or sample, and rescale_betas_zero_snr"),
         ({"down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"]}, {}, "without cross-attention"),
         ({"mid_block_type": "UNetMidBlock2DCrossAttn"}, {}, "without cross-attention"),
         ({"num_class_embeds": 31}, {}, "num_class_embeds must be above max_noise_level .got 31 and 31"),
