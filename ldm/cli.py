@@ -189,7 +189,7 @@ def make_requests(args: argparse.Namespace) -> list[Request]:
     if total > MAX_PICTURES:
         raise UserError(f"{total} pictures are too many for one run: ask for at most {MAX_PICTURES}")
     (seed,) = consecutive_seeds(args.seed)
-    same_name = (Request.model_fields.keys() & vars(args).keys()) - {"prompt", "model", "upscaler"}
+    same_name = (Request.model_fields.keys() & vars(args).keys()) - {"prompt", "model"}
     one = Request(
         **{name: getattr(args, name) for name in same_name},
         num_inference_steps=args.steps,

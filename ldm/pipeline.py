@@ -244,8 +244,7 @@ class Pipeline:
         """
         if not isinstance(upscaler, Pipeline):
             upscaler = load(upscaler, device=self.runtime.device, dtype=self.runtime.dtype)
-        if tasks.kind_of(upscaler.parts) is not tasks.Kind.UPSCALE:
-            raise UserError(f"{upscaler.name} is no upscaler: its U-Net does not take a small picture")
+        tasks.check_upscaler(upscaler.parts, upscaler.name)
         return replace(self, upscaler=upscaler)
 
     # --- drawing -----------------------------------------------------------------------------------------

@@ -45,6 +45,12 @@ def kind_of(parts: Parts) -> Kind:
     return kinds[taken - own]
 
 
+def check_upscaler(parts: Parts, name: str) -> None:
+    """Raise UserError for a model, of this name, that does not enlarge a small picture."""
+    if kind_of(parts) is not Kind.UPSCALE:
+        raise UserError(f"{name} is no upscaler: its U-Net takes no small picture beside its latents")
+
+
 def defaults(parts: Parts, has_image: bool) -> dict[str, Any]:
     """Fields of a Request -> what they are where neither the caller nor ldm.json says, as in diffusers."""
     kind, is_xl = kind_of(parts), parts.text_encoder_2 is not None

@@ -38,7 +38,6 @@ def make_task(recipe: Recipe, args: argparse.Namespace) -> Task:
     vae, base, data = rescaled(load_vae(args.vae)), load_vae(args.base / "vae"), recipe.data
     if args.init_from:
         parts = replace(load_folder(args.init_from, Runtime(torch.device("cpu"), torch.float32)), vae=vae)
-        parts.unet.requires_grad_()
     else:
         parts = new_parts(dict(recipe.model), vae, load_tokenizer(args.base / "tokenizer"))
     check_fit(parts, {"unet": args.init_from or args.config, "vae": args.vae, "text_encoder": args.config})

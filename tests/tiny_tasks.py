@@ -10,6 +10,7 @@ from ldm.checkpoint.clip import load_tokenizer
 from ldm.checkpoint.folder import Parts
 from ldm.models import build
 from ldm.train.data import Pictures
+from ldm.train.loop import Task
 from ldm.train.vocabulary import train_vocabulary
 
 CAPTIONS = ["a red car", "a blue house", "the sea at night", "snow"]
@@ -77,3 +78,16 @@ def tiny_parts(tokenizer_dir: Path, prediction: str) -> Parts:
         "rescale_betas_zero_snr": prediction == "v_prediction",
     }
     return Parts(unet, tiny_vae(), CLIPTextModel(text), tokenizer, scheduler)
+
+
+def learn(task: Task, steps: int, size: int, lr: float) -> tuple[float, float]:
+    """The held-out error before some steps of Adam, and after."""
+    with torch.no_grad():
+        before = task.evaluate()["held_out_mse"]
+    optimiser = torch.optim.Adam([p for p in task.parameters() if p.requires_grad], lr)
+    for number in range(steps):
+        optimiser.zero_grad()
+        task(task.batch(torch.Generator().manual_seed(number), size, number))[0].backward()
+        optimiser.step()
+    with torch.no_grad():
+        return before, task.evaluate()["held_out_mse"]

@@ -63,7 +63,7 @@ def drawn(pipe: Pipeline, prompts: Sequence[Prompt], settings: Settings, made: M
 def reconstructed(pipe: Pipeline, images: Images, batch_size: int = 16) -> Images:
     """Pictures through the VAE and back: no model of these latents can draw better ones."""
     parts = [
-        _to_uint8(pipe.decode(latents_of(pipe, images[i : i + batch_size])))
+        to_uint8(pipe.decode(latents_of(pipe, images[i : i + batch_size])))
         for i in range(0, len(images), batch_size)
     ]
     return np.concatenate(parts)
@@ -111,10 +111,10 @@ def _call(
         output_type="pt",
         **more,
     )
-    return _to_uint8(result.images)
+    return to_uint8(result.images)
 
 
-def _to_uint8(images: Tensor) -> Images:
+def to_uint8(images: Tensor) -> Images:
     """[N, 3, H, W] in 0..1 -> [N, H, W, 3]."""
     bytes_ = (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
     return np.asarray(bytes_.permute(0, 2, 3, 1).cpu().numpy())

@@ -69,10 +69,9 @@ def measure_upscaler(
         UserError: if `pipe` is no upscaler.
     """
     from ldm.evaluate.sources import picture_size, reconstructed, rendered
-    from ldm.tasks import Kind, kind_of
+    from ldm.tasks import check_upscaler
 
-    if kind_of(pipe.parts) is not Kind.UPSCALE:
-        raise UserError(f"{pipe.name} is no upscaler: its U-Net takes no small picture beside its latents")
+    check_upscaler(pipe.parts, pipe.name)
     side = picture_size(base)
     far = side * pipe.vae.downscale
     small, large = rendered(prompts, side), rendered(prompts, far)

@@ -60,8 +60,8 @@ class DistilTask(UNetTask):
             self.nothing = self.text_encoder(input_ids=self.empty_prompt[None]).last_hidden_state
         # The teacher's timesteps, as trailing spacing has them, and beyond the last no noise at all.
         self.grid = torch.tensor([round(total - i * total / count) - 1 for i in range(count)])
-        signal = self.schedule.alphas_cumprod[self.grid]
-        self.signal = torch.cat([signal, torch.ones(1, dtype=torch.float64)])
+        signal = torch.cat([self.schedule.alphas_cumprod[self.grid], torch.ones(1, dtype=torch.float64)])
+        self.scales = torch.stack([signal.sqrt(), (1 - signal).sqrt()]).float()
         self.facts = {**self.facts, "model.teacher": digest_of(self.teacher)}
 
     def batch(self, rng: torch.Generator, size: int, number: int = 0) -> Batch:
@@ -79,23 +79,20 @@ class DistilTask(UNetTask):
     def _target(self, x: Tensor, step: Tensor, tokens: Tensor) -> Tensor:
         """The velocity that goes, in one DDIM step from x [B, c, h, w], where the teacher goes in several."""
         nothing = self.nothing.to(tokens).expand(len(x), -1, -1)
+        grid, scales = self.grid.to(x.device), self.scales.to(x.device)
         y, first = x, step * self.substeps
         for i in range(self.substeps):
-            t = self.grid.to(x.device)[first + i]
+            t = grid[first + i]
             with_text, without = (self._velocity(self.teacher, y, t, each) for each in (tokens, nothing))
             v = without + self.guidance * (with_text - without)
-            alpha, sigma = self._scales(first + i, x)
+            alpha, sigma = scales[:, first + i, None, None, None]
             x0, noise = alpha * y - sigma * v, sigma * y + alpha * v
-            alpha, sigma = self._scales(first + i + 1, x)
+            alpha, sigma = scales[:, first + i + 1, None, None, None]
             y = alpha * x0 + sigma * noise
-        alpha_t, sigma_t = self._scales(first, x)
+        alpha_t, sigma_t = scales[:, first, None, None, None]
         x0 = (y - sigma / sigma_t * x) / (alpha - sigma / sigma_t * alpha_t)
-        return (alpha_t * x - x0) / sigma_t
-
-    def _scales(self, i: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Of signal and noise at place i [B] of the grid: [B, 1, 1, 1] each."""
-        signal = self.signal[i.cpu()].to(like.device)[:, None, None, None]
-        return signal.sqrt().float(), (1 - signal).sqrt().float()
+        velocity: Tensor = (alpha_t * x - x0) / sigma_t
+        return velocity
 
     @staticmethod
     def _velocity(unet: UNet, x: Tensor, t: Tensor, tokens: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -24,8 +23,9 @@ import ldm
 from ldm.checkpoint import Parts, save_folder
 from ldm.errors import UserError
 from ldm.evaluate.distances import psnr
+from ldm.evaluate.sources import to_uint8
 from ldm.evaluate.upscaling import bicubic
-from ldm.images import grid, to_pil
+from ldm.images import grid
 from ldm.models import AutoencoderKL, AutoencoderTiny
 from ldm.prediction import Prediction
 from ldm.schedule import Schedule
@@ -84,7 +84,7 @@ def _wear(pictures: Pictures, vae: AutoencoderKL | AutoencoderTiny, wear: float)
             z = vae.encode_latents(pictures.tensors(index).contiguous(memory_format=torch.channels_last))
             std = wear * torch.rand(len(z), 1, 1, 1, generator=rng)
             y = vae.decode(z + std * torch.randn(z.shape, generator=rng).to(z))
-        parts.append(((y.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1))
+        parts.append(torch.from_numpy(to_uint8((y.float() + 1) / 2)))
     return torch.cat(parts).contiguous()
 
 
@@ -97,7 +97,7 @@ class UpscalerTask(Task):
 
     def __init__(self, parts: Parts, train: Pairs, held_out: Pairs, loss: dict[str, float]) -> None:
         super().__init__()
-        self.parts, self.unet = parts, parts.unet
+        self.parts, self.unet = parts, parts.unet.requires_grad_()
         self.vae = parts.vae.requires_grad_(False)
         self.schedule = Schedule.from_config(dict(parts.scheduler))
         if self.schedule.prediction is Prediction.EPSILON or self.schedule.alphas_cumprod[-1] > 0:
@@ -184,7 +184,7 @@ class UpscalerTask(Task):
             with torch.autocast(device.type, torch.bfloat16):
                 total += float(self._square_error(_to(any_t, device)).mean((1, 2)).sum())
                 drawn.append(self.in_one_step(_to(from_noise, device)).cpu())
-        pictures = np.stack([np.asarray(each) for each in to_pil((torch.cat(drawn).clamp(-1, 1) + 1) / 2)])
+        pictures = to_uint8((torch.cat(drawn) + 1) / 2)
         gain = psnr(pictures, large) - psnr(bicubic(clean, large.shape[1]), large)
         return {"held_out_mse": total / len(index), "gain_db": float(gain.mean())}
 

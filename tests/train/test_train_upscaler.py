@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
+from tiny_tasks import learn
 from tiny_upscaler import KL, LOW_RES, SCHEDULER, SIDE, UNET, upscaler_parts
 
 import ldm
@@ -130,15 +131,8 @@ def test_gain_is_what_the_pictures_have_over_bicubic(parts, pairs, monkeypatch):
 def test_it_learns(parts, pairs):
     torch.manual_seed(0)
     task = UpscalerTask(parts, pairs, pairs, {"crop": 0, "worn": 0, "noised": 0})
-    optimiser = torch.optim.Adam(task.unet.parameters(), 3e-3)
-    with torch.no_grad():
-        before = task.evaluate()["held_out_mse"]
-    for step in range(60):
-        optimiser.zero_grad()
-        task(task.batch(torch.Generator().manual_seed(step), 6))[0].backward()
-        optimiser.step()
-    with torch.no_grad():
-        assert task.evaluate()["held_out_mse"] < 0.7 * before
+    before, after = learn(task, steps=60, size=6, lr=3e-3)
+    assert after < 0.7 * before
 
 
 def test_export_is_an_upscaler_that_draws_twice_the_size(parts, pairs, tmp_path):
