@@ -305,7 +305,9 @@ def check_batch(request: Request) -> None:
 
 def tell_unknown_words(pipe: Pipeline, args: argparse.Namespace, requests: Sequence[Request]) -> None:
     """The embedded model knows a small world: say which words lie outside it. Nothing on other models."""
-    if args.model is not None or args.quiet:
+    from ldm.checkpoint.folder import EMBEDDED
+
+    if args.model not in (None, EMBEDDED[0]) or args.quiet:
         return
     prompts = dict.fromkeys(request.prompt for request in requests)
     unknown = dict.fromkeys(word for prompt in prompts for word in pipe.unknown_words(prompt))

@@ -183,8 +183,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--model",
         "--ckpt",
         metavar="MODEL",
-        help="a pipeline folder, a .safetensors or .ckpt file, or a hub name such as owner/model "
-        "(default: the embedded model)",
+        help="a pipeline folder, a .safetensors or .ckpt file, a hub name such as owner/model, or "
+        "postcard or postcard-upscaler, which come with ldm (default: postcard)",
     )
     add("--revision", metavar="NAME", help="of a model on the hub: a branch, tag or commit")
     add("--variant", metavar="NAME", help="of the weights in a folder or on the hub, e.g. fp16")
@@ -199,7 +199,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         metavar="{full,autocast}",
         help="--dtype fp32, or its default",
     )
-    add("--upscaler", metavar="MODEL", help="an upscaler, which enlarges each finished picture")
+    add(
+        "--upscaler",
+        metavar="MODEL",
+        help="a model that enlarges each finished picture, e.g. postcard-upscaler, which is for postcard's",
+    )
     add(
         "--lora",
         action="append",

@@ -68,7 +68,8 @@ def load(
     """The pipeline in a diffusers folder, a single file or on the hub; without a path the embedded model.
 
     Args:
-        path: a folder with model_index.json, a .safetensors or .ckpt file, or a hub name ("owner/model").
+        path: a folder with model_index.json, a .safetensors or .ckpt file, a hub name ("owner/model"), or
+            one of those that come with the package: "postcard", "postcard-upscaler".
         device: "cuda", "cuda:1", "mps" or "cpu"; by default the best there is.
         dtype: "bf16", "fp16" or "fp32"; by default what the device is fast in.
         revision: of a model on the hub: a branch, tag or commit.

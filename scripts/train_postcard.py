@@ -28,7 +28,7 @@ SHARES = {"vae": 0.25, "clip": 0.05, "unet": 0.62, "decoder": 0.08}
 def stages(run_dir: Path, old: Path | None) -> Iterator[tuple[str, str, list[object]]]:
     """Each part, its script and its arguments, in the order in which they need each other."""
     vae, clip = run_dir / "vae" / "export", old or run_dir / "clip" / "export"
-    yield "vae", "train_vae.py", ["--widen", old / "vae"] if old else []
+    yield "vae", "train_vae.py", ["--widen", old] if old else []
     if not old:
         yield "clip", "train_clip.py", []
     yield "unet", "train_unet.py", ["--vae", vae, "--clip", clip, *(["--init_from", old] if old else [])]

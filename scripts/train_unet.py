@@ -60,7 +60,7 @@ def make_task(recipe: Recipe, args: argparse.Namespace) -> Task:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--vae", type=Path, required=True, help="an exported VAE folder")
+    parser.add_argument("--vae", type=Path, required=True, help="a folder of a VAE, or of a model")
     parser.add_argument(
         "--init_from", type=Path, help="a model folder whose U-Net to go on from, widened where the VAE is"
     )

@@ -35,7 +35,7 @@ def make_task(recipe: Recipe, args: argparse.Namespace) -> Task:
     from ldm.train.vae import load_vae
 
     torch.manual_seed(recipe.run.seed)
-    vae, base, data = rescaled(load_vae(args.vae)), load_vae(args.base / "vae"), recipe.data
+    vae, base, data = rescaled(load_vae(args.vae)), load_vae(args.base), recipe.data
     if args.init_from:
         parts = replace(load_folder(args.init_from, Runtime(torch.device("cpu"), torch.float32)), vae=vae)
     else:
@@ -86,7 +86,7 @@ def new_parts(model: dict[str, Any], vae: AutoencoderKL | AutoencoderTiny, token
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--vae", type=Path, required=True, help="an exported VAE folder")
+    parser.add_argument("--vae", type=Path, required=True, help="a folder of a VAE, or of a model")
     parser.add_argument(
         "--base",
         type=Path,

@@ -30,9 +30,9 @@ def make_task(recipe: Recipe, args: argparse.Namespace) -> Task:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--init_from", type=Path, help="an exported VAE folder to go on from")
+    parser.add_argument("--init_from", type=Path, help="a folder of a VAE, or of a model, to go on from")
     parser.add_argument(
-        "--widen", type=Path, help="an exported VAE whose channels are to be the first of this one"
+        "--widen", type=Path, help="a folder of a VAE, or of a model, whose channels are to be the first"
     )
     parser.add_argument("--decoder_only", action="store_true", help="freeze the encoder")
 

@@ -276,6 +276,8 @@ def test_unknown_words_are_told_once_for_the_embedded_model_only(fake, capsys):
     assert told == [
         "the embedded model has never seen: dragon, castle (use --model FOLDER to draw with another one)"
     ]
+    assert cli.txt2img(["-p", "a dragon", "--model", "postcard"]) == 0
+    assert "never seen: dragon (" in capsys.readouterr().err
     assert cli.txt2img(["-p", "a boat"]) == 0
     assert cli.txt2img(["-p", "a dragon", "--model", "mine"]) == 0
     assert "never seen" not in capsys.readouterr().err

@@ -62,6 +62,7 @@ TOKENIZERS = ("tokenizer", "tokenizer_2")
 NETWORKS = ("vae", "unet", *TEXT_ENCODERS)  # text encoders last: transformers takes its time to import
 # Drawing does without them.
 IGNORED = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")
+EMBEDDED = ("postcard", "postcard-upscaler")  # models that come with the package
 MODEL_STEM = "diffusion_pytorch_model"
 STEMS = {part: TEXT_STEM if part in TEXT_ENCODERS else MODEL_STEM for part in NETWORKS}  # of weight files
 # Names that diffusers gave the VAE's attention before 0.15; Stable Diffusion 1.5 is stored with them.
@@ -111,12 +112,12 @@ class Parts:
 # --- reading ---------------------------------------------------------------------------------------------
 
 
-def embedded() -> Path:
-    """The folder of the model that comes with the package. Raises UserError where there is none."""
+def embedded(name: str = EMBEDDED[0]) -> Path:
+    """The folder of a model that comes with the package. Raises UserError where there is none."""
     try:
-        path = Path(str(importlib.resources.files("ldm.weights") / "postcard"))
+        path = Path(str(importlib.resources.files("ldm.weights") / name))
     except ModuleNotFoundError:  # a checkout that is not installed
-        path = Path(__file__).parents[2] / "weights" / "postcard"
+        path = Path(__file__).parents[2] / "weights" / name
     if not (path / "model_index.json").exists():
         raise UserError(f"this installation has no embedded model ({path}); give the path of a model folder")
     return path

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from ldm.checkpoint.folder import STEMS, Parts, load_folder
+from ldm.checkpoint.folder import EMBEDDED, STEMS, Parts, embedded, load_folder
 from ldm.checkpoint.weights import find_weights
 from ldm.errors import UserError
 from ldm.runtime import Runtime
@@ -38,7 +38,7 @@ def load_parts(
     """All parts of a model, on the runtime's device (None: as stored); those given in place of its own.
 
     Args:
-        model: a pipeline folder, a single file, a hub name ("owner/model").
+        model: a pipeline folder, a single file, a hub name ("owner/model"), or one of `EMBEDDED`.
         revision: of a model on the hub: a branch, tag or commit.
         variant: of a folder's weights, such as "fp16".
         unet, vae, text_encoder, text_encoder_2: each a folder of its own, a pipeline that has one, a file, or
@@ -73,8 +73,10 @@ def load_parts(
 def find(
     what: str | Path, revision: str | None = None, variant: str | None = None, part: str | None = None
 ) -> Path:
-    """The folder or file that is meant, fetched from the hub where it is a name there. Raises UserError."""
+    """The folder or file that is meant: here, in the package, or fetched from the hub. Raises UserError."""
     path = _local(what)
+    if path is None and isinstance(what, str) and what in EMBEDDED:
+        path = embedded(what)
     if path is not None:
         if revision is not None:
             raise UserError(f"{path}: lies here, and only models on the hub have revisions; leave it out")
@@ -84,7 +86,8 @@ def find(
 
         return fetch(what, revision, variant, part)
     raise UserError(
-        f"{what}: no such folder or file; give a pipeline folder, a single file or a hub name (owner/model)"
+        f"{what}: no such folder or file; give a pipeline folder, a single file, a hub name (owner/model) or "
+        f"one of {', '.join(EMBEDDED)}, which come with ldm"
     )
 
 

@@ -19,7 +19,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Prompt following, reconstruction and distances of a postcard model."
     )
-    parser.add_argument("--model", type=Path, help="a pipeline folder (default: the embedded model)")
+    parser.add_argument("--model", help="as for txt2img (default: the embedded model)")
     parser.add_argument(
         "--scorer", type=Path, default=Path("weights/postcard-eval"), help="default: %(default)s"
     )

@@ -1,7 +1,7 @@
 """The world the embedded model is trained on: flat-illustration postcards, their captions and their labels.
 
 Everything is procedural and seeded. Drawing needs skia (`pip install ldm[train]`); sampling, telling and
-labelling scenes does not, so `render` and `object_mask` are loaded at first use.
+labelling scenes does not, so `render`, `object_mask` and `shade` are loaded at first use.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from ldm.postcards.wording import reword
 
 if TYPE_CHECKING:
     from ldm.postcards.picture import object_mask, render
+    from ldm.postcards.things import shade
 
 __all__ = [
     "COLOURS",
@@ -35,13 +36,14 @@ __all__ = [
     "render",
     "reword",
     "sample_scene",
+    "shade",
     "words",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("object_mask", "render"):
-        from ldm.postcards import picture
+    if name in ("object_mask", "render", "shade"):
+        from ldm.postcards import picture, things
 
-        return getattr(picture, name)
+        return getattr(things if name == "shade" else picture, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

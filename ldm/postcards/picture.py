@@ -1,6 +1,7 @@
 """From a scene to pixels: sky, place, what falls from the sky, then the things."""
 
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -34,17 +35,25 @@ _THINGS: dict[str, RGB] = {
 _MIST = rgb("e6dcf2")  # pales the land at dawn
 
 
-def render(scene: Scene, size: int = 128) -> npt.NDArray[np.uint8]:
-    """Draw the scene: [size, size, 3], red green blue. The same scene always gives the same pixels."""
+def render(scene: Scene, size: int = 128, paints: Sequence[RGB] | None = None) -> npt.NDArray[np.uint8]:
+    """Draw the scene: [size, size, 3], red green blue. The same scene always gives the same pixels.
+
+    `paints`, one for each group, [0, 255] each, take the place of their colours' own. Raises ValueError for
+    another number of them.
+    """
+    if paints is None:
+        paints = [things.PAINT[group.colour] for group in scene.groups]
+    if len(paints) != len(scene.groups):
+        raise ValueError(f"{len(paints)} paints are not one for each of {len(scene.groups)} groups")
     rng, sheet = random.Random(scene.seed), Sheet(size)
     land = sheet.pen.with_tint(_land_tint(scene))
     draw_sky(sheet.pen, scene, rng)
     snowy, night = scene.weather == "snow", scene.time == "night"
     places.DRAW[scene.place](places.Backdrop(land, sheet.pen, rng, snowy, night))
     draw_falling(sheet.pen, scene, rng)
-    for group in scene.groups:
+    for group, paint in zip(scene.groups, paints, strict=True):
         _shadows(land, group, scene.place)
-        _draw_group(sheet.pen.with_tint(multiply(_THINGS[scene.time])), group)
+        _draw_group(sheet.pen.with_tint(multiply(_THINGS[scene.time])), group, paint)
     return sheet.pixels()
 
 
@@ -52,7 +61,7 @@ def object_mask(scene: Scene, size: int = 128) -> npt.NDArray[np.bool_]:
     """Where any thing covers the picture: [size, size]."""
     sheet = Sheet(size)
     for group in scene.groups:
-        _draw_group(sheet.pen.with_tint(lambda _: WHITE), group)
+        _draw_group(sheet.pen.with_tint(lambda _: WHITE), group, WHITE)
     return sheet.pixels()[..., 0] > 127
 
 
@@ -65,10 +74,10 @@ def _land_tint(scene: Scene) -> Tint:
     return lambda colour: mix(tint(colour), _MIST, 0.3)
 
 
-def _draw_group(pen: Pen, group: Group) -> None:
+def _draw_group(pen: Pen, group: Group, paint: RGB) -> None:
     for box in group.boxes:
         with pen.at(box.x, box.bottom, box.height):
-            things.DRAW[group.kind](pen, things.PAINT[group.colour])
+            things.DRAW[group.kind](pen, paint)
 
 
 def _shadows(pen: Pen, group: Group, place: str) -> None:

@@ -5,9 +5,10 @@ none smaller than a thirtieth of a picture matters, so that a small model can le
 """
 
 import math
+import random
 from collections.abc import Callable
 
-from ldm.postcards.canvas import RGB, Pen, darker, lighter, rgb
+from ldm.postcards.canvas import RGB, Pen, darker, lighter, mix, rgb
 
 PAINT: dict[str, RGB] = {
     "red": rgb("e0322f"),
@@ -19,6 +20,23 @@ PAINT: dict[str, RGB] = {
     "pink": rgb("f88fc2"),
     "white": rgb("faf9f5"),
 }
+
+
+def shade(colour: str, rng: random.Random) -> RGB:
+    """A paint on the way to another colour's, up to where it would be as near to that one: [0, 255] each.
+
+    Near in red, green, blue. So no shade is another colour, though at the border it is half-way there.
+    """
+    while True:
+        paint = mix(PAINT[colour], PAINT[rng.choice(list(PAINT))], rng.uniform(0, 0.5))
+        if min(PAINT, key=lambda name: math.dist(PAINT[name], paint)) == colour:
+            return paint
+
+
+def _is_pale(paint: RGB) -> bool:
+    """White or nearly: on it nothing white is seen."""
+    return min(paint) > 200
+
 
 _INK = rgb("2b2d42")
 _SLATE = rgb("5a6290")
@@ -86,7 +104,7 @@ def flower(pen: Pen, colour: RGB) -> None:
 
 
 def mushroom(pen: Pen, colour: RGB) -> None:
-    spots = rgb("d9b48c") if colour == PAINT["white"] else rgb("fffaf0")
+    spots = rgb("d9b48c") if _is_pale(colour) else rgb("fffaf0")
     pen.rect(-0.18, -0.52, 0.36, 0.52, rgb("f0dfc0"), 0.1)
     pen.dome(0, -0.4, 0.5, 0.6, colour)
     pen.oval(0, -0.4, 0.5, 0.07, darker(colour, 0.15))
@@ -108,9 +126,9 @@ def cat(pen: Pen, colour: RGB) -> None:
 
 
 def snowman(pen: Pen, colour: RGB) -> None:
-    shade, snow = rgb("b9cbe0"), rgb("dfeaf5")
+    edge, snow = rgb("b9cbe0"), rgb("dfeaf5")
     for y, radius in ((-0.3, 0.3), (-0.64, 0.22)):
-        pen.circle(0, y, radius, shade)
+        pen.circle(0, y, radius, edge)
         pen.circle(-0.02, y - 0.01, radius - 0.03, snow)
     for y in (-0.34, -0.2):
         pen.circle(0, y, 0.035, _INK)
@@ -124,7 +142,7 @@ def snowman(pen: Pen, colour: RGB) -> None:
 
 
 def lighthouse(pen: Pen, colour: RGB) -> None:
-    band = rgb("b9c4d2") if colour == PAINT["white"] else rgb("f7f4ec")
+    band = rgb("b9c4d2") if _is_pale(colour) else rgb("f7f4ec")
     pen.polygon([(-0.25, 0), (-0.2, -0.1), (0.2, -0.1), (0.25, 0)], rgb("777d8d"))
     pen.polygon([(-0.18, -0.08), (-0.11, -0.76), (0.11, -0.76), (0.18, -0.08)], colour)
     for bottom in (-0.26, -0.5):

@@ -26,6 +26,7 @@ from ldm.train.recipe import DataSection
 
 if TYPE_CHECKING:
     from ldm.postcards import Scene
+    from ldm.postcards.canvas import RGB
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ def _postcards(data: DataSection) -> Pictures:
     """Render `count` + `held_out` postcards once; later runs map the files. 0.1 GB per 2,000 at 128 px."""
     total = data.count + data.held_out
     mix = list(data.compositions.items())
-    key = f"{_world_hash()}-{total}-{data.size}-{data.captions}-{data.reworded}-{mix}-{data.seed}"
+    said = f"{data.captions}-{data.reworded}"
+    key = f"{_world_hash()}-{total}-{data.size}-{said}-{mix}-{data.shades}-{data.seed}"
     folder = data.cache / f"postcards-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):  # of several processes one renders
@@ -192,13 +194,22 @@ def _render_some(job: tuple[int, int, DataSection]) -> Pictures:
     for number in range(start, stop):
         rng = random.Random(f"{data.seed}-{number}")
         scene = postcards.sample_scene(rng, compositions=data.compositions)
-        images.append(postcards.render(scene, data.size))
+        images.append(postcards.render(scene, data.size, _paints(scene, number, data)))
         captions.append([_caption(scene, rng, data.reworded) for _ in range(data.captions)])
         labels.append(_multi_hot(scene))
         things.append(_things(scene, data.size // 16))
         mask = postcards.object_mask(scene, data.size).reshape(cells, 8, cells, 8).mean((1, 3))
         masks.append((mask * 255).astype(np.uint8))
     return Pictures(np.stack(images), captions, np.stack(labels), np.stack(masks), np.stack(things))
+
+
+def _paints(scene: Scene, number: int, data: DataSection) -> list[RGB] | None:
+    """Other paints for some postcards' things; from numbers of their own: the rest stays the same."""
+    from ldm import postcards
+
+    rng = random.Random(f"paints {data.seed}-{number}")
+    shaded = rng.random() < data.shades
+    return [postcards.shade(group.colour, rng) for group in scene.groups] if shaded else None
 
 
 def _caption(scene: Scene, rng: random.Random, reworded: float) -> str:

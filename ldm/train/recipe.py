@@ -44,6 +44,7 @@ class DataSection(Section):
     captions: int = Field(4, ge=1)  # captions written for each postcard
     reworded: float = Field(0.0, ge=0, le=1)  # share of them said in other words, `ldm.postcards.reword`
     compositions: dict[str, Annotated[Finite, Field(ge=0)]] = {}  # weights of postcards' COMPOSITIONS
+    shades: float = Field(0.0, ge=0, le=1)  # share of postcards with things in a `shade` of their colour
     size: int = Field(128, ge=32, multiple_of=8)  # pixels, square
     seed: int = 1
     held_out: int = Field(512, ge=1)  # pictures kept for the held-out loss

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 
 import ldm
 from ldm.checkpoint import Parts, save_folder
@@ -92,7 +93,9 @@ class UpscalerTask(Task):
     """Trains a pipeline's U-Net; its autoencoder is frozen, and its text encoder is not used.
 
     loss keys: crop (side of the random square of the small picture, 0 for all of it), worn (share of the
-    small pictures that are), noised (share to which noise is added, up to the model's highest level).
+    small pictures that are), noised (share to which noise is added, up to the model's highest level), pixels
+    (weight of the decoded picture's squared error, beside that of the latents, in which not all channels
+    count alike for the picture).
     """
 
     def __init__(self, parts: Parts, train: Pairs, held_out: Pairs, loss: dict[str, float]) -> None:
@@ -115,7 +118,7 @@ class UpscalerTask(Task):
             )
         self.signal = noise_levels(parts.low_res_scheduler or {})[: parts.max_noise_level + 1]
         self.train_set, self.held_out = train, held_out
-        defaults = {"crop": 64.0, "worn": 0.5, "noised": 0.5}
+        defaults = {"crop": 64.0, "worn": 0.5, "noised": 0.5, "pixels": 0.0}
         self.weights = loss_settings(defaults, loss, shares=("worn", "noised"))
         self.any_t = timestep_probabilities(PLAIN, len(self.schedule.alphas_cumprod))
         self.facts = {"model.vae": digest_of(self.vae), "model.worn": train.worn_by}
@@ -145,16 +148,27 @@ class UpscalerTask(Task):
         return {"large": large, "small": small, "noise": noise, "level": level, "t": t}
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        return self._square_error(batch).mean(), {}
+        square_error, guess = self._denoise(batch)
+        loss, weight = square_error.mean(), self.weights["pixels"]
+        if not weight:
+            return loss, {}
+        pixels = functional.mse_loss(self.vae.decode(guess).float(), batch["large"])
+        return loss + weight * pixels, {"pixels": pixels.detach()}
 
-    def _square_error(self, batch: Batch) -> Tensor:
-        """Error of the output against its target, squared, mean over channels: [B, h, w]."""
+    def _denoise(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The squared error of the output, mean over channels [B, h, w]; the clean latents it speaks of."""
         with torch.no_grad():
             large = batch["large"].contiguous(memory_format=torch.channels_last)
             x0 = self.vae.encode_latents(large).float()
         noisy = noisy_latents(x0, batch["noise"], batch["t"], self.schedule)
         target = training_target(x0, batch["noise"], batch["t"], self.schedule)
-        return pixel_losses(self._answer(noisy, batch), target, PLAIN)
+        answer = self._answer(noisy, batch).float()
+        guess = answer
+        if (
+            self.schedule.prediction is Prediction.V
+        ):  # x0 = alpha x - sigma v; pure noise has no sigma for `x0`
+            guess = noisy_latents(noisy, -answer, batch["t"], self.schedule)
+        return pixel_losses(answer, target, PLAIN), guess
 
     def _answer(self, noisy: Tensor, batch: Batch) -> Tensor:
         sample = torch.cat([noisy, batch["small"]], 1).contiguous(memory_format=torch.channels_last)
@@ -182,7 +196,8 @@ class UpscalerTask(Task):
                 self._batch(high, small, level, t, 0, rng) for t in (spread, torch.full_like(rows, last))
             )
             with torch.autocast(device.type, torch.bfloat16):
-                total += float(self._square_error(_to(any_t, device)).mean((1, 2)).sum())
+                square_error, _ = self._denoise(_to(any_t, device))
+                total += float(square_error.mean((1, 2)).sum())
                 drawn.append(self.in_one_step(_to(from_noise, device)).cpu())
         pictures = to_uint8((torch.cat(drawn) + 1) / 2)
         gain = psnr(pictures, large) - psnr(bicubic(clean, large.shape[1]), large)

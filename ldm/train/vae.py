@@ -3,7 +3,8 @@
 Loss on the reconstruction y of x: L1 + a gradient L1 (crisp edges) + L1 of 2x and 8x pooled pictures (right
 colours) + L2. Three things make the latents easy for a U-Net to model:
 - their channels are pulled to mean 0 and variance 1, so the scaling factor is 1 (what is left, a hundredth or
-  two, stays: mended in the encoder alone it costs 0.9 dB, as the decoder's soft clamp is not linear);
+  two, stays: mended in the encoder alone it costs 0.9 dB, as the decoder's soft clamp is not linear); some,
+  for details, to a smaller variance: they drown in noise earlier, so that a U-Net draws them last;
 - noise is added before decoding, so what the picture hardly needs is not stored at great strength;
 - on some steps the latents are pooled 2x and must decode to the pooled picture, so a latent is a small image
   (equivariance to scale; Kouzelis et al. 2025, "EQ-VAE").
@@ -25,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.checkpoint import load_module, save_module
+from ldm.checkpoint.source import find_part
 from ldm.errors import UserError
 from ldm.images import grid, to_pil
 from ldm.models import AutoencoderKL, AutoencoderTiny, build
@@ -39,8 +41,8 @@ class VAETask(Task):
     loss keys: gradient, pooled, l2, moments, noise (std added to latents), pooled_steps (share of steps that
     decode pooled latents), crop (pixels of the random square that is cut from each picture, 0 for all of it:
     a convolutional autoencoder learns as much from a pixel of a crop, and makes four times the steps), keep
-    (how far the first channels may leave those of `narrow`), new_std (standard deviation of the channels that
-    `narrow` does not have: below 1 they drown in noise earlier, so that a U-Net draws them last, as details).
+    (how far the first channels may leave those of `narrow`), fine_channels (how many of the last ones are for
+    details), fine_std (their standard deviation).
     """
 
     def __init__(
@@ -72,11 +74,19 @@ class VAETask(Task):
             "pooled_steps": 0.3,
         }
         shares = ("pooled_steps",)
-        defaults |= {"crop": 0.0, "keep": 1.0, "new_std": 1.0}
+        defaults |= {"crop": 0.0, "keep": 1.0, "fine_channels": 0.0, "fine_std": 0.5}
         self.weights = loss_settings(defaults, loss, shares)
         pixels = max(2 * vae.downscale, 16)  # pooled latents are decoded, and pooled 8x compared
         if self.weights["crop"] % pixels:
             raise UserError(f"loss.crop must be a multiple of {pixels} pixels (got {self.weights['crop']:g})")
+        fine = self.weights["fine_channels"]
+        if fine % 1 or not 0 <= fine <= vae.latent_channels:
+            raise UserError(
+                "loss.fine_channels must be a whole number from 0 to the "
+                f"{vae.latent_channels} latent channels (got {fine:g})"
+            )
+        self.wanted_std = torch.ones(vae.latent_channels)
+        self.wanted_std[vae.latent_channels - int(fine) :] = self.weights["fine_std"]
         self.facts = {"model.decoder_only": decoder_only, "model.widened": narrow is not None}
 
     def batch(self, rng: torch.Generator, size: int, number: int = 0) -> Batch:
@@ -113,10 +123,7 @@ class VAETask(Task):
 
     def _of_latents(self, z: Tensor, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         mean, std = z.float().mean((0, 2, 3)), z.float().std((0, 2, 3))
-        wanted = torch.ones_like(std)
-        if self.narrow is not None:
-            wanted[self.narrow.latent_channels :] = self.weights["new_std"]
-        moments = mean.square().mean() + (std - wanted).square().mean()
+        moments = mean.square().mean() + (std - self.wanted_std.to(std)).square().mean()
         loss, extra = self.weights["moments"] * moments, {"moments": moments.detach()}
         if self.narrow is not None:
             with torch.no_grad():
@@ -172,8 +179,8 @@ def build_vae(config: Mapping[str, Any]) -> AutoencoderKL | AutoencoderTiny:
 
 
 def load_vae(folder: Path) -> AutoencoderKL | AutoencoderTiny:
-    """An exported VAE, fp32. Raises UserError for another kind of module."""
-    vae = load_module(folder, torch.float32)
+    """An exported VAE, or a model folder's, in fp32. Raises UserError for another kind of module."""
+    vae = load_module(find_part(folder, "vae"), torch.float32)
     if not isinstance(vae, AutoencoderKL | AutoencoderTiny):
         raise UserError(f"{folder} holds a {type(vae).__name__}; give the folder of an autoencoder")
     return vae

@@ -11,6 +11,7 @@ from tiny_pipeline import write_tokenizer
 import ldm
 from ldm.checkpoint import load_module, load_text_encoder, load_tokenizer, save_module
 from ldm.checkpoint.folder import Defaults, embedded
+from ldm.checkpoint.source import find
 
 TEXT, VAE = "text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors"
 
@@ -130,10 +131,20 @@ def test_words_and_defaults_travel(tiny_folder, folder):
 
 
 def test_embedded_model_of_an_installation(tiny_folder, tmp_path, monkeypatch):
-    shutil.copytree(tiny_folder, tmp_path / "postcard")
+    for name in ("postcard", "postcard-upscaler"):
+        shutil.copytree(tiny_folder, tmp_path / name)
     monkeypatch.setattr("importlib.resources.files", lambda package: tmp_path)
     assert embedded() == tmp_path / "postcard"
     assert ldm.load(device="cpu").name == "postcard"
+    assert ldm.load("postcard-upscaler", device="cpu").name == "postcard-upscaler"
+    assert find("postcard-upscaler") == tmp_path / "postcard-upscaler"
+
+
+def test_a_folder_here_goes_before_an_embedded_model_of_its_name(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find("postcard") == embedded()
+    shutil.copytree(tiny_folder, tmp_path / "postcard")
+    assert find("postcard").resolve() == tmp_path / "postcard"
 
 
 def test_embedded_model_of_a_checkout(tiny_folder, tmp_path, monkeypatch):

@@ -200,7 +200,7 @@ def test_a_single_file_is_recognised(tiny_folder, tmp_path):
     message = complaint(tiny_folder / UNET)
     assert str(tiny_folder / UNET) in message
     assert "variants are files of a folder" in complaint(tiny_folder / UNET, variant="fp16")
-    assert "give a pipeline folder, a single file or a hub name" in complaint("not here.safetensors")
+    assert "give a pipeline folder, a single file, a hub name" in complaint("not here.safetensors")
 
 
 def test_nothing_of_the_model_changes(tiny_folder, tmp_path):

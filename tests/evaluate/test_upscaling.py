@@ -62,6 +62,9 @@ def test_the_table_says_what_pictures_show(models):
     drawn = np.stack([np.asarray(each) for each in made])
     assert found["renders"]["2 steps"].psnr == pytest.approx(psnr(drawn, large).mean())
     assert found["renders"]["2 steps"].gain == pytest.approx((psnr(drawn, large) - plain).mean())
+    sharpness = edges(drawn).mean() / edges(large).mean()
+    assert abs(sharpness - (edges(drawn) / edges(large)).mean()) > 1e-4  # not the same
+    assert found["renders"]["2 steps"].edges == pytest.approx(sharpness, rel=1e-6)
     assert np.array_equal(pictures[1], drawn[0])
     assert np.array_equal(pictures[2], large[0])
     assert found["through the VAE"]["bicubic"].psnr < found["renders"]["bicubic"].psnr

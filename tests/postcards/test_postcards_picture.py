@@ -10,6 +10,8 @@ pytest.importorskip("skia")
 
 from ldm import postcards
 from ldm.postcards import COLOURS, KINDS, PLACES, TIMES, WEATHERS, Box, Group, Scene
+from ldm.postcards.canvas import rgb
+from ldm.postcards.things import PAINT
 from ldm.postcards.vocabulary import SHAPES
 
 # Named colours as anyone would write them, and what else things are made of.
@@ -129,6 +131,41 @@ def test_the_main_colour_of_a_thing_is_its_own(kind, time):
             share[COLOURS.index("white")] = 0
         assert COLOURS[share.argmax()] == colour
         assert share.max() > 0.15
+
+
+@pytest.mark.parametrize("colour", COLOURS)
+def test_a_shade_is_nearer_to_its_colour_than_to_any_other(colour):
+    rng = random.Random(0)
+    shades = np.array([postcards.shade(colour, rng) for _ in range(500)])
+    distance = np.linalg.norm(shades[:, None] - np.array(list(NAMED.values())), axis=-1)
+    own = distance[:, COLOURS.index(colour)].copy()
+    distance[:, COLOURS.index(colour)] = np.inf
+    assert (own < distance.min(1)).mean() > 0.95  # these are not quite the world's paints
+    assert np.quantile(own, 0.75) > 30  # but not the colour itself
+
+
+@pytest.mark.parametrize("kind", ["mushroom", "lighthouse"])
+def test_spots_and_bands_are_seen_on_whatever_is_nearly_white(kind):
+    rng = random.Random(0)
+    for _ in range(20):
+        paint = postcards.shade("white", rng)
+        scene = one(kind, "white")
+        pixels = postcards.render(scene, 128, [paint])[postcards.object_mask(scene)].astype(float)
+        off = np.abs(pixels - np.array(paint)).max(1)
+        spots = rgb("d9b48c") if kind == "mushroom" else rgb("b9c4d2")
+        is_spot = np.abs(pixels - np.array(spots)).max(1) < 6
+        white = np.abs(pixels - 248).max(1) < 15
+        assert (is_spot | (white & (off > 25))).mean() > 0.01
+
+
+def test_paints_take_the_place_of_colours():
+    for scene in scenes(6):
+        other = {name: COLOURS[(i + 1) % len(COLOURS)] for i, name in enumerate(COLOURS)}
+        changed = replace(scene, groups=tuple(replace(g, colour=other[g.colour]) for g in scene.groups))
+        paints = [PAINT[group.colour] for group in changed.groups]
+        assert (postcards.render(scene, 64, paints) == postcards.render(changed, 64)).all()
+    with pytest.raises(ValueError, match="2 paints are not one for each of 1 groups"):
+        postcards.render(one("car", "red"), 64, [PAINT["red"]] * 2)
 
 
 # Half of these is roof, stem, snow or bands, of which the mean colour is more than their own.

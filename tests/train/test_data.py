@@ -57,6 +57,27 @@ def _number(group):
     )
 
 
+def test_shades_change_the_colours_of_some_postcards_and_nothing_else(tmp_path):
+    plain, _ = load_pictures(section(tmp_path, count=40))
+    some, _ = load_pictures(section(tmp_path, count=40, shades=0.5))
+    every, _ = load_pictures(section(tmp_path, count=40, shades=1))
+    for train in (some, every):
+        assert train.captions == plain.captions
+        for name in ("labels", "masks", "things"):
+            assert np.array_equal(getattr(train, name), getattr(plain, name))
+    changed = [
+        [bool((a != b).any()) for a, b in zip(x.images, plain.images, strict=True)] for x in (some, every)
+    ]
+    assert 10 < sum(changed[0]) < 30
+    things = plain.masks.any((1, 2))
+    assert (np.array(changed[1]) <= things).all()  # nothing to paint in an empty landscape
+    assert sum(changed[1]) > 0.9 * things.sum()  # a shade can be all but the colour itself
+    number = changed[0].index(True)
+    assert np.array_equal(some.images[number], every.images[number])
+    differs = (some.images[number] != plain.images[number]).any(-1).reshape(4, 8, 4, 8).any((1, 3))
+    assert (differs <= (plain.masks[number] > 0)).all()
+
+
 def test_captions_are_reworded_as_often_as_asked(tmp_path):
     new = set(wording.words())
 

@@ -17,6 +17,9 @@ import yaml
 from PIL import Image
 
 import ldm
+from ldm.checkpoint import load_parts
+from ldm.checkpoint.folder import Defaults
+from ldm.models import build
 from ldm.train.vae import load_vae
 
 ROOT = Path(__file__).parents[2]
@@ -172,10 +175,23 @@ def test_what_is_wrong_shows_before_anything_is_trained(tmp_path, monkeypatch, c
     assert not (tmp_path / "x").exists()
 
 
+def test_the_recipes_are_of_the_embedded_model_s_shape():
+    """So that `train_postcard.py --init_from weights/postcard` goes on from it."""
+    recipes = {
+        name: yaml.safe_load((ROOT / "configs" / f"postcard_{name}.yaml").read_text())["model"]
+        for name in ("vae", "unet")
+    }
+    parts = load_parts(ROOT / "weights" / "postcard", None)
+    assert build(recipes["vae"]).to_config() == parts.vae.to_config()
+    assert build(recipes["unet"]["unet"]).to_config() == parts.unet.to_config()
+    assert recipes["unet"]["scheduler"].items() <= dict(parts.scheduler).items()
+    assert Defaults(**recipes["unet"]["defaults"]) == parts.defaults
+
+
 def test_parts_that_do_not_fit_are_named_before_pictures_are_made(folder, tmp_path, monkeypatch, capsys):
     run(
         monkeypatch, "vae", "--config", small("vae", tmp_path), "--run_dir", tmp_path / "vae",
-        *("--train_data_dir", folder, "--set", "model.latent_channels=5"),
+        *("--train_data_dir", folder, "--set", "model.latent_channels=20"),
     )  # fmt: skip
     run(monkeypatch, "clip", "--config", small("clip", tmp_path), "--run_dir", tmp_path / "clip",
         *("--train_data_dir", folder))  # fmt: skip
@@ -183,7 +199,7 @@ def test_parts_that_do_not_fit_are_named_before_pictures_are_made(folder, tmp_pa
         run(monkeypatch, "unet", "--config", small("unet", tmp_path), "--run_dir", tmp_path / "unet",
             *("--vae", tmp_path / "vae/export", "--clip", tmp_path / "clip/export"))  # fmt: skip
     assert stopped.value.code == 2
-    assert "takes 6 channels, which does not go with the VAE's 5" in capsys.readouterr().err
+    assert "takes 16 channels, which does not go with the VAE's 20" in capsys.readouterr().err
 
 
 def test_a_package_that_is_not_installed_is_named(folder, tmp_path, monkeypatch, capsys):

@@ -128,8 +128,10 @@ def test_unet_export_opens_and_draws(tokenizer_dir, pictures, tmp_path):
 def test_vae_export_is_the_autoencoder_as_it_was_measured(pictures, tmp_path):
     vae = tiny_vae()
     VAETask(vae, pictures, pictures, {}, decoder_only=False).export(tmp_path / "vae")
-    for name, value in load_vae(tmp_path / "vae").state_dict().items():
-        assert torch.equal(value, vae.state_dict()[name])
+    (tmp_path / "model_index.json").write_text("{}")
+    for folder in (tmp_path / "vae", tmp_path):  # of the autoencoder, or of a model that has it
+        for name, value in load_vae(folder).state_dict().items():
+            assert torch.equal(value, vae.state_dict()[name])
 
 
 def test_a_widened_vae_is_kept_near_the_narrow_one(pictures, tmp_path):
@@ -144,6 +146,29 @@ def test_a_widened_vae_is_kept_near_the_narrow_one(pictures, tmp_path):
     assert task(batch)[0].item() == pytest.approx(free(batch)[0].item() + 2 * 0.25, rel=1e-5)
     task(batch)[0].backward()
     assert all(p.grad is None for p in task.narrow.parameters())
+
+
+def test_channels_for_details_are_pulled_to_a_spread_of_their_own(pictures):
+    """An encoder that gives known latents: the loss of their moments, by hand."""
+    batch = {"x": torch.zeros(4, 3, 32, 32), "noise": torch.zeros(()), "pooled": torch.tensor(False)}
+    vae = tiny_vae()
+    count = vae.latent_channels
+    z = torch.randn(4, count, 4, 4, generator=torch.Generator().manual_seed(0))
+    z = (z - z.mean((0, 2, 3), keepdim=True)) / z.std((0, 2, 3), keepdim=True)
+    z[:, -1] *= 0.25
+    vae.encode_latents = lambda x: z
+    for loss, expected in (
+        ({}, 0.75**2),
+        ({"fine_channels": 1}, 0.25**2),
+        ({"fine_channels": 2}, 0.25**2 + 0.5**2),
+    ):
+        said = VAETask(vae, pictures, pictures, loss, decoder_only=False)(batch)[1]
+        assert said["moments"].item() == pytest.approx(expected / count, rel=1e-4)
+    exact = VAETask(vae, pictures, pictures, {"fine_channels": 1, "fine_std": 0.25}, decoder_only=False)
+    assert exact(batch)[1]["moments"].item() < 1e-10
+    for wrong in (0.5, count + 1):
+        with pytest.raises(UserError, match=f"from 0 to the {count} latent channels"):
+            VAETask(vae, pictures, pictures, {"fine_channels": wrong}, decoder_only=False)
 
 
 def test_decoder_only_leaves_the_encoder_alone(pictures, tmp_path):

@@ -94,6 +94,47 @@ def test_loss_and_gradients_equal_those_of_diffusers(parts, pairs, prediction):
 
 
 @pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
+def test_pixels_add_the_error_of_the_picture_that_diffusers_guesses(parts, pairs, prediction):
+    config = SCHEDULER | {"prediction_type": prediction}
+    parts = replace(parts, scheduler=config)
+    plain = UpscalerTask(parts, pairs, pairs, {"crop": 8})
+    task = UpscalerTask(parts, pairs, pairs, {"crop": 8, "pixels": 0.5})
+    batch = task.batch(torch.Generator().manual_seed(3), 3) | {"t": torch.tensor([999, 500, 20])}
+    scheduler = DDIMScheduler.from_config(config)
+    scheduler.set_timesteps(1000)
+    x0 = parts.vae.encode_latents(batch["large"]).detach()
+    noisy = scheduler.add_noise(x0, batch["noise"], batch["t"])
+    answers = task._answer(noisy, batch)
+    rows = zip(answers[:, None], batch["t"].tolist(), noisy[:, None], strict=True)
+    guess = torch.cat([scheduler.step(*row).pred_original_sample for row in rows])
+    pixels = torch.nn.functional.mse_loss(parts.vae.decode(guess), batch["large"])
+    reference = plain(batch)[0] + 0.5 * pixels
+    reference.backward()
+    expected = parts.unet.conv_in.weight.grad.clone()
+    parts.unet.zero_grad()
+    loss, said = task(batch)
+    loss.backward()
+    assert said["pixels"].item() == pytest.approx(pixels.item(), rel=1e-5)
+    assert loss.item() == pytest.approx(reference.item(), rel=1e-5)
+    assert ((parts.unet.conv_in.weight.grad - expected).abs().max() / expected.abs().max()).item() < 1e-4
+    assert all(weight.grad is None for weight in parts.vae.parameters())
+
+
+def test_the_guess_is_made_in_fp32_under_autocast(parts, pairs):
+    """At little noise the guess is the latents: in bf16 the schedule's small numbers would be lost."""
+    task = UpscalerTask(replace(parts, scheduler=SCHEDULER), pairs, pairs, {"crop": 8})
+    batch = task.batch(torch.Generator().manual_seed(3), 3) | {"t": torch.tensor([0, 2, 5])}
+    alphas = DDIMScheduler.from_config(SCHEDULER).alphas_cumprod[batch["t"]][:, None, None, None]
+    with torch.autocast("cpu", torch.bfloat16):
+        x0 = parts.vae.encode_latents(batch["large"]).detach().float()
+    velocity = alphas.sqrt() * batch["noise"] - (1 - alphas).sqrt() * x0
+    task._answer = lambda noisy, batch: velocity.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        guess = task._denoise(batch)[1]
+    assert ((guess - x0).abs().max() / batch["noise"].abs().max()).item() < 1e-3
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
 def test_a_picture_in_one_step_is_that_of_the_pipeline(parts, pairs, tmp_path, prediction):
     parts = replace(parts, scheduler=SCHEDULER | {"prediction_type": prediction})
     with torch.no_grad():
