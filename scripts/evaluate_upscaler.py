@@ -1,4 +1,4 @@
-"""Measure an upscaler: `python scripts/evaluate_upscaler.py --model FOLDER --pictures upscaled.png`."""
+"""Measure an upscaler: `python scripts/evaluate_upscaler.py --pictures upscaled.png`."""
 
 import sys
 from pathlib import Path

@@ -163,12 +163,13 @@ class UpscalerTask(Task):
         noisy = noisy_latents(x0, batch["noise"], batch["t"], self.schedule)
         target = training_target(x0, batch["noise"], batch["t"], self.schedule)
         answer = self._answer(noisy, batch).float()
-        guess = answer
-        if (
-            self.schedule.prediction is Prediction.V
-        ):  # x0 = alpha x - sigma v; pure noise has no sigma for `x0`
-            guess = noisy_latents(noisy, -answer, batch["t"], self.schedule)
-        return pixel_losses(answer, target, PLAIN), guess
+        return pixel_losses(answer, target, PLAIN), self._guess(answer, noisy, batch["t"])
+
+    def _guess(self, answer: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+        """The clean latents that an answer speaks of: alpha x - sigma v. Pure noise has no sigma for `x0`."""
+        if self.schedule.prediction is Prediction.SAMPLE:
+            return answer
+        return noisy_latents(noisy, -answer, t, self.schedule)
 
     def _answer(self, noisy: Tensor, batch: Batch) -> Tensor:
         sample = torch.cat([noisy, batch["small"]], 1).contiguous(memory_format=torch.channels_last)
@@ -177,9 +178,9 @@ class UpscalerTask(Task):
         return answer
 
     def in_one_step(self, batch: Batch) -> Tensor:
-        """What is drawn from the batch's noise at once, [B, 3, H, W], about [-1, 1]: there v is -x0."""
-        answer = self._answer(batch["noise"], batch)
-        return self.vae.decode(-answer if self.schedule.prediction is Prediction.V else answer).float()
+        """What is drawn from the noise of a batch of the last t, at once: [B, 3, H, W], about [-1, 1]."""
+        answer = self._answer(batch["noise"], batch).float()
+        return self.vae.decode(self._guess(answer, batch["noise"], batch["t"])).float()
 
     def evaluate(self) -> dict[str, float]:
         """Of whole pictures: the loss at all noise levels; a step from pure noise against bicubic, in dB."""
