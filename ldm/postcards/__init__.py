@@ -10,7 +10,7 @@ from ldm.postcards.captions import caption, full_caption, words
 from ldm.postcards.layout import Box
 from ldm.postcards.scene import POSITIONS, Group, Labels, Scene, encode_labels, sample_scene
 from ldm.postcards.vocabulary import COLOURS, KINDS, PLACES, RELATIONS, TIMES, WEATHERS, is_held_out
-from ldm.postcards.wording import reword
+from ldm.postcards.wording import names_colours, reword
 
 if TYPE_CHECKING:
     from ldm.postcards.picture import object_mask, render
@@ -32,6 +32,7 @@ __all__ = [
     "encode_labels",
     "full_caption",
     "is_held_out",
+    "names_colours",
     "object_mask",
     "render",
     "reword",

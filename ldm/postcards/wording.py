@@ -10,7 +10,8 @@ import random
 import re
 import string
 
-from ldm.postcards import captions, phrases
+from ldm.postcards import captions, phrases, vocabulary
+from ldm.postcards.scene import Scene
 
 # The singular, the plural; as in phrases.py.
 NOUNS = {
@@ -209,6 +210,14 @@ def reword(text: str, rng: random.Random) -> str:
     return _dress(captions.with_articles(" ".join(plain.split()).replace(" ,", ",")), rng)
 
 
+def names_colours(scene: Scene, text: str) -> bool:
+    """Whether a caption of the scene, reworded or not, says what colour each thing is.
+
+    A green meadow passes for a green thing: seldom, as there must be one and its colour left unsaid.
+    """
+    return all(_SAID[group.colour].search(text.lower()) for group in scene.groups)
+
+
 def words() -> list[str]:
     """Every word that a rewording can add to those of `captions.words`, lower-case, sorted."""
     said = [
@@ -234,6 +243,10 @@ def _noun_rules() -> list[tuple[str, str, float]]:
     ]
 
 
+_SAID = {
+    colour: re.compile(rf"\b(?:{known}|{new})\b")
+    for colour, (known, new) in zip(vocabulary.COLOURS, COLOURS.items(), strict=True)
+}
 _FIRST = "|".join((*phrases.OPENINGS, *phrases.EXISTS_ONE, *phrases.EXISTS_MANY)).replace("an ", "a ")
 _WHEN = _either("|".join((*TIMES, *WEATHERS)))
 _PREPOSITION = r"(?:on|at|in|under|by|with|while|as|during|late|over|above|near|among|out)\b"

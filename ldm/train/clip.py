@@ -31,10 +31,10 @@ def tokenise(tokenizer: Any, captions: list[list[str]]) -> Tensor:
     return torch.from_numpy(ids.astype(np.int16)).view(len(captions), most, -1)
 
 
-def pick_captions(tokens: Tensor, index: Tensor, rng: torch.Generator) -> Tensor:
-    """One random caption's ids [B, length] for each picture of `index` [B]."""
+def pick_captions(tokens: Tensor, index: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """One random caption of each picture of `index` [B]: its ids [B, length], and which it is, [B]."""
     which = torch.randint(tokens.shape[1], index.shape, generator=rng)
-    return tokens[index, which].long()
+    return tokens[index, which].long(), which
 
 
 class CLIPTask(Task):
@@ -75,7 +75,7 @@ class CLIPTask(Task):
 
     def batch(self, rng: torch.Generator, size: int, number: int = 0) -> Batch:
         index = torch.randint(len(self.train_pictures), (size,), generator=rng)
-        batch = {"x": self.train_pictures.tensors(index), "ids": pick_captions(self.tokens, index, rng)}
+        batch = {"x": self.train_pictures.tensors(index), "ids": pick_captions(self.tokens, index, rng)[0]}
         if self.train_pictures.labels is not None:
             batch["labels"] = torch.from_numpy(self.train_pictures.labels[index.numpy()]).float()
         return batch

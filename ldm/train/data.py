@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -37,6 +37,8 @@ class Pictures:
     labels: multi-hot [N, L] of what is in each picture; masks: uint8 [N, H/8, W/8], 255 where an object
     covers the cell; things: uint8 [N, H/16, W/16], which thing has its room there (0: none). All only
     where the source knows them (the postcards do).
+    repainted: uint8 [N, H, W, 3], the same with the things in other colours, where it was asked for; told:
+    bool [N, captions], which of the captions say all colours.
     """
 
     images: NDArray[np.uint8]
@@ -44,16 +46,16 @@ class Pictures:
     labels: NDArray[np.uint8] | None = None
     masks: NDArray[np.uint8] | None = None
     things: NDArray[np.uint8] | None = None
+    repainted: NDArray[np.uint8] | None = None
+    told: NDArray[np.bool_] | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
     def slice(self, part: slice) -> Pictures:
         """Some of the pictures, sharing memory."""
-        beside = (self.labels, self.masks, self.things)
-        return Pictures(
-            self.images[part], self.captions[part], *(None if each is None else each[part] for each in beside)
-        )
+        arrays = {name: value for name, value in vars(self).items() if value is not None}
+        return Pictures(**{name: value[part] for name, value in arrays.items()})
 
     @property
     def every(self) -> int:
@@ -122,11 +124,17 @@ def _postcards(data: DataSection) -> Pictures:
     with FileLock(folder / ".lock"):  # of several processes one renders
         if not (folder / "captions.json").exists():
             _render_all(folder, total, data)
-    return Pictures(
+        if data.repainted and not (folder / "told.npy").exists():
+            _repaint_all(folder, total, data)
+    pictures = Pictures(
         np.load(folder / "images.npy", mmap_mode="r"),
         json.loads((folder / "captions.json").read_text()),
         *(np.load(folder / f"{name}.npy") for name in ("labels", "masks", "things")),
     )
+    if not data.repainted:
+        return pictures
+    repainted = np.load(folder / "repainted.npy", mmap_mode="r")
+    return replace(pictures, repainted=repainted, told=np.load(folder / "told.npy"))
 
 
 def _world_hash() -> str:
@@ -169,11 +177,14 @@ def _things(scene: Scene, cells: int) -> NDArray[np.uint8]:
     return things
 
 
+def _new_images(folder: Path, name: str, total: int, size: int) -> np.memmap[Any, np.dtype[np.uint8]]:
+    return np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.uint8, (total, size, size, 3))
+
+
 def _render_all(folder: Path, total: int, data: DataSection) -> None:
-    shape = (total, data.size, data.size, 3)
-    images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, shape)
+    images = _new_images(folder, "images", total, data.size)
     parts: list[Pictures] = []
-    jobs = [(start, min(start + 500, total), data) for start in range(0, total, 500)]
+    jobs = _jobs(total, data)
     with ProcessPoolExecutor() as pool:
         for (start, stop, _), part in zip(jobs, pool.map(_render_some, jobs), strict=True):
             images[start:stop] = part.images
@@ -185,6 +196,23 @@ def _render_all(folder: Path, total: int, data: DataSection) -> None:
         aside.write_text(json.dumps([each for part in parts for each in part.captions]))
 
 
+def _repaint_all(folder: Path, total: int, data: DataSection) -> None:
+    images = _new_images(folder, "repainted", total, data.size)
+    told = []
+    jobs = _jobs(total, data)
+    with ProcessPoolExecutor() as pool:
+        for (start, stop, _), part in zip(jobs, pool.map(_repaint_some, jobs), strict=True):
+            images[start:stop] = part[0]
+            told.append(part[1])
+    images.flush()
+    with whole_file(folder / "told.npy") as aside, aside.open("wb") as opened:  # it says that all is there
+        np.save(opened, np.concatenate(told))
+
+
+def _jobs(total: int, data: DataSection) -> list[tuple[int, int, DataSection]]:
+    return [(start, min(start + 500, total), data) for start in range(0, total, 500)]
+
+
 def _render_some(job: tuple[int, int, DataSection]) -> Pictures:
     from ldm import postcards
 
@@ -192,15 +220,47 @@ def _render_some(job: tuple[int, int, DataSection]) -> Pictures:
     images, captions, labels, masks, things = [], [], [], [], []
     cells = data.size // 8
     for number in range(start, stop):
-        rng = random.Random(f"{data.seed}-{number}")
-        scene = postcards.sample_scene(rng, compositions=data.compositions)
+        scene, rng = _scene(number, data)
         images.append(postcards.render(scene, data.size, _paints(scene, number, data)))
-        captions.append([_caption(scene, rng, data.reworded) for _ in range(data.captions)])
+        captions.append(_captions(scene, rng, data))
         labels.append(_multi_hot(scene))
         things.append(_things(scene, data.size // 16))
         mask = postcards.object_mask(scene, data.size).reshape(cells, 8, cells, 8).mean((1, 3))
         masks.append((mask * 255).astype(np.uint8))
     return Pictures(np.stack(images), captions, np.stack(labels), np.stack(masks), np.stack(things))
+
+
+def _repaint_some(job: tuple[int, int, DataSection]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Each scene with its things in shades of other colours that training shows them in; see `Pictures`."""
+    from ldm import postcards
+
+    start, stop, data = job
+    images, told = [], []
+    for number in range(start, stop):
+        scene, rng = _scene(number, data)
+        told.append([postcards.names_colours(scene, text) for text in _captions(scene, rng, data)])
+        paints = []
+        for group in scene.groups:
+            others = [
+                colour
+                for colour in postcards.COLOURS
+                if colour != group.colour and not postcards.is_held_out(group.kind, colour)
+            ]
+            paints.append(postcards.shade(rng.choice(others), rng))
+        images.append(postcards.render(scene, data.size, paints))
+    return np.stack(images), np.array(told)
+
+
+def _scene(number: int, data: DataSection) -> tuple[Scene, random.Random]:
+    """The scene of this number, and what to draw its captions from."""
+    from ldm import postcards
+
+    rng = random.Random(f"{data.seed}-{number}")
+    return postcards.sample_scene(rng, compositions=data.compositions), rng
+
+
+def _captions(scene: Scene, rng: random.Random, data: DataSection) -> list[str]:
+    return [_caption(scene, rng, data.reworded) for _ in range(data.captions)]
 
 
 def _paints(scene: Scene, number: int, data: DataSection) -> list[RGB] | None:

@@ -8,6 +8,11 @@ Beside it the U-Net may learn to say which thing of which colour is in each part
 features where text has first met layout (`align`): a short cut to what aligning features gives (REPA, Yu et
 al. 2025, arXiv 2410.06940), for a world that knows what it has drawn.
 
+The noise may be what turns the picture into one of the same scene with its things in other colours
+(`repainted`): what is seen in the noisy latents then says one colour and the text another, and the text is
+right. Without that a U-Net learns to take colours from what it sees, and what it sees it pulls to the colours
+that it knows of a kind.
+
 The log's `caption_gap` is the held-out loss at t = 0.8 T with shuffled captions minus that with the right
 ones: the early sign that pictures will follow their prompts.
 """
@@ -24,6 +29,7 @@ from torch import Tensor
 
 import ldm
 from ldm.checkpoint import Parts, save_folder
+from ldm.errors import UserError
 from ldm.images import grid
 from ldm.models import AutoencoderKL, AutoencoderTiny
 from ldm.schedule import Schedule
@@ -49,7 +55,9 @@ class Latents:
     """What the denoiser is trained on.
 
     latents: fp16 [N, c, h, w]; tokens: [N, captions, length]; weights: uint8 [N, h, w], 255 on objects;
-    things: uint8 [N, h / 2, w / 2], which thing is there, 0 none; vae: a hash of the weights they are from.
+    things: uint8 [N, h / 2, w / 2], which thing is there, 0 none; vae: a hash of the weights they are from;
+    repainted: as latents, of the same scenes with their things in other colours; told: bool [N, captions],
+    which captions say all colours.
     """
 
     latents: Tensor
@@ -57,6 +65,8 @@ class Latents:
     weights: Tensor | None
     things: Tensor | None = None
     vae: str = ""
+    repainted: Tensor | None = None
+    told: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -79,21 +89,28 @@ def prepare(pictures: Pictures, vae: AutoencoderKL | AutoencoderTiny, tokenizer:
     Latents and tokens are kept in `cache`, under a hash of the VAE or vocabulary and of 64 pictures with
     their captions, so that a changed model or data set is never read from it.
     """
-    by_vae, by_vocabulary, weights_hash = pictures.digest(), pictures.digest(), digest_of(vae)
-    by_vae.update(weights_hash.encode())
+    by_vocabulary, weights_hash = pictures.digest(), digest_of(vae)
+
+    def latents_of(some: Pictures) -> Tensor:
+        by_vae = some.digest()
+        by_vae.update(weights_hash.encode())
+        file = cache / f"latents-{len(some)}-{by_vae.hexdigest()[:12]}.npy"
+        return cached(file, lambda: _encode(some, vae))
+
     vocabulary = sorted(tokenizer.get_vocab().items())
     words = (vocabulary, tokenizer.model_max_length, pictures.captions[:: pictures.every])
     by_vocabulary.update(repr(words).encode())
-    count = len(pictures)
-    latents = cached(cache / f"latents-{count}-{by_vae.hexdigest()[:12]}.npy", lambda: _encode(pictures, vae))
     tokens = cached(
-        cache / f"tokens-{count}-{by_vocabulary.hexdigest()[:12]}.npy",
+        cache / f"tokens-{len(pictures)}-{by_vocabulary.hexdigest()[:12]}.npy",
         lambda: tokenise(tokenizer, pictures.captions),
     )
-    weights, things = (
-        None if each is None else torch.from_numpy(each.copy()) for each in (pictures.masks, pictures.things)
+    again = pictures.repainted
+    repainted = None if again is None else latents_of(replace(pictures, images=again))
+    weights, things, told = (
+        None if each is None else torch.from_numpy(each.copy())
+        for each in (pictures.masks, pictures.things, pictures.told)
     )
-    return Latents(latents, tokens, weights, things, weights_hash)
+    return Latents(latents_of(pictures), tokens, weights, things, weights_hash, repainted, told)
 
 
 class UNetTask(Task):
@@ -101,7 +118,10 @@ class UNetTask(Task):
 
     loss keys: object_weight; drop (share of captions dropped); text_lr; layout (share of the batch whose
     noise leaves only the layout to decide, t from 0.6 T; the others have any); align (weight of naming what
-    is where from the features).
+    is where from the features); repainted (share of the batch whose noise holds the scene in other colours,
+    where the caption says the right ones and t is from 0.3 T, as the error of v is that of x0 over sigma).
+
+    Raises UserError for a loss that the pictures were not made for.
     """
 
     def __init__(
@@ -113,7 +133,10 @@ class UNetTask(Task):
         self.schedule = Schedule.from_config(parts.scheduler)
         self.train_set, self.held_out = train, held_out
         defaults = {"object_weight": 2.0, "drop": 0.1, "text_lr": 0.5, "layout": 0.0}
-        self.weights = loss_settings(defaults | {"align": 0.0}, loss, shares=("drop", "layout"))
+        defaults |= {"align": 0.0, "repainted": 0.0}
+        self.weights = loss_settings(defaults, loss, shares=("drop", "layout", "repainted"))
+        if self.weights["repainted"] and train.repainted is None:
+            raise UserError("loss.repainted needs postcards painted twice: set data.repainted=true")
         steps = len(self.schedule.alphas_cumprod)
         self.any_t = timestep_probabilities(PLAIN, steps)
         self.early_t = timestep_probabilities(LossSection(min_timestep=int(0.6 * steps)), steps)
@@ -138,11 +161,24 @@ class UNetTask(Task):
     def batch(self, rng: torch.Generator, size: int, number: int = 0) -> Batch:
         data = self.train_set
         index = torch.randint(len(data), (size,), generator=rng)
-        ids = pick_captions(data.tokens, index, rng)
-        ids[torch.rand(size, generator=rng) < self.weights["drop"]] = self.empty_prompt
+        ids, which = pick_captions(data.tokens, index, rng)
+        dropped = torch.rand(size, generator=rng) < self.weights["drop"]
+        ids[dropped] = self.empty_prompt
         t, early = (draw_timesteps(each, size, rng) for each in (self.any_t, self.early_t))
         t = torch.where(torch.rand(size, generator=rng) < self.weights["layout"], early, t)
-        return self._batch(data, index, ids, t, rng)
+        batch = self._batch(data, index, ids, t, rng)
+        if data.repainted is not None and data.told is not None and self.weights["repainted"]:
+            chosen = torch.rand(size, generator=rng) < self.weights["repainted"]
+            chosen &= data.told[index, which] & ~dropped & (t >= int(0.3 * len(self.schedule.alphas_cumprod)))
+            batch["noise"] = self._holding(data.repainted[index].float(), batch, chosen)
+        return batch
+
+    def _holding(self, other: Tensor, batch: Batch, chosen: Tensor) -> Tensor:
+        """Noise that makes of x0, where `chosen` [B], what the batch's own makes of `other` [B, c, h, w]."""
+        x0, noise, t = batch["x0"], batch["noise"], batch["t"]
+        a = self.schedule.alphas_cumprod[t]
+        signal_to_noise = ((a / (1 - a)).sqrt() * chosen).float()[:, None, None, None]
+        return noise + signal_to_noise * (other - x0)
 
     def _batch(self, data: Latents, index: Tensor, ids: Tensor, t: Tensor, rng: torch.Generator) -> Batch:
         x0 = data.latents[index].float()

@@ -205,3 +205,23 @@ def test_the_generator_alone_decides_and_most_captions_change():
 @pytest.mark.parametrize(("held_out", "expected"), [(False, "df6d733f3a46e67a"), (True, "ed60ed3951af3b86")])
 def test_evaluation_prompts_are_not_reworded(held_out, expected):
     assert digest(evaluation_prompts(held_out=held_out)) == expected
+
+
+def test_a_caption_that_says_all_colours_is_told_from_one_that_does_not():
+    """By this file's words for colours; sceneries' own ("green hills") may pass for a thing's."""
+    rng = random.Random(0)
+    checked = {True: 0, False: 0}
+    for _ in range(2000):
+        scene = postcards.sample_scene(rng)
+        text = wording.reword(postcards.caption(scene, rng), rng)
+        said = [
+            any(re.search(rf"\b{word}\b", text.lower()) for word in COLOURS[group.colour].split(", "))
+            for group in scene.groups
+        ]
+        assert postcards.names_colours(scene, text) == all(said)
+        checked[all(said) and bool(scene.groups)] += 1
+    assert min(checked.values()) > 100
+    house = postcards.Group("house", "green", (postcards.Box(0.5, 0.9, 0.5, 0.5),))
+    scene = postcards.Scene("desert", "day", "clear", (house,), 0)
+    assert postcards.names_colours(scene, "an Emerald-coloured house")
+    assert not postcards.names_colours(scene, "a house in the greenhouse")
