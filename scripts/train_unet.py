@@ -51,7 +51,7 @@ def make_task(recipe: Recipe, args: argparse.Namespace) -> Task:
     )
     text = args.clip / "text_encoder"
     check_fit(parts, {"unet": args.init_from or args.config, "vae": args.vae, "text_encoder": text})
-    pictures = load_pictures(recipe.data)
+    pictures = load_pictures(recipe.data, repainted=recipe.loss.get("repainted", 0) > 0)
     if parts.words:
         seen = known_words(caption for each in pictures[0].captions for caption in each)
         parts = replace(parts, words=parts.words | set(seen))

@@ -1,7 +1,7 @@
 """The world the embedded model is trained on: flat-illustration postcards, their captions and their labels.
 
 Everything is procedural and seeded. Drawing needs skia (`pip install ldm[train]`); sampling, telling and
-labelling scenes does not, so `render`, `object_mask` and `shade` are loaded at first use.
+labelling scenes does not, so `render`, `object_mask`, `repaint` and `shade` are loaded at first use.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from ldm.postcards.wording import names_colours, reword
 
 if TYPE_CHECKING:
     from ldm.postcards.picture import object_mask, render
-    from ldm.postcards.things import shade
+    from ldm.postcards.things import repaint, shade
 
 __all__ = [
     "COLOURS",
@@ -35,6 +35,7 @@ __all__ = [
     "names_colours",
     "object_mask",
     "render",
+    "repaint",
     "reword",
     "sample_scene",
     "shade",
@@ -43,8 +44,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("object_mask", "render", "shade"):
+    if name in ("object_mask", "render", "repaint", "shade"):
         from ldm.postcards import picture, things
 
-        return getattr(things if name == "shade" else picture, name)
+        return getattr(things if name in ("repaint", "shade") else picture, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,6 +9,8 @@ import random
 from collections.abc import Callable
 
 from ldm.postcards.canvas import RGB, Pen, darker, lighter, mix, rgb
+from ldm.postcards.scene import Scene
+from ldm.postcards.vocabulary import COLOURS, is_held_out
 
 PAINT: dict[str, RGB] = {
     "red": rgb("e0322f"),
@@ -31,6 +33,15 @@ def shade(colour: str, rng: random.Random) -> RGB:
         paint = mix(PAINT[colour], PAINT[rng.choice(list(PAINT))], rng.uniform(0, 0.5))
         if min(PAINT, key=lambda name: math.dist(PAINT[name], paint)) == colour:
             return paint
+
+
+def repaint(scene: Scene, rng: random.Random) -> list[RGB]:
+    """A `shade` of another colour for each group, never of the one that is kept from its kind."""
+    paints = []
+    for group in scene.groups:
+        others = [each for each in COLOURS if each != group.colour and not is_held_out(group.kind, each)]
+        paints.append(shade(rng.choice(others), rng))
+    return paints
 
 
 def _is_pale(paint: RGB) -> bool:

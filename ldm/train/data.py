@@ -37,8 +37,8 @@ class Pictures:
     labels: multi-hot [N, L] of what is in each picture; masks: uint8 [N, H/8, W/8], 255 where an object
     covers the cell; things: uint8 [N, H/16, W/16], which thing has its room there (0: none). All only
     where the source knows them (the postcards do).
-    repainted: uint8 [N, H, W, 3], the same with the things in other colours, where it was asked for; told:
-    bool [N, captions], which of the captions say all colours.
+    repainted: uint8 [N, H, W, 3], the same with the things in other colours, and told: bool [N, captions],
+    which of the captions say all colours; where they were asked for.
     """
 
     images: NDArray[np.uint8]
@@ -54,8 +54,7 @@ class Pictures:
 
     def slice(self, part: slice) -> Pictures:
         """Some of the pictures, sharing memory."""
-        arrays = {name: value for name, value in vars(self).items() if value is not None}
-        return Pictures(**{name: value[part] for name, value in arrays.items()})
+        return Pictures(**{name: value[part] for name, value in vars(self).items() if value is not None})
 
     @property
     def every(self) -> int:
@@ -72,9 +71,12 @@ class Pictures:
         return batch.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
-def load_pictures(data: DataSection) -> tuple[Pictures, Pictures]:
-    """Training and held-out pictures. Raises UserError when a folder has too few usable images."""
-    pictures = _postcards(data) if data.folder is None else _folder(data.folder, data.size)
+def load_pictures(data: DataSection, repainted: bool = False) -> tuple[Pictures, Pictures]:
+    """Training and held-out pictures; postcards with repainted ones, if asked for.
+
+    Raises UserError when a folder has too few usable images.
+    """
+    pictures = _postcards(data, repainted) if data.folder is None else _folder(data.folder, data.size)
     if len(pictures) <= data.held_out:
         raise UserError(
             f"{len(pictures)} pictures found, but {data.held_out} are held out: lower data.held_out"
@@ -113,28 +115,23 @@ def cached(file: Path, make: Callable[[], torch.Tensor]) -> torch.Tensor:
 # --- postcards ---------------------------------------------------------------------------------------------
 
 
-def _postcards(data: DataSection) -> Pictures:
-    """Render `count` + `held_out` postcards once; later runs map the files. 0.1 GB per 2,000 at 128 px."""
+def _postcards(data: DataSection, repainted: bool) -> Pictures:
+    """Render `count` + `held_out` postcards once; later runs map the files.
+
+    They take 0.1 GB per 2,000 at 128 px, and twice that with repainted ones.
+    """
     total = data.count + data.held_out
     mix = list(data.compositions.items())
     said = f"{data.captions}-{data.reworded}"
-    key = f"{_world_hash()}-{total}-{data.size}-{said}-{mix}-{data.shades}-{data.seed}"
+    painted = f"{data.shades}-repainted" if repainted else f"{data.shades}"
+    key = f"{_world_hash()}-{total}-{data.size}-{said}-{mix}-{painted}-{data.seed}"
     folder = data.cache / f"postcards-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):  # of several processes one renders
         if not (folder / "captions.json").exists():
-            _render_all(folder, total, data)
-        if data.repainted and not (folder / "told.npy").exists():
-            _repaint_all(folder, total, data)
-    pictures = Pictures(
-        np.load(folder / "images.npy", mmap_mode="r"),
-        json.loads((folder / "captions.json").read_text()),
-        *(np.load(folder / f"{name}.npy") for name in ("labels", "masks", "things")),
-    )
-    if not data.repainted:
-        return pictures
-    repainted = np.load(folder / "repainted.npy", mmap_mode="r")
-    return replace(pictures, repainted=repainted, told=np.load(folder / "told.npy"))
+            _render_all(folder, total, data, repainted)
+    arrays = {file.stem: np.load(file, mmap_mode="r") for file in folder.glob("*.npy")}
+    return Pictures(captions=json.loads((folder / "captions.json").read_text()), **arrays)
 
 
 def _world_hash() -> str:
@@ -177,90 +174,53 @@ def _things(scene: Scene, cells: int) -> NDArray[np.uint8]:
     return things
 
 
-def _new_images(folder: Path, name: str, total: int, size: int) -> np.memmap[Any, np.dtype[np.uint8]]:
-    return np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.uint8, (total, size, size, 3))
-
-
-def _render_all(folder: Path, total: int, data: DataSection) -> None:
-    images = _new_images(folder, "images", total, data.size)
-    parts: list[Pictures] = []
-    jobs = _jobs(total, data)
+def _render_all(folder: Path, total: int, data: DataSection, repainted: bool) -> None:
+    shape = (total, data.size, data.size, 3)
+    large = {
+        name: np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.uint8, shape)
+        for name in ("images", *(["repainted"] if repainted else []))
+    }
+    small: dict[str, list[NDArray[Any]]] = {
+        name: [] for name in ("labels", "masks", "things", *(["told"] if repainted else []))
+    }
+    captions: list[list[str]] = []
+    jobs = [(start, min(start + 500, total), data, repainted) for start in range(0, total, 500)]
     with ProcessPoolExecutor() as pool:
-        for (start, stop, _), part in zip(jobs, pool.map(_render_some, jobs), strict=True):
-            images[start:stop] = part.images
-            parts.append(replace(part, images=images[start:stop]))
-    images.flush()
-    for name in ("labels", "masks", "things"):
-        np.save(folder / f"{name}.npy", np.concatenate([getattr(part, name) for part in parts]))
+        for (start, stop, *_), part in zip(jobs, pool.map(_render_some, jobs), strict=True):
+            for name, file in large.items():
+                file[start:stop] = getattr(part, name)
+            for name, values in small.items():
+                values.append(getattr(part, name))
+            captions += part.captions
+    for file in large.values():
+        file.flush()
+    for name, values in small.items():
+        np.save(folder / f"{name}.npy", np.concatenate(values))
     with whole_file(folder / "captions.json") as aside:  # it says that all is there
-        aside.write_text(json.dumps([each for part in parts for each in part.captions]))
+        aside.write_text(json.dumps(captions))
 
 
-def _repaint_all(folder: Path, total: int, data: DataSection) -> None:
-    images = _new_images(folder, "repainted", total, data.size)
-    told = []
-    jobs = _jobs(total, data)
-    with ProcessPoolExecutor() as pool:
-        for (start, stop, _), part in zip(jobs, pool.map(_repaint_some, jobs), strict=True):
-            images[start:stop] = part[0]
-            told.append(part[1])
-    images.flush()
-    with whole_file(folder / "told.npy") as aside, aside.open("wb") as opened:  # it says that all is there
-        np.save(opened, np.concatenate(told))
-
-
-def _jobs(total: int, data: DataSection) -> list[tuple[int, int, DataSection]]:
-    return [(start, min(start + 500, total), data) for start in range(0, total, 500)]
-
-
-def _render_some(job: tuple[int, int, DataSection]) -> Pictures:
+def _render_some(job: tuple[int, int, DataSection, bool]) -> Pictures:
     from ldm import postcards
 
-    start, stop, data = job
-    images, captions, labels, masks, things = [], [], [], [], []
+    start, stop, data, repainted = job
+    images, captions, labels, masks, things, others, told = [], [], [], [], [], [], []
     cells = data.size // 8
     for number in range(start, stop):
-        scene, rng = _scene(number, data)
+        rng = random.Random(f"{data.seed}-{number}")
+        scene = postcards.sample_scene(rng, compositions=data.compositions)
         images.append(postcards.render(scene, data.size, _paints(scene, number, data)))
-        captions.append(_captions(scene, rng, data))
+        captions.append([_caption(scene, rng, data.reworded) for _ in range(data.captions)])
         labels.append(_multi_hot(scene))
         things.append(_things(scene, data.size // 16))
         mask = postcards.object_mask(scene, data.size).reshape(cells, 8, cells, 8).mean((1, 3))
         masks.append((mask * 255).astype(np.uint8))
-    return Pictures(np.stack(images), captions, np.stack(labels), np.stack(masks), np.stack(things))
-
-
-def _repaint_some(job: tuple[int, int, DataSection]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """Each scene with its things in shades of other colours that training shows them in; see `Pictures`."""
-    from ldm import postcards
-
-    start, stop, data = job
-    images, told = [], []
-    for number in range(start, stop):
-        scene, rng = _scene(number, data)
-        told.append([postcards.names_colours(scene, text) for text in _captions(scene, rng, data)])
-        paints = []
-        for group in scene.groups:
-            others = [
-                colour
-                for colour in postcards.COLOURS
-                if colour != group.colour and not postcards.is_held_out(group.kind, colour)
-            ]
-            paints.append(postcards.shade(rng.choice(others), rng))
-        images.append(postcards.render(scene, data.size, paints))
-    return np.stack(images), np.array(told)
-
-
-def _scene(number: int, data: DataSection) -> tuple[Scene, random.Random]:
-    """The scene of this number, and what to draw its captions from."""
-    from ldm import postcards
-
-    rng = random.Random(f"{data.seed}-{number}")
-    return postcards.sample_scene(rng, compositions=data.compositions), rng
-
-
-def _captions(scene: Scene, rng: random.Random, data: DataSection) -> list[str]:
-    return [_caption(scene, rng, data.reworded) for _ in range(data.captions)]
+        if repainted:
+            paints = postcards.repaint(scene, random.Random(f"repainted {data.seed}-{number}"))
+            others.append(postcards.render(scene, data.size, paints))
+            told.append([postcards.names_colours(scene, text) for text in captions[-1]])
+    rendered = Pictures(np.stack(images), captions, np.stack(labels), np.stack(masks), np.stack(things))
+    return replace(rendered, repainted=np.stack(others), told=np.array(told)) if repainted else rendered
 
 
 def _paints(scene: Scene, number: int, data: DataSection) -> list[RGB] | None:

@@ -45,7 +45,6 @@ class DataSection(Section):
     reworded: float = Field(0.0, ge=0, le=1)  # share of them said in other words, `ldm.postcards.reword`
     compositions: dict[str, Annotated[Finite, Field(ge=0)]] = {}  # weights of postcards' COMPOSITIONS
     shades: float = Field(0.0, ge=0, le=1)  # share of postcards with things in a `shade` of their colour
-    repainted: bool = False  # paint each postcard once more in other colours, for `loss.repainted`
     size: int = Field(128, ge=32, multiple_of=8)  # pixels, square
     seed: int = 1
     held_out: int = Field(512, ge=1)  # pictures kept for the held-out loss

@@ -29,7 +29,6 @@ from torch import Tensor
 
 import ldm
 from ldm.checkpoint import Parts, save_folder
-from ldm.errors import UserError
 from ldm.images import grid
 from ldm.models import AutoencoderKL, AutoencoderTiny
 from ldm.schedule import Schedule
@@ -86,8 +85,8 @@ def _encode(pictures: Pictures, vae: AutoencoderKL | AutoencoderTiny) -> Tensor:
 def prepare(pictures: Pictures, vae: AutoencoderKL | AutoencoderTiny, tokenizer: Any, cache: Path) -> Latents:
     """Latents, tokens and object weights of `pictures`.
 
-    Latents and tokens are kept in `cache`, under a hash of the VAE or vocabulary and of 64 pictures with
-    their captions, so that a changed model or data set is never read from it.
+    Latents (of repainted pictures as well) and tokens are kept in `cache`, under a hash of the VAE or
+    vocabulary and of 64 pictures with their captions, so that a changed model or data set is never read.
     """
     by_vocabulary, weights_hash = pictures.digest(), digest_of(vae)
 
@@ -118,10 +117,10 @@ class UNetTask(Task):
 
     loss keys: object_weight; drop (share of captions dropped); text_lr; layout (share of the batch whose
     noise leaves only the layout to decide, t from 0.6 T; the others have any); align (weight of naming what
-    is where from the features); repainted (share of the batch whose noise holds the scene in other colours,
-    where the caption says the right ones and t is from 0.3 T, as the error of v is that of x0 over sigma).
-
-    Raises UserError for a loss that the pictures were not made for.
+    is where from the features); repainted (share of the batch whose noise holds the scene in other colours;
+    only of captions that say the right ones, and from t = 0.3 T, as below the error of v, which is that of x0
+    over sqrt(1 - a), would be of little else). The last two are left out where the pictures lack what they
+    need: only postcards have it.
     """
 
     def __init__(
@@ -135,8 +134,6 @@ class UNetTask(Task):
         defaults = {"object_weight": 2.0, "drop": 0.1, "text_lr": 0.5, "layout": 0.0}
         defaults |= {"align": 0.0, "repainted": 0.0}
         self.weights = loss_settings(defaults, loss, shares=("drop", "layout", "repainted"))
-        if self.weights["repainted"] and train.repainted is None:
-            raise UserError("loss.repainted needs postcards painted twice: set data.repainted=true")
         steps = len(self.schedule.alphas_cumprod)
         self.any_t = timestep_probabilities(PLAIN, steps)
         self.early_t = timestep_probabilities(LossSection(min_timestep=int(0.6 * steps)), steps)
@@ -167,18 +164,13 @@ class UNetTask(Task):
         t, early = (draw_timesteps(each, size, rng) for each in (self.any_t, self.early_t))
         t = torch.where(torch.rand(size, generator=rng) < self.weights["layout"], early, t)
         batch = self._batch(data, index, ids, t, rng)
-        if data.repainted is not None and data.told is not None and self.weights["repainted"]:
+        if self.weights["repainted"] and data.repainted is not None and data.told is not None:
             chosen = torch.rand(size, generator=rng) < self.weights["repainted"]
             chosen &= data.told[index, which] & ~dropped & (t >= int(0.3 * len(self.schedule.alphas_cumprod)))
-            batch["noise"] = self._holding(data.repainted[index].float(), batch, chosen)
+            # x0 + sigma noise' = other + sigma noise: the same noisy latents, but x0 to be found in them.
+            share = (chosen / self.schedule.sigma(t)).float()[:, None, None, None]
+            batch["noise"] += share * (data.repainted[index].float() - batch["x0"])
         return batch
-
-    def _holding(self, other: Tensor, batch: Batch, chosen: Tensor) -> Tensor:
-        """Noise that makes of x0, where `chosen` [B], what the batch's own makes of `other` [B, c, h, w]."""
-        x0, noise, t = batch["x0"], batch["noise"], batch["t"]
-        a = self.schedule.alphas_cumprod[t]
-        signal_to_noise = ((a / (1 - a)).sqrt() * chosen).float()[:, None, None, None]
-        return noise + signal_to_noise * (other - x0)
 
     def _batch(self, data: Latents, index: Tensor, ids: Tensor, t: Tensor, rng: torch.Generator) -> Batch:
         x0 = data.latents[index].float()

@@ -228,3 +228,17 @@ def test_what_falls_is_behind_the_things():
         inside = ~grown(~mask)
         assert (a[inside] == b[inside]).all()
         assert (a[~mask] != b[~mask]).any()
+
+
+def test_repainted_things_are_in_other_colours_and_never_in_the_one_kept_from_their_kind():
+    rng, used = random.Random(0), set()
+    named = np.array(list(PAINT.values()))
+    for _ in range(400):
+        scene = postcards.sample_scene(rng)
+        paints = postcards.repaint(scene, rng)
+        for group, paint in zip(scene.groups, paints, strict=True):
+            nearest = list(PAINT)[np.linalg.norm(named - paint, axis=1).argmin()]
+            assert nearest != group.colour
+            assert not postcards.is_held_out(group.kind, nearest)
+            used.add(nearest)
+    assert used == set(postcards.COLOURS)

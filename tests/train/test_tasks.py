@@ -94,36 +94,26 @@ def test_alignment_is_learnt_from_words_and_noise(tokenizer_dir, pictures):
 
 
 def test_noise_may_hold_the_scene_in_other_colours(tokenizer_dir, pictures):
-    """Where it does, the noisy latents are those of the other painting, and the answer asked for is not."""
+    """Where it does, the noisy latents are those of the other painting, and x0 is still the right one."""
     parts = tiny_parts(tokenizer_dir, "v_prediction")
-    cache = tokenizer_dir.parent / "cache"
     told = np.tile([True, False], (12, 1))
     painted = replace(pictures, repainted=pictures.images[::-1].copy(), told=told)
-    data = prepare(painted, parts.vae, parts.tokenizer, cache)
-    expected = parts.vae.encode_latents(painted.tensors(torch.arange(12))).flip(0)
-    assert ((data.repainted.float() - expected).abs().max() / expected.abs().max()).item() < 0.03  # bf16
-    data = replace(data, repainted=data.repainted + 10)  # so that it is told from the right one through noise
-    task = UNetTask(parts, data, data, {"repainted": 0.5, "drop": 0.25}, [])
-    batch = task.batch(torch.Generator().manual_seed(0), 4000)
-    scheduler = DDPMScheduler.from_config(parts.scheduler)
-    noisy = scheduler.add_noise(batch["x0"], batch["noise"], batch["t"])
-    sigma = (1 - scheduler.alphas_cumprod[batch["t"]]).sqrt().float()[:, None, None, None]
+    data = prepare(painted, parts.vae, parts.tokenizer, tokenizer_dir.parent / "cache")
+    assert torch.equal(data.repainted, data.latents.flip(0))
+    tasks = [UNetTask(parts, data, data, {"repainted": share, "drop": 0.25}, []) for share in (0, 0.5)]
+    plain, batch = (task.batch(torch.Generator().manual_seed(0), 4000) for task in tasks)
+    assert all(torch.equal(plain[name], batch[name]) for name in ("x0", "t", "ids"))
     number = (batch["x0"][:, None] == data.latents.float()).all((2, 3, 4)).float().argmax(1)
-    other = scheduler.add_noise(data.repainted[number].float(), torch.zeros_like(noisy), batch["t"])
-    same = scheduler.add_noise(batch["x0"], torch.zeros_like(noisy), batch["t"])
-    left = [((noisy - each) / sigma).mean((1, 2, 3)).abs() for each in (same, other)]
-    chosen = left[0] > left[1] + 0.5  # of one of them what is left is noise
-    late = batch["t"] < 300
-    says = (batch["ids"] == data.tokens[number, 0]).all(1)
-    assert not chosen[late].any()
-    assert not chosen[~says].any()
-    clear = says & ~late & (batch["t"] < 600)
-    assert chosen[clear].float().mean().item() == pytest.approx(0.5, abs=0.06)
-    answer = scheduler.get_velocity(batch["x0"], batch["noise"], batch["t"])
-    guess = (scheduler.alphas_cumprod[batch["t"]].sqrt()[:, None, None, None] * noisy) - sigma * answer
-    assert ((guess - batch["x0"]).abs().max() / batch["x0"].abs().max()).item() < 1e-4
-    with pytest.raises(UserError, match=r"data\.repainted=true"):
-        UNetTask(parts, replace(data, repainted=None), data, {"repainted": 0.5}, [])
+    chosen = (batch["noise"] != plain["noise"]).any((1, 2, 3))
+    may = (batch["ids"] == data.tokens[number, 0]).all(1) & (batch["t"] >= 300)
+    assert not chosen[~may].any()
+    assert chosen[may].float().mean().item() == pytest.approx(0.5, abs=0.05)
+    scheduler = DDPMScheduler.from_config(parts.scheduler)
+    held = scheduler.add_noise(data.repainted[number].float(), plain["noise"], batch["t"])
+    noisy = scheduler.add_noise(batch["x0"], batch["noise"], batch["t"])
+    assert ((noisy - held)[chosen].abs().max() / held.abs().max()).item() < 1e-6
+    unknown = UNetTask(parts, replace(data, repainted=None), data, {"repainted": 0.5, "drop": 0.25}, [])
+    assert torch.equal(unknown.batch(torch.Generator().manual_seed(0), 4000)["noise"], plain["noise"])
 
 
 def test_captions_are_dropped_at_the_rate_asked_for(tokenizer_dir, pictures):
