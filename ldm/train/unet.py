@@ -118,9 +118,9 @@ class UNetTask(Task):
     loss keys: object_weight; drop (share of captions dropped); text_lr; layout (share of the batch whose
     noise leaves only the layout to decide, t from 0.6 T; the others have any); align (weight of naming what
     is where from the features); repainted (share of the batch whose noise holds the scene in other colours;
-    only of captions that say the right ones, and from t = 0.3 T, as below the error of v, which is that of x0
-    over sqrt(1 - a), would be of little else). The last two are left out where the pictures lack what they
-    need: only postcards have it.
+    only of captions that say the right ones, and from t = 0.3 T: the error of v is that of x0 over
+    sqrt(1 - a), so that below these samples would be most of the loss). The last two are left out where the
+    pictures lack what they need: only postcards have it.
     """
 
     def __init__(
