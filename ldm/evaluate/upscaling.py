@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ldm.checkpoint.folder import EMBEDDED
 from ldm.errors import UserError, reported
 from ldm.evaluate.distances import psnr
 
@@ -119,7 +118,7 @@ def upscaled(pipe: Pipeline, images: Images, prompts: Sequence[Prompt], steps: i
 def main() -> None:
     """Parse the command line, measure, report; a user's mistake is one line and exit code 2."""
     parser = argparse.ArgumentParser(description="An upscaler of postcards against bicubic interpolation.")
-    parser.add_argument("--model", default=EMBEDDED[1], help="the upscaler (default: %(default)s)")
+    parser.add_argument("--model", default="postcard-upscaler", help="the upscaler (default: %(default)s)")
     parser.add_argument("--base", help="the model that draws what is upscaled (default: the embedded one)")
     parser.add_argument("--n", type=int, default=100, help="scenes, at most 500")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4])

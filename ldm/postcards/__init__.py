@@ -4,6 +4,7 @@ Everything is procedural and seeded. Drawing needs skia (`pip install ldm[train]
 labelling scenes does not, so `render`, `object_mask`, `repaint` and `shade` are loaded at first use.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from ldm.postcards.captions import caption, full_caption, words
@@ -43,9 +44,10 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in ("object_mask", "render", "repaint", "shade"):
-        from ldm.postcards import picture, things
+_DRAWING = {"object_mask": "picture", "render": "picture", "repaint": "things", "shade": "things"}
 
-        return getattr(things if name in ("repaint", "shade") else picture, name)
+
+def __getattr__(name: str) -> Any:
+    if name in _DRAWING:
+        return getattr(importlib.import_module(f"ldm.postcards.{_DRAWING[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -175,27 +175,20 @@ def _things(scene: Scene, cells: int) -> NDArray[np.uint8]:
 
 
 def _render_all(folder: Path, total: int, data: DataSection, repainted: bool) -> None:
-    shape = (total, data.size, data.size, 3)
-    large = {
-        name: np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.uint8, shape)
-        for name in ("images", *(["repainted"] if repainted else []))
-    }
-    small: dict[str, list[NDArray[Any]]] = {
-        name: [] for name in ("labels", "masks", "things", *(["told"] if repainted else []))
-    }
+    files: dict[str, np.memmap[Any, Any]] = {}
     captions: list[list[str]] = []
     jobs = [(start, min(start + 500, total), data, repainted) for start in range(0, total, 500)]
     with ProcessPoolExecutor() as pool:
         for (start, stop, *_), part in zip(jobs, pool.map(_render_some, jobs), strict=True):
-            for name, file in large.items():
-                file[start:stop] = getattr(part, name)
-            for name, values in small.items():
-                values.append(getattr(part, name))
             captions += part.captions
-    for file in large.values():
-        file.flush()
-    for name, values in small.items():
-        np.save(folder / f"{name}.npy", np.concatenate(values))
+            for name, array in vars(part).items():
+                if isinstance(array, np.ndarray):
+                    if name not in files:
+                        file, shape = folder / f"{name}.npy", (total, *array.shape[1:])
+                        files[name] = np.lib.format.open_memmap(file, "w+", array.dtype, shape)
+                    files[name][start:stop] = array
+    for written in files.values():
+        written.flush()
     with whole_file(folder / "captions.json") as aside:  # it says that all is there
         aside.write_text(json.dumps(captions))
 

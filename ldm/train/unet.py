@@ -168,8 +168,8 @@ class UNetTask(Task):
             chosen = torch.rand(size, generator=rng) < self.weights["repainted"]
             chosen &= data.told[index, which] & ~dropped & (t >= int(0.3 * len(self.schedule.alphas_cumprod)))
             # x0 + sigma noise' = other + sigma noise: the same noisy latents, but x0 to be found in them.
-            share = (chosen / self.schedule.sigma(t)).float()[:, None, None, None]
-            batch["noise"] += share * (data.repainted[index].float() - batch["x0"])
+            scale = (chosen / self.schedule.sigma(t)).float()[:, None, None, None]
+            batch["noise"] += scale * (data.repainted[index].float() - batch["x0"])
         return batch
 
     def _batch(self, data: Latents, index: Tensor, ids: Tensor, t: Tensor, rng: torch.Generator) -> Batch:
