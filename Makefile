@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROMPT ?= a red sailboat on a calm sea at sunset
 
-.PHONY: picture test test-all lint types clean
+.PHONY: picture test test-all lint types floors clean
 
 # torch first and pinned: a bare `torch` would fetch gigabytes of CUDA.
 $(BIN)/python:
@@ -30,6 +30,9 @@ test-all: $(VENV)/.test
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+floors: $(VENV)/.test
+	$(BIN)/lint-imports
 
 types: $(VENV)/.test
 	$(BIN)/mypy

@@ -12,12 +12,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ldm.version import __version__
+
 if TYPE_CHECKING:
     from ldm.errors import UserError
     from ldm.pipeline import Pipeline, load
     from ldm.request import Request
 
-__version__ = "0.1.0"
 __all__ = ["Pipeline", "Request", "UserError", "__version__", "load"]
 
 _HOME = {

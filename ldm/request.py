@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from ldm.errors import UserError
-from ldm.tags import take_tags
+from ldm.prompts.tags import take_tags
 
 VERSION = 1  # of the JSON form
 MAX_SIDE = 4096
@@ -96,8 +96,8 @@ class Request(_Checked):
     """What to draw. One picture per seed; the pictures of one request share everything else.
 
     Names and meanings are diffusers' (`clip_skip` counts skipped layers, so 1 is the penultimate layer).
-    `sampler` takes every spelling that `ldm.solvers.resolve_sampler` knows and holds the canonical name;
-    "DPM++ 2M Karras" also sets `spacing`. `timesteps` or `sigmas` replace the grid that
+    `sampler` takes every spelling that `resolve_sampler` knows and holds the canonical name; "DPM++ 2M
+    Karras" also sets `spacing`. `timesteps` or `sigmas` replace the grid that
     `num_inference_steps` and `spacing` would give.
 
     `image` and `mask_image` are paths; the pipeline notes the SHA-256 of their bytes beside them, so that a
@@ -152,6 +152,20 @@ class Request(_Checked):
         return len(self.seeds)
 
     @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels, of a request that is filled in. Raises ValueError for another."""
+        if self.height is None or self.width is None:
+            raise ValueError("this request leaves its size to the model")
+        return self.height, self.width
+
+    @property
+    def texts(self) -> tuple[list[str], list[str]]:
+        """The prompt and the negative prompt, as a first text encoder reads them, and as a second does."""
+        negative = self.negative_prompt or ""
+        first = [self.prompt, negative]
+        return first, [self.prompt_2 or self.prompt, self.negative_prompt_2 or negative]
+
+    @property
     def num_grid_steps(self) -> int | None:
         """Steps of the whole grid, given by a number or by the grid itself."""
         if self.timesteps is not None:
@@ -188,19 +202,22 @@ class Request(_Checked):
     @model_validator(mode="before")
     @classmethod
     def _canonical_names(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        # Imported here because solvers need torch, and a request that names none does not.
         fields = dict(fields)
-        if fields.get("sampler") is not None:
-            from ldm.solvers import resolve_sampler
+        names = {name: fields.get(name) for name in ("sampler", "spacing")}
+        for name, value in names.items():
+            if value is not None and not isinstance(value, str):
+                raise UserError(f"{name} {_short(value)} is not allowed: it must be a name")
+        if names == {"sampler": None, "spacing": None}:
+            return fields
+        # Solvers need torch, and a request that names none does not.
+        from ldm.diffusion.samplers import SPACINGS, resolve_sampler, resolve_spacing
 
-            sampler, implied = resolve_sampler(_name("sampler", fields["sampler"]))
-            fields["sampler"] = sampler.name
-            if fields.get("spacing") is None:
-                fields["spacing"] = implied
-        if fields.get("spacing") is not None:
-            from ldm.spacing import resolve_spacing
-
-            fields["spacing"] = resolve_spacing(_name("spacing", fields["spacing"]))
+        if names["sampler"] is not None:
+            sampler, implied = resolve_sampler(names["sampler"])
+            names = {"sampler": sampler.name, "spacing": names["spacing"] or implied}
+        if names["spacing"] not in (None, *SPACINGS):
+            names["spacing"] = resolve_spacing(names["spacing"])
+        fields |= names
         return fields
 
     @model_validator(mode="before")
@@ -254,12 +271,6 @@ def consecutive_seeds(seed: int | Sequence[int] | None, count: int = 1) -> tuple
     if seed is None or seed < 0:
         seed = secrets.randbelow(2**32)
     return tuple(range(seed, seed + count))
-
-
-def _name(field: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise UserError(f"{field} {_short(value)} is not allowed: it must be a name")
-    return value
 
 
 def _explain(model: type[BaseModel], error: ValidationError) -> str:

@@ -96,21 +96,21 @@ def set_threads(count: int) -> None:
     torch.set_num_threads(count)
 
 
-def finite(module: M, call: Callable[[M], Tensor], what: str) -> Tensor:
+def finite(module: M, call: Callable[[M], tuple[Tensor, ...]], what: str) -> tuple[Tensor, ...]:
     """`call(module)` as fp32 without NaN or Inf; if there are some, made again with an fp32 copy.
 
     Raises:
         FloatingPointError: if fp32 does not help. `what` names the network in messages.
     """
     with torch.no_grad():
-        out = call(module).float()
-        if bool(out.isfinite().all()):
+        out = tuple(each.float() for each in call(module))
+        if all(bool(each.isfinite().all()) for each in out):
             return out
         dtype = next(module.parameters()).dtype
         if dtype is not torch.float32:
             warnings.warn(f"{what} gave NaN or Inf in {str(dtype)[6:]}: done again in float32", stacklevel=2)
             out = call(copy.deepcopy(module).float())
-            if bool(out.isfinite().all()):
+            if all(bool(each.isfinite().all()) for each in out):
                 return out
     raise FloatingPointError(f"{what} gives NaN or Inf, in float32 too: its weights or its input are damaged")
 

@@ -58,10 +58,9 @@ def ours(lora: bool, batch: int) -> Callable[[], None]:
     """A step as in `Run.step`, on what the caches hold."""
     import torch
 
+    from ldm.diffusion.schedule import Schedule
     from ldm.models.config import UNetConfig
     from ldm.models.unet import UNet
-    from ldm.schedule import Schedule
-    from ldm.train.heap import keep_freed_memory
     from ldm.train.loss import (
         draw_noise,
         draw_timesteps,
@@ -71,6 +70,7 @@ def ours(lora: bool, batch: int) -> Callable[[], None]:
         timestep_probabilities,
         training_target,
     )
+    from ldm.train.memory import keep_freed_memory
     from ldm.train.optimiser import make_optimiser
     from ldm.train.recipe import LossSection, OptimiserSection
 

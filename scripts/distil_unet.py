@@ -9,19 +9,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm.train.cli import start
-from ldm.train.loop import Task
-from ldm.train.recipe import Recipe
+from ldm.pretrain.command import start
+from ldm.pretrain.recipe import Recipe
+from ldm.train.task import Task
 
 
 def make_task(recipe: Recipe, args: argparse.Namespace) -> Task:
     import torch
 
     from ldm.checkpoint import load_folder
+    from ldm.pretrain.data import load_pictures
+    from ldm.pretrain.distil import DistilTask
+    from ldm.pretrain.unet import prepare
     from ldm.runtime import Runtime
-    from ldm.train.data import load_pictures
-    from ldm.train.distil import DistilTask
-    from ldm.train.unet import prepare
 
     torch.manual_seed(recipe.run.seed)
     parts = load_folder(args.model, Runtime(torch.device("cpu"), torch.float32))

@@ -35,7 +35,7 @@ def main() -> None:
 
 def _draw(args: argparse.Namespace) -> None:
     import ldm
-    from ldm.images import grid
+    from ldm.images.pixels import contact_sheet
 
     prompts = args.prompts.read_text("utf-8").splitlines()
     pipe = ldm.load(args.model) if args.model else ldm.load()
@@ -45,7 +45,7 @@ def _draw(args: argparse.Namespace) -> None:
     for number, prompt in enumerate(prompts):
         name = f"{number:02}.webp"
         images = pipe([prompt] * len(SEEDS), seed=list(SEEDS)).images
-        grid(images, columns=len(SEEDS)).save(folder / name, quality=92)
+        contact_sheet(images, columns=len(SEEDS)).save(folder / name, quality=92)
         rows.append(f"| {prompt} | ![{prompt}](gallery/{name}) |")
     page = PAGE.format(count=len(prompts), seeds=", ".join(map(str, SEEDS)), rows="\n".join(rows))
     (args.out / "gallery.md").write_text(page, "utf-8")

@@ -30,7 +30,7 @@ def main() -> None:
 def _render(args: argparse.Namespace) -> None:
     from PIL import Image
 
-    from ldm.evaluate.windmill import PARTICULAR, sample_postcard
+    from ldm.postcards.scoring.windmill import PARTICULAR, sample_postcard
 
     if args.folder.is_dir() and any(args.folder.iterdir()):
         raise UserError(f"{args.folder} is not empty: give a new folder, or empty it")

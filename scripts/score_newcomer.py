@@ -39,13 +39,20 @@ def _score(args: argparse.Namespace) -> None:
     from rich.progress import Progress
 
     from ldm import load
-    from ldm.evaluate.following import ATTRIBUTES
-    from ldm.evaluate.newcomer import SHOWS, VERY, free_prompt, newcomer_prompts, score, windmill_probe
-    from ldm.evaluate.prompts import evaluation_prompts
     from ldm.evaluate.report import markdown, write_json, write_pictures
-    from ldm.evaluate.scorer import Scorer
-    from ldm.evaluate.sources import Settings
-    from ldm.tags import parse_embedding, parse_lora
+    from ldm.postcards.scoring.following import ATTRIBUTES
+    from ldm.postcards.scoring.newcomer import (
+        SHOWS,
+        VERY,
+        free_prompt,
+        newcomer_prompts,
+        score,
+        windmill_probe,
+    )
+    from ldm.postcards.scoring.prompts import evaluation_prompts
+    from ldm.postcards.scoring.scorer import Scorer
+    from ldm.postcards.scoring.sources import Settings
+    from ldm.prompts.tags import parse_embedding, parse_lora
 
     pipe = load(args.model, device=args.device, dtype=args.dtype)
     for file, weight, text_weight in map(parse_lora, args.lora):

@@ -6,19 +6,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm.train.cli import start
-from ldm.train.loop import Task
-from ldm.train.recipe import Recipe
+from ldm.pretrain.command import start
+from ldm.pretrain.recipe import Recipe
+from ldm.train.task import Task
 
 
 def make_task(recipe: Recipe, args: argparse.Namespace) -> Task:
     import torch
     from filelock import FileLock
 
-    from ldm.checkpoint.io import whole_folder
-    from ldm.train.clip import CLIPTask
-    from ldm.train.data import load_pictures
-    from ldm.train.vocabulary import train_vocabulary
+    from ldm.files import whole_folder
+    from ldm.pretrain.clip import CLIPTask
+    from ldm.pretrain.data import load_pictures
+    from ldm.pretrain.vocabulary import train_vocabulary
 
     pictures, held_out = load_pictures(recipe.data)
     model = dict(recipe.model)

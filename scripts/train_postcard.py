@@ -75,7 +75,7 @@ def assemble(run_dir: Path) -> Path:
     import torch
 
     from ldm.checkpoint import load_parts, save_folder
-    from ldm.train.vae import load_vae
+    from ldm.pretrain.vae import load_vae
 
     parts = load_parts(run_dir / "unet" / "export", None)
     polished = replace(parts, vae=load_vae(run_dir / "decoder" / "export"))

@@ -6,17 +6,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm.train.cli import start
-from ldm.train.loop import Task
-from ldm.train.recipe import Recipe
+from ldm.pretrain.command import start
+from ldm.pretrain.recipe import Recipe
+from ldm.train.task import Task
 
 
 def make_task(recipe: Recipe, args: argparse.Namespace) -> Task:
     import torch
 
-    from ldm.evaluate.agreement import names
-    from ldm.evaluate.fit import ScorerTask
-    from ldm.evaluate.scorer import Scorer
+    from ldm.postcards.scoring.agreement import names
+    from ldm.postcards.scoring.fit import ScorerTask
+    from ldm.postcards.scoring.scorer import Scorer
 
     torch.manual_seed(recipe.run.seed)
     return ScorerTask(Scorer(names()), recipe.data.held_out, recipe.loss)

@@ -11,24 +11,25 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.errors import UserError
-from ldm.train.cli import start
-from ldm.train.loop import Task
-from ldm.train.recipe import Recipe
+from ldm.pretrain.command import start
+from ldm.pretrain.recipe import Recipe
+from ldm.train.task import Task
 
 
 def make_task(recipe: Recipe, args: argparse.Namespace) -> Task:
     import torch
 
     from ldm.checkpoint.clip import load_text_encoder, load_tokenizer
-    from ldm.checkpoint.fit import check_fit
-    from ldm.checkpoint.folder import Defaults, Parts, load_module, read_words
+    from ldm.checkpoint.component import load_module
+    from ldm.checkpoint.folder import read_words
     from ldm.checkpoint.io import read_config
+    from ldm.checkpoint.parts import Defaults, Parts, check_fit
     from ldm.models import UNet, build
-    from ldm.train.data import load_pictures
-    from ldm.train.unet import UNetTask, prepare
-    from ldm.train.vae import load_vae
-    from ldm.train.vocabulary import known_words
-    from ldm.train.widen import widen_latents
+    from ldm.pretrain.data import load_pictures
+    from ldm.pretrain.unet import UNetTask, prepare
+    from ldm.pretrain.vae import load_vae
+    from ldm.pretrain.vocabulary import known_words
+    from ldm.pretrain.widen import widen_latents
 
     torch.manual_seed(recipe.run.seed)
     model = dict(recipe.model)

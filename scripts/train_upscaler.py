@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.errors import UserError
-from ldm.train.cli import start
-from ldm.train.loop import Task
-from ldm.train.recipe import Recipe
+from ldm.pretrain.command import start
+from ldm.pretrain.recipe import Recipe
+from ldm.train.task import Task
 
 if TYPE_CHECKING:
     from ldm.checkpoint import Parts
@@ -28,11 +28,11 @@ def make_task(recipe: Recipe, args: argparse.Namespace) -> Task:
     import torch
 
     from ldm.checkpoint import load_folder, load_tokenizer
-    from ldm.checkpoint.fit import check_fit
+    from ldm.checkpoint.parts import check_fit
+    from ldm.pretrain.data import load_pictures
+    from ldm.pretrain.upscaler import UpscalerTask, make_pairs
+    from ldm.pretrain.vae import load_vae
     from ldm.runtime import Runtime
-    from ldm.train.data import load_pictures
-    from ldm.train.upscaler import UpscalerTask, make_pairs
-    from ldm.train.vae import load_vae
 
     torch.manual_seed(recipe.run.seed)
     vae, base, data = rescaled(load_vae(args.vae)), load_vae(args.base), recipe.data

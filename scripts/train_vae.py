@@ -6,17 +6,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm.train.cli import start
-from ldm.train.loop import Task
-from ldm.train.recipe import Recipe
+from ldm.pretrain.command import start
+from ldm.pretrain.recipe import Recipe
+from ldm.train.task import Task
 
 
 def make_task(recipe: Recipe, args: argparse.Namespace) -> Task:
     import torch
 
-    from ldm.train.data import load_pictures
-    from ldm.train.vae import VAETask, build_vae, load_vae
-    from ldm.train.widen import widen_vae
+    from ldm.pretrain.data import load_pictures
+    from ldm.pretrain.vae import VAETask, build_vae, load_vae
+    from ldm.pretrain.widen import widen_vae
 
     torch.manual_seed(recipe.run.seed)
     narrow = load_vae(args.widen) if args.widen else None

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -9,6 +10,10 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
 import pytest
 import torch
+
+# A background job ignores SIGINT, and so would the processes that tests start and then interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

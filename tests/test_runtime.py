@@ -59,14 +59,14 @@ def test_threads():
 def test_finite_passes_good_output_through_and_leaves_the_module_alone():
     layer = torch.nn.Linear(4, 4).bfloat16()
     x = torch.randn(2, 4)
-    out = finite(layer, lambda module: module(x.to(module.weight.dtype)), "the layer")
+    (out,) = finite(layer, lambda module: (module(x.to(module.weight.dtype)),), "the layer")
     assert out.dtype is torch.float32
     assert torch.equal(out, layer(x.bfloat16()).float())
     with pytest.warns(UserWarning, match="the layer gave NaN or Inf in bfloat16"):
-        out = finite(
-            layer, lambda m: m(x.to(m.weight.dtype)) / (m.weight.dtype != torch.bfloat16), "the layer"
+        (out,) = finite(
+            layer, lambda m: (m(x.to(m.weight.dtype)) / (m.weight.dtype != torch.bfloat16),), "the layer"
         )
     assert out.isfinite().all()
     assert layer.weight.dtype is torch.bfloat16
     with pytest.raises(FloatingPointError, match="the layer gives NaN or Inf, in float32 too"):
-        finite(layer.float(), lambda module: module(x) / 0, "the layer")
+        finite(layer.float(), lambda module: (module(x) / 0,), "the layer")

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from tiny_training import forked, two_processes
 
 from ldm.cli import main
-from ldm.train.checkpoint import newest_state
+from ldm.train.state import newest_state
 
 CLOCK = ("minutes", "samples_per_s", "memory_gb")
 QUICK = {
@@ -129,7 +129,7 @@ def child(argv, log: Path, rank: int = 0, port: int = 0, call: int = 0) -> None:
 
 def note_and_interrupt(names: Path, call: int) -> None:
     """Have the task write down the pictures of each of its batches, and SIGTERM come in one of them."""
-    from ldm.train.finetune_task import FinetuneTask
+    from ldm.finetune.task import FinetuneTask
 
     interrupt, batch_of = interrupted(FinetuneTask.forward, call), FinetuneTask.batch
 
@@ -146,7 +146,9 @@ def both(run_dir: Path, argv, calls=(0, 0)) -> list[int]:
     """Run it in two processes over gloo, as torchrun would start them; their exit statuses."""
     run_dir.mkdir(parents=True, exist_ok=True)
     context = forked()
-    context.set_forkserver_preload(["accelerate", "torch._dynamo", "peft", "ldm.cli", "ldm.train.finetune"])
+    context.set_forkserver_preload(
+        ["accelerate", "torch._dynamo", "peft", "ldm.cli", "ldm.finetune.finetune"]
+    )
 
     def call(rank, port):
         return child, (argv, run_dir / f"output-{rank}.txt", rank, port, calls[rank]), {}

@@ -7,11 +7,11 @@ import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ldm.checkpoint.clip import load_tokenizer
-from ldm.checkpoint.folder import Parts
+from ldm.checkpoint.parts import Parts
 from ldm.models import build
-from ldm.train.data import Pictures
-from ldm.train.loop import Task
-from ldm.train.vocabulary import train_vocabulary
+from ldm.pretrain.data import Pictures
+from ldm.pretrain.vocabulary import train_vocabulary
+from ldm.train.task import Task
 
 CAPTIONS = ["a red car", "a blue house", "the sea at night", "snow"]
 

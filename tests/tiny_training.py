@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ldm.errors import UserError
-from ldm.train.loop import Task, train
-from ldm.train.recipe import Recipe
+from ldm.pretrain.recipe import Recipe
+from ldm.train.loop import train
+from ldm.train.task import Task
 
 
 class Line(Task):

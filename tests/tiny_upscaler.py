@@ -7,10 +7,10 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from ldm.checkpoint import Parts
 from ldm.checkpoint.clip import load_tokenizer
-from ldm.checkpoint.folder import Defaults
+from ldm.checkpoint.parts import Defaults
 from ldm.models import build
-from ldm.train.vae import build_vae
-from ldm.train.vocabulary import train_vocabulary
+from ldm.pretrain.vae import build_vae
+from ldm.pretrain.vocabulary import train_vocabulary
 
 SIDE = 16
 KL = {

@@ -1,7 +1,7 @@
 """Textual inversion: new words, each of one or several learnt token embeddings (Gal et al. 2022).
 
 https://arxiv.org/abs/2208.01618. A word of n vectors has n tokens, `<cat>`, `<cat>_1`, ..., as in diffusers;
-in a prompt it is written once, and `ldm.text` reads all of them.
+in a prompt it is written once, and `ldm.prompts.text_encoder` reads all of them.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from ldm.adapters.layers import share
 from ldm.adapters.names import ENCODERS, TEXT, TEXT_2
 from ldm.checkpoint import Parts
-from ldm.checkpoint.digest import sha256
 from ldm.checkpoint.io import read_bytes, read_metadata, read_tensors
 from ldm.checkpoint.pickles import check_whole, read_pickle
 from ldm.errors import UserError
+from ldm.files import sha256
 
 XL_KEYS = {"clip_l": TEXT, "clip_g": TEXT_2}
 WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 1280: "SDXL's second encoder"}

@@ -20,9 +20,9 @@ from torch import Tensor
 from ldm.adapters.deltas import Delta, make_delta
 from ldm.adapters.names import UNET, Layer, is_text, list_layers, spell_layers, split_name, width_of_text
 from ldm.checkpoint import Parts
-from ldm.checkpoint.digest import sha256
 from ldm.checkpoint.io import read_json, read_metadata, read_tensors
 from ldm.errors import UserError, few
+from ldm.files import sha256
 
 SUFFIXES = (".safetensors", ".pt", ".bin", ".ckpt")
 FOLDER_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")

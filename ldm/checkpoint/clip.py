@@ -15,10 +15,10 @@ from torch import Tensor
 from ldm.checkpoint.fill import check_names
 from ldm.checkpoint.io import fill, read_bytes, read_config, read_json
 from ldm.checkpoint.keymap import text_keys
+from ldm.checkpoint.parts import TEXT_STEM
 from ldm.checkpoint.weights import open_stored
 from ldm.errors import UserError
 
-STEM = "model"
 CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection")
 # Keys of a config and their values where it is silent, as in transformers.
 SIZES = {
@@ -34,7 +34,7 @@ SIZES = {
 
 def load_text_encoder(folder: Path, dtype: torch.dtype | None = None, variant: str | None = None) -> Any:
     """The text encoder in `folder`, in `dtype` or as stored, mapped from the file. Raises UserError."""
-    stored = open_stored(folder, STEM, variant)
+    stored = open_stored(folder, TEXT_STEM, variant)
     return make_text_encoder(stored.config, stored.tensors, stored.path, dtype)
 
 

@@ -15,14 +15,15 @@ from typing import Any
 
 import yaml
 
-from ldm.checkpoint.folder import Defaults
+from ldm.checkpoint.parts import Defaults
 from ldm.checkpoint.sections import Single, prefixes
 from ldm.checkpoint.shapes import shape_of
 from ldm.errors import UserError
+from ldm.models.kind import Kind
 
 Config = Mapping[str, Any]
 
-KINDS = {9: " inpainting", 8: " instruct-pix2pix"}  # by the U-Net's in_channels
+TITLES = {Kind.INPAINT: " inpainting", Kind.PIX2PIX: " instruct-pix2pix"}  # after the family's name
 PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 ARCHITECTURES = {"stable-diffusion-v2-512": "epsilon", "stable-diffusion-v2-768-v": "v_prediction"}
 OPTIONS = ("force_zeros_for_empty_prompt", "requires_aesthetics_score", "max_noise_level")
@@ -58,7 +59,8 @@ def detect(file: Single, given: Mapping[str, Any], prediction_type: str | None =
             configs[name] = dict(given.get(name) or base[name])
     unet = configs["unet"]
     channels = unet.setdefault("in_channels", 4)  # as in diffusers
-    if channels not in (base["unet"]["in_channels"], *KINDS):
+    kind = _kind(channels, configs["vae"].get("latent_channels", 4))
+    if channels != base["unet"]["in_channels"] and kind not in TITLES:
         raise UserError(f"{file.path}: no model that can be read has {channels!r} input channels")
     configs["scheduler"], notes = _scheduler(file, unet, given.get("scheduler", {}), prediction_type)
     if file.family == "sd2" and configs["scheduler"]["prediction_type"] == "epsilon" and "unet" not in given:
@@ -71,10 +73,17 @@ def detect(file: Single, given: Mapping[str, Any], prediction_type: str | None =
             unet["sample_size"] = 64  # both draw 512 x 512 pixels
         notes.append(f"by its name a {few} model: 4 steps with trailing spacing, no guidance")
     options = {key: base[key] for key in OPTIONS if key in base} | given.get("options", {})
-    kind = " LCM" if unet.get("time_cond_proj_dim") else KINDS.get(unet["in_channels"], "")
+    title = " LCM" if unet.get("time_cond_proj_dim") else TITLES.get(kind, "") if kind else ""
     return Detected(
-        base["name"] + kind, configs, defaults, options, frozenset(given.get("words", ())), tuple(notes)
+        base["name"] + title, configs, defaults, options, frozenset(given.get("words", ())), tuple(notes)
     )
+
+
+def _kind(in_channels: Any, latent_channels: int) -> Kind | None:
+    try:
+        return Kind.of(in_channels, latent_channels)
+    except (TypeError, ValueError):
+        return None
 
 
 @cache

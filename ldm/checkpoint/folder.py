@@ -11,26 +11,31 @@ words.txt                   ours, optional: the words the model has seen, one in
 from __future__ import annotations
 
 import importlib.resources
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ldm.checkpoint.clip import STEM as TEXT_STEM
 from ldm.checkpoint.clip import check_text_encoder, check_tokenizer, load_tokenizer, make_text_encoder
-from ldm.checkpoint.fill import check_names
-from ldm.checkpoint.fit import check_fit
-from ldm.checkpoint.io import fill, read_bytes, read_config, read_json
+from ldm.checkpoint.component import build_stored, dtype_of, load_component, named
+from ldm.checkpoint.fill import fill
+from ldm.checkpoint.io import read_bytes, read_config, read_json
+from ldm.checkpoint.parts import (
+    EMBEDDED,
+    NETWORKS,
+    STEMS,
+    TEXT_ENCODERS,
+    TOKENIZERS,
+    Defaults,
+    Parts,
+    check_fit,
+)
 from ldm.checkpoint.weights import Stored, open_stored
+from ldm.diffusion.schedule import Schedule
+from ldm.diffusion.scheduler_config import noise_levels
 from ldm.errors import UserError
-from ldm.models import AutoencoderKL, AutoencoderTiny, Model, UNet, build
+from ldm.models import AutoencoderKL, AutoencoderTiny, UNet
 from ldm.runtime import Runtime
-from ldm.schedule import Schedule
-from ldm.scheduler_config import noise_levels
 
 # Of the classes that may be named, all that matters is in the configs.
 PIPELINES = (
@@ -57,58 +62,8 @@ CLASSES: dict[str, tuple[str, ...] | None] = {
     "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
     "low_res_scheduler": None,
 }
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
-TOKENIZERS = ("tokenizer", "tokenizer_2")
-NETWORKS = ("vae", "unet", *TEXT_ENCODERS)  # text encoders last: transformers takes its time to import
 # Drawing does without them.
 IGNORED = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")
-EMBEDDED = ("postcard", "postcard-upscaler")  # models that come with the package
-MODEL_STEM = "diffusion_pytorch_model"
-STEMS = {part: TEXT_STEM if part in TEXT_ENCODERS else MODEL_STEM for part in NETWORKS}  # of weight files
-# Names that diffusers gave the VAE's attention before 0.15; Stable Diffusion 1.5 is stored with them.
-OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """What `ldm.json` may say: how to draw with this model when the caller does not."""
-
-    num_inference_steps: int | None = None  # None: what its kind is drawn with (ldm/tasks.py)
-    guidance_scale: float | None = None
-    sampler: str | None = None  # None: that of scheduler_config.json
-    spacing: str | None = None
-    height: int | None = None  # None: the U-Net's sample_size
-    width: int | None = None
-    noise_level: int | None = None  # upscalers
-
-
-@dataclass(frozen=True)
-class Parts:
-    """All that a model holds. Families differ in what is None, and in the configs of the networks."""
-
-    unet: UNet
-    vae: AutoencoderKL | AutoencoderTiny
-    text_encoder: Any  # transformers' CLIPTextModel; None in the SDXL refiner
-    tokenizer: Any  # transformers' CLIPTokenizer; None where text_encoder is
-    scheduler: Mapping[str, Any]  # scheduler_config.json
-    defaults: Defaults = field(default_factory=Defaults)
-    words: frozenset[str] = frozenset()  # that the model has seen; empty if not known
-    weights: Path | None = None  # the U-Net's file, or the single file; None for parts made in memory
-    # What was asked to be other than in the model: parts with the file of their weights, prediction type.
-    changes: tuple[tuple[str, Path | None], ...] = ()
-    text_encoder_2: Any = None  # transformers' CLIPTextModelWithProjection: SDXL's second, with pooled text
-    tokenizer_2: Any = None
-    low_res_scheduler: Mapping[str, Any] | None = None  # x4 upscaler: how its low-resolution input is noised
-    force_zeros_for_empty_prompt: bool = False  # SDXL: no negative prompt is zeros, not the encoding of ""
-    requires_aesthetics_score: bool = False  # SDXL refiner: a score in place of the target size
-    max_noise_level: int = 350  # x4 upscaler
-
-    def unknown_words(self, prompt: str) -> list[str]:
-        """The words of a prompt that are not in `words`; none where the model does not tell its words."""
-        seen = dict.fromkeys(re.findall(r"[a-z']+", prompt.lower()))
-        return [word for word in seen if self.words and word not in self.words]
-
-
 # --- reading ---------------------------------------------------------------------------------------------
 
 
@@ -194,7 +149,7 @@ def _make_empty(part: str, stored: Stored) -> Any:
     if part in TEXT_ENCODERS:
         check_text_encoder(stored.config, stored.tensors, stored.path)
         return None
-    return _build(stored)
+    return build_stored(stored)
 
 
 def _load_network(
@@ -209,51 +164,15 @@ def _load_network(
     config = read_config(original / "config.json") if stored is None else stored.config
     dtype = dtype_of(part, config, runtime)
     if stored is None:
-        from ldm.checkpoint.single import load_component  # which in turn reads folders
-
         module = load_component(source, part, config, dtype)
     elif part in TEXT_ENCODERS:
         module = make_text_encoder(config, stored.tensors, stored.path, dtype)
     else:
-        module = fill(empty, _named(stored), stored.path, dtype)
+        module = fill(empty, named(stored), stored.path, dtype)
     classes = {"unet": UNet, "vae": AutoencoderKL | AutoencoderTiny}
     if part in classes and not isinstance(module, classes[part]):
         raise UserError(f"{source}: a {config.get('_class_name')}, which cannot be the {part}")
     return module if runtime is None else runtime.place(module, dtype)
-
-
-def dtype_of(part: str, config: Mapping[str, Any], runtime: Runtime | None) -> torch.dtype | None:
-    """What a part with this config is loaded in; None, as stored, without a runtime."""
-    if runtime is None:
-        return None
-    return runtime.vae_dtype(config.get("force_upcast", True)) if part == "vae" else runtime.dtype
-
-
-def load_module(folder: Path, dtype: torch.dtype | None = None, variant: str | None = None) -> Model:
-    """The U-Net or VAE in `folder`, in `dtype` or as stored, mapped from the file. Raises UserError."""
-    stored = open_stored(folder, MODEL_STEM, variant)
-    return fill(_build(stored), _named(stored), stored.path, dtype)
-
-
-def build_empty(config: Mapping[str, Any], path: Path) -> Model:
-    """The module of a config, which is from `path`, on the meta device. Raises UserError."""
-    try:
-        with torch.device("meta"):
-            return build(config)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-
-
-def _build(stored: Stored) -> Model:
-    """The module of a config, on the meta device; the tensors fit it. Raises UserError."""
-    module = build_empty(stored.config, stored.path.parent / "config.json")
-    check_names(module.state_dict(), _named(stored), stored.path)
-    return module
-
-
-def _named(stored: Stored) -> dict[str, Tensor]:
-    """The tensors by their names in today's modules."""
-    return {new_name(name): tensor for name, tensor in stored.tensors.items()}
 
 
 def _load_scheduler(folder: Path, check: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
@@ -317,10 +236,3 @@ def _check_class(path: Path, part: str, value: list[Any]) -> None:
     classes = CLASSES[part]
     if classes is not None and name not in classes:
         raise UserError(f"{path}: {part} is a {name}, which cannot be read; only {' or '.join(classes)} can")
-
-
-def new_name(name: str) -> str:
-    """mid_block.attentions.0.query.weight -> mid_block.attentions.0.to_q.weight."""
-    head, _, kind = name.rpartition(".")
-    before, _, layer = head.rpartition(".")
-    return f"{before}.{OLD_ATTENTION[layer]}.{kind}" if layer in OLD_ATTENTION else name

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ldm.checkpoint.folder import CLASSES, STEMS
+from ldm.checkpoint.folder import CLASSES
+from ldm.checkpoint.parts import STEMS
 from ldm.checkpoint.weights import choose_weights
 from ldm.errors import UserError
 

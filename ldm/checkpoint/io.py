@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import mmap
-import os
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -29,8 +25,6 @@ __all__ = [
     "read_metadata",
     "read_tensors",
     "weight_files",
-    "whole_file",
-    "whole_folder",
     "write_json",
     "write_tensors",
 ]
@@ -227,63 +221,7 @@ def write_tensors(
         name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
         for name, tensor in tensors.items()
     }
+    path.touch()
+    mode = path.stat().st_mode
     save_file(plain, path, metadata={"format": "pt", **(metadata or {})})
-    path.chmod(0o644)  # safetensors makes files that only their owner can read
-
-
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A file to write to, which replaces `path` once it is written; on an error nothing changes."""
-    aside = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        os.close(handle)
-        aside = Path(name)
-        yield aside
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write to {path}: {error.strerror or error}") from None
-    finally:
-        if aside is not None:
-            aside.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A new folder to write to, which replaces `folder` once all is written; on an error nothing changes."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
-    try:
-        aside.chmod(0o755)
-        yield aside
-        _flush(path for path in aside.rglob("*") if path.is_file())
-        _replace(folder, aside)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _replace(folder: Path, new: Path) -> None:
-    if not folder.exists():
-        new.rename(folder)
-        return
-    old = folder.rename(new.with_name(f"{new.name}.old"))
-    try:
-        new.rename(folder)
-    except OSError:
-        old.rename(folder)
-        raise
-    shutil.rmtree(old)
-
-
-def _flush(paths: Iterable[Path]) -> None:
-    for path in paths:
-        with path.open("rb") as file, contextlib.suppress(OSError):
-            os.fsync(file.fileno())
+    path.chmod(mode)  # safetensors makes a new file, which only its owner can read

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import UserError
-from ldm.models import AutoencoderKL, Model, UNet
+from ldm.models import AutoencoderKL, Network, UNet
 from ldm.models.config import KLConfig, UNetConfig
 
 Form = Literal["same", "conv", "transposed", "stacked"]
@@ -67,7 +67,7 @@ class Key:
     form: Form = "same"
 
 
-def module_keys(module: Model) -> list[Key]:
+def module_keys(module: Network) -> list[Key]:
     """The tensors of a U-Net or VAE. Raises UserError for one that has no name in the original layout."""
     if isinstance(module, UNet):
         return unet_keys(module.config, module.state_dict())

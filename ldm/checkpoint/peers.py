@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from ldm.checkpoint.folder import Parts
+from ldm.checkpoint.parts import Parts
 from ldm.checkpoint.save import pipeline_class
-from ldm.models import Model
+from ldm.models import Network
 
 
 def to_diffusers(parts: Parts) -> Any:
@@ -39,7 +39,7 @@ def to_diffusers(parts: Parts) -> Any:
     return cls(**{name: value for name, value in given.items() if name in taken})
 
 
-def _module(ours: Model, diffusers: Any) -> Any:
+def _module(ours: Network, diffusers: Any) -> Any:
     """diffusers' module of the same config, given the very tensors of ours."""
     config = ours.to_config()
     with torch.device("meta"):

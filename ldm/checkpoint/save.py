@@ -11,19 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.checkpoint.clip import STEM
 from ldm.checkpoint.detect import ARCHITECTURES, OPTIONS, OWN, PREDICTIONS
-from ldm.checkpoint.folder import MODEL_STEM, Parts
-from ldm.checkpoint.io import whole_file, whole_folder, write_json, write_tensors
+from ldm.checkpoint.io import write_json, write_tensors
 from ldm.checkpoint.keymap import module_keys, text_keys, to_original
+from ldm.checkpoint.parts import MODEL_STEM, TEXT_STEM, TOKENIZERS, Parts
 from ldm.checkpoint.sections import TEXT, prefixes
 from ldm.checkpoint.tokenizer import bpe, describe_tokenizer
+from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
-from ldm.models import Model
-from ldm.schedule import Schedule
+from ldm.files import whole_file, whole_folder
+from ldm.models import Network
+from ldm.models.kind import Kind
 
-TOKENIZERS = ("tokenizer", "tokenizer_2")
 SCHEDULERS = ("scheduler", "low_res_scheduler")
+# In the names of diffusers' pipelines.
+PIPELINE_KINDS = {
+    Kind.TEXT: "",
+    Kind.UPSCALE: "Upscale",
+    Kind.PIX2PIX: "InstructPix2Pix",
+    Kind.INPAINT: "Inpaint",
+}
 
 
 def save_model(
@@ -75,7 +82,7 @@ def save_folder(
 
 
 def save_module(
-    module: Model, folder: Path, dtype: torch.dtype | None = None, max_shard_size: str | None = None
+    module: Network, folder: Path, dtype: torch.dtype | None = None, max_shard_size: str | None = None
 ) -> None:
     """Write the config.json and weights of a U-Net or VAE."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,7 +96,7 @@ def save_text_encoder(
     """Write CLIP's text encoder with the `text_model.` prefix, which every version of transformers reads."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", _text_config(model))
-    _write_weights(folder, STEM, _text_tensors(model), dtype, max_shard_size)
+    _write_weights(folder, TEXT_STEM, _text_tensors(model), dtype, max_shard_size)
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
@@ -121,12 +128,10 @@ def _learnt_words(tokenizer: Any) -> list[str]:
 
 def pipeline_class(parts: Parts) -> str:
     """The name of diffusers' pipeline for a model, which its configs tell."""
-    config, own = parts.unet.config, parts.vae.latent_channels
-    kinds = {0: "", 3: "Upscale", own: "InstructPix2Pix", own + 1: "Inpaint"}
-    kind = kinds[config.in_channels - own]
+    kind = PIPELINE_KINDS[parts.kind]
     if parts.text_encoder_2 is not None:
         return f"StableDiffusionXL{'Img2Img' if parts.text_encoder is None and not kind else kind}Pipeline"
-    if config.time_cond_proj_dim is not None and not kind:
+    if parts.unet.config.time_cond_proj_dim is not None and not kind:
         return "LatentConsistencyModelPipeline"
     return f"StableDiffusion{kind}Pipeline"
 

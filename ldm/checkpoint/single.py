@@ -8,27 +8,22 @@ Every tensor of a file is used, or of a kind that is known not to matter, or an 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ldm.checkpoint.clip import load_text_encoder, load_tokenizer, make_text_encoder, read_sizes
+from ldm.checkpoint.clip import load_tokenizer
+from ldm.checkpoint.component import dtype_of, load_component, load_section, refuse
 from ldm.checkpoint.detect import OPTIONS, Detected, detect, own_configs
-from ldm.checkpoint.fit import check_fit
-from ldm.checkpoint.folder import MODEL_STEM, Parts, build_empty, dtype_of, load_module, new_name
-from ldm.checkpoint.io import fill, read_json, read_tensors
-from ldm.checkpoint.keymap import Key, from_original, module_keys, text_keys
-from ldm.checkpoint.sections import TEXT, Single, open_single, prefixes, section_of
-from ldm.checkpoint.shapes import Tensors, is_open_clip, shape_of
+from ldm.checkpoint.io import read_json
+from ldm.checkpoint.parts import MODEL_STEM, Parts, check_fit
+from ldm.checkpoint.sections import TEXT, Single, open_single, prefixes
 from ldm.checkpoint.tokenizer import make_tokenizer
-from ldm.checkpoint.weights import check_counts, find_weights
-from ldm.errors import UserError, few
+from ldm.checkpoint.weights import find_weights
+from ldm.diffusion.schedule import Schedule
+from ldm.errors import UserError
 from ldm.runtime import Runtime
-from ldm.schedule import Schedule
 
 Say = Callable[[str], object]
 
@@ -40,9 +35,6 @@ UNUSED = re.compile(
     r"(cond_stage_model|conditioner\.embedders\.\d)\.(logit_scale|text_projection(\.weight)?)"
 )
 MARKS = ("v_pred", "ztsnr")
-# Inside: the VAE's discriminator; buffers, and heads for other tasks.
-UNUSED_IN_VAE = re.compile(r"(loss|model_ema)\..*|logvar")
-UNUSED_IN_TEXT = re.compile(r"(.*\.)?position_ids|logit_scale|attn_mask|text_projection(\.weight)?")
 
 
 def load_single(
@@ -109,7 +101,7 @@ def read_single(
         if part in overrides:
             modules[part] = load_component(overrides[part], part, configured, dtype)
         else:
-            modules[part], left = _load(part, configured, file.sections[part], path, prefix, dtype)
+            modules[part], left = load_section(part, configured, file.sections[part], path, prefix, dtype)
             unused += left
     weights = overrides.get("unet", path)
     weights = find_weights(weights, MODEL_STEM) if weights.is_dir() else weights
@@ -118,93 +110,12 @@ def read_single(
     return parts, unused
 
 
-def load_component(path: Path, part: str, config: Mapping[str, Any], dtype: torch.dtype | None = None) -> Any:
-    """One part from a file or folder of its own, or from a whole model's file; as stored or in `dtype`.
-
-    Args:
-        path: a folder with a config.json, or a file: in the original layout with or without the part's
-            prefix, or with diffusers' names.
-        part: "unet", "vae", "text_encoder" or "text_encoder_2".
-        config: of the part that it replaces. Shapes in the file correct it.
-
-    Raises:
-        UserError: if the file holds no such part, or not all of it.
-    """
-    is_text = part in TEXT["sdxl"]
-    if path.is_dir():
-        return load_text_encoder(path, dtype) if is_text else load_module(path, dtype)
-    tensors = read_tensors(path)
-    if not is_text and any("down_blocks." in name for name in tensors):
-        return fill(
-            build_empty(config, path), {new_name(name): t for name, t in tensors.items()}, path, dtype
-        )
-    prefix, section = section_of(part, tensors, path)
-    try:
-        shape = shape_of(part, section, config)
-    except KeyError as error:
-        raise UserError(f"{path}: tensor {prefix}{error.args[0]} is missing; is the file complete?") from None
-    # Heads are not in shapes: those of the part that it replaces, where that is as wide.
-    same = all(shape.get(key) == config.get(key) for key in ("block_out_channels", "hidden_size"))
-    heads = {key: config[key] for key in ("attention_head_dim", "num_attention_heads") if key in config}
-    if same:
-        shape |= heads
-    module, _ = _load(part, {**config, **shape}, section, path, prefix, dtype)
-    return module
-
-
-def _load(
-    part: str,
-    config: Mapping[str, Any],
-    section: Tensors,
-    path: Path,
-    prefix: str,
-    dtype: torch.dtype | None,
-) -> tuple[Any, list[str]]:
-    """A part from its tensors in the original layout, and the names in the file of those not used."""
-    check_counts(config, section, path)
-    if part in TEXT["sdxl"]:
-        read_sizes(config, path)
-        keys = text_keys(config, is_open_clip(section))
-        tensors, left = _rename(keys, section, part, config, path, prefix)
-        return make_text_encoder(config, tensors, path, dtype), left
-    module = build_empty(config, path)
-    tensors, left = _rename(module_keys(module), section, part, config, path, prefix)
-    return fill(module, tensors, path, dtype), left
-
-
-def _rename(
-    keys: Iterable[Key], section: Tensors, part: str, config: Mapping[str, Any], path: Path, prefix: str
-) -> tuple[dict[str, Tensor], list[str]]:
-    """A part's tensors by the names in its module. Raises UserError naming those missing or unknown."""
-    wanted = {key.original for key in keys}
-    left = [name for name in section if name not in wanted]
-    unknown = [name for name in left if not _is_unused(part, config, name)]
-    _refuse("missing", [prefix + name for name in wanted - section.keys()], path)
-    _refuse("not of this model", [prefix + name for name in unknown], path)
-    return from_original(keys, section), [prefix + name for name in left]
-
-
-def _is_unused(part: str, config: Mapping[str, Any], name: str) -> bool:
-    if part == "unet":
-        return False
-    if part == "vae":
-        return UNUSED_IN_VAE.fullmatch(name) is not None
-    # SD 2 reads the output of the last layer but one, and leaves the last out of the folder.
-    last = f"transformer.resblocks.{config.get('num_hidden_layers', 12)}."
-    return name.startswith(last) or UNUSED_IN_TEXT.fullmatch(name) is not None
-
-
 def _unused_outside(file: Single) -> list[str]:
     """Tensors of no part. Raises UserError naming one that nobody knows."""
-    _refuse(
+    refuse(
         "unknown", [name for name in file.loose if not (name in MARKS or UNUSED.fullmatch(name))], file.path
     )
     return [name for name in file.loose if name not in MARKS]
-
-
-def _refuse(fault: str, names: list[str], path: Path) -> None:
-    if names:
-        raise UserError(f"{path}: tensors {fault}: {few(sorted(names))}")
 
 
 def _check_complete(file: Single, overrides: Mapping[str, Path]) -> None:

@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from ldm.checkpoint.folder import EMBEDDED, STEMS, Parts, embedded, load_folder
+from ldm.checkpoint.folder import embedded, load_folder
+from ldm.checkpoint.parts import EMBEDDED, STEMS, Parts
 from ldm.checkpoint.weights import find_weights
+from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
 from ldm.runtime import Runtime
-from ldm.schedule import Schedule
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 

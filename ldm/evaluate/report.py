@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ldm.images import grid
+from ldm.images.pixels import contact_sheet
 
 NORMAL_95 = 1.959963984540054  # the 97.5 % quantile of the standard normal
 
@@ -82,4 +82,4 @@ def write_pictures(
     for name, images in groups.items():
         for page, start in enumerate(range(0, len(images), columns * rows)):
             part = [Image.fromarray(image) for image in images[start : start + columns * rows]]
-            grid(part, columns).save(folder / f"{name}-{page:03d}.png")
+            contact_sheet(part, columns).save(folder / f"{name}-{page:03d}.png")

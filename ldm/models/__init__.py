@@ -7,11 +7,11 @@ from typing import Any
 
 from ldm.errors import UserError
 from ldm.models.unet import UNet
-from ldm.models.vae import VAE, AutoencoderKL, AutoencoderTiny
+from ldm.models.vae import VAE, AutoencoderKL, AutoencoderTiny, LatentDist
 
-__all__ = ["MODELS", "VAE", "AutoencoderKL", "AutoencoderTiny", "Model", "UNet", "build"]
+__all__ = ["MODELS", "VAE", "AutoencoderKL", "AutoencoderTiny", "LatentDist", "Network", "UNet", "build"]
 
-Model = UNet | AutoencoderKL | AutoencoderTiny
+Network = UNet | AutoencoderKL | AutoencoderTiny
 
 # By the class that diffusers names in `config.json`.
 MODELS: dict[str, type[UNet] | type[AutoencoderKL] | type[AutoencoderTiny]] = {
@@ -21,8 +21,8 @@ MODELS: dict[str, type[UNet] | type[AutoencoderKL] | type[AutoencoderTiny]] = {
 }
 
 
-def build(config: Mapping[str, Any]) -> Model:
-    """The model that a diffusers `config.json` describes, with fresh weights.
+def build(config: Mapping[str, Any]) -> Network:
+    """The network that a diffusers `config.json` describes, with fresh weights.
 
     Raises:
         UserError: for a class that is not one of `MODELS`, and for keys or values that are not supported.

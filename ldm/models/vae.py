@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,40 +23,29 @@ from ldm.models.config import (
 from ldm.models.layers import Downsample, GroupNorm, ResnetBlock, Upsample
 
 
-class VAE(Protocol):
-    """What a pipeline and a trainer ask of an autoencoder."""
-
-    downscale: int
-    latent_channels: int
-
-    def encode_latents(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """[B, 3, H, W] in [-1, 1] -> scaled latents [B, latent_channels, H / downscale, W / downscale]."""
-        ...
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents -> [B, 3, H, W], about [-1, 1], not clamped."""
-        ...
-
-
-@dataclass(frozen=True)
-class Moments:
-    """The diagonal Gaussian that an image encodes to: mean and log variance [B, c, h, w], before scaling."""
+@dataclass(frozen=True, eq=False)
+class LatentDist:
+    """The diagonal Gaussian that an image encodes to: mean and standard deviation [B, c, h, w]."""
 
     mean: Tensor
-    logvar: Tensor
-
-    @property
-    def std(self) -> Tensor:
-        """exp(logvar / 2)."""
-        return torch.exp(0.5 * self.logvar)
+    std: Tensor  # 0 where an autoencoder has no distribution
 
     def sample(self, noise: Tensor) -> Tensor:
         """mean + std * noise, with unit noise of the same shape."""
-        return self.mean + self.std * noise
+        return self.mean + self.std * noise.to(self.mean)
+
+    def scaled(self, vae: VAE) -> LatentDist:
+        """The same, as the U-Net has latents: (z - shift) * scale."""
+        return LatentDist((self.mean - vae.shift_factor) * vae.scaling_factor, self.std * vae.scaling_factor)
+
+    @property
+    def logvar(self) -> Tensor:
+        """log(std^2)."""
+        return 2 * self.std.log()
 
     def kl(self) -> Tensor:
         """KL(N(mean, std^2) || N(0, 1)) summed over each image: [B] (Kingma & Welling 2014, appendix B)."""
-        return 0.5 * (self.mean**2 + self.logvar.exp() - 1 - self.logvar).sum(dim=(1, 2, 3))
+        return 0.5 * (self.mean**2 + self.std**2 - 1 - self.logvar).sum(dim=(1, 2, 3))
 
 
 class _Middle(nn.Module):
@@ -168,18 +157,18 @@ class AutoencoderKL(nn.Module):
         """diffusers' `config.json`."""
         return write_config(self.config, "AutoencoderKL")
 
-    def encode(self, images: Tensor) -> Moments:
+    def encode(self, images: Tensor) -> LatentDist:
         """[B, 3, H, W] in [-1, 1] -> the Gaussian over unscaled latents; logvar is clamped to [-30, 20]."""
         out = self.encoder(images)
         if self.quant_conv is not None:
             out = self.quant_conv(out)
         mean, logvar = out.chunk(2, dim=1)
-        return Moments(mean, logvar.clamp(-30, 20))
+        return LatentDist(mean, torch.exp(0.5 * logvar.clamp(-30, 20)))
 
     def encode_latents(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """(z - shift) * scale, with z a sample drawn with unit `noise` [B, c, h, w], or else the mean."""
-        moments = self.encode(images)
-        z = moments.mean if noise is None else moments.sample(noise)
+        latents = self.encode(images)
+        z = latents.mean if noise is None else latents.sample(noise)
         return (z - self.shift_factor) * self.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -280,16 +269,19 @@ class AutoencoderTiny(nn.Module):
         """diffusers' `config.json`."""
         return write_config(self.config, "AutoencoderTiny")
 
-    def encode(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] in [-1, 1] -> unscaled latents [B, c, h, w]."""
+    def encode(self, images: Tensor) -> LatentDist:
+        """[B, 3, H, W] in [-1, 1] -> unscaled latents [B, c, h, w]: a mean, without deviation."""
         latents: Tensor = self.encoder(images)
-        return latents
+        return LatentDist(latents, torch.zeros_like(latents))
 
     def encode_latents(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """(z - shift) * scale; `noise` is there for the common interface only, as nothing is random here."""
-        return (self.encode(images) - self.shift_factor) * self.scaling_factor
+        return (self.encode(images).mean - self.shift_factor) * self.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents [B, c, h, w] -> images [B, 3, H, W], about [-1, 1], not clamped."""
         images: Tensor = self.decoder(latents / self.scaling_factor + self.shift_factor)
         return images
+
+
+VAE = AutoencoderKL | AutoencoderTiny

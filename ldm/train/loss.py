@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ldm.diffusion.prediction import Prediction
+from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
-from ldm.prediction import Prediction
-from ldm.schedule import Schedule
 from ldm.train.recipe import LossSection
 
 # --- timesteps ---------------------------------------------------------------------------------------------

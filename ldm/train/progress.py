@@ -12,7 +12,8 @@ from typing import Any, Self
 import psutil
 import torch
 
-from ldm.train.checkpoint import Position
+from ldm.files import whole_file
+from ldm.train.state import Position
 
 Track = Callable[[dict[str, float], int], None]
 
@@ -70,9 +71,8 @@ class Progress:
         rows = [row for line in lines if (row := _row(line)) is not None and row["step"] <= step]
         self.evaluated = max((row["step"] for row in rows if "samples_per_s" not in row), default=None)
         if len(rows) < len(lines):
-            aside = self.path.with_suffix(".new")
-            aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            aside.replace(self.path)
+            with whole_file(self.path) as aside:
+                aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def step(self, position: Position, fraction: float, values: Mapping[str, float]) -> None:
         """Note a step that was made; `values` is empty for one that was skipped."""

@@ -1,4 +1,4 @@
-"""Recipes: what a training run is, read from YAML and validated in one place.
+"""Recipes: what all training runs share, read from YAML and validated in one place.
 
 Each option is declared here once, with its default, its bounds and, in the text below it, what it means: the
 command line's help is made of these. Names are those of diffusers' training scripts where they have the
@@ -11,7 +11,7 @@ import difflib
 import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -34,33 +34,7 @@ class Section(BaseModel):
     """A frozen part of a recipe; an unknown key is an error, not a typo that trains for hours."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class DataSection(Section):
-    """Which pictures to train on: rendered postcards, or a folder of images with captions."""
-
-    folder: Path | None = None  # images with captions, as `ldm folder` reads them; None renders postcards
-    count: int = Field(60_000, ge=1)  # postcards to render
-    captions: int = Field(4, ge=1)  # captions written for each postcard
-    reworded: float = Field(0.0, ge=0, le=1)  # share of them said in other words, `ldm.postcards.reword`
-    compositions: dict[str, Annotated[Finite, Field(ge=0)]] = {}  # weights of postcards' COMPOSITIONS
-    shades: float = Field(0.0, ge=0, le=1)  # share of postcards with things in a `shade` of their colour
-    size: int = Field(128, ge=32, multiple_of=8)  # pixels, square
-    seed: int = 1
-    held_out: int = Field(512, ge=1)  # pictures kept for the held-out loss
-    cache: Path = Path("runs/data")  # where rendered pictures are kept between runs
-
-    @field_validator("compositions")
-    @classmethod
-    def _known(cls, value: dict[str, float]) -> dict[str, float]:
-        from ldm.postcards.scene import COMPOSITIONS
-
-        for name in value:
-            if name not in COMPOSITIONS:
-                raise ValueError(f"{name} is no composition: they are {', '.join(COMPOSITIONS)}")
-        if value and not any(value.values()):
-            raise ValueError("give one of them a weight above 0")
-        return value
+    flat: ClassVar[bool] = False  # whether each key is a flag of a command too
 
 
 class LossSection(Section):
@@ -223,16 +197,6 @@ class RunSection(Section):
         return self
 
 
-class Recipe(Section):
-    """A training from scratch: `data`, `model` (diffusers-style configs), `loss`, `optimiser`, `run`."""
-
-    data: DataSection = DataSection()
-    model: dict[str, Any] = {}
-    loss: dict[str, float] = {}
-    optimiser: OptimiserSection = OptimiserSection()
-    run: RunSection
-
-
 class Trainable(Protocol):
     """What the loop reads of a recipe."""
 
@@ -267,24 +231,6 @@ def loss_settings(
     return defaults | given
 
 
-def load_recipe(path: Path, overrides: list[str]) -> Recipe:
-    """Read a YAML recipe and apply `section.key=value` overrides (values are YAML).
-
-    Raises UserError naming the file and the key when something is unknown or out of range.
-    """
-    raw = read_yaml(path)
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise UserError(f"--set {override}: write it as section.key=value")
-        *sections, last = key.split(".")
-        node = raw
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[last] = yaml.safe_load(value)
-    return validate(Recipe, raw, str(path))
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file, {} of an empty one. Raises UserError."""
     try:
@@ -307,7 +253,7 @@ def validate(kind: type[R], raw: Mapping[str, Any], source: str, flags: Collecti
         return kind.model_validate(raw)
     except ValidationError as error:
         missing = [f"--{each['loc'][0]}" for each in error.errors() if each["type"] == "missing"]
-        if missing and kind is not Recipe:
+        if missing and kind.flat:
             raise UserError(f"{' and '.join(missing)}: give a folder") from error
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

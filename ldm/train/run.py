@@ -17,7 +17,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ldm.errors import UserError, few
-from ldm.train.checkpoint import (
+from ldm.files import whole_file
+from ldm.train.optimiser import lr_factor, make_optimiser
+from ldm.train.processes import alone, mean
+from ldm.train.progress import Progress
+from ldm.train.recipe import Trainable
+from ldm.train.state import (
     Position,
     State,
     check_recipe,
@@ -27,15 +32,11 @@ from ldm.train.checkpoint import (
     newest_state,
     save_state,
 )
-from ldm.train.optimiser import lr_factor, make_optimiser
-from ldm.train.processes import alone, mean
-from ldm.train.progress import Progress
-from ldm.train.recipe import Trainable
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from ldm.train.loop import Batch, Task
+    from ldm.train.task import Batch, Task
 
 MOST_SKIPPED = 10  # steps in a row: then the weights are at fault and not a picture
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk that is full, or full for us
@@ -240,11 +241,8 @@ class Run:
                 self.task.export(self.run_dir / "export")
             picture = self.task.picture(self.run_dir / "export")
         if picture is not None:
-            grids = self.run_dir / "grids"
-            grids.mkdir(exist_ok=True)
-            aside = grids / f".{self.position.step:08d}.png"
-            picture.save(aside)
-            aside.replace(grids / aside.name[1:])
+            with whole_file(self.run_dir / "grids" / f"{self.position.step:08d}.png") as aside:
+                picture.save(aside, format="PNG")
         self.progress.evaluation(self.position, figures)
 
     def _export(self) -> None:

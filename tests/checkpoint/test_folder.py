@@ -10,7 +10,8 @@ from tiny_pipeline import write_tokenizer
 
 import ldm
 from ldm.checkpoint import load_module, load_text_encoder, load_tokenizer, save_module
-from ldm.checkpoint.folder import Defaults, embedded
+from ldm.checkpoint.folder import embedded
+from ldm.checkpoint.parts import Defaults
 from ldm.checkpoint.source import find
 
 TEXT, VAE = "text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors"

@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ldm.checkpoint.io import fill, read_json, read_tensors, whole_folder, write_tensors
+from ldm.checkpoint.io import fill, read_json, read_tensors, write_tensors
 from ldm.errors import UserError
+from ldm.files import whole_folder
 
 
 def test_tensors_come_back_as_they_were_written(tmp_path):

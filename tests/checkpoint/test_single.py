@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from tiny_families import make_family
 
 from ldm.checkpoint import load_folder, save_model
-from ldm.checkpoint.single import load_component, load_single, read_single
+from ldm.checkpoint.component import load_component
+from ldm.checkpoint.single import load_single, read_single
 from ldm.errors import UserError
 from ldm.runtime import Runtime
 

@@ -25,7 +25,8 @@ def no_model(monkeypatch):
     def load(args):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(cli, "load", load)
+    monkeypatch.setattr("ldm.cli.draw.load", load)
+    monkeypatch.setattr("ldm.cli.redraw.load", load)
 
 
 def fails(capsys, argv, command=cli.txt2img):

@@ -9,8 +9,8 @@ import torch
 from tiny_finetune import WORD, hashes, result, run, write_pictures
 from tiny_training import largest_file
 
-from ldm.train import finetune as module
-from ldm.train.checkpoint import newest_state
+from ldm.finetune import finetune as module
+from ldm.train.state import newest_state
 
 MINE = WORD | {"instance_prompt": "red <it>"}
 

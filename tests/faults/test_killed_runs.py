@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 from tiny_training import child, forked, two_processes
 
-from ldm.train import checkpoint
-from ldm.train.checkpoint import damage, newest_state
+from ldm.train import state as checkpoint
+from ldm.train.state import damage, newest_state
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 LOCAL = ("minutes", "samples_per_s", "memory_gb")

@@ -13,7 +13,8 @@ from PIL import Image
 
 import ldm
 from ldm.cli import main
-from ldm.train.folder import examine, open_upright
+from ldm.dataset.examine import examine
+from ldm.images.opening import open_picture
 
 
 def scene(seed, size=(96, 72), mode="RGB"):
@@ -94,7 +95,7 @@ def test_files_that_cannot_be_trained_on(folder, name, data, kind):
     assert [example.path.name for example in examined.examples] == ["good.png"]
     assert examined.can_train
     with pytest.raises(ldm.UserError, match=name):
-        open_upright(folder / name)
+        open_picture(folder / name)
 
 
 def test_a_web_page_is_called_one(folder):
@@ -150,7 +151,7 @@ WHITE_RED.paste("white", (0, 0, 48, 72))
 def test_files_that_are_fixed_when_loaded(folder, name, data, kind, expected):
     (folder / name).write_bytes(data)
     assert told(folder) == [("fixed", kind, name)]
-    opened = open_upright(folder / name)
+    opened = open_picture(folder / name)
     assert opened.mode == "RGB"
     assert close(opened, expected, levels=2.0)
 
@@ -177,7 +178,7 @@ def test_pictures_are_turned_upright(folder, orientation, form):
     data = encoded(Image.fromarray(np.ascontiguousarray(stored)), form, exif=exif(orientation), **values)
     name = f"turned.{form.lower()}"
     (folder / name).write_bytes(data)
-    assert close(open_upright(folder / name), upright, levels=2.0)
+    assert close(open_picture(folder / name), upright, levels=2.0)
     (example,) = (example for example in look(folder).examples if example.path.name == name)
     assert example.size == (72, 96)
     if form != "TIFF":  # Pillow turns those by itself
@@ -199,7 +200,7 @@ def test_broken_exif_costs_no_picture(folder):
     broken = encoded(scene(9), "JPEG", exif=b"Exif\x00\x00MM\x00\x2a\xff\xff\xff\xff\x00")
     (folder / "odd.jpg").write_bytes(broken)
     assert told(folder) == []
-    assert open_upright(folder / "odd.jpg").size == (96, 72)
+    assert open_picture(folder / "odd.jpg").size == (96, 72)
 
 
 def test_copies(folder):

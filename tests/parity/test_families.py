@@ -3,6 +3,7 @@
 Both draw from generators of the same seed, image inputs and all: only Brownian noise is shared by hand.
 """
 
+import copy
 import warnings
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from tiny_families import BETAS, FAMILIES, make_family
 from tiny_pipeline import PEERS
 
 import ldm
-from ldm.noise import BrownianNoise
+from ldm.diffusion.noise import BrownianNoise
 
 PROMPT, NEGATIVE = "the red boat", "sea"
 SAMPLERS = [
@@ -84,6 +85,15 @@ def both(models, name, ours=None, **changes):
     call = arguments(name, **changes)
     theirs = peer(**{"generator": generator(), **call}).images
     return error((ours or pipe)(**{"seed": 5, **call}).images, theirs)
+
+
+def to_float64(models, name, **changes):
+    """As `both`, of the same noise, with diffusers in float64: from sigma 4096 its fp32 loses four digits."""
+    peer, pipe = models(name)
+    call = arguments(name, **changes)
+    latents = torch.randn(1, *pipe.prepare(ldm.Request()).start.shape, generator=generator())
+    theirs = copy.deepcopy(peer).to(torch.float64)(latents=latents.double(), **call).images
+    return error(pipe(latents=latents, **call).images, theirs)
 
 
 # --- samplers --------------------------------------------------------------------------------------------
@@ -164,7 +174,10 @@ def test_scheduler_of_the_folder(models, family, steps):
         pytest.skip(reason)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert both(models, family, num_inference_steps=steps) < 1e-4
+        if family == "xl_v":
+            assert to_float64(models, family, num_inference_steps=steps) < 2e-5
+        else:
+            assert both(models, family, num_inference_steps=steps) < 1e-4
 
 
 @pytest.mark.parametrize("family", ["sd_turbo", "sdxl_turbo", "lightning"])

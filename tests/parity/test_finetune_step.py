@@ -13,10 +13,10 @@ from diffusers.training_utils import compute_snr
 from tiny_finetune import QUICK, write_pictures
 from torch.nn import functional as F
 
-from ldm.train import finetune as module
-from ldm.train.cache import open_and_cut
-from ldm.train.finetune import finetune
-from ldm.train.finetune_recipe import FinetuneRecipe
+from ldm.dataset.cache import open_and_cut
+from ldm.finetune import finetune as module
+from ldm.finetune.finetune import finetune
+from ldm.finetune.recipe import FinetuneRecipe
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,10 @@ import pytest
 import torch
 from tiny_pipeline import PEERS
 
-from ldm.prediction import c_in
-from ldm.schedule import Schedule
-from ldm.solvers import SAMPLERS, Denoised
+from ldm.diffusion.prediction import c_in
+from ldm.diffusion.samplers import SAMPLERS
+from ldm.diffusion.schedule import Schedule
+from ldm.diffusion.solvers import Denoised
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -139,7 +140,7 @@ def spacings_of(sampler):
         yield "trailing", {"timestep_spacing": "trailing"}
         yield "linspace", {"timestep_spacing": "linspace"}
     if sampler not in WITHOUT_SIGMA_SPACINGS:
-        bases = ("linspace", "leading", "trailing") if SAMPLERS[sampler].family == "k" else (None,)
+        bases = ("linspace", "leading", "trailing") if SAMPLERS[sampler].rules.family == "k" else (None,)
         for spacing, base in itertools.product(("karras", "exponential", "beta"), bases):
             changes = {"timestep_spacing": base} if base else {}
             yield f"{spacing} on {base}" if base else spacing, {f"use_{spacing}_sigmas": True, **changes}

@@ -16,8 +16,8 @@ from tiny_families import NARROW, POOLED, WIDE
 
 import ldm
 from ldm.adapters.lora import Lora, match, read_lora
+from ldm.finetune.lora import ATTENTION, LOCON, TEXT_ATTENTION, add_lora, save_lora
 from ldm.pipeline import Pipeline
-from ldm.train.lora import ATTENTION, LOCON, TEXT_ATTENTION, add_lora, save_lora
 
 NAMES = ["sd1", "sd2_v", "sdxl"]
 PARTS = ("unet", "text_encoder", "text_encoder_2")

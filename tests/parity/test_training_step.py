@@ -12,8 +12,8 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 from tiny_families import NARROW, POOLED, WIDE
 
+from ldm.diffusion.schedule import Schedule
 from ldm.models.unet import UNet
-from ldm.schedule import Schedule
 from ldm.train.loss import (
     draw_noise,
     noisy_latents,

@@ -6,8 +6,8 @@ import re
 import pytest
 
 from ldm import postcards
-from ldm.evaluate.prompts import digest, evaluation_prompts
 from ldm.postcards import captions, wording
+from ldm.postcards.scoring.prompts import digest, evaluation_prompts
 
 KINDS = {
     "house": "house, houses, cottage, cottages, home, homes, hut, huts, cabin, cabins, bungalow, bungalows, "

@@ -12,10 +12,10 @@ from tiny_training import Line, exported
 from tiny_training import tiny_recipe as recipe
 
 from ldm.errors import UserError
-from ldm.train.checkpoint import newest_state
+from ldm.pretrain.recipe import load_recipe
 from ldm.train.loop import train
 from ldm.train.optimiser import Muon
-from ldm.train.recipe import load_recipe
+from ldm.train.state import newest_state
 
 
 def rows(run_dir: Path) -> list[dict]:

@@ -10,9 +10,9 @@ from diffusers.training_utils import compute_density_for_timestep_sampling, comp
 from pydantic import ValidationError
 from scipy import stats
 
+from ldm.diffusion.prediction import Prediction
+from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
-from ldm.prediction import Prediction
-from ldm.schedule import Schedule
 from ldm.train.loss import (
     draw_noise,
     draw_timesteps,

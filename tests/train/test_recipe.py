@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from ldm.errors import UserError
-from ldm.train.recipe import load_recipe, loss_settings
+from ldm.pretrain.recipe import load_recipe
+from ldm.train.recipe import loss_settings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -1,0 +1,110 @@
+"""All that a model holds, whatever it was read from; and whether its parts belong together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ldm.errors import UserError
+from ldm.models import VAE, UNet
+from ldm.models.kind import Kind
+
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+NETWORKS = ("vae", "unet", *TEXT_ENCODERS)  # text encoders last: transformers takes its time to import
+EMBEDDED = ("postcard", "postcard-upscaler")  # models that come with the package
+MODEL_STEM, TEXT_STEM = "diffusion_pytorch_model", "model"  # of weight files: diffusers', transformers'
+STEMS = {part: TEXT_STEM if part in TEXT_ENCODERS else MODEL_STEM for part in NETWORKS}
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What `ldm.json` may say: how to draw with this model when the caller does not."""
+
+    num_inference_steps: int | None = None  # None: what its kind is drawn with (ldm/pipeline/resolve.py)
+    guidance_scale: float | None = None
+    sampler: str | None = None  # None: that of scheduler_config.json
+    spacing: str | None = None
+    height: int | None = None  # None: the U-Net's sample_size
+    width: int | None = None
+    noise_level: int | None = None  # upscalers
+
+
+@dataclass(frozen=True)
+class Parts:
+    """All that a model holds. Families differ in what is None, and in the configs of the networks."""
+
+    unet: UNet
+    vae: VAE
+    text_encoder: Any  # transformers' CLIPTextModel; None in the SDXL refiner
+    tokenizer: Any  # transformers' CLIPTokenizer; None where text_encoder is
+    scheduler: Mapping[str, Any]  # scheduler_config.json
+    defaults: Defaults = field(default_factory=Defaults)
+    words: frozenset[str] = frozenset()  # that the model has seen; empty if not known
+    weights: Path | None = None  # the U-Net's file, or the single file; None for parts made in memory
+    # What was asked to be other than in the model: parts with the file of their weights, prediction type.
+    changes: tuple[tuple[str, Path | None], ...] = ()
+    text_encoder_2: Any = None  # transformers' CLIPTextModelWithProjection: SDXL's second, with pooled text
+    tokenizer_2: Any = None
+    low_res_scheduler: Mapping[str, Any] | None = None  # x4 upscaler: how its low-resolution input is noised
+    force_zeros_for_empty_prompt: bool = False  # SDXL: no negative prompt is zeros, not the encoding of ""
+    requires_aesthetics_score: bool = False  # SDXL refiner: a score in place of the target size
+    max_noise_level: int = 350  # x4 upscaler
+
+    @property
+    def kind(self) -> Kind:
+        """What the model draws from. Raises UserError for a U-Net that does not fit the VAE."""
+        try:
+            return Kind.of(self.unet.config.in_channels, self.vae.latent_channels)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """The words of a prompt that are not in `words`; none where the model does not tell its words."""
+        seen = dict.fromkeys(re.findall(r"[a-z']+", prompt.lower()))
+        return [word for word in seen if self.words and word not in self.words]
+
+
+def check_fit(parts: Parts, sources: Mapping[str, Path]) -> None:
+    """Raises UserError naming the two parts that do not fit, and where they are from (`sources`, by part)."""
+    unet, vae = parts.unet.config, parts.vae
+    try:
+        Kind.of(unet.in_channels, vae.latent_channels)
+    except ValueError:
+        raise UserError(
+            f"{sources['unet']}: the U-Net takes {unet.in_channels} channels, "
+            f"which does not go with the VAE's {vae.latent_channels} ({sources['vae']})"
+        ) from None
+    encoders = {part: getattr(parts, part) for part in ("text_encoder", "text_encoder_2")}
+    encoders = {part: encoder for part, encoder in encoders.items() if encoder is not None}
+    for part, encoder in encoders.items():
+        tokens = len(getattr(parts, part.replace("text_encoder", "tokenizer")))
+        if tokens > (rows := encoder.config.vocab_size):
+            raise UserError(f"{sources[part]}: has rows for {rows} tokens, but the tokenizer has {tokens}")
+    width = sum(encoder.config.hidden_size for encoder in encoders.values())
+    if {*unet.per_level("cross_attention_dim")} != {width}:
+        gives = " and ".join(
+            f"{part} gives {each.config.hidden_size} ({sources[part]})" for part, each in encoders.items()
+        )
+        raise UserError(
+            f"{sources['unet']}: the U-Net takes text of width {unet.cross_attention_dim}, but {gives}"
+        )
+    if unet.addition_embed_type == "text_time":
+        _check_pooled(parts, sources)
+
+
+def _check_pooled(parts: Parts, sources: Mapping[str, Path]) -> None:
+    """SDXL embeds pooled text with six numbers: size, crop, and target size or (refiner, five) a score."""
+    unet = parts.unet.config
+    if parts.text_encoder_2 is None:
+        raise UserError(f"{sources['unet']}: the U-Net takes pooled text, but there is no text_encoder_2")
+    pooled = parts.text_encoder_2.config.projection_dim
+    numbers = 5 if parts.requires_aesthetics_score else 6
+    if unet.projection_class_embeddings_input_dim != pooled + numbers * (unet.addition_time_embed_dim or 0):
+        raise UserError(
+            f"{sources['unet']}: the U-Net does not take {numbers} sizes and pooled text of width {pooled} "
+            f"({sources['text_encoder_2']})"
+        )

@@ -1,0 +1,114 @@
+"""The two commands, `txt2img` and `ldm`: parse, run, and say in one line what went wrong.
+
+Exit codes: 0 done; 1 our fault (`redraw`: the pixels differ); 2 something the user can put right; 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from ldm.cli import convert, draw, finetune, folder, redraw
+from ldm.cli.flags import FLAGS
+from ldm.cli.parser import Parser, dashes
+from ldm.errors import UserError
+
+SPELLING = "Flags may be spelt with dashes or underscores."
+# name -> (its flags, what runs it, what it does)
+COMMANDS = {
+    "txt2img": (draw.add_flags, draw.draw, "draw pictures from words"),
+    "info": (redraw.add_info_flags, redraw.info, "show how a PNG was drawn"),
+    "redraw": (
+        redraw.add_flags,
+        redraw.redraw,
+        "draw a PNG again from its own metadata and compare the pixels",
+    ),
+    "convert": (
+        convert.add_flags,
+        convert.convert,
+        "change a model between folder and single file, or its dtype",
+    ),
+    "folder": (folder.add_flags, folder.folder, "examine a folder of pictures before training on it"),
+    "finetune": (finetune.add_flags, finetune.finetune, "train a model on a folder of pictures"),
+}
+
+
+def txt2img(argv: Sequence[str] | None = None) -> int:
+    """The `txt2img` command. Returns its exit code; argparse exits by itself with 2 on a bad flag."""
+    parser = Parser("txt2img", description=f"Draw pictures from words. {SPELLING}")
+    draw.add_flags(parser)
+    parser.set_defaults(command=draw.draw)
+    return run(parser, argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The `ldm` command: `ldm txt2img`, `info`, `redraw`, `convert`, `folder`, `finetune`."""
+    parser = Parser("ldm", description="Latent diffusion: draw pictures from words.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, (add_flags, command, purpose) in COMMANDS.items():
+        child = commands.add_parser(
+            name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}. {SPELLING}"
+        )
+        child.add_flags.append(add_flags)
+        child.set_defaults(command=command)
+    return run(parser, argv)
+
+
+def run(parser: Parser, argv: Sequence[str] | None) -> int:
+    """Parse and run the command; an exception becomes one line on stderr and an exit code."""
+    args = parser.parse_args(dashes(sys.argv[1:] if argv is None else argv))
+    try:
+        with warnings_in_one_line(parser.prog):
+            return int(args.command(args))
+    except KeyboardInterrupt:
+        left = "finished pictures are kept" if args.command is draw.draw else "nothing half-written is left"
+        print(f"stopped; {left}", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if args.debug:
+            traceback.print_exc()
+        line, code = verdict(error)
+        if args.command is draw.draw:
+            line = in_flags(line)
+        print(f"{parser.prog}: {line}", file=sys.stderr)
+        return code
+
+
+def verdict(error: Exception) -> tuple[str, int]:
+    """What to say about an error, and the exit code: 2 if the user can put it right, 1 if not."""
+    first_line = str(error).partition("\n")[0]
+    match error:
+        case UserError():
+            return str(error), 2
+        case FloatingPointError():  # NaN or Inf: the message names the network
+            return first_line, 1
+        case BrokenPipeError():
+            return "nobody reads the output any more", 1
+        case _ if "No space left on device" in first_line:  # safetensors has an exception of its own for it
+            return "no space left on the disk", 2
+        case _:
+            what = f"{type(error).__name__}: {first_line}"
+            return f"internal error: {what} (please report it, with what --debug shows)", 1
+
+
+def in_flags(line: str) -> str:
+    """Of an argument that is not allowed, the flag that was typed: `--mask` for `mask_image`."""
+    names = re.compile(r"(?:^|(?<=; ))(\w+)(?= (?:\S+ )?is not allowed)")
+    return names.sub(lambda name: FLAGS.get(name[0], f"--{name[0].replace('_', '-')}"), line)
+
+
+@contextmanager
+def warnings_in_one_line(program: str) -> Iterator[None]:
+    """Show warnings as `txt2img: warning: ...`, without the line of code that gave them."""
+
+    def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+        if issubclass(category, UserWarning):
+            print(f"{program}: warning: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield

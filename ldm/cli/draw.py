@@ -1,0 +1,342 @@
+"""`txt2img`: parse -> Requests -> load the model -> prepare Jobs -> for each batch: draw -> save."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldm.cli.flags import add_common_flags, add_input_flags, add_model_flags
+from ldm.cli.models import load
+from ldm.cli.parser import count
+from ldm.cli.terminal import bar, say
+from ldm.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ldm.pipeline import Job, Pipeline
+    from ldm.pipeline.job import Batch
+    from ldm.request import Request
+
+OUTDIR = "outputs/txt2img-samples"
+SIZES = tuple(
+    negative + size
+    for negative in ("", "negative-")
+    for size in ("original-size", "crops-coords-top-left", "target-size")
+)
+MAX_PICTURES = 100_000  # of one run
+MAX_BATCH_PIXELS = 2**26  # 4 pictures of 4096 x 4096, 4096 of 128 x 128
+GRID_LIMIT = 100  # pictures on one grid: a run may be endless, a sheet may not
+
+
+def draw(args: argparse.Namespace) -> int:
+    """Parse -> Requests -> load -> prepare -> for each batch: draw -> save."""
+    requests = make_requests(args)
+    check_output(args, sum(request.num_images for request in requests))
+    pipe = load(args)
+    check_latents(pipe, args)
+    tell_unknown_words(pipe, args, requests)
+    jobs = prepare_jobs(pipe, requests, args.n_samples)
+    tell_loras(pipe, args, jobs)
+    check_batch(jobs[0].request, args.n_samples)
+
+    sheet: list[Image] = []
+    batches = [(job, batch) for job in jobs for batch in job.batches]
+    for k, (job, batch) in enumerate(batches, start=1):
+        start = time.perf_counter()
+        images = draw_images(job, batch, f"batch {k}/{len(batches)}", args.quiet)
+        seconds = (time.perf_counter() - start) / len(images)
+        for image, picture in zip(images, batch, strict=True):
+            if not args.skip_save:
+                path = save(image, args, picture.request)
+                say(args, f"{path}  seed {picture.seed}  {seconds:.2f} s")
+        sheet += images
+        if k == len(batches) or len(sheet) + args.n_samples > GRID_LIMIT:
+            save_grid(sheet, args)
+            sheet.clear()
+    tell_peak_memory(pipe, args)
+    return 0
+
+
+def make_requests(args: argparse.Namespace) -> list[Request]:
+    """One request per prompt, with consecutive seeds; --fixed_code gives every batch the same."""
+    from ldm.request import Request, consecutive_seeds
+
+    prompts = [args.prompt] if args.from_file is None else read_prompts(args.from_file)
+    each = args.n_iter * args.n_samples
+    if len(prompts) * each > MAX_PICTURES:
+        raise UserError(
+            f"{len(prompts) * each} pictures are too many for one run: ask for at most {MAX_PICTURES}"
+        )
+    (seed,) = consecutive_seeds(args.seed)
+    same_name = (Request.model_fields.keys() & vars(args).keys()) - {"prompt", "model"}
+    one = Request(
+        **{name: getattr(args, name) for name in same_name},
+        num_inference_steps=args.steps,
+        guidance_scale=args.scale,
+        spacing=args.scheduler,
+    )
+    if args.fixed_code:
+        return [
+            one.replace(prompt=prompt, seeds=consecutive_seeds(seed, args.n_samples) * args.n_iter)
+            for prompt in prompts
+        ]
+    return [
+        one.replace(prompt=prompt, seeds=consecutive_seeds(seed + p * each, each))
+        for p, prompt in enumerate(prompts)
+    ]
+
+
+def prepare_jobs(pipe: Pipeline, requests: Sequence[Request], batch_size: int) -> list[Job]:
+    """One job for neighbours with the same LoRAs. What is wrong with any of them is said before drawing."""
+    from ldm.pipeline.job import prepare
+
+    groups = itertools.groupby(requests, key=lambda request: request.loras)
+    return [prepare(pipe, list(group), batch_size=batch_size) for _, group in groups]
+
+
+def draw_images(job: Job, batch: Batch, title: str, quiet: bool) -> list[Image]:
+    """The pictures of one batch, with a bar; running out of memory becomes a UserError."""
+    from ldm.images.pixels import to_pil
+    from ldm.pipeline.sample import draw_batch
+
+    steps = job.request.num_steps
+    try:
+        if quiet:
+            return to_pil(draw_batch(job, batch))
+        with bar(title, "it/s", quiet, steps) as on_progress:
+            return to_pil(draw_batch(job, batch, lambda step: on_progress(step.i + 1, steps)))
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or "memory" in str(error):
+            size = f"{len(batch)} pictures of {job.request.width}x{job.request.height}"
+            raise UserError(
+                f"not enough memory for {size}: ask for smaller ones, or fewer at once"
+            ) from error
+        raise
+
+
+# --- before drawing --------------------------------------------------------------------------------------
+
+
+def read_prompts(source: str) -> list[str]:
+    """One prompt per line of a file, or of stdin for `-`; blank lines are skipped."""
+    try:
+        text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"cannot read prompts from {source}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"cannot read prompts from {source}: it is not UTF-8 text") from None
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise UserError(f"no prompts in {source}: write one per line")
+    return prompts
+
+
+def check_output(args: argparse.Namespace, count: int) -> None:
+    """Find out before drawing, not after, that the pictures could not be written."""
+    from ldm.files import check_writable
+
+    if args.output is None:
+        check_writable(args.outdir)
+    elif count != 1:
+        raise UserError(f"--output names one file, but {count} pictures were asked for: use --outdir")
+    elif args.output.suffix.lower() != ".png" or args.output.is_dir():
+        raise UserError(f"--output {args.output} must name a .png file")
+    else:
+        check_writable(args.output.parent)
+
+
+def check_latents(pipe: Pipeline, args: argparse.Namespace) -> None:
+    """--C and --f come from the days when the model's shape was a flag: they may only agree with it."""
+    for flag, given, real in (("C", args.C, pipe.vae.latent_channels), ("f", args.f, pipe.vae.downscale)):
+        if given not in (None, real):
+            raise UserError(f"--{flag} {given} does not fit this model, which has {real}; leave --{flag} out")
+
+
+def tell_loras(pipe: Pipeline, args: argparse.Namespace, jobs: Sequence[Job]) -> None:
+    """What the tags in prompts matched, before anything is drawn."""
+    reports = dict.fromkeys(str(report) for job in jobs for report in job.model.adapted.reports)
+    for report in reports:
+        if report not in {str(own) for own in pipe.adapted.reports}:
+            say(args, report)
+
+
+def check_batch(request: Request, count: int) -> None:
+    """A batch's finished pictures are held in memory together."""
+    finished = request.upscaling or request
+    size, most = (finished.width or 0) * (finished.height or 0), MAX_BATCH_PIXELS
+    if count * size > most:
+        shape = f"{finished.width}x{finished.height}"
+        raise UserError(
+            f"{count} pictures of {shape} are too many for one batch: "
+            f"ask for at most {most // size} at once, and for more batches with --n_iter"
+        )
+
+
+def tell_unknown_words(pipe: Pipeline, args: argparse.Namespace, requests: Sequence[Request]) -> None:
+    """The embedded model knows a small world: say which words lie outside it. Nothing on other models."""
+    from ldm.checkpoint.parts import EMBEDDED
+
+    if args.model not in (None, EMBEDDED[0]) or args.quiet:
+        return
+    prompts = dict.fromkeys(request.prompt for request in requests)
+    unknown = dict.fromkeys(word for prompt in prompts for word in pipe.unknown_words(prompt))
+    if unknown:
+        print(
+            f"the embedded model has never seen: {', '.join(unknown)} "
+            "(use --model FOLDER to draw with another one)",
+            file=sys.stderr,
+        )
+
+
+# --- after it --------------------------------------------------------------------------------------------
+
+
+def save(image: Image, args: argparse.Namespace, request: Request) -> Path:
+    from ldm.images.png import save_numbered, save_png
+
+    if args.output is not None:
+        return save_png(image, args.output, request)
+    return save_numbered(image, args.outdir / "samples", "%05d.png", request)
+
+
+def save_grid(sheet: Sequence[Image], args: argparse.Namespace) -> None:
+    from ldm.images.pixels import contact_sheet
+    from ldm.images.png import save_numbered
+
+    if len(sheet) > 1 and not args.skip_grid:
+        columns = args.n_rows or args.n_samples
+        path = save_numbered(contact_sheet(sheet, columns), args.outdir, "grid-%04d.png")
+        say(args, f"{path}  grid of {len(sheet)}")
+
+
+def tell_peak_memory(pipe: Pipeline, args: argparse.Namespace) -> None:
+    from ldm.runtime import peak_memory
+
+    say(args, f"peak memory {peak_memory(pipe.runtime.device) / 2**20:.0f} MiB")
+
+
+# --- flags -----------------------------------------------------------------------------------------------
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what to draw")
+    add = group.add_argument
+    words = group.add_mutually_exclusive_group(required=True)
+    words.add_argument("-p", "--prompt", help="what the picture shows; empty draws anything")
+    words.add_argument("--from-file", metavar="FILE", help="one prompt per line; - reads stdin")
+    add("-n", "--negative-prompt", metavar="TEXT", help="what the picture should not show")
+    add("--prompt-2", metavar="TEXT", help="for a second text encoder, as in SDXL (default: the prompt)")
+    add("--negative-prompt-2", metavar="TEXT", help="likewise (default: the negative prompt)")
+    add("-W", "--width", "--W", type=int, metavar="PIXELS", help="a multiple of 8 (default: the model's)")
+    add("-H", "--height", "--H", type=int, metavar="PIXELS", help="a multiple of 8 (default: the model's)")
+    add("-s", "--seed", type=int, default=42, help="of the first picture; negative: random (default: 42)")
+    add(
+        "-b",
+        "--n-iter",
+        "--batch-count",
+        type=count,
+        default=1,
+        metavar="N",
+        help="batches per prompt (default: 1)",
+    )
+    add(
+        "--n-samples",
+        "--batch-size",
+        type=count,
+        default=1,
+        metavar="N",
+        help="pictures in a batch (default: 1)",
+    )
+    add("--fixed-code", action="store_true", help="every batch starts from the same noise")
+    add_image_flags(parser)
+    add_sampling_flags(parser)
+    add_model_flags(parser)
+    add("--C", type=int, metavar="CHANNELS", help="latent channels: checked against the model")
+    add("--f", type=int, metavar="FACTOR", help="downsampling factor: checked against the model")
+    add = parser.add_argument_group("output").add_argument
+    add("--outdir", type=Path, default=Path(OUTDIR), metavar="FOLDER", help=f"(default: {OUTDIR})")
+    add("-o", "--output", type=Path, metavar="FILE", help="write the one picture here instead")
+    add("--skip-save", action="store_true", help="do not write the single pictures")
+    add("--skip-grid", action="store_true", help="do not write a grid of several pictures")
+    add("--n-rows", type=count, metavar="N", help="pictures in each row of the grid (default: --n-samples)")
+    add_common_flags(parser)
+
+
+def add_image_flags(parser: argparse.ArgumentParser) -> None:
+    add = add_input_flags(parser, "drawing from a picture").add_argument
+    add(
+        "--strength",
+        type=float,
+        metavar="SHARE",
+        help="0 to 1: how much of the picture is drawn anew (default: 0.8; of SDXL 0.3; with a mask 1)",
+    )
+    add(
+        "--image-guidance-scale",
+        type=float,
+        metavar="SCALE",
+        help="instruct-pix2pix: how closely to keep to the picture (default: 1.5)",
+    )
+    add(
+        "--noise-level",
+        type=int,
+        metavar="N",
+        help="upscalers: noise on the picture (default: the model's)",
+    )
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("how to draw it (default of each: the model's)")
+    add = group.add_argument
+    add(
+        "--steps",
+        "--ddim-steps",
+        "--num-inference-steps",
+        type=int,
+        metavar="N",
+        help="denoising steps, 1 to 1000",
+    )
+    add(
+        "--cfg-scale",
+        "--scale",
+        "--guidance-scale",
+        dest="scale",
+        type=float,
+        metavar="SCALE",
+        help="classifier-free guidance; 1 is none",
+    )
+    add(
+        "--guidance-rescale",
+        type=float,
+        default=0.0,
+        metavar="PHI",
+        help="0 to 1: less overexposure at high scales",
+    )
+    sampler = group.add_mutually_exclusive_group()
+    sampler.add_argument("--sampler", metavar="NAME", help='e.g. "DPM++ 2M Karras", euler_a, ddim, unipc')
+    sampler.add_argument("--plms", dest="sampler", action="store_const", const="pndm", help="--sampler pndm")
+    sampler.add_argument(
+        "--dpm-solver", dest="sampler", action="store_const", const="dpmpp_2m", help="--sampler dpmpp_2m"
+    )
+    add("--scheduler", "--spacing", metavar="NAME", help="spacing of the steps, e.g. karras, trailing")
+    add(
+        "--eta",
+        "--ddim-eta",
+        type=float,
+        metavar="ETA",
+        help="0 to 1: fresh noise in each step, where the sampler adds any",
+    )
+    add("--clip-skip", type=int, metavar="N", help="skip the last N layers of the text encoder")
+    add = parser.add_argument_group(
+        "what SDXL is told of the picture (default of sizes: its own)"
+    ).add_argument
+    for name in SIZES:
+        pair = ("TOP", "LEFT") if name.endswith("top-left") else ("HEIGHT", "WIDTH")
+        add(f"--{name}", nargs=2, type=int, metavar=pair)
+    add("--aesthetic-score", type=float, metavar="SCORE", help="refiners only (default: 6)")
+    add("--negative-aesthetic-score", type=float, metavar="SCORE", help="refiners only (default: 2.5)")

@@ -1,0 +1,57 @@
+"""--model and all that changes it: loaded, with adapters and an upscaler."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ldm.cli.terminal import say
+from ldm.prompts.tags import parse_embedding, parse_lora
+
+if TYPE_CHECKING:
+    from ldm.pipeline import Pipeline
+
+
+def load(args: argparse.Namespace) -> Pipeline:
+    from ldm.runtime import set_threads
+
+    if args.threads is not None:
+        set_threads(args.threads)
+    return add_adapters(load_model(args), args)
+
+
+def load_model(args: argparse.Namespace) -> Pipeline:
+    """--model, and what replaces its parts."""
+    import ldm
+
+    if args.quiet:  # before huggingface_hub is loaded, which reads it then
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    return ldm.load(
+        args.model,
+        device=args.device,
+        dtype=args.dtype,
+        revision=args.revision,
+        variant=args.variant,
+        unet=args.unet,
+        vae=args.vae,
+        text_encoder=args.text_encoder,
+        text_encoder_2=args.text_encoder_2,
+        prediction_type=args.prediction_type,
+        ema=args.ema,
+    )
+
+
+def add_adapters(pipe: Pipeline, args: argparse.Namespace) -> Pipeline:
+    """--embedding, --lora, --lora-dir and --upscaler."""
+    for spec in args.embedding:
+        name, file = parse_embedding(spec)
+        pipe = pipe.with_embedding(file, name)
+        say(args, str(pipe.adapted.embeddings[-1]))
+    for spec in args.lora:
+        pipe = pipe.with_lora(*parse_lora(spec))
+        say(args, str(pipe.adapted.reports[-1]))
+    if args.upscaler is not None:
+        pipe = pipe.with_upscaler(args.upscaler)
+    return replace(pipe, lora_dir=args.lora_dir)

@@ -1,0 +1,265 @@
+"""A folder of someone's own pictures, examined before training: everything that is wrong with it, at once.
+
+    list_files -> look at every picture -> read_tables, captions -> Examples to train on, Findings to tell
+
+Nothing in the folder is ever written to, moved or deleted. No torch here: it answers before any model loads.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from ldm.dataset.captions import Listing, from_name, kohya, list_files, read_beside, read_tables
+from ldm.dataset.duplicates import find_alike
+from ldm.dataset.findings import EFFECTS, Effect, Examined, Example, Finding
+from ldm.dataset.picture import Fault, Look, look
+from ldm.errors import UserError
+
+MAX_ASPECT = 3.0  # of the longer side to the shorter
+MISSING: dict[str, tuple[Effect, str]] = {
+    "error": ("stops", "training stops: write one, or choose --missing_caption empty or skip"),
+    "empty": ("fixed", "it is trained on with an empty caption"),
+    "skip": ("skipped", "it is skipped"),
+}
+MissingCaption = Literal["error", "empty", "skip"]
+Progress = Callable[[int, int], None]  # pictures done, pictures in all
+
+
+def examine(
+    folder: str | Path,
+    *,
+    instance_prompt: str | None = None,
+    missing_caption: MissingCaption = "error",
+    count_tokens: Callable[[str], int] | None = None,
+    window: int = 77,
+    resolution: int = 512,
+    on_progress: Progress | None = None,
+) -> Examined:
+    """Find out what can be trained on, reading every file whole.
+
+    Args:
+        instance_prompt: the caption of every picture; those in the folder are not read.
+        missing_caption: what happens to a picture whose caption is missing, empty or no text.
+        count_tokens: tokens of a caption, start and end not counted; without it, none is called too long.
+        window: tokens that the text encoder sees, start and end counted.
+        resolution: pixels; pictures whose shorter side is below half of it are told.
+        on_progress: called after each picture.
+
+    Raises:
+        UserError: if `folder` is no folder, or `missing_caption` none of its choices.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: give one that holds pictures")
+    if missing_caption not in MISSING:
+        raise UserError(f"missing_caption {missing_caption!r} is not one of {', '.join(MISSING)}")
+    listing = list_files(folder)
+    tables = {} if instance_prompt is not None else read_tables(listing)
+    looks = _look_at_all(listing.pictures, on_progress)
+    readable = {path: seen for path, seen in looks.items() if isinstance(seen, Look)}
+    findings = listing.findings
+    findings += [_tell_fault(path, seen) for path, seen in looks.items() if isinstance(seen, Fault)]
+    captioner = _Captioner(listing, tables, instance_prompt, missing_caption)
+    examples = captioner.examples(readable)
+    findings += captioner.findings
+    examples, copies = _drop_copies(examples)
+    findings += copies + _tell_alike(examples, readable)
+    for example in examples:
+        findings += _tell_picture(example, readable[example.path], resolution)
+    if count_tokens is not None:
+        captions = [(example.path, example.caption) for example in examples]
+        one = [(None, instance_prompt)]
+        findings += _tell_long(captions if instance_prompt is None else one, count_tokens, window - 2)
+    if not examples:
+        findings.append(Finding(None, "no pictures", f"no picture to train on in {folder}", "stops"))
+    findings.sort(key=lambda found: (EFFECTS.index(found.effect), found.kind, str(found.path), found.text))
+    return Examined(folder, captioner.layout(examples), tuple(examples), tuple(findings))
+
+
+def _look_at_all(pictures: Sequence[Path], on_progress: Progress | None) -> dict[Path, Look | Fault]:
+    """Threads, since decoding and hashing release the interpreter's lock: as fast as processes here."""
+    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        warnings.simplefilter("ignore")  # of odd metadata, and of sizes that are large but not too large
+        jobs = {pool.submit(look, path): path for path in pictures}
+        try:
+            for done, _ in enumerate(as_completed(jobs), 1):
+                if on_progress is not None:
+                    on_progress(done, len(jobs))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return {path: job.result() for job, path in jobs.items()}
+
+
+# --- captions ----------------------------------------------------------------------------------------------
+
+
+class _Captioner:
+    """Which caption each picture has, where it is from, and what is wrong with it."""
+
+    def __init__(
+        self, listing: Listing, tables: dict[Path, str], prompt: str | None, missing: MissingCaption
+    ) -> None:
+        self.folder, self.tables, self.prompt, self.missing = listing.folder, tables, prompt, missing
+        self.beside = frozenset(listing.beside)
+        self.table_names = " and ".join(sorted({table.name for table in listing.tables}))
+        self.findings: list[Finding] = []
+        self.sources: dict[Path, str] = {}
+        pictures = listing.pictures
+        stems = {path.with_suffix("") for path in pictures}
+        self.paired = [path for path in listing.beside if path.with_suffix("") in stems]
+        self._tell_unread(listing, [path for path in listing.beside if path.with_suffix("") not in stems])
+        nothing_else = not (listing.tables or self.paired)
+        self.names_speak = nothing_else and 2 * sum(from_name(path) is not None for path in pictures) > len(
+            pictures
+        )
+
+    def examples(self, readable: dict[Path, Look]) -> list[Example]:
+        """The pictures with their captions; those that are skipped for want of one are left out."""
+        found = []
+        for path, seen in readable.items():
+            caption = self._caption(path)
+            if not caption:
+                effect, _ = MISSING[self.missing]
+                if effect == "skipped":
+                    continue
+                caption = "" if effect == "fixed" else None
+            repeats, _ = kohya(path, self.folder) or (1, "")
+            found.append(Example(path, caption, seen.size, seen.digest, repeats))
+        self._tell_repeats(found)
+        return found
+
+    def layout(self, examples: Sequence[Example]) -> str:
+        """Where the captions of what is trained on come from, e.g. "18 from .txt files, 2 without"."""
+        counts = Counter(self.sources.get(example.path, "") for example in examples)
+        without = counts.pop("", 0)
+        parts = [f"{number} from {source}" for source, number in counts.most_common()]
+        return ", ".join(parts + ([f"{without} without"] if without else [])) or "none"
+
+    def _caption(self, path: Path) -> str | None:
+        """The first caption that there is; where it is missing or empty, that is told."""
+        try:
+            caption, source = self._first(path)
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            self._tell_missing(path, "unreadable caption", f"its caption cannot be read ({reason})")
+            return None
+        if caption:
+            self.sources[path] = source
+        elif caption is not None:
+            self._tell_missing(path, "empty caption", f"its caption (from {source}) is empty")
+        elif self.table_names:
+            self._tell_missing(path, "file without a row", f"no row of {self.table_names} names it")
+        else:
+            self._tell_missing(path, "missing caption", "it has no caption")
+        return caption
+
+    def _first(self, path: Path) -> tuple[str | None, str]:
+        if self.prompt is not None:
+            return self.prompt, "the instance prompt"
+        if path in self.tables:
+            return self.tables[path], self.table_names
+        if (read := read_beside(path, self.beside)) is not None:
+            return read[0], f"{read[1].suffix} files"
+        if not self.table_names and (repeated := kohya(path, self.folder)):
+            return repeated[1], "names of folders"
+        return (from_name(path) if self.names_speak else None), "names of files"
+
+    def _tell_missing(self, path: Path, kind: str, text: str) -> None:
+        effect, then = MISSING[self.missing]
+        self.findings.append(Finding(path, kind, f"{text}: {then}", effect))
+
+    def _tell_unread(self, listing: Listing, orphans: Sequence[Path]) -> None:
+        """Captions that lie there and are not used, silently in most trainers."""
+        for path in orphans:
+            text = "no picture has its name: it is not read"
+            self.findings.append(Finding(path, "caption without a picture", text, "note"))
+        if self.prompt is not None:
+            unread = [*listing.tables, *self.paired]
+            why = "every picture's caption is the instance prompt"
+        else:
+            twice = {path.with_suffix("") for path in self.paired if path.suffix == ".txt"}
+            rows = {path.with_suffix("") for path in self.tables}
+            unread = [
+                path
+                for path in self.paired
+                if path.with_suffix("") in rows or (path.suffix != ".txt" and path.with_suffix("") in twice)
+            ]
+            why = "a row or a .txt file goes before it"
+        for path in unread:
+            self.findings.append(Finding(path, "unread captions", f"it is not read: {why}", "note"))
+
+    def _tell_repeats(self, examples: Sequence[Example]) -> None:
+        repeated = Counter((example.path.parent, example.repeats) for example in examples)
+        for (parent, repeats), number in repeated.items():
+            if repeats > 1:
+                text = f"the folder's name has its {number} pictures shown {repeats} times in each epoch"
+                self.findings.append(Finding(parent, "repeats", text, "note"))
+
+
+# --- pictures ----------------------------------------------------------------------------------------------
+
+
+def _tell_fault(path: Path, fault: Fault) -> Finding:
+    return Finding(path, fault.kind, f"{fault.text}: it is skipped", "skipped")
+
+
+def _drop_copies(examples: Sequence[Example]) -> tuple[list[Example], list[Finding]]:
+    """Of files with the same bytes and the same caption, the first is kept."""
+    kept: dict[tuple[str, str | None], Example] = {}
+    first: dict[str, Example] = {}
+    findings = []
+    for example in examples:
+        one = first.setdefault(example.digest, example)
+        if (same := kept.setdefault((example.digest, example.caption), example)) is not example:
+            text = f"the same bytes as {same.path}: it is skipped, the other is kept"
+            findings.append(Finding(example.path, "duplicate", text, "skipped"))
+        elif one is not example:
+            text = f"the same bytes as {one.path} with another caption: both are trained on"
+            findings.append(Finding(example.path, "duplicate", text, "note"))
+    return list(kept.values()), findings
+
+
+def _tell_alike(examples: Sequence[Example], looks: dict[Path, Look]) -> list[Finding]:
+    if not examples:
+        return []
+    findings = []
+    for i, j in find_alike(np.stack([looks[example.path].thumb for example in examples])):
+        if examples[i].digest != examples[j].digest:
+            text = f"looks the same as {examples[j].path}: both are trained on"
+            findings.append(Finding(examples[i].path, "near duplicate", text, "note"))
+    return findings
+
+
+def _tell_picture(example: Example, seen: Look, resolution: int) -> list[Finding]:
+    """What is odd about one picture that is trained on."""
+    found = [Finding(example.path, kind, text, "fixed") for kind, text in seen.oddities]
+    (height, width), short = seen.size, min(seen.size)
+    if 2 * short < resolution:
+        enlarged = f"{resolution / short:.1f} times for {resolution} pixels"
+        text = f"{width} x {height}: its shorter side is enlarged {enlarged}"
+        found.append(Finding(example.path, "tiny", text, "note"))
+    if max(seen.size) > MAX_ASPECT * short:
+        text = f"{width} x {height} is {max(seen.size) / short:.1f} : 1: most of it is cut off"
+        found.append(Finding(example.path, "extreme aspect", text, "note"))
+    return found
+
+
+def _tell_long(
+    captions: Sequence[tuple[Path | None, str | None]], count: Callable[[str], int], room: int
+) -> list[Finding]:
+    findings = []
+    for path, caption in captions:
+        # A token has at least one byte, so most captions need no counting.
+        if caption and len(caption.encode()) > room and (n := count(caption)) > room:
+            text = f"{n} tokens; the text encoder reads {room} at once: it is read in {-(-n // room)} parts"
+            findings.append(Finding(path, "long caption", text, "note"))
+    return findings

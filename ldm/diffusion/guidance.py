@@ -1,0 +1,77 @@
+"""Guidance: which branches the network is asked for, and how their outputs become one.
+
+A guidance is any callable ``(predict, to_x0) -> denoise``. It knows neither the network nor the solver.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ldm.diffusion.solvers import Denoise, Denoised
+
+# (x [B, C, H, W], sigma, branches) -> {branch: raw network output [B, C, H, W]}, in one batched call.
+Predict = Callable[[Tensor, Tensor, tuple[str, ...]], dict[str, Tensor]]
+# (output, x, sigma) -> x0
+ToX0 = Callable[[Tensor, Tensor, Tensor], Tensor]
+Guidance = Callable[[Predict, ToX0], Denoise]
+
+
+def rescale_to(output: Tensor, cond: Tensor, amount: float) -> Tensor:
+    """Bring each image's standard deviation `amount` of the way back to that of `cond`.
+
+    ``amount * output * std(cond) / std(output) + (1 - amount) * output``, on raw network outputs;
+    Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed", section 3.4.
+    """
+    dims = list(range(1, output.ndim))
+    ratio = cond.std(dim=dims, keepdim=True) / output.std(dim=dims, keepdim=True)
+    return output * (amount * ratio + (1 - amount))
+
+
+@dataclass(frozen=True)
+class CFG:
+    """Classifier-free guidance, ``uncond + scale * (cond - uncond)``; Ho and Salimans 2022, equation 6.
+
+    In diffusers' convention: scale 1 is the plain conditional model, and asks for that branch only.
+    `rescale` is diffusers' ``guidance_rescale``.
+    """
+
+    scale: float
+    rescale: float = 0.0
+
+    def __call__(self, predict: Predict, to_x0: ToX0) -> Denoise:
+        def denoise(x: Tensor, sigma: Tensor) -> Denoised:
+            return Denoised(to_x0(self._combine(predict, x, sigma), x, sigma))
+
+        return denoise
+
+    def _combine(self, predict: Predict, x: Tensor, sigma: Tensor) -> Tensor:
+        if self.scale == 1:
+            return predict(x, sigma, ("cond",))["cond"]
+        outputs = predict(x, sigma, ("uncond", "cond"))
+        uncond, cond = outputs["uncond"], outputs["cond"]
+        guided = uncond + self.scale * (cond - uncond)
+        return rescale_to(guided, cond, self.rescale) if self.rescale else guided
+
+
+@dataclass(frozen=True)
+class InstructPix2Pix:
+    """Guidance towards a text and towards an image, each with its own scale.
+
+    ``uncond + scale * (cond - image) + image_scale * (image - uncond)``, where the branch "image" has the
+    image without the text, and "uncond" neither; Brooks et al. 2023, "InstructPix2Pix", equation 3.
+    """
+
+    scale: float
+    image_scale: float
+    rescale: float = 0.0
+
+    def __call__(self, predict: Predict, to_x0: ToX0) -> Denoise:
+        def denoise(x: Tensor, sigma: Tensor) -> Denoised:
+            outputs = predict(x, sigma, ("cond", "image", "uncond"))
+            cond, image, uncond = outputs["cond"], outputs["image"], outputs["uncond"]
+            guided = uncond + self.scale * (cond - image) + self.image_scale * (image - uncond)
+            guided = rescale_to(guided, cond, self.rescale) if self.rescale else guided
+            return Denoised(to_x0(guided, x, sigma))
+
+        return denoise

@@ -1,0 +1,294 @@
+"""The noise schedule a model was trained with, and the grids that samplers walk on it."""
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ldm.diffusion.prediction import Prediction
+from ldm.diffusion.samplers import (
+    CLAMPED,
+    SIGMA_SPACINGS,
+    SPACINGS,
+    GridRules,
+    Sampler,
+    resolve_sampler,
+    resolve_spacing,
+)
+from ldm.diffusion.scheduler_config import read_config
+from ldm.diffusion.solvers import PURE_NOISE
+from ldm.errors import UserError
+
+Array = npt.NDArray[np.float64]
+
+# Sabour et al. 2024, "Align Your Steps", table of Stable Diffusion 1.5 for T = 1000.
+_AYS = (999, 850, 736, 645, 545, 455, 343, 233, 124, 24, 0)
+# Where our grids in sigma go on after one step from pure noise: below the last 2 % of the timesteps.
+_AFTER_PURE_NOISE = 0.98
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """Where a sampler goes.
+
+    sigmas: noise levels [n + 1], falling, float64. timesteps: what the network is told at the first n of
+    them, float64. schedule: for the levels between. initial_scale: the first state is this times unit noise.
+    final_scale: what the last state is multiplied by: ``1 / sqrt(sigma^2 + 1)`` (1 in Euler's family), and so
+    1 unless the run stops above sigma = 0.
+    """
+
+    sigmas: Tensor
+    timesteps: Tensor
+    schedule: "Schedule"
+    initial_scale: float
+    final_scale: float = 1.0
+
+    def t(self, sigma: Tensor | float) -> Tensor:
+        """The listed timestep of a listed `sigma`, else the schedule's; a float64 scalar."""
+        listed = (self.sigmas[:-1] == float(sigma)).nonzero()
+        return self.timesteps[listed[0, 0]] if len(listed) else self.schedule.t(sigma)
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """A discrete-time diffusion schedule.
+
+    alphas_cumprod: signal power at each training timestep, float64 [T]; 0 at the end with zero terminal SNR.
+    The fields after `prediction` are what diffusers' scheduler config says about sampling: None where it is
+    silent, and each sampler then has its own default, as in diffusers.
+    """
+
+    alphas_cumprod: Tensor
+    prediction: Prediction = Prediction.EPSILON
+    default_sampler: str = "ddim"
+    timestep_spacing: str | None = None
+    sigma_spacing: str | None = None
+    steps_offset: int = 0
+    set_alpha_to_one: bool | None = None
+    final_sigmas_type: str = "zero"
+    lcm_steps: int = 50
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "Schedule":
+        """From the contents of diffusers' ``scheduler_config.json``.
+
+        Raises:
+            UserError: for a scheduler, key or value that would change the picture and is not supported.
+        """
+        return cls(**read_config(config))
+
+    @property
+    def zero_terminal_snr(self) -> bool:
+        """Whether the last training timestep is pure noise."""
+        return bool(self.alphas_cumprod[-1] == 0)
+
+    def sigma(self, t: Tensor | float) -> Tensor:
+        """Noise level ``sqrt((1 - a) / a)`` at timesteps of any shape, float64; linear between whole ones.
+
+        With zero terminal SNR the last is 1e10, which stands for infinity.
+        """
+        return torch.as_tensor(_sigma_at(_array(t), self._table()))
+
+    def t(self, sigma: Tensor | float) -> Tensor:
+        """Timestep of noise levels of any shape, float64: interpolated in log sigma, within [0, T - 1]."""
+        return torch.as_tensor(_t_at(_array(sigma), self._table()))
+
+    def grid(
+        self,
+        n: int | None,
+        spacing: str | None = None,
+        sampler: str | Sampler = "ddim",
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+    ) -> Grid:
+        """The noise levels and timesteps of an n-step run of `sampler`.
+
+        `timesteps` (falling, n of them) or `sigmas` (falling, n + 1 of them: the last is where the run ends,
+        usually 0) replace n and the spacing, as in diffusers. Warns where the grid hardly starts, or leaves
+        out the pure noise that a zero-terminal-SNR model is trained to start from.
+
+        Raises:
+            UserError: for a number of steps, a spacing or a list that makes no grid.
+        """
+        chosen = sampler if isinstance(sampler, Sampler) else resolve_sampler(sampler)[0]
+        # From pure noise eps says nothing of x0, so an eps model starts a little below it.
+        rules, eps = chosen.rules, self.prediction is Prediction.EPSILON
+        table = self._table(CLAMPED if eps else rules.pure_noise)
+        base = self.timestep_spacing or rules.spacing
+        last = self._last_sigma(rules)
+        if timesteps is not None and sigmas is not None:
+            raise UserError("timesteps and sigmas are both given: give one of them")
+        if sigmas is not None:
+            levels, last = _array(sigmas[:-1]), float([0.0, *sigmas][-1])
+            t = _t_at(levels, table)
+        elif timesteps is not None:
+            t = _array(timesteps)
+            levels = _sigma_at(t, table)
+        else:
+            name = self.spacing_for(chosen, spacing)
+            base = base if name in SIGMA_SPACINGS else name
+            levels, t = self._spaced(self._count(n), name, base, rules.family, table)
+        self._check(levels, t, last)
+        return Grid(
+            sigmas=torch.from_numpy(np.append(levels, min(last, levels[-1]))),
+            timesteps=torch.from_numpy(t),
+            schedule=self,
+            initial_scale=_initial_scale(float(levels[0]), rules.family, base),
+            final_scale=1.0 if rules.family == "k" else 1 / math.hypot(last, 1),
+        )
+
+    def _table(self, infinity: float = PURE_NOISE) -> Array:
+        """Sigma at every training timestep, [T]; `infinity` where there is no signal."""
+        a = self.alphas_cumprod.numpy()
+        return np.asarray(np.where(a > 0, np.sqrt((1 - a) / np.where(a > 0, a, 1)), infinity))
+
+    def _last_sigma(self, rules: GridRules) -> float:
+        """Where the run ends: 0, or training's lowest level where the config asks and diffusers heeds it."""
+        asked = {
+            "set_alpha_to_one": self.set_alpha_to_one,
+            "final_sigmas_type": self.final_sigmas_type != "sigma_min",
+        }.get(rules.end_key or "")
+        to_zero = rules.ends_at_zero if asked is None else asked
+        return 0.0 if to_zero else float(self._table()[0])
+
+    def spacing_for(self, sampler: Sampler, spacing: str | None = None) -> str:
+        """The spacing's own name, or what this model's scheduler config, or else the sampler, uses."""
+        if spacing is not None:
+            return spacing if spacing in SPACINGS else resolve_spacing(spacing)
+        rules = sampler.rules
+        if rules.family == "lcm":
+            return rules.spacing
+        in_sigma = self.sigma_spacing if rules.family in ("k", "dpm") else None
+        return in_sigma or self.timestep_spacing or rules.spacing
+
+    def _count(self, n: int | None) -> int:
+        if n is None or not 1 <= n <= len(self.alphas_cumprod):
+            raise UserError(f"{n} steps: give a number of steps from 1 to {len(self.alphas_cumprod)}")
+        return n
+
+    def _spaced(self, n: int, name: str, base: str, family: str, table: Array) -> tuple[Array, Array]:
+        """(sigmas, timesteps), [n] each, of a named spacing."""
+        if name == "lcm" and n > self.lcm_steps:
+            raise UserError(f"{n} steps: the lcm spacing has at most {self.lcm_steps}")
+        t = spaced_timesteps(base, n, family, len(table), self.steps_offset, self.lcm_steps)
+        if name not in SIGMA_SPACINGS:
+            return _sigma_at(t, table), t
+        if self.zero_terminal_snr and name == "beta":
+            # Over timesteps, as the paper has it: over sigmas nearly all steps would go to pure noise.
+            t = spaced_sigmas(name, n, float(len(table) - 1), 0.0)
+            return _sigma_at(t, table), t
+        if self.zero_terminal_snr:
+            start = _sigma_at(_array(_AFTER_PURE_NOISE * len(table)), table)
+            levels = np.append(table[-1], spaced_sigmas(name, n - 1, float(start), float(table[0])))
+            return levels, _t_at(levels, table)
+        # Euler's family spans what its timesteps span, the others all of training.
+        high, low = _sigma_at(t[[0, -1]], table) if family == "k" else table[[-1, 0]]
+        levels = spaced_sigmas(name, n, float(high), float(low))
+        if family != "dpm":
+            return levels, _t_at(levels, table)
+        # diffusers cuts these to whole numbers, and in fp32 the first falls to one side or the other.
+        t = _t_at(levels, table.astype(np.float32))
+        return levels, t.round() if name == "karras" else np.floor(t)
+
+    def _check(self, levels: Array, t: Array, last: float) -> None:
+        top = len(self.alphas_cumprod) - 1
+        if len(levels) == 0 or not np.all(np.isfinite([*levels, last])):
+            raise UserError("timesteps or sigmas: give at least one step, in finite numbers")
+        if np.any(np.diff(levels) >= 0) or not 0 <= last <= levels[-1] * (1 + 1e-6):
+            raise UserError("the noise level does not fall at each step: take fewer steps or another spacing")
+        if not 0 <= t[-1] <= t[0] <= top:
+            raise UserError(f"timesteps {t[0]:g} to {t[-1]:g}: the model was trained on 0 to {top}")
+        if t[0] <= 1:
+            problem = "almost without noise"
+        elif self.zero_terminal_snr and t[0] < top:
+            problem = "but this model was trained to start from pure noise"
+        else:
+            return
+        advice = "the trailing spacing mends that"
+        warnings.warn(f"the run starts at timestep {t[0]:g}, {problem}: {advice}", stacklevel=3)
+
+
+def _array(values: Tensor | Sequence[float] | float) -> Array:
+    return np.asarray(torch.as_tensor(values, dtype=torch.float64, device="cpu").numpy())
+
+
+def _sigma_at(t: Array, table: Array) -> Array:
+    return np.asarray(np.interp(t, np.arange(len(table)), table))
+
+
+def _t_at(sigma: Array, table: npt.NDArray[np.floating[Any]]) -> Array:
+    return np.asarray(np.interp(np.log(np.maximum(sigma, 1e-10)), np.log(table), np.arange(len(table))))
+
+
+def _initial_scale(sigma: float, family: str, base: str) -> float:
+    """``sqrt(sigma^2 + 1)``, which makes the network's first input unit noise.
+
+    diffusers' k family takes sigma itself where its timesteps begin at the top.
+    """
+    return sigma if family == "k" and base in ("linspace", "trailing") else math.hypot(sigma, 1)
+
+
+# --- spacings --------------------------------------------------------------------------------------------
+
+
+def spaced_timesteps(spacing: str, n: int, family: str, steps: int, offset: int, lcm_steps: int) -> Array:
+    """Timesteps [n], falling, of the spacings that are defined on timesteps.
+
+    `steps` is T, the number of training timesteps; `offset` is diffusers' ``steps_offset`` (leading only);
+    `lcm_steps` its ``original_inference_steps`` (lcm only). Lin et al. 2023, "Common Diffusion Noise
+    Schedules and Sample Steps are Flawed", table 2, names leading, linspace and trailing.
+    """
+    i = np.arange(n, dtype=np.float64)
+    t: Array
+    match spacing:
+        case "leading" if family == "dpm":
+            t = (n - i) * (steps // (n + 1))
+            t = t + min(offset, steps - 1 - t[0])
+        case "leading":
+            t = (n - 1 - i) * (steps // n)
+            t = t + min(offset, steps - 1 - t[0])
+        case "trailing":
+            t = np.arange(steps, 0, -steps / n)[:n].round() - 1
+        case "linspace" if family == "dpm":
+            t = np.linspace(0, steps - 1, n + 1).round()[:0:-1].copy()
+        case "linspace":
+            t = np.linspace(0, steps - 1, n)[::-1].copy()
+            t = t.round() if family == "vp" else t
+        case "ays":
+            t = np.interp(i * 10 / n, np.arange(11), _AYS) * ((steps - 1) / 999)
+        case "sgm_uniform":
+            t = np.linspace(steps - 1, 0, n + 1)[:-1]
+        case "simple":
+            t = steps - 1 - np.floor(i * steps / n)
+        case _:  # "lcm": every so many of the timesteps that the model was distilled on
+            distilled = np.arange(lcm_steps, 0.0, -1) * (steps // lcm_steps) - 1
+            t = distilled[np.floor(np.linspace(0, lcm_steps, n, endpoint=False)).astype(np.int64)]
+    return t
+
+
+def spaced_sigmas(spacing: str, n: int, sigma_max: float, sigma_min: float) -> Array:
+    """Noise levels [n], from `sigma_max` down to `sigma_min`, of the spacings that are defined on them.
+
+    - karras: ``(max^(1/7) + u (min^(1/7) - max^(1/7)))^7``; Karras et al. 2022, equation 5.
+    - exponential: evenly spaced in log sigma.
+    - beta: at the quantiles of a Beta(0.6, 0.6) distribution; Lee et al. 2024, "Beta Sampling is All You
+      Need".
+    """
+    u = np.linspace(0, 1, n)
+    match spacing:
+        case "karras":
+            top, bottom = sigma_max ** (1 / 7), sigma_min ** (1 / 7)
+            sigmas = (top + u * (bottom - top)) ** 7
+        case "exponential":
+            sigmas = np.exp(np.linspace(np.log(sigma_max), np.log(sigma_min), n))
+        case _:  # "beta"
+            import scipy.stats
+
+            sigmas = sigma_min + scipy.stats.beta.ppf(1 - u, 0.6, 0.6) * (sigma_max - sigma_min)
+    return np.asarray(sigmas, dtype=np.float64)

@@ -1,0 +1,298 @@
+"""Solvers: from noise to latents along a falling list of noise levels.
+
+State lives in sigma space, ``x = x0 + sigma * noise``. A solver is a generator
+``(denoise, x, sigmas, noise, *, ...) -> Iterator[Step]`` that keeps its history in locals: nothing is shared,
+so one pipeline serves many threads, and anybody may write another one.
+
+Steps are written as ``x' = x0 + (sigma' / sigma) (x - x0) + ...``, never as ``x + (sigma' - sigma) slope``:
+the first ends in exactly x0 at sigma' = 0, and loses nothing in fp32 when sigma is in the thousands.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ldm.diffusion.noise import Noise
+
+# Zero terminal SNR makes the last sigma infinite. This stands for that: x / sigma is the noise to the last
+# bit, and all is finite in fp32.
+PURE_NOISE = 1e10
+
+_X0 = torch.empty(0)  # stands for "the anchor is x0"
+
+
+@dataclass(frozen=True, eq=False)
+class Denoised:
+    """A network's answer at one state.
+
+    x0: the clean latents, [B, C, H, W]. anchor: solvers step along ``(x - anchor) / sigma``; it is x0 unless
+    a guidance such as CFG++ says otherwise. log_variance: learned variance, where a model has it.
+    """
+
+    x0: Tensor
+    anchor: Tensor = _X0
+    log_variance: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.anchor is _X0:
+            object.__setattr__(self, "anchor", self.x0)
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """The state `x` at noise level `sigma` after step `i` (from 0), and the latest guess `x0` at the end."""
+
+    i: int
+    sigma: float
+    x: Tensor
+    x0: Tensor
+
+
+Denoise = Callable[[Tensor, Tensor], Denoised]
+Solver = Callable[..., Iterator[Step]]
+
+
+def _steps(sigmas: Tensor) -> Iterator[tuple[int, float, float]]:
+    """(i, sigma, sigma_next) of each step."""
+    levels = sigmas.tolist()
+    yield from zip(range(len(levels)), levels, levels[1:], strict=False)
+
+
+def _anchored(x: Tensor, d: Denoised) -> Tensor:
+    """The state with noise ``(x - anchor) / sigma`` about x0, so that every solver honours an anchor."""
+    return x if d.anchor is d.x0 else x + (d.x0 - d.anchor)
+
+
+def _slope(x: Tensor, d: Denoised, sigma: float) -> Tensor:
+    """``(x - anchor) / sigma``: dx / dsigma of the probability flow."""
+    return (x - d.anchor) / sigma
+
+
+def _move(x: Tensor, x0: Tensor, ratio: float) -> Tensor:
+    """Scale the noise of `x` about `x0` by ``ratio = sigma_next / sigma``."""
+    return x0 + ratio * (x - x0) if ratio else x0
+
+
+def _split(sigma: float, sigma_next: float, eta: float) -> tuple[float, float]:
+    """(down, up): step to `down`, then add `up` of fresh noise, ``down^2 + up^2 = sigma_next^2``.
+
+    ``up = eta * sigma_next * sqrt(1 - (sigma_next / sigma)^2)``; Song et al. 2021, "DDIM", equation 16.
+    """
+    up = min(sigma_next, eta * sigma_next * math.sqrt(1 - (sigma_next / sigma) ** 2))
+    return math.sqrt(sigma_next**2 - up**2), up
+
+
+def _add_noise(x: Tensor, up: float, noise: Noise, sigma: float, sigma_next: float) -> Tensor:
+    return x + up * noise(x, sigma, sigma_next) if up else x
+
+
+def ancestral(
+    denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, *, eta: float = 1.0
+) -> Iterator[Step]:
+    """Euler (eta 0), DDIM(eta), Euler ancestral and DDPM (eta 1): one method under four names.
+
+    ``x' = x0 + (down / sigma) (x - x0) + up * noise``; Song et al. 2021, "DDIM", equations 12 and 16, which
+    in sigma space is the Euler step of Karras et al. 2022, equation 3, and at eta 1 the posterior of Ho et
+    al. 2020, equation 7 (``fixed_small``).
+    """
+    for i, sigma, sigma_next in _steps(sigmas):
+        d = denoise(x, sigmas[i])
+        down, up = _split(sigma, sigma_next, eta)
+        x = _move(_anchored(x, d), d.x0, down / sigma)
+        x = _add_noise(x, up, noise, sigma, sigma_next)
+        yield Step(i, sigma_next, x, d.x0)
+
+
+def heun(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise) -> Iterator[Step]:
+    """Heun's method, two evaluations a step; Karras et al. 2022, algorithm 1.
+
+    ``x' = x + (sigma' - sigma) (slope + slope') / 2``, ``slope = (x - x0) / sigma``; of first order where
+    sigma' = 0, and from pure noise, where the slope has no trapezium.
+    """
+    for i, sigma, sigma_next in _steps(sigmas):
+        d = denoise(x, sigmas[i])
+        x = _anchored(x, d)
+        slope = (x - d.x0) / sigma
+        x = _move(x, d.x0, sigma_next / sigma)
+        if sigma_next and sigma < PURE_NOISE:
+            d = denoise(x, sigmas[i + 1])
+            x = x + (sigma_next - sigma) / 2 * (_slope(x, d, sigma_next) - slope)
+        yield Step(i, sigma_next, x, d.x0)
+
+
+def pndm(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise) -> Iterator[Step]:
+    """PLMS: Adams-Bashforth of order 4 with fixed weights; Liu et al. 2022, "PNDM", equations 9, 11 and 12.
+
+    ``x' = x + (sigma' - sigma) eps'``, ``eps'`` the weighted noise estimates. The first step is one of Heun's
+    (diffusers' ``skip_prk_steps``), so that n > 1 steps take n + 1 evaluations; from pure noise, Euler's.
+    """
+    weights = ([1.0], [1.5, -0.5], [23 / 12, -16 / 12, 5 / 12], [55 / 24, -59 / 24, 37 / 24, -9 / 24])
+    history: list[Tensor] = []
+    for i, sigma, sigma_next in _steps(sigmas):
+        d = denoise(x, sigmas[i])
+        x = _anchored(x, d)
+        eps = (x - d.x0) / sigma
+        history = [eps, *history[:3]]
+        x = _move(x, d.x0, sigma_next / sigma)
+        if i == 0 and len(sigmas) > 2 and sigma < PURE_NOISE:
+            d = denoise(x, sigmas[i + 1])
+            change = (_slope(x, d, sigma_next) - eps) / 2
+            x = x + (sigma_next - sigma) * change
+        elif i > 0:
+            for weight, old in zip(weights[len(history) - 1], history, strict=True):
+                x = x + (sigma_next - sigma) * weight * (old - eps)
+        yield Step(i, sigma_next, x, d.x0)
+
+
+def lms(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, *, order: int = 4) -> Iterator[Step]:
+    """Linear multistep: the slopes' interpolating polynomial in sigma, integrated over the step.
+
+    ``x' = x + sum_k c_k slope_k``, ``c_k`` the integral of the k-th Lagrange polynomial (two Gauss-Legendre
+    nodes: exact up to order 4); Adams-Bashforth with unequal steps, as in k-diffusion's ``sample_lms``.
+    """
+    levels = sigmas.tolist()
+    history: list[Tensor] = []
+    for i, sigma, sigma_next in _steps(sigmas):
+        d = denoise(x, sigmas[i])
+        x = _anchored(x, d)
+        history = [(x - d.x0) / sigma, *history[: order - 1]]
+        x = _move(x, d.x0, sigma_next / sigma)
+        nodes = [levels[i - k] for k in range(len(history))]
+        for k in range(1, len(history)):
+            x = x + _lagrange_integral(nodes, k, sigma, sigma_next) * (history[k] - history[0])
+        yield Step(i, sigma_next, x, d.x0)
+
+
+def _lagrange_integral(nodes: list[float], k: int, start: float, end: float) -> float:
+    """Integral from `start` to `end` of the polynomial that is 1 at ``nodes[k]`` and 0 at the other nodes."""
+
+    def polynomial(sigma: float) -> float:
+        others = [node for j, node in enumerate(nodes) if j != k]
+        return math.prod((sigma - node) / (nodes[k] - node) for node in others)
+
+    middle, half = (start + end) / 2, (end - start) / 2
+    return half * sum(polynomial(middle + side * half / math.sqrt(3)) for side in (-1, 1))
+
+
+def dpmpp_2m(
+    denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, *, eta: float = 0.0
+) -> Iterator[Step]:
+    """DPM-Solver++(2M), and with eta > 0 its SDE form.
+
+    With ``h = log(sigma / sigma')`` and ``D = x0 + h / (2 h_before) (x0 - x0_before)``:
+    ``x' = D + exp(-h (1 + eta)) (x - D) + sigma' sqrt(1 - exp(-2 eta h)) noise``; Lu et al. 2022,
+    "DPM-Solver++", algorithm 2 and, for the SDE, section 5. A last step to 0, and the last step of a run of
+    fewer than 15, is of first order.
+    """
+    n, h_before, before = len(sigmas) - 1, 0.0, x
+    for i, sigma, sigma_next in _steps(sigmas):
+        d = denoise(x, sigmas[i])
+        ratio = sigma_next / sigma
+        target, h = d.x0, -math.log(ratio) if ratio else math.inf
+        if i > 0 and ratio and not (i == n - 1 and n < 15):
+            target = d.x0 + h / (2 * h_before) * (d.x0 - before)
+        x = _move(_anchored(x, d), target, ratio ** (1 + eta))
+        if eta:
+            x = _add_noise(x, sigma_next * math.sqrt(1 - ratio ** (2 * eta)), noise, sigma, sigma_next)
+        h_before, before = h, d.x0
+        yield Step(i, sigma_next, x, d.x0)
+
+
+def dpmpp_2s(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise) -> Iterator[Step]:
+    """DPM-Solver++(2S), whose midpoint is a level of the grid; Lu et al. 2022, "DPM-Solver++", algorithm 1.
+
+    Steps go in pairs: first order to the next level, an evaluation there, then second order over both. With
+    ``h`` the log-sigma length of the pair and ``h_1`` of its first half, ``D = x0 + h / (2 h_1) (x0_1 - x0)``
+    and ``x'' = D + (sigma'' / sigma) (x - D)``. What cannot be paired, or ends at 0, is of first order.
+    """
+    levels = sigmas.tolist()
+    start: tuple[Tensor, Tensor] | None = None
+    for i, sigma, sigma_next in _steps(sigmas):
+        d = denoise(x, sigmas[i])
+        if start is None:
+            base = _anchored(x, d)
+            x = _move(base, d.x0, sigma_next / sigma)
+            if i + 2 < len(levels) and levels[i + 2]:
+                start = base, d.x0
+        else:
+            base, first = start
+            ratio = sigma_next / levels[i - 1]
+            target = first + math.log(ratio) / (2 * math.log(sigma / levels[i - 1])) * (d.x0 - first)
+            x, start = _move(base, target, ratio), None
+        yield Step(i, sigma_next, x, d.x0)
+
+
+def dpmpp_sde(
+    denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, *, eta: float = 1.0
+) -> Iterator[Step]:
+    """DPM-Solver++ (SDE): two ancestral steps from sigma, the second along the x0 found at the first's end.
+
+    The first ends at ``sqrt(sigma sigma')``. Lu et al. 2022, "DPM-Solver++", algorithm 1 with r = 1/2, with
+    the ancestral noise of k-diffusion's ``sample_dpmpp_sde``. Of first order to 0 and from pure noise.
+    """
+    for i, sigma, sigma_next in _steps(sigmas):
+        d = denoise(x, sigmas[i])
+        x = _anchored(x, d)
+        if sigma_next and sigma < PURE_NOISE:
+            middle = math.sqrt(sigma * sigma_next)
+            down, up = _split(sigma, middle, eta)
+            between = _add_noise(_move(x, d.x0, down / sigma), up, noise, sigma, middle)
+            d = denoise(between, torch.tensor(middle, dtype=torch.float64))
+        down, up = _split(sigma, sigma_next, eta)
+        x = _add_noise(_move(x, d.x0, down / sigma), up, noise, sigma, sigma_next)
+        yield Step(i, sigma_next, x, d.x0)
+
+
+def unipc(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise) -> Iterator[Step]:
+    """UniPC of order 2 with B(h) = exp(-h) - 1 ("bh2"), x0 prediction; Zhao et al. 2023, algorithms 5 to 8.
+
+    Each evaluation first corrects the state that it was made at (UniC), then predicts the next one (UniP,
+    which at order 2 is DPM++ 2M). The first and the last prediction are of first order.
+    """
+    levels, old = sigmas.tolist(), x
+    x0s: list[Tensor] = []  # newest first: as many as the last prediction used
+    for i, sigma, sigma_next in _steps(sigmas):
+        d = denoise(x, sigmas[i])
+        if i > 0:
+            x = _unic(old, [d.x0, *x0s], levels[i::-1])
+        old = _anchored(x, d)
+        target, used = d.x0, [d.x0]
+        if 0 < i < len(levels) - 2:
+            h_before, h = math.log(levels[i - 1] / sigma), math.log(sigma / sigma_next)
+            target, used = d.x0 + h / (2 * h_before) * (d.x0 - x0s[0]), [d.x0, x0s[0]]
+        x, x0s = _move(old, target, sigma_next / sigma), used
+        yield Step(i, sigma_next, x, d.x0)
+
+
+def _unic(x: Tensor, x0s: list[Tensor], levels: list[float]) -> Tensor:
+    """UniC: the step from `x` again, now that x0 at its end is known.
+
+    `x0s` and `levels` run backwards from the step's end; two of them make order 1, three order 2.
+    """
+    new, here, *before = x0s
+    ratio = levels[0] / levels[1]
+    target = here + (new - here) / 2
+    if before:
+        h = -math.log(ratio)
+        phi_1 = math.expm1(-h)
+        phi_2 = -phi_1 / h - 1
+        phi_3 = -phi_2 / h - 1 / 2
+        b_1, b_2, r = phi_2 / phi_1, 2 * phi_3 / phi_1, -math.log(levels[2] / levels[1]) / h
+        rho = (b_2 - r * b_1) / (1 - r)
+        target = here + (b_1 - rho) / r * (before[0] - here) + rho * (new - here)
+    return _move(x, target, ratio)
+
+
+def lcm(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise) -> Iterator[Step]:
+    """Latent consistency: jump to x0, add the next level's noise; Luo et al. 2023, algorithm 3.
+
+    ``x' = x0 + sigma' * noise``. The boundary condition ``c_skip x + c_out x0`` of its equation 9 is left
+    out: at the timesteps an LCM is drawn with c_skip is below 1e-5, and without it the last state is x0.
+    """
+    for i, sigma, sigma_next in _steps(sigmas):
+        d = denoise(x, sigmas[i])
+        x = _add_noise(d.x0, sigma_next, noise, sigma, sigma_next)
+        yield Step(i, sigma_next, x, d.x0)

@@ -1,0 +1,308 @@
+"""Fine-tuning on a folder of pictures, from the recipe to the report.
+
+    recipe -> examine the folder -> load the model -> say what will be done -> fill caches -> train -> report
+
+The loop, exact resume and states are those of training from scratch (`ldm.train.loop`); what a step is, is in
+`ldm.finetune.task`, and what of a model is trained in `ldm.finetune.modes`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ldm.checkpoint import Parts, embedded, load_parts
+from ldm.checkpoint.io import read_json
+from ldm.dataset.buckets import Batches, Row, Variation, make_buckets, make_crop, nearest_bucket
+from ldm.dataset.cache import Latents, Texts
+from ldm.dataset.captions import clip_counter
+from ldm.dataset.examine import examine
+from ldm.dataset.feed import Feed
+from ldm.dataset.findings import Example, report
+from ldm.errors import UserError, few
+from ldm.finetune.inpainting import widen
+from ldm.finetune.modes import PARTS, Mode, make_mode
+from ldm.finetune.prior import class_examples, draw_class
+from ldm.finetune.recipe import FinetuneRecipe
+from ldm.finetune.report import write_report
+from ldm.finetune.task import DTYPES, FinetuneTask, Shows
+from ldm.models.kind import Kind
+from ldm.pipeline import Pipeline
+from ldm.pipeline.resolve import native_size
+from ldm.runtime import Runtime, choose
+from ldm.train.loop import check_tracker, train
+from ldm.train.memory import checkpoint_blocks
+from ldm.train.state import check_recipe, damage, flat, newest_state
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+Say = Callable[[str], object]
+SHOWN = 5  # findings of each kind
+MOST_HELD_OUT = 64  # pictures: the held-out loss is steady by then, and each look at it takes its time
+MOST_PROMPTS = 4  # captions that are drawn where the recipe has no prompts
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def finetune(recipe: FinetuneRecipe) -> None:
+    """Fine-tune as `recipe` says; the same call again goes on where it stopped, bit for bit.
+
+    Raises:
+        UserError: for a folder, model or recipe that cannot be trained with: what, where, what to do.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    # As Accelerator, which follows, does by itself: else processes on a CPU would not know of each other.
+    processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    say = print if processes.is_main_process else _silent
+    _check(recipe, processes.device)
+    trained, held_out = _pictures(recipe, say)
+    mode = make_mode(recipe, [example.caption or "" for example in trained])
+    parts = _load(recipe)
+    recipe = _complete(recipe, parts, trained, processes)
+    _check_state(recipe)
+    shows = _shows(recipe, trained, held_out)
+    runtime = Runtime(processes.device, DTYPES[recipe.mixed_precision or "no"])
+    parts = mode.prepare(parts, runtime)
+    for line in _plan(recipe, parts, shows, runtime, processes.num_processes):
+        say(line)
+    if recipe.dry_run:
+        return
+    if recipe.class_prompt:
+        shows = replace(shows, prior=_prior(recipe, runtime, processes, say))
+    if recipe.gradient_checkpointing:
+        checkpoint_blocks(parts.unet)
+    feed = _feed(recipe, parts)
+    _fill(feed, shows, processes, say)
+    train(FinetuneTask(parts, mode, recipe, feed, shows), recipe, recipe.output_dir)
+    if processes.is_main_process:
+        say(f"report: {_report(recipe, mode, shows)}")
+
+
+def _silent(*_: object, **__: object) -> None:
+    """What processes but the main one say."""
+
+
+def _check(recipe: FinetuneRecipe, device: torch.device) -> None:
+    """Raise UserError for what can be told before any file is read."""
+    for name in ("output_dir", "cache_dir", "class_data_dir"):
+        place = getattr(recipe, name)
+        if place is not None and place.resolve().is_relative_to(recipe.train_data_dir.resolve()):
+            raise UserError(f"{name} {place} lies in the folder of pictures, and would be trained on")
+    if recipe.output_dir.exists() and not recipe.output_dir.is_dir():
+        raise UserError(f"output_dir {recipe.output_dir} is a file: name a folder")
+    if recipe.mixed_precision == "fp16" and device.type == "cpu":
+        raise UserError("mixed_precision fp16 needs a GPU: give bf16 or no, or leave it out")
+    check_tracker(recipe.report_to)
+
+
+def _check_state(recipe: FinetuneRecipe) -> None:
+    """Raise UserError at once where the output folder holds the state of another recipe."""
+    state = newest_state(recipe.output_dir)
+    if state is not None and damage(state) is None:
+        before = read_json(state / "recipe.json")
+        now = dict(flat(recipe.model_dump(mode="json")))
+        check_recipe(state, before | now, recipe.force, say=_silent)
+
+
+# --- pictures --------------------------------------------------------------------------------------------
+
+
+def _pictures(recipe: FinetuneRecipe, say: Say) -> tuple[list[Example], list[Example]]:
+    """To train on, and held out. Raises UserError, after the report, where training could not start."""
+    folder = recipe.train_data_dir
+    examined = examine(
+        folder,
+        instance_prompt=recipe.instance_prompt,
+        missing_caption=recipe.missing_caption,
+        count_tokens=clip_counter(),
+        resolution=recipe.resolution or 0,
+    )
+    say("\n".join(report(examined, SHOWN)))
+    if not examined.can_train:
+        raise UserError(f"{folder} cannot be trained on as it is: see above, and `ldm folder {folder} --all`")
+    return split(examined.examples, recipe.held_out, recipe.seed)
+
+
+def split(examples: Sequence[Example], share: float, seed: int = 0) -> tuple[list[Example], list[Example]]:
+    """(to train on, held out): `share` of the pictures, rounded down, at most 64; copies stay together.
+
+    Which ones follows from the bytes of each: a picture that is added moves at most one other.
+    """
+    order = sorted({each.digest for each in examples}, key=lambda digest: _hash(f"{seed} {digest}"))
+    chosen = set(order[: min(MOST_HELD_OUT, int(len(order) * share + 1e-9))])
+    trained = [each for each in examples if each.digest not in chosen]
+    return trained, [replace(each, repeats=1) for each in examples if each.digest in chosen]
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _shows(recipe: FinetuneRecipe, trained: Sequence[Example], held_out: Sequence[Example]) -> Shows:
+    buckets = make_buckets(recipe.resolution or 0)
+    variation = Variation(
+        random_crop=not recipe.center_crop,
+        random_flip=recipe.random_flip,
+        caption_dropout=recipe.caption_dropout,
+        shuffle_tags=recipe.shuffle_tags,
+        keep_tags=recipe.keep_tags,
+    )
+    rows = [
+        Row(each, make_crop(each.size, nearest_bucket(each.size, buckets)), each.caption or "")
+        for each in held_out
+    ]
+    return Shows(
+        Batches(trained, buckets, recipe.train_batch_size, recipe.seed, variation), None, tuple(rows)
+    )
+
+
+def _prior(recipe: FinetuneRecipe, runtime: Runtime, processes: PartialState, say: Say) -> Batches:
+    """The pictures of the class, drawn where they are not there."""
+    folder, prompts = recipe.class_data_dir or recipe.output_dir / "class", recipe.class_prompt
+    size = recipe.resolution or 0
+
+    def load() -> Pipeline:
+        place = embedded() if recipe.model is None else recipe.model
+        return Pipeline.from_parts(_load(recipe, runtime), runtime, Path(place).name)
+
+    def progress(done: int, total: int) -> None:
+        say(f"{done} of {total} drawn")
+
+    say(f"pictures of the class: {recipe.num_class_images} of {few(prompts)} in {folder}")
+    share = (processes.process_index, processes.num_processes)
+    draw_class(load, prompts, folder, recipe.num_class_images, size=size, share=share, on_progress=progress)
+    processes.wait_for_everyone()
+    variation = Variation(random_crop=not recipe.center_crop, random_flip=recipe.random_flip)
+    examples = class_examples(folder, prompts)
+    return Batches(examples, make_buckets(size), recipe.train_batch_size, recipe.seed + 1, variation)
+
+
+# --- the model -------------------------------------------------------------------------------------------
+
+
+def _load(recipe: FinetuneRecipe, runtime: Runtime | None = None) -> Parts:
+    """The model as it is stored, or on `runtime`. Raises UserError for kinds that cannot be fine-tuned."""
+    parts = load_parts(
+        embedded() if recipe.model is None else recipe.model,
+        runtime,
+        revision=recipe.revision,
+        variant=recipe.variant,
+        vae=recipe.vae,
+        prediction_type=recipe.prediction_type,
+    )
+    kind = parts.kind
+    if kind not in (Kind.TEXT, Kind.INPAINT) or parts.requires_aesthetics_score:
+        what = (
+            "an SDXL refiner" if parts.requires_aesthetics_score else f"a model of kind {kind.name.lower()}"
+        )
+        raise UserError(f"{recipe.model} is {what}: text-to-image and inpainting models can be fine-tuned")
+    if "timestep_cond" in parts.unet.config.conditioning:
+        raise UserError(
+            f"{recipe.model} is an LCM, which is distilled: fine-tune the model that it was made of"
+        )
+    if kind is Kind.INPAINT and not recipe.inpainting:
+        raise UserError(f"{recipe.model} is an inpainting model: add --inpainting to train it on masks")
+    if kind is Kind.TEXT and recipe.inpainting and recipe.mode != "full":
+        raise UserError("a LoRA cannot teach a model to inpaint: take an inpainting model, or --mode full")
+    return widen(parts) if recipe.inpainting else parts
+
+
+def _complete(
+    recipe: FinetuneRecipe, parts: Parts, trained: Sequence[Example], processes: PartialState
+) -> FinetuneRecipe:
+    """The recipe with what follows from the model, the folder and the machine in place of None."""
+    native = 8 * round(math.sqrt(math.prod(native_size(parts))) / 8)
+    captions = list(dict.fromkeys(each.caption for each in trained if each.caption))
+    changes = {
+        "resolution": recipe.resolution or native,
+        "mixed_precision": recipe.mixed_precision or NAMES[choose(processes.device).dtype],
+        "validation_prompts": recipe.validation_prompts or tuple(captions[:MOST_PROMPTS]),
+        "cache_dir": recipe.cache_dir or recipe.output_dir / "cache",
+    }
+    recipe = recipe.model_copy(update=changes)
+    if recipe.max_train_steps is None and recipe.max_minutes is None:
+        batches = len(_shows(recipe, trained, ()).train)
+        a_step = processes.num_processes * recipe.gradient_accumulation_steps
+        steps = math.ceil(batches / a_step) * recipe.num_train_epochs
+        recipe = recipe.model_copy(update={"max_train_steps": steps})
+    return recipe
+
+
+def _feed(recipe: FinetuneRecipe, parts: Parts) -> Feed:
+    text, cache = Pipeline.from_parts(parts).text, recipe.cache_dir or Path()
+    trains_text = any(p.requires_grad for clip in text.clips for p in clip.model.parameters())
+    return Feed(
+        parts.vae,
+        text,
+        frozenset(parts.unet.config.conditioning),
+        zeros_for_empty=parts.force_zeros_for_empty_prompt,
+        latents=Latents(cache / "latents", parts.vae) if recipe.center_crop else None,
+        texts=None if trains_text or recipe.shuffle_tags else Texts(cache / "texts", text),
+        trains_text=trains_text,
+        masks=recipe.masks if recipe.inpainting else None,
+    )
+
+
+def _fill(feed: Feed, shows: Shows, processes: PartialState, say: Say) -> None:
+    """Make what the caches lack, each process a share."""
+    batches = [each for each in (shows.train, shows.prior) if each is not None]
+    held_out = [(row.example, row.crop) for row in shows.held_out]
+    if feed.latents is not None:
+        shown = [each for every in batches for each in every.crops()] + held_out
+        made = feed.latents.fill(shown[processes.process_index :: processes.num_processes])
+        say(f"latents: {len(shown)}, {made} of them made now")
+    if feed.texts is not None:
+        texts = ["", *(each.caption or "" for every in batches for each in every.examples)]
+        texts += [row.caption for row in shows.held_out]
+        unique = list(dict.fromkeys(texts))
+        made = feed.texts.fill(unique[processes.process_index :: processes.num_processes])
+        say(f"captions: {len(unique)}, {made} of them made now")
+    processes.wait_for_everyone()
+
+
+# --- what is said ----------------------------------------------------------------------------------------
+
+
+def _plan(
+    recipe: FinetuneRecipe, parts: Parts, shows: Shows, runtime: Runtime, processes: int
+) -> Iterator[str]:
+    batches = shows.train
+    yield ""
+    modules = [module for name in PARTS if (module := getattr(parts, name)) is not None]
+    trained = sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad)
+    yield f"model: {recipe.model or 'the embedded one'}"
+    computed = f"computed in {str(runtime.dtype)[6:]} on {runtime.device}"
+    yield f"trains: {recipe.mode}, {trained:,} parameters, {computed}"
+    sizes = ", ".join(f"{w} x {h} ({len(shown)})" for (h, w), shown in batches.members.items())
+    yield f"pictures: {len(batches.examples)} to train on, {len(shows.held_out)} held out; trained as {sizes}"
+    if not shows.held_out:
+        yield "no held-out loss: too few pictures for the share that is held out (--held-out)"
+    if batches.filled:
+        yield f"{batches.filled} showings in each epoch only fill a bucket's last batch"
+    a_step = recipe.train_batch_size * recipe.gradient_accumulation_steps * processes
+    if recipe.max_train_steps is None:
+        yield f"run: {recipe.max_minutes:g} minutes, {a_step} pictures a step"
+    else:
+        times = recipe.max_train_steps * a_step / len(batches.examples)
+        yield f"run: {recipe.max_train_steps} steps of {a_step} pictures: each {times:.0f} times"
+    yield f"output: {recipe.output_dir}"
+
+
+def _report(recipe: FinetuneRecipe, mode: Mode, shows: Shows) -> Path:
+    given = {name: getattr(recipe, name) for name in sorted(recipe.model_fields_set)}
+    facts = {"pictures": f"{len(shows.train.examples)}, {len(shows.held_out)} held out", **given}
+    return write_report(
+        recipe.output_dir,
+        title=f"{recipe.mode} on {recipe.train_data_dir.name}",
+        facts={name: str(value) for name, value in facts.items()},
+        prompts=recipe.validation_prompts,
+        outputs=mode.outputs(recipe.output_dir / "export"),
+    )

@@ -1,0 +1,172 @@
+"""What of a model is trained, and what comes out: the U-Net, a LoRA beside its layers, or a new word.
+
+What is trained is in fp32 and has gradients; all else is frozen, in the dtype that networks compute in.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ldm.adapters.lora import FOLDER_FILES
+from ldm.checkpoint import Parts, save_folder
+from ldm.checkpoint.component import dtype_of
+from ldm.errors import UserError
+from ldm.finetune.inversion import add_word, save_word
+from ldm.finetune.lora import add_lora, save_lora
+from ldm.finetune.recipe import FinetuneRecipe
+from ldm.runtime import Runtime
+
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+PARTS = ("unet", "vae", *TEXT_ENCODERS)
+
+
+class Mode(Protocol):
+    """One way to fine-tune. Each comes with the recipe it was made for."""
+
+    def prepare(self, parts: Parts, runtime: Runtime) -> Parts:
+        """Parts on `runtime`'s device, ready to train and to draw with, of parts as they are stored."""
+
+    def export(self, parts: Parts, folder: Path) -> None:
+        """Write what was trained to `folder`, all of it or nothing."""
+
+    def outputs(self, folder: Path) -> list[tuple[Path, str]]:
+        """What `export` writes, and how it is used."""
+
+
+def make_mode(recipe: FinetuneRecipe, captions: Iterable[str]) -> Mode:
+    """The mode of a recipe; `captions` are those that will be trained on."""
+    match recipe.mode:
+        case "full":
+            return Full(recipe.train_text_encoder, captions)
+        case "lora":
+            return Lora(recipe)
+        case _:
+            return Inversion(recipe, captions)
+
+
+class Full:
+    """All weights of the U-Net, and of the text encoders if they are trained; a pipeline folder comes out."""
+
+    def __init__(self, text: bool, captions: Iterable[str]) -> None:
+        self.parts = ("unet", *TEXT_ENCODERS) if text else ("unet",)
+        self.words = frozenset(re.findall(r"[a-z']+", " ".join(captions).lower()))
+        self.frozen: dict[str, Any] = {}
+
+    def prepare(self, parts: Parts, runtime: Runtime) -> Parts:
+        modules = {name: module for name in PARTS if (module := getattr(parts, name)) is not None}
+        self.frozen = {name: module for name, module in modules.items() if name not in self.parts}
+        parts = replace(parts, **{name: copy.deepcopy(module) for name, module in self.frozen.items()})
+        trained = [modules[name] for name in self.parts if name in modules]
+        for module in trained:
+            # Copies: what is loaded in fp32 is mapped from its file.
+            for tensor in (*module.parameters(), *module.buffers()):
+                if tensor.is_floating_point():
+                    tensor.data = tensor.data.to(runtime.device, torch.float32, copy=True)
+        freeze(parts, runtime, trained)
+        for module in trained:
+            module.requires_grad_(True)
+        freeze_unread(parts)
+        return replace(parts, words=parts.words and parts.words | self.words)
+
+    def export(self, parts: Parts, folder: Path) -> None:
+        # In fp32, as it was trained: bf16 would round away what a small learning rate has changed. All else
+        # goes out as it was stored: the copies that are drawn with may have been rounded.
+        save_folder(folder, replace(parts, **self.frozen))
+
+    def outputs(self, folder: Path) -> list[tuple[Path, str]]:
+        return [(folder, f'txt2img --model {folder} -p "..."')]
+
+
+class Lora:
+    """Low-rank matrices beside the layers of the U-Net, and of the text encoders if they are trained."""
+
+    def __init__(self, recipe: FinetuneRecipe) -> None:
+        name = recipe.output_dir.resolve().name  # which other programs call the LoRA by
+        self.recipe, self.name = recipe, "lora" if name == Path(FOLDER_FILES[0]).stem else name
+
+    def prepare(self, parts: Parts, runtime: Runtime) -> Parts:
+        recipe = self.recipe
+        freeze(parts, runtime)
+        adapted = add_lora(
+            parts,
+            rank=recipe.rank,
+            alpha=recipe.lora_alpha or recipe.rank,
+            targets=recipe.lora_targets or None,
+            conv=recipe.lora_conv,
+            dropout=recipe.lora_dropout,
+            use_dora=recipe.use_dora,
+            text=recipe.train_text_encoder,
+            seed=recipe.seed,
+        )
+        freeze_unread(adapted)
+        return adapted
+
+    def export(self, parts: Parts, folder: Path) -> None:
+        save_lora(parts, folder, self.name)
+
+    def outputs(self, folder: Path) -> list[tuple[Path, str]]:
+        ours, kohya = folder / "pytorch_lora_weights.safetensors", folder / f"{self.name}.safetensors"
+        return [
+            (ours, f'txt2img --lora {folder} -p "..."; in diffusers pipe.load_lora_weights("{folder}")'),
+            (kohya, "the same in kohya's names, for other programs"),
+        ]
+
+
+class Inversion:
+    """A new word: rows of the token embedding, everything else as it is."""
+
+    def __init__(self, recipe: FinetuneRecipe, captions: Iterable[str]) -> None:
+        self.recipe, self.word = recipe, recipe.placeholder_token or ""
+        captions = list(captions)
+        without = sum(self.word not in caption for caption in captions)
+        if 0 < without < len(captions):
+            text = f"{without} of {len(captions)} captions do not contain {self.word}: they teach it nothing"
+            warnings.warn(text, stacklevel=2)
+        if without == len(captions):
+            raise UserError(
+                f"no caption contains {self.word}: write it in the captions, or give one to all pictures "
+                f'(--instance-prompt "a picture of {self.word}")'
+            )
+
+    def prepare(self, parts: Parts, runtime: Runtime) -> Parts:
+        freeze(parts, runtime)
+        first, vectors = self.recipe.initializer_token or "", self.recipe.num_vectors
+        return add_word(parts, word=self.word, initial=first, vectors=vectors)
+
+    def export(self, parts: Parts, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_word(parts, folder)
+
+    def outputs(self, folder: Path) -> list[tuple[Path, str]]:
+        file = folder / "learned_embeds.safetensors"
+        return [(file, f'txt2img --embedding {file} -p "a picture of {self.word}"')]
+
+
+def freeze(parts: Parts, runtime: Runtime, but: Iterable[nn.Module] = ()) -> None:
+    """Place the modules of `parts` as for drawing, but for some."""
+    left = {id(module) for module in but}
+    modules: dict[str, Any] = {name: getattr(parts, name) for name in PARTS}
+    for name, module in modules.items():
+        if module is not None and id(module) not in left:
+            config = module.to_config() if name == "vae" else {}
+            runtime.place(module, dtype_of(name, config, runtime))
+
+
+def freeze_unread(parts: Parts) -> None:
+    """Freeze what has no part in the output: several processes wait for the gradients of all that is trained.
+
+    Of SDXL's first text encoder the last layer but one is read, without the final norm.
+    """
+    if parts.text_encoder is not None and parts.text_encoder_2 is not None:
+        model = getattr(parts.text_encoder, "text_model", parts.text_encoder)
+        model.encoder.layers[-1].requires_grad_(False)
+        model.final_layer_norm.requires_grad_(False)

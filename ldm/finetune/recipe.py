@@ -1,0 +1,292 @@
+"""The recipe of fine-tuning: flat, since each of its keys is a flag of `ldm finetune` too.
+
+    defaults -> a YAML recipe (--config) -> the command line
+
+Names are those of diffusers' training scripts where they have the option. No torch here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.resources
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic.fields import FieldInfo
+
+from ldm.errors import UserError
+from ldm.train.recipe import (
+    LossSection,
+    MaskSection,
+    OptimiserSection,
+    RunSection,
+    Section,
+    read_yaml,
+    validate,
+)
+
+Mode = Literal["lora", "full", "textual_inversion"]
+
+
+class ModelSection(Section):
+    """The model to begin with."""
+
+    model: str | None = None
+    """a pipeline folder, a single file or a name on the hub; by default the embedded model"""
+    revision: str | None = None
+    """of a model on the hub: a branch, tag or commit"""
+    variant: str | None = None
+    """of the weights in a folder or on the hub, such as fp16"""
+    vae: str | None = None
+    """the VAE from another folder, file or hub name"""
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
+    """where the model does not say it or is wrong"""
+
+
+class FolderSection(Section):
+    """The pictures, and how they are shown."""
+
+    train_data_dir: Path
+    """the folder of pictures; `ldm folder DIR` tells what is wrong with it. It is never changed"""
+    instance_prompt: str | None = None
+    """one caption for all pictures; captions in the folder are not read"""
+    missing_caption: Literal["error", "empty", "skip"] = "error"
+    """what to do with a picture that has no caption"""
+    resolution: int | None = Field(None, ge=64, multiple_of=8)
+    """pixels: the square whose area no picture exceeds; by default the model's own size"""
+    center_crop: bool = True
+    """cut off what does not fit on both sides alike; else at random, and latents are not cached"""
+    random_flip: bool = False
+    """mirror every other showing of a picture"""
+    caption_dropout: float = Field(0.0, ge=0, le=1)
+    """share of captions that are left empty, for classifier-free guidance; 0.1 for long runs"""
+    shuffle_tags: bool = False
+    """another order of what stands between the commas of a caption, each time"""
+    keep_tags: int = Field(0, ge=0)
+    """how many of them stay in front"""
+    held_out: float = Field(0.1, ge=0, lt=1)
+    """share of the pictures that is not trained on, for the held-out loss"""
+    cache_dir: Path | None = None
+    """where latents and embeddings are kept; by default in the output folder"""
+
+
+class ModeSection(Section):
+    """What is trained."""
+
+    mode: Mode = "lora"
+    """lora: small matrices beside the layers; full: the U-Net; textual_inversion: a new word"""
+    train_text_encoder: bool = False
+    """lora, full: train the text encoder too"""
+    text_encoder_lr: float | None = Field(None, gt=0)
+    """its learning rate; by default that of the U-Net"""
+    rank: int = Field(4, ge=1)
+    """lora: of the matrices"""
+    lora_alpha: float | None = Field(None, gt=0)
+    """lora: what they add counts alpha / rank; by default the rank, so 1"""
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    """lora: share of their inputs that is dropped"""
+    lora_targets: tuple[str, ...] = ()
+    """lora: ends of the names of layers that get them; by default to_q to_k to_v to_out.0, the attentions"""
+    lora_conv: bool = False
+    """lora: all other layers get them too: convolutions, feed-forward, projections (LoCon)"""
+    use_dora: bool = False
+    """lora: learn magnitudes apart (DoRA)"""
+    placeholder_token: str | None = None
+    """textual_inversion: the new word, as it stands in the captions"""
+    initializer_token: str | None = None
+    """textual_inversion: the words that it begins as"""
+    num_vectors: int = Field(1, ge=1)
+    """textual_inversion: how many tokens the word has"""
+    class_prompt: tuple[str, ...] = ()
+    """prior preservation (DreamBooth): what the model already knows it as, such as "a photo of a
+    dog"; several for all that it should not forget"""
+    class_data_dir: Path | None = None
+    """pictures of the class; what is missing is drawn; by default in the output folder"""
+    num_class_images: int = Field(100, ge=1)
+    """how many there should be"""
+    prior_loss_weight: float = Field(1.0, ge=0)
+    """how much they count"""
+    inpainting: bool = False
+    """train on random masks; a U-Net of 4 channels is widened to 9"""
+    masks: MaskSection = MaskSection()
+    gradient_checkpointing: bool = False
+    """compute the U-Net's layers twice, in less memory"""
+
+
+class LookSection(Section):
+    """What is drawn to see how it goes."""
+
+    validation_prompts: tuple[str, ...] = ()
+    """drawn before, during and after the training; by default captions of the folder"""
+    num_validation_images: int = Field(4, ge=0)
+    """pictures of each, of the seeds from 0; 0 draws none"""
+    validation_inference_steps: int | None = Field(None, ge=1)
+    """steps of the sampler; by default the model's"""
+
+
+class FinetuneRecipe(
+    ModelSection, FolderSection, ModeSection, LookSection, LossSection, OptimiserSection, RunSection
+):
+    """A fine-tuning."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+    flat = True
+
+    output_dir: Path
+    """states, metrics, pictures, the report, and what was trained (in export/) go here"""
+    num_train_epochs: int = Field(100, ge=1)
+    """how often each picture is shown, where max_train_steps and max_minutes do not say when to end"""
+    dry_run: bool = False
+    """examine the folder and the recipe, say what would be done, and end"""
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None  # type: ignore[assignment]
+    """what networks compute in; what is trained is kept in fp32; by default what the device is fast in"""
+    logging_steps: int = Field(10, ge=1)
+    """steps between rows of metrics.jsonl"""
+    validation_steps: int = Field(100, ge=1)
+    """steps between looks at held-out loss and pictures"""
+    checkpointing_steps: int = Field(500, ge=1)
+    """steps between states"""
+
+    @property
+    def optimiser(self) -> OptimiserSection:
+        return self
+
+    @property
+    def run(self) -> RunSection:
+        return self
+
+    @field_validator("validation_prompts", "lora_targets", "class_prompt", mode="before")
+    @classmethod
+    def _one(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _ends(self) -> Self:
+        """In place of RunSection's own check: num_train_epochs is always there to end a run."""
+        return self
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        inversion = self.mode == "textual_inversion"
+        if inversion and self.placeholder_token is None:
+            raise ValueError("textual_inversion needs placeholder_token: the new word, such as <my-cat>")
+        if inversion and self.initializer_token is None:
+            raise ValueError("textual_inversion needs initializer_token: the words it begins as, such as cat")
+        for name in self.model_fields_set & _ONLY.keys():
+            if self.mode not in _ONLY[name] and getattr(self, name) != type(self).model_fields[name].default:
+                modes = " and ".join(_ONLY[name])
+                raise ValueError(f"{name} is not allowed in mode {self.mode}: only {modes} can use it")
+        if self.class_data_dir is not None and not self.class_prompt:
+            raise ValueError("class_data_dir needs class_prompt: what the pictures in it show")
+        if inversion and self.inpainting:
+            raise ValueError("inpainting trains the U-Net, textual_inversion a word: choose lora or full")
+        return self
+
+
+_ONLY: dict[str, tuple[Mode, ...]] = {
+    "train_text_encoder": ("lora", "full"),
+    "text_encoder_lr": ("lora", "full"),
+    **dict.fromkeys(
+        ("rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_conv", "use_dora"), ("lora",)
+    ),
+    **dict.fromkeys(("placeholder_token", "initializer_token", "num_vectors"), ("textual_inversion",)),
+}
+# Other names of the same options: those of diffusers' scripts for other modes, and short ones.
+ALIASES = {
+    "model": ("-m", "--pretrained-model-name-or-path"),
+    "vae": ("--pretrained-vae-model-name-or-path",),
+    "train_data_dir": ("--instance-data-dir",),
+    "output_dir": ("-o",),
+    "validation_prompts": ("--validation-prompt",),
+    "num_vectors": ("--num-vectors-per-token",),
+    "rank": ("--lora-rank", "--network-dim"),
+    "lora_alpha": ("--network-alpha",),
+}
+GROUPS = (ModelSection, FolderSection, ModeSection, LookSection, LossSection, OptimiserSection, RunSection)
+
+
+# --- the command line ------------------------------------------------------------------------------------
+
+
+def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
+    """A flag for each key of the recipe but `masks`, in groups; what is not given is not in the namespace."""
+    parser.usage = "%(prog)s --train-data-dir DIR --output-dir DIR [--config RECIPE] [flags]"
+    parser.add_argument(
+        "--config",
+        metavar="RECIPE",
+        help=f"a YAML file, or one that comes with the package: {', '.join(shipped_recipes())}",
+    )
+    own = FinetuneRecipe.model_fields
+    groups = [(group.__doc__ or "", list(group.model_fields)) for group in GROUPS]
+    listed = {name for _, names in groups for name in names}
+    groups.append(("The run.", [name for name in own if name not in listed]))
+    for title, names in groups:
+        group = parser.add_argument_group(title.partition("\n")[0].rstrip(".").lower())
+        for name in names:
+            if name != "masks":
+                flags = (f"--{name.replace('_', '-')}", *ALIASES.get(name, ()))
+                group.add_argument(*flags, dest=name, default=argparse.SUPPRESS, **_options(own[name]))
+
+
+def _options(field: FieldInfo) -> dict[str, Any]:
+    """How argparse is to read a field. Values stay text: the recipe checks them in one place."""
+    kind: Any = field.annotation
+    choices = [value for part in (kind, *get_args(kind)) for value in _literals(part)]
+    default = (
+        ""
+        if field.is_required() or field.default in (None, (), "")
+        else f" (default: {_spell(field.default)})"
+    )
+    options: dict[str, Any] = {"help": f"{field.description}{default}".replace("%", "%%")}
+    if kind is bool:
+        return options | {"action": argparse.BooleanOptionalAction}
+    if choices:
+        return options | {"choices": choices}
+    if isinstance(field.default, tuple):
+        return options | {"nargs": "+", "metavar": "TEXT"}
+    return options | {"metavar": "VALUE"}
+
+
+def _literals(kind: Any) -> tuple[str, ...]:
+    values = get_args(kind)
+    return values if values and all(isinstance(value, str) for value in values) else ()
+
+
+def _spell(default: object) -> str:
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    return " ".join(default) if isinstance(default, tuple) else f"{default}"
+
+
+def read_finetune_recipe(args: argparse.Namespace) -> FinetuneRecipe:
+    """The recipe of a parsed command line. Raises UserError naming the flag or the key."""
+    raw = {} if args.config is None else read_yaml(find_recipe(args.config))
+    given = {name: value for name, value in vars(args).items() if name in FinetuneRecipe.model_fields}
+    if "num_train_epochs" in given:  # else the recipe's steps would go before it
+        raw.pop("max_train_steps", None)
+    return validate(FinetuneRecipe, raw | given, str(args.config or "the command line"), given)
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that come with the package, in order."""
+    return sorted(path.name.removesuffix(".yaml") for path in _shipped())
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe: a path, or the name of one that comes with the package. Raises UserError."""
+    if Path(name).is_file():
+        return Path(name)
+    for path in _shipped():
+        if path.name in (name, f"{name}.yaml", f"finetune_{name}.yaml"):
+            return path
+    raise UserError(f"--config {name}: no such file, nor one of {', '.join(shipped_recipes())}")
+
+
+def _shipped() -> Iterator[Path]:
+    try:
+        folder = Path(str(importlib.resources.files("ldm.configs")))
+    except ModuleNotFoundError:  # a checkout that is not installed
+        folder = Path(__file__).parents[2] / "configs"
+    return folder.glob("finetune_*.yaml")

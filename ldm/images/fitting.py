@@ -1,0 +1,84 @@
+"""Images that pictures are drawn from: from a file or from memory, fitted to the picture's size."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from ldm.errors import UserError
+from ldm.files import reason
+from ldm.images.opening import open_picture, to_rgb
+from ldm.images.pixels import to_tensor
+
+# A tensor is [3, H, W] or [1, 3, H, W] in 0..1; of a mask [H, W], [1, H, W] or [1, 1, H, W].
+InMemory = Image.Image | Tensor
+
+
+def read_file(path: str, sha256: str | None = None) -> tuple[Image.Image, str]:
+    """An upright RGB image and the SHA-256 of the file's bytes.
+
+    Raises:
+        UserError: if the file is not a picture, or its SHA-256 is not the one given.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the picture {path}: {reason(error)}") from None
+    image, digest = open_picture(path, io.BytesIO(data)), hashlib.sha256(data).hexdigest()
+    if sha256 not in (None, digest):
+        raise UserError(
+            f"{path} has changed: its SHA-256 begins with {digest[:10]}, but the request asks for the file "
+            f"with {str(sha256)[:10]}"
+        )
+    return image, digest
+
+
+def take(image: InMemory | None, channels: int) -> InMemory | None:
+    """A PIL image as RGB, a tensor as [1, channels, H, W]. Raises UserError for another shape or range."""
+    if image is None:
+        return None
+    if isinstance(image, Image.Image):
+        try:
+            return to_rgb(image)
+        except ValueError as error:
+            raise UserError(f"an image cannot be used: {error}") from None
+    batch = image.reshape((1,) * (4 - image.ndim) + image.shape)
+    if batch.shape[:2] != (1, channels) or batch.ndim != 4:
+        raise UserError(
+            f"an image of shape {list(image.shape)} is not allowed: give one of [{channels}, height, width]"
+        )
+    if not ((batch >= 0) & (batch <= 1)).all():
+        raise UserError("an image's values must lie in 0..1")
+    return batch.detach().cpu().float()
+
+
+def size_of(image: InMemory) -> tuple[int, int]:
+    """(height, width) in pixels."""
+    if isinstance(image, Tensor):
+        return image.shape[-2], image.shape[-1]
+    return image.height, image.width
+
+
+def fit_image(image: InMemory, size: tuple[int, int], bicubic: bool = False) -> Tensor:
+    """[1, 3, H, W] in 0..1, resized as diffusers does: PIL images by Lanczos, tensors to the nearest."""
+    if isinstance(image, Tensor):
+        return F.interpolate(image, size)
+    resample = Image.Resampling.BICUBIC if bicubic else Image.Resampling.LANCZOS
+    return to_tensor(image.resize(size[::-1], resample))
+
+
+def fit_mask(mask: InMemory, size: tuple[int, int]) -> Tensor:
+    """[1, 1, H, W]: 1 where a picture is drawn anew (where the mask is at least half white), else 0."""
+    if isinstance(mask, Tensor):
+        values = F.interpolate(mask, size)
+    else:
+        grey = mask.convert("L").resize(size[::-1], Image.Resampling.LANCZOS)
+        values = torch.from_numpy(np.asarray(grey, dtype=np.float32) / 255)[None, None]
+    return (values >= 0.5).float()

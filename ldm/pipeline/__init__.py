@@ -1,0 +1,7 @@
+"""From a request to a picture: `prepare` decides everything once, into a `Job`; `sample` draws it."""
+
+from ldm.pipeline.inputs import Inputs, Result
+from ldm.pipeline.job import Job, prepare
+from ldm.pipeline.pipeline import Pipeline, load
+
+__all__ = ["Inputs", "Job", "Pipeline", "Result", "load", "prepare"]

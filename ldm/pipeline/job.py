@@ -1,0 +1,218 @@
+"""From what is asked to a `Job`: everything that a drawing needs, decided once.
+
+`prepare` fills in the model's defaults, reads the images, and chooses grid, sampler, guidance and batches.
+What is wrong with a request is said here, before anything is drawn. `ldm.pipeline.sample` draws a job.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ldm.checkpoint import Parts
+from ldm.diffusion.guidance import CFG, Guidance, InstructPix2Pix
+from ldm.diffusion.samplers import Sampler, resolve_sampler
+from ldm.diffusion.schedule import Grid
+from ldm.diffusion.scheduler_config import noise_levels
+from ldm.errors import UserError
+from ldm.images.fitting import fit_image, fit_mask, read_file, take
+from ldm.models.conditioning import Conditioning
+from ldm.models.kind import Kind
+from ldm.pipeline.conditioning import encode_texts
+from ldm.pipeline.inputs import NOTHING, Inputs
+from ldm.pipeline.model import Model
+from ldm.pipeline.resolve import Images, resolve
+from ldm.pipeline.start import Edit, Enlarge, FromImage, FromNoise, Inpaint
+from ldm.request import Request
+
+# What the requests of one job may differ in: their texts, and what follows from those.
+OWN = {"prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "seeds", "embeddings"}
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """One picture of a job: the number of its prompt, and what its noise comes from."""
+
+    prompt: int
+    prompt_request: Request  # of all pictures of that prompt
+    seed: int
+    source: int | torch.Generator  # of its noise
+    latents: Tensor | None = None  # [C, h, w] unit noise, instead of what the source gives
+
+    @property
+    def request(self) -> Request:
+        """The request that draws this picture alone."""
+        return self.prompt_request.replace(seeds=(self.seed,))
+
+
+Batch = tuple[Picture, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A drawing, decided: `ldm.pipeline.sample` needs nothing else."""
+
+    model: Model  # with the LoRAs that the requests name
+    requests: tuple[Request, ...]  # one for each prompt, all filled in, alike but for texts and seeds
+    encode: Callable[
+        [int], tuple[Conditioning, Conditioning]
+    ]  # prompt number -> (cond, uncond), one row each
+    sampler: Sampler
+    options: Mapping[str, float]  # of the sampler's solver
+    grid: Grid
+    guidance: Guidance
+    start: FromNoise
+    batches: tuple[Batch, ...]
+
+    @property
+    def request(self) -> Request:
+        """The first prompt's."""
+        return self.requests[0]
+
+    @property
+    def pictures(self) -> Batch:
+        """All of them, in order."""
+        return tuple(picture for batch in self.batches for picture in batch)
+
+
+def prepare(
+    model: Model,
+    request: Request | Sequence[Request],
+    inputs: Inputs = NOTHING,
+    batch_size: int | None = None,
+) -> Job:
+    """Decide how a request is drawn, or several that differ only in texts and seeds.
+
+    Args:
+        inputs: what no request can hold: tensors, generators, functions.
+        batch_size: the most pictures to draw at once; by default as many as memory suggests.
+
+    Raises:
+        UserError: naming the argument that is not allowed, its value and what is.
+    """
+    asked = (request,) if isinstance(request, Request) else tuple(request)
+    check_alike(asked)
+    images = read_images(asked[0], inputs)
+    requests = tuple(resolve(model, each, images) for each in asked)
+    first = requests[0]
+    model = model.for_request(first) if first.loras else model
+    sampler, _ = resolve_sampler(inputs.solver or str(first.sampler))
+    given = first.timesteps or first.sigmas
+    grid = model.schedule.grid(
+        None if given else first.num_inference_steps,
+        None if given else first.spacing,
+        sampler,
+        timesteps=first.timesteps,
+        sigmas=first.sigmas,
+    )
+    start = start_of(model, first, trim_to_strength(grid, first), images)
+    pictures = list_pictures(requests, inputs, start.shape)
+    return Job(
+        model=model,
+        requests=requests,
+        encode=lru_cache(maxsize=1)(lambda p: encode_texts(model, requests[p], inputs, p)),
+        sampler=sampler,
+        options={"eta": first.eta} if sampler.takes_eta and first.eta is not None else {},
+        grid=start.grid,
+        guidance=inputs.guidance or guidance_of(first, model.parts),
+        start=start,
+        batches=tuple(cut_into_batches(model, pictures, inputs, batch_size)),
+    )
+
+
+def check_alike(requests: Sequence[Request]) -> None:
+    """Raise UserError for requests that one job cannot draw."""
+    first, *others = (each.model_dump(exclude=OWN) for each in requests)
+    for name in first:
+        if any(each[name] != first[name] for each in others):
+            name = "LoRAs" if name == "loras" else name
+            raise UserError(f"prompts of one call have the same {name}: give others to another call")
+
+
+def read_images(request: Request, inputs: Inputs) -> Images:
+    """The image and mask of a request, from memory or its files. Raises UserError, also if one changed."""
+    image, mask, digests = inputs.image, inputs.mask_image, dict[str, str]()
+    image, mask = image if image is None else take(image, 3), mask if mask is None else take(mask, 1)
+    if request.image is not None:
+        image, digests["image_sha256"] = read_file(request.image, request.image_sha256)
+    if request.mask_image is not None:
+        mask, digests["mask_image_sha256"] = read_file(request.mask_image, request.mask_image_sha256)
+    return Images(image, mask, digests)
+
+
+def trim_to_strength(grid: Grid, request: Request) -> Grid:
+    """The part of a grid that is drawn: its last `strength`. Raises UserError where that is nothing."""
+    skipped = len(grid.timesteps) - request.num_steps
+    if request.strength is None or skipped == 0:
+        return grid
+    if request.num_steps == 0:
+        raise UserError(
+            f"strength {request.strength:g} of {len(grid.timesteps)} steps leaves none: give more of either"
+        )
+    return replace(grid, sigmas=grid.sigmas[skipped:], timesteps=grid.timesteps[skipped:])
+
+
+def start_of(model: Model, request: Request, grid: Grid, images: Images) -> FromNoise:
+    """How the pictures of a resolved request begin, with its images resized."""
+    size, factor, vae = request.size, model.vae.downscale, model.vae
+    small = (size[0] // factor, size[1] // factor)
+    shape, device = (vae.latent_channels, *small), model.runtime.device
+    if images.image is None:
+        return FromNoise(shape, grid, device)
+    if model.kind is Kind.UPSCALE:
+        low_res = 2 * fit_image(images.image, small, bicubic=True).to(device) - 1
+        levels = noise_levels(model.parts.low_res_scheduler or {})
+        return Enlarge(shape, grid, device, low_res, float(levels[request.noise_level or 0]))
+    pixels = fit_image(images.image, size)
+    if model.kind is Kind.PIX2PIX:
+        return Edit(shape, grid, device, vae, pixels)
+    if images.mask is not None:
+        mask = fit_mask(images.mask, size)
+        return Inpaint(shape, grid, device, vae, pixels, mask, keeps_image=request.strength != 1)
+    return FromImage(shape, grid, device, vae, pixels)
+
+
+def list_pictures(requests: Sequence[Request], inputs: Inputs, shape: tuple[int, int, int]) -> list[Picture]:
+    """Every picture of resolved requests, in order. Raises UserError for latents of another shape."""
+    pictures = [Picture(p, each, seed, seed) for p, each in enumerate(requests) for seed in each.seeds]
+    if inputs.generators is not None:
+        pictures = [replace(each, source=g) for each, g in zip(pictures, inputs.generators, strict=True)]
+    if inputs.latents is not None:
+        given, wanted = list(inputs.latents.shape), [len(pictures), *shape]
+        if given != wanted:
+            raise UserError(f"latents {given} are not allowed: these pictures need {wanted}")
+        pictures = [replace(each, latents=own) for each, own in zip(pictures, inputs.latents, strict=True)]
+    return pictures
+
+
+def guidance_of(request: Request, parts: Parts) -> Guidance:
+    """As in diffusers, a scale of at most 1 means no guidance, and a model told the scale needs none."""
+    scale, image_scale = request.guidance_scale or 1.0, request.image_guidance_scale
+    if scale <= 1 or "timestep_cond" in parts.unet.config.conditioning:
+        return CFG(1.0)
+    if image_scale is None:
+        return CFG(scale, request.guidance_rescale)
+    return InstructPix2Pix(scale, image_scale, request.guidance_rescale) if image_scale >= 1 else CFG(1.0)
+
+
+def cut_into_batches(
+    model: Model, pictures: Sequence[Picture], inputs: Inputs, size: int | None
+) -> Iterator[Batch]:
+    """Neighbours, at most `size` of them, and no more than memory holds.
+
+    Padding a prompt to its neighbour's length would change its picture: only those of one length go together.
+    """
+    prompts = {picture.prompt: picture.prompt_request for picture in pictures}
+    lengths = dict.fromkeys(prompts, 1)  # given embeddings have one length, and so has one prompt
+    if inputs.prompt_embeds is None and len(prompts) > 1:
+        lengths = {p: model.text.count_windows(*request.texts) for p, request in prompts.items()}
+    at_once = model.runtime.images_at_once(*pictures[0].prompt_request.size)
+    size = at_once if size is None else min(size, at_once)
+    for _, alike in itertools.groupby(pictures, key=lambda picture: lengths[picture.prompt]):
+        group = tuple(alike)
+        yield from (group[i : i + size] for i in range(0, len(group), size))

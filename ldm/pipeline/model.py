@@ -1,0 +1,145 @@
+"""A model that can draw: its parts, the schedule it was trained with, where it runs, and what adapts it.
+
+Nothing changes after construction: adapters give a new model, which shares the tensors of the old one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Self
+
+from ldm.adapters import Adapted, Lora, LoraFile, adapt, read_embedding, read_lora, wanted_loras
+from ldm.checkpoint import Parts
+from ldm.checkpoint.io import weight_files
+from ldm.diffusion.schedule import Schedule
+from ldm.errors import UserError
+from ldm.files import sha256
+from ldm.models import VAE, UNet
+from ldm.models.kind import Kind
+from ldm.prompts.text_encoder import Clip, TextEncoder
+from ldm.request import LoraUse, Request
+from ldm.runtime import Runtime
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """All that a drawing asks of a model. `ldm.load` gives one with a call of diffusers' arguments."""
+
+    parts: Parts
+    schedule: Schedule
+    runtime: Runtime
+    name: str
+    adapted: Adapted = field(default_factory=Adapted)  # LoRAs and textual inversions in `parts`
+    lora_dir: Path = Path("loras")  # where prompts' <lora:name:weight> are found
+    upscaler: Self | None = None  # what enlarges each finished picture
+    # The last model that a request's LoRAs asked for, so that its next request need not build it again.
+    _recent: dict[str, tuple[tuple[LoraUse, ...], Self]] = field(default_factory=dict, init=False, repr=False)
+
+    @classmethod
+    def from_parts(cls, parts: Parts, runtime: Runtime | None = None, name: str = "model") -> Self:
+        """Of modules that are already where `runtime` says (by default: where the U-Net is)."""
+        if runtime is None:
+            weight = next(parts.unet.parameters())
+            runtime = Runtime(weight.device, weight.dtype)
+        return cls(parts, Schedule.from_config(dict(parts.scheduler)), runtime, name)
+
+    @property
+    def unet(self) -> UNet:
+        return self.parts.unet
+
+    @property
+    def vae(self) -> VAE:
+        return self.parts.vae
+
+    @property
+    def kind(self) -> Kind:
+        """What it draws from."""
+        return self.parts.kind
+
+    @property
+    def text(self) -> TextEncoder:
+        parts = self.parts
+        pairs = ((parts.tokenizer, parts.text_encoder), (parts.tokenizer_2, parts.text_encoder_2))
+        return TextEncoder(tuple(Clip(*pair) for pair in pairs if pair[1] is not None))
+
+    @cached_property
+    def model_hash(self) -> str | None:
+        """The first 10 hex digits of the SHA-256 of the U-Net's file; None for parts made in memory.
+
+        Where something was taken from elsewhere (`Parts.changes`), of the digests of all these files.
+        """
+        if self.parts.weights is None:
+            return None
+        digest, changes = sha256(*weight_files(self.parts.weights)), self.parts.changes
+        if changes:
+            lines = [f"{what} {sha256(*weight_files(file))}" if file else what for what, file in changes]
+            digest = hashlib.sha256("\n".join([digest, *lines]).encode()).hexdigest()
+        return digest[:10]
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """The prompt's words that the model has never seen; none where the model does not list its words."""
+        if self.adapted.loras:  # which may have taught it any
+            return []
+        for embedding in self.adapted.embeddings:
+            prompt = prompt.replace(embedding.name, " ")
+        return self.parts.unknown_words(prompt)
+
+    # --- adapters: each gives a new model that shares the tensors of this one ------------------------------
+
+    def with_lora(
+        self, file: str | Path | LoraFile, weight: float = 1.0, text_weight: float | None = None
+    ) -> Self:
+        """This model with a LoRA (or LoHa, LoKr, DoRA) beside those it has; its name is the file's.
+
+        Args:
+            file: in the names of diffusers, peft or kohya; one that is there already gets the new weight.
+            weight: on the U-Net; 0 is none, 1 as trained.
+            text_weight: on the text encoders; by default the same.
+
+        Raises:
+            UserError: if the file is damaged, or does not belong to this model wholly: says which and why.
+        """
+        read = file if isinstance(file, LoraFile) else read_lora(file)
+        lora = Lora(read, read.name, weight, weight if text_weight is None else text_weight)
+        others = {each.name: each for each in self.adapted.loras}
+        if lora.name in others and others[lora.name].file.sha256 != read.sha256:
+            raise UserError(f"{read.path} and {others[lora.name].file.path} have one name: rename one")
+        return self._with(replace(self.adapted, loras=tuple({**others, lora.name: lora}.values())))
+
+    def with_embedding(self, file: str | Path, name: str | None = None) -> Self:
+        """This model with a textual inversion, written as `name` in prompts. Raises UserError."""
+        words = (*self.adapted.embeddings, read_embedding(file, name))
+        return self._with(replace(self.adapted, embeddings=words))
+
+    def fuse(self) -> Self:
+        """The same pictures, up to rounding, with LoRAs in the weights: faster, but those are copies."""
+        return self if self.adapted.fused else self._with(replace(self.adapted, fused=True))
+
+    def unfuse(self) -> Self:
+        """The inverse: weights are the very tensors of `base` again, and LoRAs are computed beside them."""
+        return self._with(replace(self.adapted, fused=False)) if self.adapted.fused else self
+
+    @property
+    def base(self) -> Self:
+        """This model without adapters: the tensors that were loaded."""
+        original = self.adapted.original
+        return self if original is None else replace(self, parts=original, adapted=Adapted())
+
+    def for_request(self, request: Request) -> Self:
+        """This model with the LoRAs that a request names, found among its own or in `lora_dir`."""
+        loras = wanted_loras(request, self.adapted.loras, self.lora_dir)
+        wanted = replace(self.adapted, loras=loras)
+        if wanted.uses == self.adapted.uses:
+            return self
+        uses, made = self._recent.get("last", ((), self))
+        if uses != wanted.uses:
+            made = self._with(wanted)
+            self._recent["last"] = wanted.uses, made  # one assignment: threads may share a model
+        return made
+
+    def _with(self, adapted: Adapted) -> Self:
+        parts, adapted = adapt(self.base.parts, adapted)
+        return replace(self, parts=parts, adapted=adapted)

@@ -1,0 +1,74 @@
+"""The networks' boundary: casts to their dtype and memory layout are here and nowhere else.
+
+State is fp32 on this side. What holds NaN or Inf is made again in fp32, or refused (`ldm.runtime.finite`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ldm.diffusion.guidance import Predict
+from ldm.diffusion.prediction import c_in
+from ldm.diffusion.schedule import Grid
+from ldm.models import VAE, LatentDist, UNet
+from ldm.models.conditioning import Conditioning
+from ldm.runtime import finite
+
+
+def predict(unet: UNet, grid: Grid, branches: Mapping[str, Conditioning]) -> Predict:
+    """The U-Net's raw output, fp32, for the branches that a guidance asks for, in one call."""
+
+    def call(x: Tensor, sigma: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
+        cond = Conditioning.cat([branches[name] for name in names])
+        (out,) = finite(unet, lambda unet: (_unet(unet, grid, x, sigma, cond),), "the U-Net")
+        return dict(zip(names, out.chunk(len(names)), strict=True))
+
+    return call
+
+
+def encode(vae: VAE, images: Tensor) -> LatentDist:
+    """Images [B, 3, H, W] in 0..1 -> the Gaussian over latents that the VAE makes of them, fp32."""
+    mean, std = finite(vae, lambda vae: _encode(vae, images * 2 - 1), "the VAE's encoder")
+    return LatentDist(mean, std).scaled(vae)
+
+
+def decode(vae: VAE, latents: Tensor) -> Tensor:
+    """Latents [B, c, h, w], as `encode` gives them -> images [B, 3, H, W] in 0..1, fp32."""
+    (images,) = finite(vae, lambda vae: (_decode(vae, latents),), "the VAE's decoder")
+    return (images / 2 + 0.5).clamp(0, 1)
+
+
+def _unet(unet: UNet, grid: Grid, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+    """The output for all rows of `cond`, of which each picture of `x` has as many.
+
+    All conditioning is cast too, but for sizes and noise levels, which 16 bits cannot hold.
+    """
+    dtype, timestep = unet.conv_in.weight.dtype, float(grid.t(sigma))
+    sample = (x * c_in(sigma)).repeat(len(cond) // len(x), 1, 1, 1)
+    if cond.concat is not None:
+        sample = torch.cat([sample, cond.concat], dim=1)
+    out: Tensor = unet(
+        sample.to(dtype, memory_format=torch.channels_last),
+        timestep,
+        cond.tokens.to(dtype),
+        pooled=None if cond.pooled is None else cond.pooled.to(dtype),
+        time_ids=cond.time_ids,
+        class_labels=cond.class_labels,
+        timestep_cond=None if cond.timestep_cond is None else cond.timestep_cond.to(dtype),
+    )
+    return out
+
+
+def _encode(vae: VAE, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [B, c, h, w], unscaled."""
+    weight = next(vae.parameters())
+    latents = vae.encode(images.to(weight.device, weight.dtype, memory_format=torch.channels_last))
+    return latents.mean, latents.std
+
+
+def _decode(vae: VAE, latents: Tensor) -> Tensor:
+    weight = next(vae.parameters())
+    return vae.decode(latents.to(weight.device, weight.dtype, memory_format=torch.channels_last))

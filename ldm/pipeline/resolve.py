@@ -1,0 +1,185 @@
+"""A request, with the model's defaults in place of what it leaves open, and checked against the model.
+
+A kind (`ldm.models.kind`) is told by the channels that a U-Net takes beside its latents: a family is a config
+and a kind, never a class of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from ldm.adapters import used_embeddings, wanted_loras
+from ldm.checkpoint import Parts
+from ldm.diffusion.samplers import resolve_sampler
+from ldm.errors import UserError
+from ldm.images.fitting import InMemory, size_of
+from ldm.models.kind import Kind
+from ldm.pipeline.model import Model
+from ldm.request import MAX_SIDE, Request
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """The decoded image and mask of a request, and the SHA-256 of their files."""
+
+    image: InMemory | None
+    mask: InMemory | None
+    digests: Mapping[str, str]  # fields of a Request
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(height, width) of the image in pixels."""
+        return None if self.image is None else size_of(self.image)
+
+
+def resolve(model: Model, request: Request, images: Images) -> Request:
+    """The request with the model's defaults in place of None, checked.
+
+    So complete that it draws the same picture when defaults change. Raises UserError if the model cannot.
+    """
+    request = request.replace(**images.digests) if images.digests else request
+    check(request, images.image is not None, images.mask is not None, model.parts)
+    values = _adapters(model, request)
+    if request.num_grid_steps is not None:  # a grid of its own counts for itself
+        values["num_inference_steps"] = request.num_grid_steps
+    for name, value in _defaults(model, request, images).items():
+        if getattr(request, name) is None:
+            values.setdefault(name, value)
+    request, factor = request.replace(**values), model.vae.downscale
+    for side in ("height", "width"):
+        pixels = getattr(request, side)
+        if pixels % factor:
+            raise UserError(f"{side} {pixels} is not allowed: this model draws multiples of {factor} pixels")
+    if model.upscaler is not None:
+        return request.replace(upscaling=_upscaling(model.upscaler, request))
+    if request.upscaling is not None:
+        raise UserError("upscaling is not allowed here: give an upscaler (with_upscaler, --upscaler)")
+    return request
+
+
+def check(request: Request, has_image: bool, has_mask: bool, parts: Parts) -> None:
+    """Raise UserError for what this model needs and is not given, and for what would mean nothing to it."""
+    kind = parts.kind
+    if kind is not Kind.TEXT and not has_image:
+        raise UserError(
+            f"this model draws from an image ({kind.name.lower()}): give one (image, --init-image)"
+        )
+    if kind is Kind.INPAINT and not has_mask:
+        raise UserError("this model draws what a mask covers: give one (mask_image, --mask)")
+    two_encoders = parts.text_encoder is not None and parts.text_encoder_2 is not None
+    sizes = [name for name in Request.model_fields if name.endswith(("_size", "_top_left"))]
+    rules = [
+        (kind is Kind.INPAINT, "inpainting models, whose U-Net takes 9 channels,", ["mask_image"]),
+        (
+            has_image and kind in (Kind.TEXT, Kind.INPAINT),
+            "img2img and inpainting, with an image,",
+            ["strength"],
+        ),
+        (kind is Kind.PIX2PIX, "instruct-pix2pix models", ["image_guidance_scale"]),
+        (kind is Kind.UPSCALE, "upscalers, as --model,", ["noise_level"]),
+        (two_encoders, "models with two text encoders", ["prompt_2", "negative_prompt_2"]),
+        ("time_ids" in parts.unet.config.conditioning, "SDXL models", sizes),
+        (parts.requires_aesthetics_score, "SDXL refiners", ["aesthetic_score", "negative_aesthetic_score"]),
+    ]
+    for taken, who, names in rules:
+        for name in names:
+            given = has_mask if name == "mask_image" else getattr(request, name) is not None
+            if given and not taken:
+                raise UserError(f"{name} is not allowed here: only {who} can use it")
+    if request.noise_level is not None and request.noise_level > parts.max_noise_level:
+        raise UserError(
+            f"noise_level {request.noise_level} is not allowed: this model takes 0 to {parts.max_noise_level}"
+        )
+
+
+def _defaults(model: Model, request: Request, images: Images) -> dict[str, Any]:
+    """Fields of a Request -> what they are if it does not say: as ldm.json has them, or else the kind."""
+    parts, schedule = model.parts, model.schedule
+    height, width = _drawn_size(parts, images.size)
+    values = {
+        **_kind_defaults(parts, images.image is not None),
+        **{name: value for name, value in asdict(parts.defaults).items() if value is not None},
+        "height": height,
+        "width": width,
+        "model": model.name,
+        "model_hash": model.model_hash,
+    }
+    sampler, implied = resolve_sampler(request.sampler or values.get("sampler") or schedule.default_sampler)
+    spacing = None
+    if not (request.timesteps or request.sigmas):
+        spacing = schedule.spacing_for(sampler, implied or values.get("spacing"))
+    return {**values, "sampler": sampler.name, "spacing": spacing, "eta": sampler.options.get("eta")}
+
+
+def _kind_defaults(parts: Parts, has_image: bool) -> dict[str, Any]:
+    """Fields of a Request -> what they are where neither the caller nor ldm.json says, as in diffusers."""
+    is_xl = parts.text_encoder_2 is not None
+    values = {"num_inference_steps": 50, "guidance_scale": 7.5}
+    match parts.kind:
+        case Kind.TEXT:
+            values["guidance_scale"] = 5.0 if is_xl else 7.5
+            values |= {"strength": 0.3 if is_xl else 0.8} if has_image else {}
+        case Kind.UPSCALE:
+            values = {"num_inference_steps": 75, "guidance_scale": 9.0, "noise_level": 20}
+        case Kind.PIX2PIX:
+            values |= {"num_inference_steps": 100, "image_guidance_scale": 1.5}
+        case Kind.INPAINT:
+            values["strength"] = 1.0
+    if "timestep_cond" in parts.unet.config.conditioning:  # LCM
+        values |= {"num_inference_steps": 4, "guidance_scale": 8.5}
+    if parts.requires_aesthetics_score:
+        values |= {"aesthetic_score": 6.0, "negative_aesthetic_score": 2.5}
+    return values
+
+
+def _drawn_size(parts: Parts, image: tuple[int, int] | None) -> tuple[int, int]:
+    """(height, width) in pixels of what is drawn by default: that of an image, or what was trained on."""
+    return native_size(parts) if image is None else size_from(image, parts.kind, parts.vae.downscale)
+
+
+def size_from(image: tuple[int, int], kind: Kind, factor: int) -> tuple[int, int]:
+    """(height, width) of what is drawn from an image: its own, or `factor` times that, cut to fit."""
+    grown, unit = (factor, math.lcm(8, factor**2)) if kind is Kind.UPSCALE else (1, math.lcm(8, factor))
+    height, width = (side * grown // unit * unit for side in image)
+    return height, width
+
+
+def native_size(parts: Parts) -> tuple[int, int]:
+    """(height, width) in pixels that a model is drawn at where nothing else is said."""
+    side, own, factor = parts.unet.config.sample_size or 64, parts.defaults, parts.vae.downscale
+    height, width = (side, side) if isinstance(side, int) else side
+    return own.height or height * factor, own.width or width * factor
+
+
+def _adapters(model: Model, request: Request) -> dict[str, Any]:
+    """The LoRAs and textual inversions of a request and of the model, as fields of a Request."""
+    adapted = model.adapted
+    if request.loras or adapted.loras:
+        adapted = replace(adapted, loras=wanted_loras(request, adapted.loras, model.lora_dir))
+    embeddings = None
+    if request.embeddings or adapted.embeddings:
+        embeddings = used_embeddings(request, adapted.embeddings)
+    return {"loras": adapted.uses or None, "embeddings": embeddings or None}
+
+
+def _upscaling(upscaler: Model, request: Request) -> Request:
+    """How a picture of `request` is enlarged, resolved like it."""
+    (height, width), factor = request.size, upscaler.vae.downscale
+    if max(height, width) * factor > MAX_SIDE:
+        raise UserError(
+            f"{width}x{height} pixels are too many for this upscaler, which draws {factor} times as large: "
+            f"give sides of at most {MAX_SIDE // factor}"
+        )
+    asked = (request.upscaling or Request()).replace(height=None, width=None, model=None, model_hash=None)
+    return resolve(upscaler, asked, Images(torch.empty(1, 3, height, width, device="meta"), None, {}))
+
+
+def check_upscaler(parts: Parts, name: str) -> None:
+    """Raise UserError for a model, of this name, that does not enlarge a small picture."""
+    if parts.kind is not Kind.UPSCALE:
+        raise UserError(f"{name} is no upscaler: its U-Net takes no small picture beside its latents")

@@ -1,0 +1,131 @@
+"""How pictures begin and end: from noise, from an image, beside an image, within a mask.
+
+Each start is a frozen value of a `Job`. `begin` gives the first state and what a guidance may ask for, with
+what is concatenated with the latents in every step; `finish` the finished pictures. Images are encoded at the
+first use, once for all batches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ldm.diffusion.noise import Noise
+from ldm.diffusion.schedule import Grid
+from ldm.models import VAE, LatentDist
+from ldm.models.conditioning import Conditioning
+from ldm.pipeline import networks
+
+Branches = dict[str, Conditioning]  # what a guidance may ask for, by name
+
+
+@dataclass(frozen=True, eq=False)
+class FromNoise:
+    """Text to image: the first state is noise alone."""
+
+    shape: tuple[int, int, int]  # of one picture's latents [C, h, w]
+    grid: Grid
+    device: torch.device
+
+    def begin(
+        self, noise: Noise, given: Tensor | None, cond: Conditioning, uncond: Conditioning
+    ) -> tuple[Tensor, Branches]:
+        """The first state x [B, C, h, w], and the branches with the text ("cond") and without ("uncond").
+
+        `given` is unit noise in place of what `noise` gives. Draws from each picture's generator in
+        diffusers' order.
+        """
+        return self.grid.initial_scale * self.unit(noise, given), {"cond": cond, "uncond": uncond}
+
+    def unit(self, noise: Noise, given: Tensor | None) -> Tensor:
+        """Unit noise [B, C, h, w], drawn if it is not given."""
+        return (noise.initial(self.shape) if given is None else given).to(self.device, torch.float32)
+
+    def finish(self, images: Tensor) -> Tensor:
+        """Finished pictures [B, 3, H, W] in 0..1 of decoded ones."""
+        return images
+
+
+@dataclass(frozen=True, eq=False)
+class FromImage(FromNoise):
+    """Image to image: an image's latents, noised to the first level of the grid."""
+
+    vae: VAE
+    pixels: Tensor  # [1, 3, H, W] in 0..1
+
+    @cached_property
+    def latents(self) -> LatentDist:
+        """Of the image, [1, c, h, w] each."""
+        return networks.encode(self.vae, self.pixels)
+
+    def begin(
+        self, noise: Noise, given: Tensor | None, cond: Conditioning, uncond: Conditioning
+    ) -> tuple[Tensor, Branches]:
+        x0 = self.latents.sample(noise.initial(self.shape))
+        x = x0 + float(self.grid.sigmas[0]) * self.unit(noise, given)
+        return x, {"cond": cond, "uncond": uncond}
+
+
+@dataclass(frozen=True, eq=False)
+class Edit(FromImage):
+    """instruct-pix2pix: noise, with the latents of the picture to change beside it."""
+
+    def begin(
+        self, noise: Noise, given: Tensor | None, cond: Conditioning, uncond: Conditioning
+    ) -> tuple[Tensor, Branches]:
+        """A third branch, "image", has the image without the text; without the text "uncond" has neither."""
+        x, _ = FromNoise.begin(self, noise, given, cond, uncond)
+        # These latents are not scaled: so the models were trained.
+        latents = self.latents.mean / self.vae.scaling_factor + self.vae.shift_factor
+        concat = latents.expand(len(x), -1, -1, -1)
+        return x, {
+            "cond": replace(cond, concat=concat),
+            "image": replace(uncond, concat=concat),
+            "uncond": replace(uncond, concat=torch.zeros_like(concat)),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Enlarge(FromNoise):
+    """Upscalers: noise, with the small picture beside it, noised to its own level."""
+
+    low_res: Tensor  # [1, 3, h, w] in -1..1
+    signal: float  # alphas_cumprod of its noise level
+
+    def begin(
+        self, noise: Noise, given: Tensor | None, cond: Conditioning, uncond: Conditioning
+    ) -> tuple[Tensor, Branches]:
+        low_noise = noise.initial((3, *self.shape[1:])).to(self.device)
+        concat = self.signal**0.5 * self.low_res + (1 - self.signal) ** 0.5 * low_noise
+        return super().begin(noise, given, replace(cond, concat=concat), replace(uncond, concat=concat))
+
+
+@dataclass(frozen=True, eq=False)
+class Inpaint(FromImage):
+    """Inpainting models: noise or the noised image, with a mask and what it leaves beside it."""
+
+    mask: Tensor  # [1, 1, H, W], 1 where it is drawn anew, else 0
+    keeps_image: bool  # whether what the mask covers begins with the image too
+
+    @cached_property
+    def masked(self) -> LatentDist:
+        """Of the picture, grey where it is drawn anew."""
+        return networks.encode(self.vae, torch.where(self.mask > 0, 0.5, self.pixels))
+
+    def begin(
+        self, noise: Noise, given: Tensor | None, cond: Conditioning, uncond: Conditioning
+    ) -> tuple[Tensor, Branches]:
+        first = FromImage if self.keeps_image else FromNoise
+        x, _ = first.begin(self, noise, given, cond, uncond)
+        masked = self.masked.sample(noise.initial(self.shape))
+        small = F.interpolate(self.mask, self.shape[1:]).to(self.device)
+        concat = torch.cat([small.expand(len(x), -1, -1, -1), masked], 1)
+        return x, {"cond": replace(cond, concat=concat), "uncond": replace(uncond, concat=concat)}
+
+    def finish(self, images: Tensor) -> Tensor:
+        """What the mask does not cover is as it was."""
+        return torch.where(self.mask.to(images.device) > 0, images, self.pixels.to(images))

@@ -1,0 +1,134 @@
+"""Where the pictures that are scored come from: the model, or the truth in place of some of its parts.
+
+If pictures are muddy, these tell which part is at fault: `reconstructed` has the truth for everything but the
+VAE, `denoised_from` the truth for the early, large steps of the U-Net.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ldm import postcards as world
+from ldm.diffusion.noise import Noise
+from ldm.pipeline import Pipeline
+from ldm.postcards.scoring.prompts import Prompt
+from ldm.request import Request
+
+Images = NDArray[np.uint8]  # [N, H, W, 3]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How pictures are drawn; None is the model's default. Prompt i is drawn with seed `seed` + i."""
+
+    steps: int | None = None
+    sampler: str | None = None
+    guidance_scale: float | None = None
+    batch_size: int = 16
+    seed: int = 0
+
+
+Made = Callable[[int], None]  # told how many pictures are finished
+
+
+def rendered(prompts: Sequence[Prompt], size: int = 128) -> Images:
+    """The prompts' own scenes: what a model without fault could draw."""
+    return np.stack([world.render(prompt.scene, size) for prompt in prompts])
+
+
+def picture_size(pipe: Pipeline) -> int:
+    """The side, in pixels, of what the model draws by default."""
+    height = pipe.resolve(Request()).height
+    assert height is not None
+    return height
+
+
+def drawn(pipe: Pipeline, prompts: Sequence[Prompt], settings: Settings, made: Made) -> Images:
+    """What the model draws from the texts alone."""
+
+    def draw(start: int, part: Sequence[Prompt]) -> Images:
+        return _call(pipe, part, _seeds(settings, start, part), settings, num_inference_steps=settings.steps)
+
+    return _in_batches(draw, prompts, settings.batch_size, made)
+
+
+def reconstructed(pipe: Pipeline, images: Images, batch_size: int = 16) -> Images:
+    """Pictures through the VAE and back: no model of these latents can draw better ones."""
+    parts = [
+        to_uint8(pipe.decode(latents_of(pipe, images[i : i + batch_size])))
+        for i in range(0, len(images), batch_size)
+    ]
+    return np.concatenate(parts)
+
+
+def denoised_from(
+    pipe: Pipeline, timestep: int, prompts: Sequence[Prompt], settings: Settings, made: Made
+) -> Images:
+    """What the model makes of the prompts' own renders, noised to `timestep`, with the right texts.
+
+    x = x0 + sigma(timestep) * noise, then the sampler over evenly spaced timesteps down to 0.
+    """
+    steps = settings.steps or pipe.resolve(Request()).num_steps
+    timesteps = [float(t) for t in np.linspace(timestep, 0, steps, endpoint=False)]
+
+    def draw(start: int, part: Sequence[Prompt]) -> Images:
+        seeds = _seeds(settings, start, part)
+        x0 = latents_of(pipe, rendered(part, picture_size(pipe))).float().cpu()
+        x = x0 + float(job.grid.sigmas[0]) * Noise(seeds).initial(job.start.shape)
+        return _call(pipe, part, seeds, settings, timesteps=timesteps, latents=x / job.grid.initial_scale)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the run starts")  # below pure noise: that is the point
+        job = pipe.prepare(Request(timesteps=tuple(timesteps), sampler=settings.sampler))
+        return _in_batches(draw, prompts, settings.batch_size, made)
+
+
+@torch.inference_mode()
+def latents_of(pipe: Pipeline, images: Images) -> Tensor:
+    """The VAE's latents of uint8 pictures: means where it has a distribution."""
+    weight = next(pipe.vae.parameters())
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).to(weight.device, weight.dtype) / 127.5 - 1
+    latents: Tensor = pipe.vae.encode_latents(x)
+    return latents
+
+
+def _call(
+    pipe: Pipeline, part: Sequence[Prompt], seeds: list[int], settings: Settings, **more: Any
+) -> Images:
+    result = pipe(
+        [prompt.text for prompt in part],
+        guidance_scale=settings.guidance_scale,
+        sampler=settings.sampler,
+        seed=seeds,
+        output_type="pt",
+        **more,
+    )
+    return to_uint8(result.images)
+
+
+def to_uint8(images: Tensor) -> Images:
+    """[N, 3, H, W] in 0..1 -> [N, H, W, 3]."""
+    bytes_ = (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
+    return np.asarray(bytes_.permute(0, 2, 3, 1).cpu().numpy())
+
+
+def _seeds(settings: Settings, start: int, part: Sequence[Prompt]) -> list[int]:
+    return [settings.seed + start + k for k in range(len(part))]
+
+
+def _in_batches(
+    draw: Callable[[int, Sequence[Prompt]], Images], prompts: Sequence[Prompt], size: int, made: Made
+) -> Images:
+    parts = []
+    for start in range(0, len(prompts), size):
+        parts.append(draw(start, prompts[start : start + size]))
+        made(start + len(parts[-1]))
+    return np.concatenate(parts)

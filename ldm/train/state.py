@@ -1,0 +1,344 @@
+"""A training run's states on disk: safetensors and JSON under a manifest of hashes, never half there.
+
+`run_dir/state-<step>/` holds
+
+    weights.safetensors    what is trained, and buffers, by name
+    ema.safetensors        the moving averages, by name
+    optimiser.safetensors  <number of the parameter>.<name of the moment>
+    run.json               the position, and what else a run needs to go on that is no tensor
+    recipe.json            the recipe, flat: {"optimiser.learning_rate": 0.001, ...}
+    manifest.json          size and SHA-256 of each of these
+
+It is written aside, flushed, and renamed; older ones go only after that. No file of it is a pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ldm.checkpoint.io import read_json, read_tensors, write_json, write_tensors
+from ldm.errors import UserError
+from ldm.files import read_sha256, whole_folder
+
+# What a recipe cannot change between two parts of one run.
+FIXED = (
+    "kind",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "seed",
+    "processes",
+    "pictures",
+    "resolution",
+    "prediction_type",
+    "lora_alpha",
+    "initializer_token",
+    "class_prompt",
+)
+# What it cannot change by force either: other tensors, or other names of them.
+SHAPES = (
+    "mode",
+    "rank",
+    "lora_targets",
+    "lora_conv",
+    "use_dora",
+    "train_text_encoder",
+    "inpainting",
+    "placeholder_token",
+    "num_vectors",
+)
+FREE = ("resume_from_checkpoint", "force")  # what may differ without a word
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands: steps made, samples seen, seconds trained, steps skipped and how many just now."""
+
+    step: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+
+
+@dataclass(frozen=True)
+class State:
+    """The tensors that a run needs to go on, by name: its own, not copies."""
+
+    weights: Mapping[str, Tensor]
+    ema: Mapping[str, Tensor]
+    optimiser: torch.optim.Optimizer
+
+
+# --- writing ---------------------------------------------------------------------------------------------
+
+
+def save_state(
+    run_dir: Path,
+    position: Position,
+    state: State,
+    recipe: Mapping[str, Any],
+    extra: Mapping[str, Any],
+    keep: int = 1,
+) -> Path:
+    """Write run_dir/state-<step>; then remove all but the `keep` newest, and any of a later step.
+
+    Args:
+        recipe: flat, as `flat` gives it. extra: plain values for run.json.
+
+    Raises:
+        UserError: if it cannot be written, or would hold NaN or Inf. What was there before is as it was.
+    """
+    final = run_dir / f"state-{position.step:08d}"
+    moments, numbers = _moments(state.optimiser)
+    with whole_folder(final) as aside:
+        for name, tensors in (("weights", state.weights), ("ema", state.ema), ("optimiser", moments)):
+            _write_finite(aside / f"{name}.safetensors", tensors)
+        write_json(
+            aside / "run.json", {"position": asdict(position), "optimiser": numbers, "extra": dict(extra)}
+        )
+        write_json(aside / "recipe.json", recipe)
+        write_json(aside / "manifest.json", _manifest(aside, recipe))
+        _sync(aside)
+    _sync(run_dir)
+    before = [folder for folder in _states(run_dir) if step_of(folder) < position.step]
+    for folder in _states(run_dir):
+        if folder != final and folder not in before[len(before) - keep + 1 :]:
+            # Renamed first: a removal that is cut short leaves nothing that looks like a state.
+            shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}-old")))
+    return final
+
+
+def _write_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(
+                f"{path.stem} {name} is NaN or Inf, so no state was saved: go on from the last one "
+                "with a lower learning rate"
+            )
+    try:
+        write_tensors(path, tensors)
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise OSError(str(error)) from None
+
+
+def _moments(optimiser: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The optimiser's state as "<parameter>.<name>": its tensors, and its plain numbers."""
+    state = optimiser.state_dict()["state"]
+    entries = {f"{i}.{name}": value for i, entry in state.items() for name, value in entry.items()}
+    tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
+    return tensors, {name: value for name, value in entries.items() if name not in tensors}
+
+
+def _manifest(folder: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    files = sorted(path for path in folder.iterdir() if path.name != "manifest.json")
+    return {
+        "recipe": digest(recipe),
+        "files": {path.name: {"size": path.stat().st_size, "sha256": read_sha256(path)} for path in files},
+    }
+
+
+def digest(recipe: Mapping[str, Any]) -> str:
+    """SHA-256 of a flat recipe, as 64 hex digits."""
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    """The folder's files and their names are on the disk, or OSError says why not."""
+    for path in (*(path for path in folder.iterdir() if path.is_file()), folder):
+        if path.is_dir() and os.name == "nt":  # which has no such thing
+            continue
+        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+# --- finding ---------------------------------------------------------------------------------------------
+
+
+def _states(run_dir: Path) -> list[Path]:
+    """The folders that are named as states, by step."""
+    named = (path for path in run_dir.glob("state-*") if path.name[6:].isdecimal())
+    return sorted(named, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The step in a state's name."""
+    return int(folder.name.removeprefix("state-"))
+
+
+def newest_state(run_dir: Path) -> Path | None:
+    """The state of the latest step, as it is."""
+    return max(_states(run_dir), key=step_of, default=None)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a state, in a few words; None if it is whole to the last bit."""
+    try:
+        files = read_json(folder / "manifest.json")["files"]
+        for name, written in files.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != written["size"]:
+                return f"{name} is cut short or changed"
+            if read_sha256(path) != written["sha256"]:
+                return f"{name} is changed"
+    except UserError:
+        return "its manifest is missing or damaged"
+    except (KeyError, TypeError, AttributeError):
+        return "its manifest is damaged"
+    except OSError as error:
+        return f"it cannot be read: {error.strerror}"
+    return None
+
+
+def find_state(run_dir: Path, resume: str = "latest", force: bool = False) -> Path | None:
+    """The state to go on from; None to start anew. Says in one line which ones it passed over.
+
+    Args:
+        resume: "latest", the newest whole one; "no", none; or a state's path, or its name in run_dir.
+        force: start anew where no state is whole, and leave later states behind (the next save removes them)
+            where `resume` asks for less.
+
+    Raises:
+        UserError: where that would be needed without `force`, or if the state asked for is not whole.
+    """
+    states, faults = _states(run_dir), _clear_unfinished(run_dir)
+    found = None
+    if resume == "latest":
+        for folder in reversed(states):
+            if (fault := damage(folder)) is None:
+                found = folder
+                break
+            faults.append(f"{folder.name}: {fault}")
+    else:
+        found = None if resume == "no" else _asked_for(run_dir, resume)
+        step = -1 if found is None else read_json(found / "run.json")["position"]["step"]
+        later = [folder for folder in states if folder != found and step_of(folder) >= step]
+        if later and not force:
+            raise UserError(
+                f"{run_dir} holds {later[-1].name}: leave out resume_from_checkpoint={resume} to go on from "
+                "it, choose another folder, or add --force to leave it behind"
+            )
+    if resume == "latest" and states and found is None and not force:
+        raise UserError(
+            f"{run_dir}: no state is whole ({'; '.join(faults)}): choose another folder, or set "
+            "add --force to start anew"
+        )
+    if faults:
+        print(f"passed over {'; '.join(faults)}", flush=True)
+    return found
+
+
+def _clear_unfinished(run_dir: Path) -> list[str]:
+    """Remove what a killed run was writing or removing. Says what was lost by it."""
+    folders = [path for path in sorted(run_dir.glob(".state-*")) if path.is_dir()]
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+    return [f"{path.name[1:15]}: unfinished" for path in folders if not path.name.endswith("old")]
+
+
+def _asked_for(run_dir: Path, name: str) -> Path:
+    folder = next((path for path in (run_dir / name, Path(name)) if path.is_dir()), None)
+    if folder is None:
+        raise UserError(f"resume_from_checkpoint: {name} is no folder, nor is {run_dir / name}")
+    if fault := damage(folder):
+        raise UserError(f"{folder} cannot be gone on from: {fault}; set resume_from_checkpoint=latest")
+    return run_dir / folder.name if folder.resolve().parent == run_dir.resolve() else folder
+
+
+# --- reading ---------------------------------------------------------------------------------------------
+
+
+def load_state(folder: Path, state: State) -> tuple[Position, dict[str, Any]]:
+    """Fill `state` in place from a folder that `find_state` has found whole. Returns position and extra.
+
+    Raises UserError naming the tensor if the folder is another model's.
+    """
+    _fill(folder / "weights.safetensors", state.weights)
+    _fill(folder / "ema.safetensors", state.ema)
+    run = read_json(folder / "run.json")
+    params = [p for group in state.optimiser.param_groups for p in group["params"]]
+    moments: dict[int, dict[str, Any]] = {}
+    for name, value in (read_tensors(folder / "optimiser.safetensors") | run["optimiser"]).items():
+        i, key = name.split(".")
+        if isinstance(value, Tensor):
+            # A copy in memory, laid out as its parameter: the mapped file is removed with the next save.
+            like = params[int(i)] if value.shape == params[int(i)].shape else value
+            value = torch.empty_like(like, dtype=value.dtype, device="cpu").copy_(value)
+        moments.setdefault(int(i), {})[key] = value
+    state.optimiser.load_state_dict(
+        {"state": moments, "param_groups": state.optimiser.state_dict()["param_groups"]}
+    )
+    return Position(**run["position"]), run["extra"]
+
+
+@torch.no_grad()
+def _fill(path: Path, into: Mapping[str, Tensor]) -> None:
+    found = read_tensors(path)
+    for name in sorted(found.keys() ^ into.keys()):
+        where = "is in it, but not in the model" if name in found else "is in the model, but not in it"
+        raise UserError(
+            f"{path}: {name} {where}: another model's state, or another mode of training: choose another "
+            "folder"
+        )
+    for name, value in found.items():
+        if value.shape != into[name].shape:
+            raise UserError(
+                f"{path}: {name} is {list(value.shape)}, and {list(into[name].shape)} in the model: "
+                "choose another folder"
+            )
+        into[name].copy_(value)
+
+
+def check_recipe(
+    folder: Path, recipe: Mapping[str, Any], force: bool = False, say: Callable[[str], object] = print
+) -> None:
+    """Compare a state's recipe with the one to go on with, and say in one line what has changed.
+
+    Raises UserError naming the key if one of SHAPES has changed, or one of FIXED and `force` is not set.
+    """
+    before = read_json(folder / "recipe.json")
+    changed = [
+        f"{key} {before.get(key, 'unset')} -> {recipe.get(key, 'unset')}"
+        for key in sorted(before.keys() | recipe.keys())
+        if before.get(key) != recipe.get(key) and _last(key) not in FREE
+    ]
+    mode = [change for change in changed if change.startswith("mode ")]  # others follow from it
+    shapes = mode or [change for change in changed if _last(change.split()[0]) in SHAPES]
+    fixed = [change for change in changed if change.startswith("model") or _last(change.split()[0]) in FIXED]
+    if shapes or (fixed and not force):
+        advice = "or choose another folder" if shapes else "choose another folder, or add --force"
+        raise UserError(
+            f"{folder} was trained with another recipe: {', '.join(shapes + fixed)}; take the old values, "
+            f"{advice}"
+        )
+    if changed:
+        say(f"the recipe has changed since {folder.name}: {', '.join(changed)}")
+
+
+def _last(key: str) -> str:
+    """Recipes of training from scratch have sections, those of fine-tuning none."""
+    return key.rpartition(".")[2]
+
+
+def flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """A recipe's plain values by dotted names: {"run": {"seed": 1}} gives ("run.seed", 1)."""
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,81 @@
+"""One generator per image: seeds mean the same in any batch, as in diffusers."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+
+from ldm.diffusion.noise import BrownianNoise, Noise
+from ldm.errors import UserError
+
+LIKE = torch.zeros(3, 4, 8, 8)
+
+
+@pytest.mark.parametrize("kind", [Noise, BrownianNoise])
+def test_initial_noise_is_that_of_diffusers(kind):
+    want = randn_tensor((3, 4, 8, 8), generator=[torch.Generator().manual_seed(seed) for seed in (5, 6, 7)])
+    assert torch.equal(kind([5, 6, 7]).initial((4, 8, 8)), want)
+    alone = randn_tensor((1, 4, 8, 8), generator=torch.Generator().manual_seed(6))
+    assert torch.equal(kind([torch.Generator().manual_seed(6)]).initial((4, 8, 8)), alone)
+
+
+def test_later_draws_are_those_of_diffusers():
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6, 7)]
+    noise = Noise([5, 6, 7])
+    for _ in range(3):
+        assert torch.equal(noise(LIKE, 2.0, 1.0), randn_tensor(LIKE.shape, generator=generators))
+
+
+@pytest.mark.parametrize("kind", [Noise, BrownianNoise])
+def test_image_does_not_depend_on_the_batch(kind):
+    together, alone = kind([1, 2, 3]), kind([2])
+    together.initial((4, 8, 8))
+    alone.initial((4, 8, 8))
+    for sigma, sigma_next in ((9.0, 4.0), (4.0, 1.0)):
+        many, one = together(LIKE, sigma, sigma_next), alone(LIKE[:1], sigma, sigma_next)
+        assert torch.equal(many[1:2], one)
+        assert not torch.equal(many[0], many[1])
+
+
+@pytest.mark.parametrize("kind", [Noise, BrownianNoise])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_drawn_in_fp32_whatever_the_dtype(kind, dtype):
+    want = kind([1, 2, 3])(LIKE, 4.0, 1.0)
+    got = kind([1, 2, 3])(LIKE.to(dtype), 4.0, 1.0)
+    assert got.dtype == dtype
+    assert torch.equal(got, want.to(dtype))
+
+
+def test_brownian_noise_is_unit_and_independent():
+    like, noise = torch.zeros(1, 1, 256, 256), BrownianNoise([0])
+    levels = [4096.0, 90.0, 14.0, 3.0, 0.5, 0.03]
+    draws = [noise(like, *pair).flatten().double() for pair in itertools.pairwise(levels)]
+    gram = torch.stack(draws) @ torch.stack(draws).T / like.numel()
+    assert torch.allclose(gram, torch.eye(len(draws), dtype=torch.float64), atol=5 / 256)
+    assert all(abs(float(draw.mean())) < 5 / 256 for draw in draws)
+
+
+def test_brownian_steps_add_up():
+    """Two short steps spend the noise of the long one: more steps refine the same picture."""
+
+    def u(sigma):
+        return sigma / (1 + sigma)
+
+    noise = BrownianNoise([0, 1, 2])
+    long = noise(LIKE, 6.0, 1.0) * math.sqrt(u(6.0) - u(1.0))
+    short = [noise(LIKE, a, b) * math.sqrt(u(a) - u(b)) for a, b in ((6.0, 2.5), (2.5, 1.0))]
+    assert torch.allclose(long, short[0] + short[1], atol=1e-4)
+    # and the path is the seed's alone, whatever was asked before
+    assert torch.allclose(
+        BrownianNoise([0, 1, 2])(LIKE, 2.5, 1.0) * math.sqrt(u(2.5) - u(1.0)), short[1], atol=1e-4
+    )
+
+
+def test_wrong_seeds():
+    with pytest.raises(UserError, match="3 images but 2 seeds"):
+        Noise([1, 2])(LIKE, 2.0, 1.0)
+    for seed in (-1, 2**63):
+        with pytest.raises(UserError, match="out of range"):
+            Noise([seed])
