@@ -28,7 +28,7 @@ def reported(training: bool = False) -> Iterator[None]:
     sys.exit(2)
 
 
-def few(names: Sequence[str], most: int = 2) -> str:
+def abbreviate(names: Sequence[str], most: int = 2) -> str:
     """The first of many names, for a message of one line: "a, b and 3 more"."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return f"{', '.join(names[:most])}{more}"

@@ -22,7 +22,7 @@ def reason(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def told(path: Path) -> Iterator[None]:
+def write_errors(path: Path) -> Iterator[None]:
     """Inside the block an OSError is a UserError that names what could not be written."""
     try:
         yield
@@ -34,7 +34,7 @@ def told(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def aside(path: Path) -> Iterator[Path]:
+def temporary_file(path: Path) -> Iterator[Path]:
     """A new, empty file beside `path`, to write to and then move; whatever happens, it does not stay.
 
     Raises OSError.
@@ -55,7 +55,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
     Raises UserError where it cannot be written.
     """
-    with told(path), aside(path) as temporary:
+    with write_errors(path), temporary_file(path) as temporary:
         yield temporary
         _flush([temporary])
         temporary.replace(path)
@@ -68,7 +68,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     Raises UserError where it cannot be written.
     """
     temporary = _unused(folder)
-    with told(folder):
+    with write_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
         try:
@@ -82,7 +82,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 def check_writable(folder: Path) -> None:
     """Raise UserError if no file can be made in `folder` (or the folder itself); leave nothing behind."""
     absent = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    with told(folder):
+    with write_errors(folder):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()

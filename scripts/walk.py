@@ -53,7 +53,7 @@ def walk(argv: list[str]) -> list[Stop]:
         sys.setprofile(None)
     assert code == 0
     order = [stop for stop in calls if not stop[0].startswith(NETWORKS) and stop[1] not in in_place]
-    first, last = order.index(("cli/draw.py", "check_latents")), order.index(("files.py", "aside"))
+    first, last = order.index(("cli/draw.py", "check_latents")), order.index(("files.py", "temporary_file"))
     return order[first : last + 1]
 
 

@@ -21,7 +21,7 @@ from ldm.adapters.deltas import Delta, make_delta
 from ldm.adapters.names import UNET, Layer, is_text, list_layers, spell_layers, split_name, width_of_text
 from ldm.checkpoint import Parts
 from ldm.checkpoint.io import read_json, read_metadata, read_tensors
-from ldm.errors import UserError, few
+from ldm.errors import UserError, abbreviate
 from ldm.files import sha256
 
 SUFFIXES = (".safetensors", ".pt", ".bin", ".ckpt")
@@ -68,8 +68,10 @@ class Report:
 
     def __str__(self) -> str:
         parts = (("U-Net", self.unet, self.weight), ("text", self.text, self.text_weight))
-        told = [f"{part} {n} of {m} tensors (weight {weight:g})" for part, (n, m), weight in parts if m]
-        return f"{self.name}: {' and '.join(self.kinds)}, matched {', '.join(told)}"
+        parts_matched = [
+            f"{part} {n} of {m} tensors (weight {weight:g})" for part, (n, m), weight in parts if m
+        ]
+        return f"{self.name}: {' and '.join(self.kinds)}, matched {', '.join(parts_matched)}"
 
 
 def name_of(path: Path) -> str:
@@ -108,11 +110,11 @@ def _read(_key: Path, path: Path, _mtime_ns: int, _size: int) -> LoraFile:
             layers.setdefault(split[0], {})[split[1]] = tensor
     if strange and not layers:
         raise UserError(
-            f"{path}: has no LoRA, LoHa, LoKr or DoRA tensors ({few(strange)}): a LoRA is expected here,\n"
-            "not a whole model, a ControlNet or a textual inversion (give those by --embedding)"
+            f"{path}: has no LoRA, LoHa, LoKr or DoRA tensors ({abbreviate(strange)}): "
+            "a LoRA is expected here,\nnot a whole model, a ControlNet or a textual inversion (give those by --embedding)"
         )
     if strange:
-        raise UserError(f"{path}: has tensors that no LoRA, LoHa, LoKr or DoRA has: {few(strange)}")
+        raise UserError(f"{path}: has tensors that no LoRA, LoHa, LoKr or DoRA has: {abbreviate(strange)}")
     return LoraFile(path, sha256(path), layers, _read_settings(path))
 
 
@@ -179,7 +181,7 @@ def _report(lora: Lora, layers: Mapping[str, Layer]) -> dict[str, Any]:
 
 
 def _complain(file: LoraFile, layers: Mapping[str, Layer], report: Mapping[str, Any]) -> None:
-    lost = few([stem for stem in file.layers if stem not in layers])
+    lost = abbreviate([stem for stem in file.layers if stem not in layers])
     (unet, unets), (text, texts) = report["unet"], report["text"]
     raise UserError(
         f"{file.path}: only {unet} of {unets} U-Net tensors and {text} of {texts} text tensors belong to "

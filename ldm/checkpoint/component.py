@@ -18,7 +18,7 @@ from ldm.checkpoint.parts import MODEL_STEM, TEXT_ENCODERS
 from ldm.checkpoint.sections import section_of
 from ldm.checkpoint.shapes import Tensors, is_open_clip, shape_of
 from ldm.checkpoint.weights import Stored, check_counts, open_stored
-from ldm.errors import UserError, few
+from ldm.errors import UserError, abbreviate
 from ldm.models import Network, build
 from ldm.runtime import Runtime
 
@@ -155,4 +155,4 @@ def _is_unused(part: str, config: Mapping[str, Any], name: str) -> bool:
 def refuse(fault: str, names: list[str], path: Path) -> None:
     """Raises UserError naming tensors that are `fault`: missing, unknown."""
     if names:
-        raise UserError(f"{path}: tensors {fault}: {few(sorted(names))}")
+        raise UserError(f"{path}: tensors {fault}: {abbreviate(sorted(names))}")

@@ -11,7 +11,7 @@ from ldm.checkpoint.folder import IGNORED, load_folder
 from ldm.checkpoint.io import read_json
 from ldm.checkpoint.save import save_model
 from ldm.checkpoint.sections import AVERAGED
-from ldm.checkpoint.single import Say, read_single
+from ldm.checkpoint.single import Log, read_single
 from ldm.checkpoint.source import find
 from ldm.errors import UserError
 
@@ -27,7 +27,7 @@ def convert(
     prediction_type: str | None = None,
     config: Path | None = None,
     overrides: Mapping[str, Path] | None = None,
-    say: Say = print,
+    log: Log = print,
 ) -> None:
     """Write the model in `source` to `target`: a single file if that ends in .safetensors, or else a folder.
 
@@ -37,7 +37,7 @@ def convert(
         ema, prediction_type, config, overrides: as in `load_single`.
         max_shard_size: "5GB", "500MB": larger files of a folder are cut.
         force: replace a target that is there.
-        say: is given a line for each thing that was guessed, and for each tensor that is not written.
+        log: is given a line for each thing that was guessed, and for each tensor that is not written.
 
     Raises:
         UserError: if the source cannot be read, and for a target that is there. Nothing is half-written.
@@ -58,15 +58,15 @@ def convert(
             ema=ema,
             config=config,
             overrides=overrides,
-            say=say,
+            log=log,
         )
     save_model(target, parts, dtype, max_shard_size)
     averaged = [name for name in unused if name.startswith(AVERAGED)]
     for name in unused:
         if not name.startswith(AVERAGED):
-            say(f"not written: {name}")
+            log(f"not written: {name}")
     if averaged:
-        say(f"not written: {AVERAGED}* ({len(averaged)} tensors)")
+        log(f"not written: {AVERAGED}* ({len(averaged)} tensors)")
 
 
 def _unused_in_folder(folder: Path) -> list[str]:

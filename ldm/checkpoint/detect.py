@@ -140,11 +140,11 @@ def _scheduler(
         config["steps_offset"] = 0
     elif not given and unet["in_channels"] == 8:
         config["_class_name"] = "EulerAncestralDiscreteScheduler"
-    told = asked or _told(file) or given.get("prediction_type")
-    if told is None:
-        told, note = _guessed(file, unet)
+    prediction = asked or _stated(file) or given.get("prediction_type")
+    if prediction is None:
+        prediction, note = _guessed(file, unet)
         notes.append(note)
-    config["prediction_type"] = told
+    config["prediction_type"] = prediction
     if "ztsnr" in file.loose or file.metadata.get("ss_zero_terminal_snr") == "True":
         config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
         if config["_class_name"] == "PNDMScheduler":  # in diffusers it has no such schedule
@@ -152,12 +152,12 @@ def _scheduler(
     return config, notes
 
 
-def _told(file: Single) -> str | None:
+def _stated(file: Single) -> str | None:
     """The prediction type by the mark that NoobAI XL began, or by Stability's ModelSpec."""
     if "v_pred" in file.loose:
         return "v_prediction"
-    told = PREDICTIONS.get(file.metadata.get("modelspec.prediction_type", ""))
-    return told or ARCHITECTURES.get(file.metadata.get("modelspec.architecture", ""))
+    prediction = PREDICTIONS.get(file.metadata.get("modelspec.prediction_type", ""))
+    return prediction or ARCHITECTURES.get(file.metadata.get("modelspec.architecture", ""))
 
 
 def _guessed(file: Single, unet: Config) -> tuple[str, str]:

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ldm.errors import UserError, few
+from ldm.errors import UserError, abbreviate
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -75,7 +75,7 @@ def check_names(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], pat
 def _named(fault: str, names: list[str]) -> list[str]:
     if not names:
         return []
-    return [f"{fault}: {few(names)}"]
+    return [f"{fault}: {abbreviate(names)}"]
 
 
 def _differs(tensor: Tensor, dtype: torch.dtype | None) -> bool:

@@ -25,7 +25,7 @@ from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
 from ldm.runtime import Runtime
 
-Say = Callable[[str], object]
+Log = Callable[[str], object]
 
 # Tensors that nothing is drawn with. Outside the parts: schedules, which the config has, and what training
 # left.
@@ -45,7 +45,7 @@ def load_single(
     ema: bool | None = None,
     config: Path | None = None,
     overrides: Mapping[str, Path] | None = None,
-    say: Say = print,
+    log: Log = print,
 ) -> Parts:
     """The model in a .safetensors, .ckpt or .pt file of the original layout, on the runtime's device.
 
@@ -56,13 +56,13 @@ def load_single(
             still that of the model they began from.
         config: a pipeline folder whose configs and tokenizers are taken instead of the family's.
         overrides: by part ("unet", "vae", "text_encoder", "text_encoder_2"), the file or folder to take.
-        say: is given a line for each thing that was guessed.
+        log: is given a line for each thing that was guessed.
 
     Raises:
         UserError: naming the tensor or part that is missing or does not belong, and what to do.
     """
     parts, _ = read_single(
-        path, runtime, prediction_type=prediction_type, ema=ema, config=config, overrides=overrides, say=say
+        path, runtime, prediction_type=prediction_type, ema=ema, config=config, overrides=overrides, log=log
     )
     if runtime is None:
         return parts
@@ -83,7 +83,7 @@ def read_single(
     ema: bool | None = None,
     config: Path | None = None,
     overrides: Mapping[str, Path] | None = None,
-    say: Say = print,
+    log: Log = print,
 ) -> tuple[Parts, list[str]]:
     """As `load_single`, but on the CPU, as stored without a runtime; and the names of unused tensors."""
     file, overrides = open_single(path, ema), overrides or {}
@@ -93,7 +93,7 @@ def read_single(
     _check_complete(file, overrides)
     unused = _unused_outside(file)
     for note in (*file.notes, *found.notes):
-        say(f"{path.name} ({found.title}): {note}")
+        log(f"{path.name} ({found.title}): {note}")
     modules: dict[str, Any] = {}
     for part, prefix in prefixes(file.family).items():
         configured = found.configs[part]

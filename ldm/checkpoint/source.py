@@ -34,7 +34,7 @@ def load_parts(
     text_encoder_2: str | Path | None = None,
     prediction_type: str | None = None,
     ema: bool | None = None,
-    say: Callable[[str], object] = _warn,
+    log: Callable[[str], object] = _warn,
 ) -> Parts:
     """All parts of a model, on the runtime's device (None: as stored); those given in place of its own.
 
@@ -46,7 +46,7 @@ def load_parts(
             a name on the hub.
         prediction_type: "epsilon" or "v_prediction", in place of what the model says or seems to be.
         ema: of a single file that holds both, the averaged weights (True) or the plain ones (False).
-        say: is given a line for each thing that was guessed.
+        log: is given a line for each thing that was guessed.
 
     Raises:
         UserError: naming what is missing, damaged or does not fit, and what to do.
@@ -67,7 +67,7 @@ def load_parts(
         raise UserError(f"{path}: variants are files of a folder, and this is a single file; leave it out")
     from ldm.checkpoint.single import load_single
 
-    parts = load_single(path, runtime, prediction_type=prediction_type, ema=ema, overrides=overrides, say=say)
+    parts = load_single(path, runtime, prediction_type=prediction_type, ema=ema, overrides=overrides, log=log)
     return replace(parts, changes=_changes(overrides, prediction_type, ema))
 
 

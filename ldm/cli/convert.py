@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ldm.cli.flags import add_common_flags, add_part_flags
-from ldm.cli.terminal import say
+from ldm.cli.terminal import echo
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +38,7 @@ def convert(args: argparse.Namespace) -> int:
         prediction_type=args.prediction_type,
         config=args.config,
         overrides=find_parts(given),
-        say=lambda line: say(args, line),
+        log=lambda line: echo(args, line),
     )
-    say(args, str(args.target))
+    echo(args, str(args.target))
     return 0

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ldm.cli.flags import add_common_flags, add_input_flags, add_model_flags
 from ldm.cli.models import load
 from ldm.cli.parser import count
-from ldm.cli.terminal import bar, say
+from ldm.cli.terminal import bar, echo
 from ldm.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,9 +40,9 @@ def draw(args: argparse.Namespace) -> int:
     check_output(args, sum(request.num_images for request in requests))
     pipe = load(args)
     check_latents(pipe, args)
-    tell_unknown_words(pipe, args, requests)
+    warn_of_unknown_words(pipe, args, requests)
     jobs = prepare_jobs(pipe, requests, args.n_samples)
-    tell_loras(pipe, args, jobs)
+    print_loras(pipe, args, jobs)
     check_batch(jobs[0].request, args.n_samples)
 
     sheet: list[Image] = []
@@ -54,12 +54,12 @@ def draw(args: argparse.Namespace) -> int:
         for image, picture in zip(images, batch, strict=True):
             if not args.skip_save:
                 path = save(image, args, picture.request)
-                say(args, f"{path}  seed {picture.seed}  {seconds:.2f} s")
+                echo(args, f"{path}  seed {picture.seed}  {seconds:.2f} s")
         sheet += images
         if k == len(batches) or len(sheet) + args.n_samples > GRID_LIMIT:
             save_grid(sheet, args)
             sheet.clear()
-    tell_peak_memory(pipe, args)
+    print_peak_memory(pipe, args)
     return 0
 
 
@@ -158,12 +158,12 @@ def check_latents(pipe: Pipeline, args: argparse.Namespace) -> None:
             raise UserError(f"--{flag} {given} does not fit this model, which has {real}; leave --{flag} out")
 
 
-def tell_loras(pipe: Pipeline, args: argparse.Namespace, jobs: Sequence[Job]) -> None:
+def print_loras(pipe: Pipeline, args: argparse.Namespace, jobs: Sequence[Job]) -> None:
     """What the tags in prompts matched, before anything is drawn."""
     reports = dict.fromkeys(str(report) for job in jobs for report in job.model.adapted.reports)
     for report in reports:
         if report not in {str(own) for own in pipe.adapted.reports}:
-            say(args, report)
+            echo(args, report)
 
 
 def check_batch(request: Request, count: int) -> None:
@@ -178,7 +178,7 @@ def check_batch(request: Request, count: int) -> None:
         )
 
 
-def tell_unknown_words(pipe: Pipeline, args: argparse.Namespace, requests: Sequence[Request]) -> None:
+def warn_of_unknown_words(pipe: Pipeline, args: argparse.Namespace, requests: Sequence[Request]) -> None:
     """The embedded model knows a small world: say which words lie outside it. Nothing on other models."""
     from ldm.checkpoint.parts import EMBEDDED
 
@@ -212,13 +212,13 @@ def save_grid(sheet: Sequence[Image], args: argparse.Namespace) -> None:
     if len(sheet) > 1 and not args.skip_grid:
         columns = args.n_rows or args.n_samples
         path = save_numbered(contact_sheet(sheet, columns), args.outdir, "grid-%04d.png")
-        say(args, f"{path}  grid of {len(sheet)}")
+        echo(args, f"{path}  grid of {len(sheet)}")
 
 
-def tell_peak_memory(pipe: Pipeline, args: argparse.Namespace) -> None:
+def print_peak_memory(pipe: Pipeline, args: argparse.Namespace) -> None:
     from ldm.runtime import peak_memory
 
-    say(args, f"peak memory {peak_memory(pipe.runtime.device) / 2**20:.0f} MiB")
+    echo(args, f"peak memory {peak_memory(pipe.runtime.device) / 2**20:.0f} MiB")
 
 
 # --- flags -----------------------------------------------------------------------------------------------

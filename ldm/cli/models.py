@@ -7,7 +7,7 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ldm.cli.terminal import say
+from ldm.cli.terminal import echo
 from ldm.prompts.tags import parse_embedding, parse_lora
 
 if TYPE_CHECKING:
@@ -48,10 +48,10 @@ def add_adapters(pipe: Pipeline, args: argparse.Namespace) -> Pipeline:
     for spec in args.embedding:
         name, file = parse_embedding(spec)
         pipe = pipe.with_embedding(file, name)
-        say(args, str(pipe.adapted.embeddings[-1]))
+        echo(args, str(pipe.adapted.embeddings[-1]))
     for spec in args.lora:
         pipe = pipe.with_lora(*parse_lora(spec))
-        say(args, str(pipe.adapted.reports[-1]))
+        echo(args, str(pipe.adapted.reports[-1]))
     if args.upscaler is not None:
         pipe = pipe.with_upscaler(args.upscaler)
     return replace(pipe, lora_dir=args.lora_dir)

@@ -53,7 +53,7 @@ def redraw(args: argparse.Namespace) -> int:
     if args.output is not None:
         check_output(args, 1)
     pipe = load(args)
-    tell_other_models(pipe, request, args.file)
+    warn_of_other_models(pipe, request, args.file)
     inputs = {"image": args.image or request.image, "mask_image": args.mask_image or request.mask_image}
     upscaling = request.upscaling if pipe.upscaler else None
     job = pipe.prepare(request.replace(model=None, model_hash=None, upscaling=upscaling, **inputs))
@@ -71,7 +71,7 @@ def redraw(args: argparse.Namespace) -> int:
     return 1
 
 
-def tell_other_models(pipe: Pipeline, request: Request, file: Path) -> None:
+def warn_of_other_models(pipe: Pipeline, request: Request, file: Path) -> None:
     """Whether a picture was drawn, or enlarged, by another model than it will be drawn by again."""
     again = "give its model by --model (and the same --vae, --unet, --prediction-type, ...)"
     pairs: list[tuple[str, Request, Model | None, str]] = [("drawn", request, pipe, again)]

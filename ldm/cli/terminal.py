@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 
-def say(args: argparse.Namespace, line: str) -> None:
+def echo(args: argparse.Namespace, line: str) -> None:
     """Print a line, unless --quiet was given."""
     if not args.quiet:
         print(line, flush=True)

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from ldm.checkpoint.io import write_tensors
 from ldm.dataset.buckets import Crop, cut
 from ldm.errors import UserError
-from ldm.files import aside, reason
+from ldm.files import reason, temporary_file
 from ldm.images.opening import open_picture
 from ldm.models import VAE, LatentDist
 from ldm.models.conditioning import Conditioning
@@ -90,7 +90,9 @@ class Store:
         """Keep an entry, in place of any that is there."""
         path = self.path(of)
         try:
-            with aside(path) as temporary:  # not `whole_file`: a cache can be made again, and is checked
+            with temporary_file(
+                path
+            ) as temporary:  # not `whole_file`: a cache can be made again, and is checked
                 write_tensors(temporary, entry, metadata={"of": of, "sha256": _checksum(entry)})
                 temporary.replace(path)
         except (OSError, SafetensorError) as error:

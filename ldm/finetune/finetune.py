@@ -25,7 +25,7 @@ from ldm.dataset.captions import clip_counter
 from ldm.dataset.examine import examine
 from ldm.dataset.feed import Feed
 from ldm.dataset.findings import Example, report
-from ldm.errors import UserError, few
+from ldm.errors import UserError, abbreviate
 from ldm.finetune.inpainting import widen
 from ldm.finetune.modes import PARTS, Mode, make_mode
 from ldm.finetune.prior import class_examples, draw_class
@@ -176,7 +176,7 @@ def _prior(recipe: FinetuneRecipe, runtime: Runtime, processes: PartialState, sa
     def progress(done: int, total: int) -> None:
         say(f"{done} of {total} drawn")
 
-    say(f"pictures of the class: {recipe.num_class_images} of {few(prompts)} in {folder}")
+    say(f"pictures of the class: {recipe.num_class_images} of {abbreviate(prompts)} in {folder}")
     share = (processes.process_index, processes.num_processes)
     draw_class(load, prompts, folder, recipe.num_class_images, size=size, share=share, on_progress=progress)
     processes.wait_for_everyone()

@@ -16,7 +16,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ldm.errors import UserError
-from ldm.files import aside, reason, told
+from ldm.files import reason, temporary_file, write_errors
 from ldm.images.parameters import format_parameters, parse_parameters
 from ldm.request import Request
 
@@ -25,7 +25,7 @@ CHUNK = "ldm"
 
 def save_png(image: Image.Image, path: Path, request: Request | None = None) -> Path:
     """Write `path`, replacing what is there, with the request in its text chunks. Raises UserError."""
-    with told(path), _complete_file(image, path, request) as temporary:
+    with write_errors(path), _complete_file(image, path, request) as temporary:
         temporary.replace(path)
     return path
 
@@ -35,7 +35,7 @@ def save_numbered(image: Image.Image, folder: Path, name: str, request: Request 
 
     Several processes may write to one folder: each number goes to one of them. Raises UserError.
     """
-    with told(folder), _complete_file(image, folder / name, request) as temporary:
+    with write_errors(folder), _complete_file(image, folder / name, request) as temporary:
         number = _next_number(folder, name)
         while not _rename_new(temporary, folder / (name % number)):
             number += 1
@@ -68,7 +68,7 @@ def _complete_file(image: Image.Image, path: Path, request: Request | None) -> I
     if request is not None:
         chunks.add_text("parameters", format_parameters(request))
         chunks.add_text(CHUNK, request.to_json())
-    with aside(path) as temporary:
+    with temporary_file(path) as temporary:
         with temporary.open("wb") as file:
             image.save(file, format="PNG", pnginfo=chunks)
         yield temporary

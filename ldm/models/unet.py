@@ -93,7 +93,7 @@ class UNet(nn.Module):
     """Predicts eps, v or x0 from noisy latents, the timestep and the text.
 
     Stable Diffusion 1, 2, XL and its refiner, inpainting, the x4 upscaler and LCM differ in `config` only: in
-    widths, in where they attend, and in what they are told beside the text.
+    widths, in where they attend, and in what they are extra beside the text.
 
     `state_dict` has exactly the names of diffusers' UNet2DConditionModel.
     """
@@ -161,12 +161,12 @@ class UNet(nn.Module):
             "class_labels": class_labels,
             "timestep_cond": timestep_cond,
         }
-        told = {name: value for name, value in fields.items() if value is not None}
-        if told.keys() != self.config.conditioning:
-            raise ValueError(f"U-Net: takes {sorted(self.config.conditioning)}, was given {sorted(told)}")
+        extra = {name: value for name, value in fields.items() if value is not None}
+        if extra.keys() != self.config.conditioning:
+            raise ValueError(f"U-Net: takes {sorted(self.config.conditioning)}, was given {sorted(extra)}")
         if self.config.center_input_sample:
             sample = 2 * sample - 1
-        time = F.silu(self._embed(sample, timestep, context, told))
+        time = F.silu(self._embed(sample, timestep, context, extra))
         x = self.conv_in(sample)
         skips = [x]
         for block in self.down_blocks:
@@ -180,14 +180,14 @@ class UNet(nn.Module):
         return out
 
     def _embed(
-        self, sample: Tensor, timestep: Tensor | float, context: Tensor, told: Mapping[str, Tensor]
+        self, sample: Tensor, timestep: Tensor | float, context: Tensor, extra: Mapping[str, Tensor]
     ) -> Tensor:
-        """[B, time_dim]: the sum of embeddings of the timestep and of all else that it is told."""
+        """[B, time_dim]: the sum of embeddings of the timestep and of all else that it is extra."""
         config, dtype = self.config, sample.dtype
         t = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device).expand(sample.shape[0])
-        embedding: Tensor = self.time_embedding(self._features(t).to(dtype), told.get("timestep_cond"))
+        embedding: Tensor = self.time_embedding(self._features(t).to(dtype), extra.get("timestep_cond"))
         if self.class_embedding is not None:
-            labels = told["class_labels"]
+            labels = extra["class_labels"]
             if config.class_embed_type is None:
                 labels = labels.long()
             elif config.class_embed_type == "timestep":
@@ -196,8 +196,8 @@ class UNet(nn.Module):
         if self.add_embedding is not None:
             added = context
             if config.addition_embed_type == "text_time":
-                sizes = self._features(told["time_ids"], config.addition_time_embed_dim).flatten(1)
-                added = torch.cat([told["pooled"], sizes.to(dtype)], dim=1)
+                sizes = self._features(extra["time_ids"], config.addition_time_embed_dim).flatten(1)
+                added = torch.cat([extra["pooled"], sizes.to(dtype)], dim=1)
             embedding = embedding + self.add_embedding(added)
         return embedding
 

@@ -149,7 +149,7 @@ class TextEncoder:
                 stacklevel=2,
             )
         layer, norm = self._layer(clip_skip)
-        return _beside([clip.encode(column, windows or needed, layer, norm) for clip, column in each])
+        return _concatenate([clip.encode(column, windows or needed, layer, norm) for clip, column in each])
 
     def count_windows(self, prompts: Sequence[str], prompts_2: Sequence[str] | None = None) -> int:
         """How many windows the longest of these prompts needs."""
@@ -173,7 +173,7 @@ class TextEncoder:
         """As `encode`, of what `tokenise` gives, with gradients and unchecked: for training."""
         layer, norm = self._layer(clip_skip)
         each = zip(self.clips, ids, strict=True)
-        return _beside([clip.read(own, windows, layer, norm) for clip, own in each])
+        return _concatenate([clip.read(own, windows, layer, norm) for clip, own in each])
 
     def _layer(self, clip_skip: int | None) -> tuple[int, bool]:
         """Which layer's output is taken, and whether it goes through the final norm."""
@@ -188,7 +188,7 @@ class TextEncoder:
         return clip_skip or 0
 
 
-def _beside(read: Sequence[Conditioning]) -> Conditioning:
+def _concatenate(read: Sequence[Conditioning]) -> Conditioning:
     """What several encoders read: tokens side by side, and the last one's pooled text."""
     return Conditioning(torch.cat([part.tokens for part in read], -1), read[-1].pooled)
 

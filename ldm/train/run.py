@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ldm.errors import UserError, few
+from ldm.errors import UserError, abbreviate
 from ldm.files import whole_file
 from ldm.train.optimiser import lr_factor, make_optimiser
 from ldm.train.processes import alone, mean
@@ -207,7 +207,7 @@ class Run:
         names = gather_object(
             [name for micro in range(parts) for name in self.task.names(self._batch(micro))]
         )
-        return f", of {few(names, 8)}" if names else ""
+        return f", of {abbreviate(names, 8)}" if names else ""
 
     # --- its folder ---------------------------------------------------------------------------------------
 

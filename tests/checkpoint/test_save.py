@@ -53,7 +53,7 @@ def test_folder_to_file_to_folder_loses_nothing_and_guesses_nothing(families, tm
     parts = load_folder(families(name)[0], RUNTIME)
     save_model(tmp_path / "model.safetensors", parts)
     lines = []
-    read, unused = read_single(tmp_path / "model.safetensors", say=lines.append)
+    read, unused = read_single(tmp_path / "model.safetensors", log=lines.append)
     assert lines == []
     assert unused == []
     assert_same(read, parts)

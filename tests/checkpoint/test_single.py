@@ -54,14 +54,14 @@ def write(tmp_path, tensors, name="model.safetensors", metadata=None):
 
 def read(path, **options):
     lines = []
-    parts, unused = read_single(path, say=lines.append, **options)
+    parts, unused = read_single(path, log=lines.append, **options)
     return parts, unused, lines
 
 
 def complaint(path, fails=None, **options):
     """What is said of `path`, when it or `fails` is loaded."""
     with pytest.raises(UserError) as error:
-        load_single(fails or path, RUNTIME, say=lambda line: None, **options)
+        load_single(fails or path, RUNTIME, log=lambda line: None, **options)
     message = str(error.value)
     assert path.name in message
     assert message.count("\n") <= 1
@@ -88,7 +88,7 @@ def test_a_file_loads_offline_with_the_vocabulary_of_the_package(tmp_path, sd1):
 def test_dtypes_of_files_and_of_runtimes(tmp_path, sd1, dtype):
     path = write(tmp_path, {name: t.to(dtype) if t.is_floating_point() else t for name, t in sd1.items()})
     assert {p.dtype for p in read(path)[0].unet.parameters()} == {dtype}
-    loaded = load_single(path, RUNTIME, say=lambda line: None)
+    loaded = load_single(path, RUNTIME, log=lambda line: None)
     assert {p.dtype for p in loaded.unet.parameters()} == {torch.float32}
     assert loaded.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
 
