@@ -111,7 +111,8 @@ def _read(_key: Path, path: Path, _mtime_ns: int, _size: int) -> LoraFile:
     if strange and not layers:
         raise UserError(
             f"{path}: has no LoRA, LoHa, LoKr or DoRA tensors ({abbreviate(strange)}): "
-            "a LoRA is expected here,\nnot a whole model, a ControlNet or a textual inversion (give those by --embedding)"
+            "a LoRA is expected here,\n"
+            "not a whole model, a ControlNet or a textual inversion (give those by --embedding)"
         )
     if strange:
         raise UserError(f"{path}: has tensors that no LoRA, LoHa, LoKr or DoRA has: {abbreviate(strange)}")
