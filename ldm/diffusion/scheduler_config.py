@@ -130,6 +130,9 @@ def _betas(config: Mapping[str, Any], start: float, end: float, kind: str) -> Te
         betas = torch.linspace(start, end, steps)
     elif kind == "scaled_linear":
         betas = torch.linspace(start**0.5, end**0.5, steps) ** 2
+    elif kind == "sigmoid":
+        # Xu et al. 2022, "GeoDiff", as in diffusers' DDPMScheduler.
+        betas = torch.sigmoid(torch.linspace(-6, 6, steps)) * (end - start) + start
     elif kind == "squaredcos_cap_v2":
         # Nichol and Dhariwal 2021, equation 17.
         bar = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
