@@ -19,6 +19,7 @@ ones: the early sign that pictures will follow their prompts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,20 @@ from PIL import Image
 from torch import Tensor
 
 import ldm
-from ldm.checkpoint import Parts, save_folder
+from ldm.checkpoint import Defaults, Parts, save_folder
+from ldm.checkpoint.clip import load_text_encoder, load_tokenizer
+from ldm.checkpoint.component import load_module
+from ldm.checkpoint.folder import read_words
+from ldm.checkpoint.io import read_config
 from ldm.diffusion.schedule import Schedule
+from ldm.errors import UserError
 from ldm.images.pixels import contact_sheet
-from ldm.models import AutoencoderKL, AutoencoderTiny
+from ldm.models import AutoencoderKL, AutoencoderTiny, UNet, build
 from ldm.pretrain.alignment import Alignment
 from ldm.pretrain.clip import pick_captions, tokenise
 from ldm.pretrain.data import Pictures, cached, digest_of
+from ldm.pretrain.vae import load_vae
+from ldm.pretrain.widen import widen_latents
 from ldm.train.loss import (
     draw_noise,
     draw_timesteps,
@@ -110,6 +118,34 @@ def prepare(pictures: Pictures, vae: AutoencoderKL | AutoencoderTiny, tokenizer:
         for each in (pictures.masks, pictures.things, pictures.told)
     )
     return Latents(latents_of(pictures), tokens, weights, things, weights_hash, repainted, told)
+
+
+def make_parts(model: Mapping[str, Any], vae: Path, clip: Path, init_from: Path | None) -> Parts:
+    """The model to train: a U-Net as the recipe has it, of random weights, on what the other trainers made.
+
+    Args:
+        model: the recipe's section: unet, scheduler, defaults.
+        vae: a folder of a VAE, or of a model; clip: a folder of text_encoder/, tokenizer/ and words.txt.
+        init_from: a model folder whose U-Net to go on from, on its own schedule, widened where the VAE is.
+
+    Raises UserError where a folder holds another kind of module.
+    """
+    network, scheduler = load_vae(vae), model["scheduler"]
+    unet = load_module(init_from / "unet", torch.float32) if init_from else build(model["unet"])
+    if not isinstance(unet, UNet):
+        raise UserError(f"{init_from}/unet holds a {type(unet).__name__}; give a model folder")
+    if init_from:
+        unet = widen_latents(unet, network.latent_channels)
+        scheduler = read_config(init_from / "scheduler" / "scheduler_config.json")
+    return Parts(
+        unet=unet,
+        vae=network,
+        text_encoder=load_text_encoder(clip / "text_encoder", torch.float32),
+        tokenizer=load_tokenizer(clip / "tokenizer"),
+        scheduler=scheduler,
+        defaults=Defaults(**model["defaults"]),
+        words=read_words(clip / "words.txt"),
+    )
 
 
 class UNetTask(Task):

@@ -14,21 +14,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
+from transformers import CLIPTextConfig, CLIPTextModel
 
 import ldm
-from ldm.checkpoint import Parts, save_folder
+from ldm.checkpoint import Defaults, Parts, save_folder
 from ldm.diffusion.prediction import Prediction
 from ldm.diffusion.schedule import Schedule
 from ldm.diffusion.scheduler_config import noise_levels
 from ldm.errors import UserError
 from ldm.evaluate.distances import psnr
 from ldm.images.pixels import contact_sheet
-from ldm.models import AutoencoderKL, AutoencoderTiny
+from ldm.models import AutoencoderKL, AutoencoderTiny, UNet, build
 from ldm.postcards.scoring.sources import to_uint8
 from ldm.postcards.scoring.upscaling import bicubic
 from ldm.pretrain.data import Pictures, cached, cut, digest_of
@@ -87,6 +89,33 @@ def _wear(pictures: Pictures, vae: AutoencoderKL | AutoencoderTiny, wear: float)
             y = vae.decode(z + std * torch.randn(z.shape, generator=rng).to(z))
         parts.append(torch.from_numpy(to_uint8((y.float() + 1) / 2)))
     return torch.cat(parts).contiguous()
+
+
+def rescaled(vae: AutoencoderKL | AutoencoderTiny) -> AutoencoderKL | AutoencoderTiny:
+    """The same autoencoder with the factor that diffusers' pipeline works with, whatever a config says."""
+    other = build(vae.to_config() | {"scaling_factor": 0.08333})
+    other.load_state_dict(vae.state_dict())
+    assert isinstance(other, type(vae))
+    return other
+
+
+def new_parts(model: dict[str, Any], vae: AutoencoderKL | AutoencoderTiny, tokenizer: Any) -> Parts:
+    """An upscaler of random weights as the recipe has it. Its text encoder is there for the layout only."""
+    unet = build(model["unet"])
+    if not isinstance(unet, UNet):
+        raise UserError(f"model.unet is a {type(unet).__name__}, no U-Net")
+    ids = {f"{each}_token_id": getattr(tokenizer, f"{each}_token_id") for each in ("bos", "eos", "pad")}
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length}
+    return Parts(
+        unet=unet,
+        vae=vae,
+        text_encoder=CLIPTextModel(CLIPTextConfig(**model["text_config"], **ids, **sizes)),
+        tokenizer=tokenizer,
+        scheduler=model["scheduler"],
+        low_res_scheduler=model["low_res_scheduler"],
+        max_noise_level=model["max_noise_level"],
+        defaults=Defaults(**model["defaults"]),
+    )
 
 
 class UpscalerTask(Task):
