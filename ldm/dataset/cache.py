@@ -140,7 +140,7 @@ def _filled(items: Sequence[T], count: int) -> list[T]:
 # --- latents ---------------------------------------------------------------------------------------------
 
 
-class Latents:
+class LatentCache:
     """The latents of pictures, made by `vae` in its own dtype, in which they are kept too."""
 
     def __init__(self, folder: Path, vae: VAE) -> None:
@@ -216,7 +216,7 @@ def _opened(batches: Iterable[list[Shown]]) -> Iterator[tuple[list[Shown], list[
 # --- texts -----------------------------------------------------------------------------------------------
 
 
-class Texts:
+class TextCache:
     """The embeddings of texts, made by one or two encoders, kept in the dtype that they were made in.
 
     Each text is kept in as many windows as it needs itself. Windows are encoded by themselves, so those that

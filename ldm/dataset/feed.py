@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm.dataset.buckets import Row
-from ldm.dataset.cache import Latents, Texts, open_and_cut
+from ldm.dataset.cache import LatentCache, TextCache, open_and_cut
 from ldm.dataset.masks import masked_pictures, random_masks
 from ldm.models import VAE
 from ldm.models.conditioning import Conditioning
@@ -31,8 +31,8 @@ class Feed:
     text: TextEncoder
     takes: frozenset[str]
     zeros_for_empty: bool = False
-    latents: Latents | None = None
-    texts: Texts | None = None
+    latents: LatentCache | None = None
+    texts: TextCache | None = None
     trains_text: bool = False
     masks: MaskSection | None = None
 

@@ -20,7 +20,7 @@ import torch
 from ldm.checkpoint import Parts, embedded, load_parts
 from ldm.checkpoint.io import read_json
 from ldm.dataset.buckets import Batches, Row, Variation, make_buckets, make_crop, nearest_bucket
-from ldm.dataset.cache import Latents, Texts
+from ldm.dataset.cache import LatentCache, TextCache
 from ldm.dataset.captions import clip_counter
 from ldm.dataset.examine import examine
 from ldm.dataset.feed import Feed
@@ -244,8 +244,8 @@ def _feed(recipe: FinetuneRecipe, parts: Parts) -> Feed:
         text,
         frozenset(parts.unet.config.conditioning),
         zeros_for_empty=parts.force_zeros_for_empty_prompt,
-        latents=Latents(cache / "latents", parts.vae) if recipe.center_crop else None,
-        texts=None if trains_text or recipe.shuffle_tags else Texts(cache / "texts", text),
+        latents=LatentCache(cache / "latents", parts.vae) if recipe.center_crop else None,
+        texts=None if trains_text or recipe.shuffle_tags else TextCache(cache / "texts", text),
         trains_text=trains_text,
         masks=recipe.masks if recipe.inpainting else None,
     )

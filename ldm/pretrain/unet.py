@@ -58,17 +58,17 @@ PLAIN = LossSection()  # uniform timesteps, unit noise, square error
 
 
 @dataclass(frozen=True)
-class Latents:
+class LatentDataset:
     """What the denoiser is trained on.
 
-    latents: fp16 [N, c, h, w]; tokens: [N, captions, length]; weights: uint8 [N, h, w], 255 on objects;
-    things: uint8 [N, h / 2, w / 2], which thing is there, 0 none; vae: a hash of the weights they are from;
-    repainted: as latents, of the same scenes with their things in other colours; told: bool [N, captions],
-    which captions say all colours.
+    latents: fp16 [N, c, h, w]; token_ids: int16 [N, captions, length]; weights: uint8 [N, h, w], 255 on
+    objects; things: uint8 [N, h / 2, w / 2], which thing is there, 0 none; vae: a hash of the weights they
+    are from; repainted: as latents, of the same scenes with their things in other colours; told: bool
+    [N, captions], which captions say all colours.
     """
 
     latents: Tensor
-    tokens: Tensor
+    token_ids: Tensor
     weights: Tensor | None
     things: Tensor | None = None
     vae: str = ""
@@ -90,10 +90,12 @@ def _encode(pictures: Pictures, vae: AutoencoderKL | AutoencoderTiny) -> Tensor:
     return torch.cat(parts).contiguous()
 
 
-def prepare(pictures: Pictures, vae: AutoencoderKL | AutoencoderTiny, tokenizer: Any, cache: Path) -> Latents:
-    """Latents, tokens and object weights of `pictures`.
+def prepare(
+    pictures: Pictures, vae: AutoencoderKL | AutoencoderTiny, tokenizer: Any, cache: Path
+) -> LatentDataset:
+    """Latents, token ids and object weights of `pictures`.
 
-    Latents (of repainted pictures as well) and tokens are kept in `cache`, under a hash of the VAE or
+    Latents (of repainted pictures as well) and token ids are kept in `cache`, under a hash of the VAE or
     vocabulary and of 64 pictures with their captions, so that a changed model or data set is never read.
     """
     by_vocabulary, weights_hash = pictures.digest(), digest_of(vae)
@@ -107,7 +109,7 @@ def prepare(pictures: Pictures, vae: AutoencoderKL | AutoencoderTiny, tokenizer:
     vocabulary = sorted(tokenizer.get_vocab().items())
     words = (vocabulary, tokenizer.model_max_length, pictures.captions[:: pictures.every])
     by_vocabulary.update(repr(words).encode())
-    tokens = cached(
+    token_ids = cached(
         cache / f"tokens-{len(pictures)}-{by_vocabulary.hexdigest()[:12]}.npy",
         lambda: tokenise(tokenizer, pictures.captions),
     )
@@ -117,7 +119,7 @@ def prepare(pictures: Pictures, vae: AutoencoderKL | AutoencoderTiny, tokenizer:
         None if each is None else torch.from_numpy(each.copy())
         for each in (pictures.masks, pictures.things, pictures.told)
     )
-    return Latents(latents_of(pictures), tokens, weights, things, weights_hash, repainted, told)
+    return LatentDataset(latents_of(pictures), token_ids, weights, things, weights_hash, repainted, told)
 
 
 def make_parts(model: Mapping[str, Any], vae: Path, clip: Path, init_from: Path | None) -> Parts:
@@ -160,7 +162,12 @@ class UNetTask(Task):
     """
 
     def __init__(
-        self, parts: Parts, train: Latents, held_out: Latents, loss: dict[str, float], prompts: list[str]
+        self,
+        parts: Parts,
+        train: LatentDataset,
+        held_out: LatentDataset,
+        loss: dict[str, float],
+        prompts: list[str],
     ) -> None:
         super().__init__()
         self.parts, self.prompts = parts, prompts
@@ -194,7 +201,7 @@ class UNetTask(Task):
     def batch(self, rng: torch.Generator, size: int, number: int = 0) -> Batch:
         data = self.train_set
         index = torch.randint(len(data), (size,), generator=rng)
-        ids, which = pick_captions(data.tokens, index, rng)
+        ids, which = pick_captions(data.token_ids, index, rng)
         dropped = torch.rand(size, generator=rng) < self.weights["drop"]
         ids[dropped] = self.empty_prompt
         t, early = (draw_timesteps(each, size, rng) for each in (self.any_t, self.early_t))
@@ -208,7 +215,9 @@ class UNetTask(Task):
             batch["noise"] += scale * (data.repainted[index].float() - batch["x0"])
         return batch
 
-    def _batch(self, data: Latents, index: Tensor, ids: Tensor, t: Tensor, rng: torch.Generator) -> Batch:
+    def _batch(
+        self, data: LatentDataset, index: Tensor, ids: Tensor, t: Tensor, rng: torch.Generator
+    ) -> Batch:
         x0 = data.latents[index].float()
         noise, _ = draw_noise(x0.shape, PLAIN, rng)
         batch = {"x0": x0, "noise": noise, "t": t, "ids": ids}
@@ -239,7 +248,7 @@ class UNetTask(Task):
         data, rng = self.held_out, torch.Generator().manual_seed(0)
         steps = len(self.schedule.alphas_cumprod)
         index = torch.arange(min(256, len(data)))
-        ids = data.tokens[index, 0].long()
+        ids = data.token_ids[index, 0].long()
         spread = torch.linspace(0, steps - 1, len(index)).long()
         figures = {"held_out_mse": self._mse(self._batch(data, index, ids, spread, rng))}
         right = self._batch(data, index, ids, torch.full_like(index, int(0.8 * steps)), rng)

@@ -6,7 +6,7 @@ from tiny_finetune import write_pictures
 
 import ldm
 from ldm.dataset.buckets import Batches, Row, Variation, make_buckets, make_crop
-from ldm.dataset.cache import Latents, Texts, open_and_cut
+from ldm.dataset.cache import LatentCache, TextCache, open_and_cut
 from ldm.dataset.examine import examine
 from ldm.dataset.feed import Feed
 from ldm.dataset.masks import masked_pictures
@@ -32,8 +32,8 @@ def make(families, tmp_path):
         text = TextEncoder(tuple(Clip(*pair) for pair in pairs if pair[1] is not None))
         if cached:
             options |= {
-                "latents": Latents(tmp_path / "latents", parts.vae),
-                "texts": Texts(tmp_path / "texts", text),
+                "latents": LatentCache(tmp_path / "latents", parts.vae),
+                "texts": TextCache(tmp_path / "texts", text),
             }
         if parts.kind is Kind.INPAINT:
             options |= {"masks": MaskSection()}
