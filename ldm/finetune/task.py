@@ -55,7 +55,7 @@ class Shows:
 class FinetuneTask(Task):
     """Trains what of `parts` has gradients."""
 
-    looks_first, draws_from_export = True, False
+    validates_first, draws_from_export = True, False
 
     def __init__(self, parts: Parts, mode: Mode, recipe: FinetuneRecipe, feed: Feed, shows: Shows) -> None:
         super().__init__()
@@ -144,15 +144,15 @@ class FinetuneTask(Task):
         rng = torch.Generator().manual_seed(int(row.example.digest[:15], 16))
         levels = ((torch.arange(LEVELS) + 0.5) / LEVELS * self.steps).long()
         # One by one, so that what is drawn does not depend on the size of batches.
-        looks = [self._look(row, t, rng) for t in levels[:, None]]
+        batches = [self._noised_at(row, t, rng) for t in levels[:, None]]
         total, size = 0.0, self.recipe.train_batch_size
-        for some in (looks[first : first + size] for first in range(0, LEVELS, size)):
-            batch = {name: torch.cat([look[name] for look in some]).to(self.device) for name in some[0]}
+        for some in (batches[first : first + size] for first in range(0, LEVELS, size)):
+            batch = {name: torch.cat([each[name] for each in some]).to(self.device) for name in some[0]}
             with self._autocast():
                 total += float(self._errors(batch, PLAIN).sum())
         return total / LEVELS
 
-    def _look(self, row: Row, t: Tensor, rng: torch.Generator) -> Batch:
+    def _noised_at(self, row: Row, t: Tensor, rng: torch.Generator) -> Batch:
         batch = self.feed.tensors([row], rng)
         noise, _ = draw_noise(batch["x0"].shape, PLAIN, rng)
         return batch | {"t": t, "noise": noise, "input_noise": noise}

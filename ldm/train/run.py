@@ -224,15 +224,15 @@ class Run:
         )
         self.saved_step = self.position.step
 
-    def look(self) -> None:
+    def validate(self) -> None:
         """Held-out figures, a grid, and the weights as they are now, unless this step has them."""
-        alone(self.accelerator, self._look)
+        alone(self.accelerator, self._validate)
 
     def export(self) -> None:
         """The weights as they are now."""
         alone(self.accelerator, self._export)
 
-    def _look(self) -> None:
+    def _validate(self) -> None:
         if self.progress.evaluated == self.position.step:
             return
         with self._averaged():
