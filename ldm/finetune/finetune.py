@@ -31,7 +31,7 @@ from ldm.finetune.modes import PARTS, Mode, make_mode
 from ldm.finetune.prior import class_examples, draw_class
 from ldm.finetune.recipe import FinetuneRecipe
 from ldm.finetune.report import write_report
-from ldm.finetune.task import DTYPES, FinetuneTask, Shows
+from ldm.finetune.task import DTYPES, FinetuneTask, Splits
 from ldm.models.kind import Kind
 from ldm.pipeline import Pipeline
 from ldm.pipeline.resolve import native_size
@@ -68,22 +68,22 @@ def finetune(recipe: FinetuneRecipe) -> None:
     parts = _load(recipe)
     recipe = _complete(recipe, parts, trained, processes)
     _check_state(recipe)
-    shows = _shows(recipe, trained, held_out)
+    splits = _splits(recipe, trained, held_out)
     runtime = Runtime(processes.device, DTYPES[recipe.mixed_precision or "no"])
     parts = mode.prepare(parts, runtime)
-    for line in _plan(recipe, parts, shows, runtime, processes.num_processes):
+    for line in _plan(recipe, parts, splits, runtime, processes.num_processes):
         say(line)
     if recipe.dry_run:
         return
     if recipe.class_prompt:
-        shows = replace(shows, prior=_prior(recipe, runtime, processes, say))
+        splits = replace(splits, prior=_prior(recipe, runtime, processes, say))
     if recipe.gradient_checkpointing:
         checkpoint_blocks(parts.unet)
     feed = _feed(recipe, parts)
-    _fill(feed, shows, processes, say)
-    train(FinetuneTask(parts, mode, recipe, feed, shows), recipe, recipe.output_dir)
+    _fill(feed, splits, processes, say)
+    train(FinetuneTask(parts, mode, recipe, feed, splits), recipe, recipe.output_dir)
     if processes.is_main_process:
-        say(f"report: {_report(recipe, mode, shows)}")
+        say(f"report: {_report(recipe, mode, splits)}")
 
 
 def _silent(*_: object, **__: object) -> None:
@@ -146,7 +146,7 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _shows(recipe: FinetuneRecipe, trained: Sequence[Example], held_out: Sequence[Example]) -> Shows:
+def _splits(recipe: FinetuneRecipe, trained: Sequence[Example], held_out: Sequence[Example]) -> Splits:
     buckets = make_buckets(recipe.resolution or 0)
     variation = Variation(
         random_crop=not recipe.center_crop,
@@ -159,7 +159,7 @@ def _shows(recipe: FinetuneRecipe, trained: Sequence[Example], held_out: Sequenc
         Row(each, make_crop(each.size, nearest_bucket(each.size, buckets)), each.caption or "")
         for each in held_out
     ]
-    return Shows(
+    return Splits(
         Batches(trained, buckets, recipe.train_batch_size, recipe.seed, variation), None, tuple(rows)
     )
 
@@ -229,7 +229,7 @@ def _complete(
     }
     recipe = recipe.model_copy(update=changes)
     if recipe.max_train_steps is None and recipe.max_minutes is None:
-        batches = len(_shows(recipe, trained, ()).train)
+        batches = len(_splits(recipe, trained, ()).train)
         a_step = processes.num_processes * recipe.gradient_accumulation_steps
         steps = math.ceil(batches / a_step) * recipe.num_train_epochs
         recipe = recipe.model_copy(update={"max_train_steps": steps})
@@ -251,17 +251,17 @@ def _feed(recipe: FinetuneRecipe, parts: Parts) -> Feed:
     )
 
 
-def _fill(feed: Feed, shows: Shows, processes: PartialState, say: Say) -> None:
+def _fill(feed: Feed, splits: Splits, processes: PartialState, say: Say) -> None:
     """Make what the caches lack, each process a share."""
-    batches = [each for each in (shows.train, shows.prior) if each is not None]
-    held_out = [(row.example, row.crop) for row in shows.held_out]
+    batches = [each for each in (splits.train, splits.prior) if each is not None]
+    held_out = [(row.example, row.crop) for row in splits.held_out]
     if feed.latents is not None:
         shown = [each for every in batches for each in every.crops()] + held_out
         made = feed.latents.fill(shown[processes.process_index :: processes.num_processes])
         say(f"latents: {len(shown)}, {made} of them made now")
     if feed.texts is not None:
         texts = ["", *(each.caption or "" for every in batches for each in every.examples)]
-        texts += [row.caption for row in shows.held_out]
+        texts += [row.caption for row in splits.held_out]
         unique = list(dict.fromkeys(texts))
         made = feed.texts.fill(unique[processes.process_index :: processes.num_processes])
         say(f"captions: {len(unique)}, {made} of them made now")
@@ -272,9 +272,9 @@ def _fill(feed: Feed, shows: Shows, processes: PartialState, say: Say) -> None:
 
 
 def _plan(
-    recipe: FinetuneRecipe, parts: Parts, shows: Shows, runtime: Runtime, processes: int
+    recipe: FinetuneRecipe, parts: Parts, splits: Splits, runtime: Runtime, processes: int
 ) -> Iterator[str]:
-    batches = shows.train
+    batches = splits.train
     yield ""
     modules = [module for name in PARTS if (module := getattr(parts, name)) is not None]
     trained = sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad)
@@ -282,8 +282,9 @@ def _plan(
     computed = f"computed in {str(runtime.dtype)[6:]} on {runtime.device}"
     yield f"trains: {recipe.mode}, {trained:,} parameters, {computed}"
     sizes = ", ".join(f"{w} x {h} ({len(shown)})" for (h, w), shown in batches.members.items())
-    yield f"pictures: {len(batches.examples)} to train on, {len(shows.held_out)} held out; trained as {sizes}"
-    if not shows.held_out:
+    held_out = len(splits.held_out)
+    yield f"pictures: {len(batches.examples)} to train on, {held_out} held out; trained as {sizes}"
+    if not held_out:
         yield "no held-out loss: too few pictures for the share that is held out (--held-out)"
     if batches.filled:
         yield f"{batches.filled} showings in each epoch only fill a bucket's last batch"
@@ -296,9 +297,9 @@ def _plan(
     yield f"output: {recipe.output_dir}"
 
 
-def _report(recipe: FinetuneRecipe, mode: Mode, shows: Shows) -> Path:
+def _report(recipe: FinetuneRecipe, mode: Mode, splits: Splits) -> Path:
     given = {name: getattr(recipe, name) for name in sorted(recipe.model_fields_set)}
-    facts = {"pictures": f"{len(shows.train.examples)}, {len(shows.held_out)} held out", **given}
+    facts = {"pictures": f"{len(splits.train.examples)}, {len(splits.held_out)} held out", **given}
     return write_report(
         recipe.output_dir,
         title=f"{recipe.mode} on {recipe.train_data_dir.name}",

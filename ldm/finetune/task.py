@@ -44,8 +44,8 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Shows:
-    """Which pictures are shown: to train on, of the class beside them, and held out."""
+class Splits:
+    """The pictures of a run: to train on, of the class beside them, and held out."""
 
     train: Batches
     prior: Batches | None
@@ -57,9 +57,9 @@ class FinetuneTask(Task):
 
     validates_first, draws_from_export = True, False
 
-    def __init__(self, parts: Parts, mode: Mode, recipe: FinetuneRecipe, feed: Feed, shows: Shows) -> None:
+    def __init__(self, parts: Parts, mode: Mode, recipe: FinetuneRecipe, feed: Feed, splits: Splits) -> None:
         super().__init__()
-        self.parts, self.mode, self.recipe, self.feed, self.shows = parts, mode, recipe, feed, shows
+        self.parts, self.mode, self.recipe, self.feed, self.splits = parts, mode, recipe, feed, splits
         self.unet, self.text_encoder, self.text_encoder_2 = (
             parts.unet,
             parts.text_encoder,
@@ -68,7 +68,7 @@ class FinetuneTask(Task):
         self.schedule = Schedule.from_config(dict(parts.scheduler))
         self.steps = len(self.schedule.alphas_cumprod)
         self.probabilities = timestep_probabilities(recipe, self.steps)
-        self.examples = [*shows.train.examples, *(shows.prior.examples if shows.prior else ())]
+        self.examples = [*splits.train.examples, *(splits.prior.examples if splits.prior else ())]
         self.number = {example: i for i, example in enumerate(self.examples)}
         self.facts = {"pictures": _fingerprint(self.examples)}
 
@@ -84,9 +84,9 @@ class FinetuneTask(Task):
         return groups
 
     def batch(self, rng: torch.Generator, size: int, number: int) -> Batch:
-        batch = self._noised(self.shows.train.at(number), rng)
-        if self.shows.prior is not None:
-            prior = self._noised(self.shows.prior.at(number), rng)
+        batch = self._noised(self.splits.train.at(number), rng)
+        if self.splits.prior is not None:
+            prior = self._noised(self.splits.prior.at(number), rng)
             batch |= {PRIOR + name: value for name, value in prior.items()}
         return batch
 
@@ -105,7 +105,7 @@ class FinetuneTask(Task):
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         losses = self._losses(batch)
-        if self.shows.prior is None:
+        if self.splits.prior is None:
             return losses.mean(), {}
         prior = self._losses({k.removeprefix(PRIOR): v for k, v in batch.items() if k.startswith(PRIOR)})
         loss = prior_preservation_loss(torch.cat([losses, prior]), self.recipe.prior_loss_weight)
@@ -135,10 +135,10 @@ class FinetuneTask(Task):
 
     def evaluate(self) -> dict[str, float]:
         """The plain loss of held-out pictures, each at the same noise and noise levels every time."""
-        if not self.shows.held_out:
+        if not self.splits.held_out:
             return {}
-        total = sum(self._held_out_loss(row) for row in self.shows.held_out)
-        return {"held_out_loss": total / len(self.shows.held_out)}
+        total = sum(self._held_out_loss(row) for row in self.splits.held_out)
+        return {"held_out_loss": total / len(self.splits.held_out)}
 
     def _held_out_loss(self, row: Row) -> float:
         rng = torch.Generator().manual_seed(int(row.example.digest[:15], 16))
@@ -179,7 +179,7 @@ class FinetuneTask(Task):
 
     def _to_fill(self, i: int) -> dict[str, Any]:
         """A picture of the folder whose middle is to be drawn anew."""
-        rows = self.shows.held_out or self.shows.train.at(0)
+        rows = self.splits.held_out or self.splits.train.at(0)
         row = rows[i % len(rows)]
         image = to_pil(open_and_cut(row.example, row.crop)[None] / 2 + 0.5)[0]
         mask = Image.new("L", image.size)

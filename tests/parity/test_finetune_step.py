@@ -218,7 +218,7 @@ def test_the_gradient_of_a_word_is_that_of_its_row(task, families):
 def test_latents_are_those_of_diffusers(task, data):
     """What a batch is made of: the picture's moments, scaled, and what SDXL is told of the crop."""
     ours, theirs = task("sdxl")
-    rows = ours.shows.train.at(0)
+    rows = ours.splits.train.at(0)
     batch = ours.batch(rng(), 3, 0)
     pictures = torch.stack([open_and_cut(row.example, row.crop) for row in rows])
     with torch.no_grad():
