@@ -3,7 +3,7 @@
 Pictures of any shape are trained on without distortion: each goes to the bucket whose aspect ratio is
 nearest, is resized until it covers that, and what is over is cut off. A batch is of one bucket.
 
-    make_buckets -> Batches.at(step, rank) -> Row(example, crop, caption) -> cut
+    make_buckets -> Batches.at(step, rank) -> Row(example, crop, caption) -> apply_crop
 
 Nothing here keeps state: a batch is a pure function of (seed, step, rank, world size, batch size), so a run
 resumes exactly, and any step is at hand at once.
@@ -111,7 +111,7 @@ def make_crop(
     return Crop(size, resized, top, left, original, flipped)
 
 
-def cut(image: Image.Image, crop: Crop) -> Tensor:
+def apply_crop(image: Image.Image, crop: Crop) -> Tensor:
     """A picture -> what `crop` shows of it, float32 [3, H, W] in -1..1, antialiased (Lanczos).
 
     Only what is shown is computed, so a long strip costs no more than a square. Raises UserError if the

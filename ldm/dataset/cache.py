@@ -33,7 +33,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from ldm.checkpoint.io import write_tensors
-from ldm.dataset.buckets import Crop, cut
+from ldm.dataset.buckets import Crop, apply_crop
 from ldm.errors import UserError
 from ldm.files import reason, temporary_file
 from ldm.images.opening import open_picture
@@ -45,7 +45,7 @@ from ldm.prompts.text_encoder import Clip, TextEncoder
 if TYPE_CHECKING:
     from ldm.dataset.findings import Example
 
-FORMAT = 1  # to be raised when `cut` changes, or what an entry holds
+FORMAT = 1  # to be raised when `apply_crop` changes, or what an entry holds
 LEFT_BEHIND = 3600  # seconds after which an unfinished file is a killed process's
 PIXELS_AT_ONCE = 2**16  # one picture of 256 x 256, and of larger ones: a GPU is busy, and a CPU is fastest
 TEXTS_AT_ONCE = 8
@@ -153,7 +153,7 @@ class LatentCache:
 
         Raises UserError where a picture cannot be read.
         """
-        entries = [self._load(*each) or self._make([each], [open_and_cut(*each)])[0] for each in shown]
+        entries = [self._load(*each) or self._make([each], [open_and_crop(*each)])[0] for each in shown]
         mean, std = (torch.stack([entry[name] for entry in entries]).float() for name in ("mean", "std"))
         return LatentDist(mean, std)
 
@@ -191,11 +191,11 @@ def _at_once(size: tuple[int, int]) -> int:
     return max(1, PIXELS_AT_ONCE // (size[0] * size[1]))
 
 
-def open_and_cut(example: Example, crop: Crop) -> Tensor:
+def open_and_crop(example: Example, crop: Crop) -> Tensor:
     """What `crop` shows of an example's picture: float32 [3, H, W] in -1..1. Raises UserError, naming it."""
     image = open_picture(example.path)
     try:
-        return cut(image, crop)
+        return apply_crop(image, crop)
     except UserError as error:
         raise UserError(f"{example.path}: {error}") from None
 
@@ -205,7 +205,7 @@ def _opened(batches: Iterable[list[Shown]]) -> Iterator[tuple[list[Shown], list[
     with ThreadPoolExecutor() as pool:
         coming: deque[tuple[list[Shown], list[Future[Tensor]]]] = deque()
         for batch in batches:
-            coming.append((batch, [pool.submit(open_and_cut, *each) for each in batch]))
+            coming.append((batch, [pool.submit(open_and_crop, *each) for each in batch]))
             if len(coming) > 1:
                 ready, pictures = coming.popleft()
                 yield ready, [picture.result() for picture in pictures]

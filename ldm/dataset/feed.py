@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm.dataset.buckets import Row
-from ldm.dataset.cache import LatentCache, TextCache, open_and_cut
+from ldm.dataset.cache import LatentCache, TextCache, open_and_crop
 from ldm.dataset.masks import masked_pictures, random_masks
 from ldm.models import VAE
 from ldm.models.conditioning import Conditioning
@@ -45,7 +45,7 @@ class Feed:
         """
         shown = [(row.example, row.crop) for row in rows]
         whole = self.latents is None or self.masks is not None
-        pictures = torch.stack([open_and_cut(*each) for each in shown]) if whole else torch.empty(0)
+        pictures = torch.stack([open_and_crop(*each) for each in shown]) if whole else torch.empty(0)
         encoded = encode(self.vae, pictures / 2 + 0.5) if self.latents is None else self.latents.read(shown)
         batch = {"x0": encoded.sample(torch.randn(encoded.mean.shape, generator=rng)).cpu()}
         batch |= self._text([row.caption for row in rows])

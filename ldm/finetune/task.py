@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ldm.checkpoint import Parts
 from ldm.dataset.buckets import Batches, Row
-from ldm.dataset.cache import open_and_cut
+from ldm.dataset.cache import open_and_crop
 from ldm.dataset.feed import Feed
 from ldm.dataset.findings import Example
 from ldm.diffusion.schedule import Schedule
@@ -181,7 +181,7 @@ class FinetuneTask(Task):
         """A picture of the folder whose middle is to be drawn anew."""
         rows = self.splits.held_out or self.splits.train.at(0)
         row = rows[i % len(rows)]
-        image = to_pil(open_and_cut(row.example, row.crop)[None] / 2 + 0.5)[0]
+        image = to_pil(open_and_crop(row.example, row.crop)[None] / 2 + 0.5)[0]
         mask = Image.new("L", image.size)
         mask.paste(255, (image.width // 4, image.height // 4, image.width * 3 // 4, image.height * 3 // 4))
         return {"image": image, "mask_image": mask}

@@ -82,11 +82,11 @@ def load_pictures(data: DataSection, repainted: bool = False) -> tuple[Pictures,
         raise UserError(
             f"{len(pictures)} pictures found, but {data.held_out} are held out: lower data.held_out"
         )
-    cut = len(pictures) - data.held_out
-    return pictures.slice(slice(0, cut)), pictures.slice(slice(cut, None))
+    trained = len(pictures) - data.held_out
+    return pictures.slice(slice(0, trained)), pictures.slice(slice(trained, None))
 
 
-def cut(x: torch.Tensor, corners: list[list[int]], side: int) -> torch.Tensor:
+def crop_squares(x: torch.Tensor, corners: list[list[int]], side: int) -> torch.Tensor:
     """Squares [B, C, side, side] of x [B, C, H, W], each from its own corner: row and column, in pixels."""
     places = [[slice(start, start + side) for start in corner] for corner in corners]
     return torch.stack([each[:, rows, columns] for each, (rows, columns) in zip(x, places, strict=True)])

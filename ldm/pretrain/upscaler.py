@@ -33,7 +33,7 @@ from ldm.images.pixels import contact_sheet
 from ldm.models import AutoencoderKL, AutoencoderTiny, UNet, build
 from ldm.postcards.scoring.sources import to_uint8
 from ldm.postcards.scoring.upscaling import bicubic
-from ldm.pretrain.data import Pictures, cached, cut, digest_of
+from ldm.pretrain.data import Pictures, cached, crop_squares, digest_of
 from ldm.pretrain.unet import PLAIN
 from ldm.train.loss import (
     draw_noise,
@@ -169,8 +169,10 @@ class UpscalerTask(Task):
         crop = crop if 0 < crop < side else side
         corners = torch.randint(side - crop + 1, (len(small), 2), generator=rng).tolist()
         factor = self.vae.downscale
-        small = cut(small, corners, crop)
-        large = cut(large, [[factor * start for start in corner] for corner in corners], factor * crop)
+        small = crop_squares(small, corners, crop)
+        large = crop_squares(
+            large, [[factor * start for start in corner] for corner in corners], factor * crop
+        )
         signal = _wide(self.signal[level].float())
         small = signal.sqrt() * small + (1 - signal).sqrt() * torch.randn(small.shape, generator=rng)
         noise, _ = draw_noise((len(small), self.vae.latent_channels, crop, crop), PLAIN, rng)

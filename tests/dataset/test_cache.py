@@ -19,7 +19,7 @@ import ldm
 from ldm.checkpoint.io import read_metadata
 from ldm.dataset import cache
 from ldm.dataset.buckets import Batches, Variation, make_buckets
-from ldm.dataset.cache import LatentCache, TextCache, module_digest, open_and_cut
+from ldm.dataset.cache import LatentCache, TextCache, module_digest, open_and_crop
 from ldm.dataset.findings import Example
 from ldm.errors import UserError
 from ldm.pipeline.networks import encode
@@ -82,7 +82,7 @@ def content(path):
 
 def fresh(vae, shown):
     """Encoded anew, as many at once as the cache does."""
-    images = [open_and_cut(*each) / 2 + 0.5 for each in shown]
+    images = [open_and_crop(*each) / 2 + 0.5 for each in shown]
     at_once = cache.PIXELS_AT_ONCE // 32**2
     encoded = encode(vae, torch.stack(images + [images[-1]] * (at_once - len(images))))
     return encoded.mean[: len(shown)], encoded.std[: len(shown)]
@@ -114,7 +114,7 @@ def test_cached_latents_equal_fresh_ones(vae, tiny_folder, shown, tmp_path):
 def test_latents_equal_those_of_diffusers(families, shown, tmp_path):
     folder, pipe = families("sdxl")
     some = of_one_size(shown)
-    images = torch.stack([open_and_cut(*each) for each in some])
+    images = torch.stack([open_and_crop(*each) for each in some])
     with torch.no_grad():
         theirs = pipe.vae.encode(images).latent_dist
     ours = LatentCache(tmp_path, vae_of(folder)).read(some)

@@ -6,7 +6,7 @@ from tiny_finetune import write_pictures
 
 import ldm
 from ldm.dataset.buckets import Batches, Row, Variation, make_buckets, make_crop
-from ldm.dataset.cache import LatentCache, TextCache, open_and_cut
+from ldm.dataset.cache import LatentCache, TextCache, open_and_crop
 from ldm.dataset.examine import examine
 from ldm.dataset.feed import Feed
 from ldm.dataset.masks import masked_pictures
@@ -93,7 +93,7 @@ def test_a_mirrored_picture_has_its_own_latents(make, examples):
     feed = make("sd1", cached=True)
     plain, flipped = (feed.tensors(rows_of(examples[:2], flipped=f), rng())["x0"] for f in (False, True))
     assert float((plain - flipped).abs().max()) > 0.01
-    pictures = torch.stack([open_and_cut(r.example, r.crop) for r in rows_of(examples[:2])]).flip(-1)
+    pictures = torch.stack([open_and_crop(r.example, r.crop) for r in rows_of(examples[:2])]).flip(-1)
     moments = feed.vae.encode(pictures)
     expected = moments.mean + moments.std * torch.randn(plain.shape, generator=rng())
     check_close(flipped, expected.detach() * feed.vae.scaling_factor)
@@ -172,7 +172,7 @@ def test_masked_latents_are_of_the_picture_without_what_is_masked(make, examples
     mask = batch["mask"]
     assert mask.shape == (6, 1, *SIZE)
     assert set(mask.unique().tolist()) == {0.0, 1.0}
-    pictures = torch.stack([open_and_cut(row.example, row.crop) for row in rows])
+    pictures = torch.stack([open_and_crop(row.example, row.crop) for row in rows])
     with torch.no_grad():
         moments = feed.vae.encode(masked_pictures(pictures, mask))
     apart = (batch["masked"] / feed.vae.scaling_factor - moments.mean) / moments.std  # unit noise

@@ -13,7 +13,7 @@ from diffusers.training_utils import compute_snr
 from tiny_finetune import QUICK, write_pictures
 from torch.nn import functional as F
 
-from ldm.dataset.cache import open_and_cut
+from ldm.dataset.cache import open_and_crop
 from ldm.finetune import finetune as module
 from ldm.finetune.finetune import finetune
 from ldm.finetune.recipe import FinetuneRecipe
@@ -220,7 +220,7 @@ def test_latents_are_those_of_diffusers(task, data):
     ours, theirs = task("sdxl")
     rows = ours.splits.train.at(0)
     batch = ours.batch(rng(), 3, 0)
-    pictures = torch.stack([open_and_cut(row.example, row.crop) for row in rows])
+    pictures = torch.stack([open_and_crop(row.example, row.crop) for row in rows])
     with torch.no_grad():
         moments = theirs.pipe.vae.encode(pictures).latent_dist
     noise = torch.randn(moments.mean.shape, generator=rng())
