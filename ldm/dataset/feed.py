@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.dataset.buckets import Row
+from ldm.dataset.buckets import Sample
 from ldm.dataset.cache import LatentCache, TextCache, open_and_crop
 from ldm.dataset.masks import masked_pictures, random_masks
 from ldm.models import VAE
@@ -36,7 +36,7 @@ class Feed:
     trains_text: bool = False
     masks: MaskSection | None = None
 
-    def tensors(self, rows: Sequence[Row], rng: torch.Generator) -> dict[str, Tensor]:
+    def tensors(self, rows: Sequence[Sample], rng: torch.Generator) -> dict[str, Tensor]:
         """What B rows of one size give, on the CPU in fp32; noise is drawn from `rng`.
 
         x0 [B, c, h, w]: latents, scaled as the U-Net has them; tokens [B, N, D] or ids.<i> [B * windows, N];

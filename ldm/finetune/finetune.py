@@ -19,7 +19,7 @@ import torch
 
 from ldm.checkpoint import Parts, embedded, load_parts
 from ldm.checkpoint.io import read_json
-from ldm.dataset.buckets import Batches, Row, Variation, make_buckets, make_crop, nearest_bucket
+from ldm.dataset.buckets import Batches, Sample, Variation, make_buckets, make_crop, nearest_bucket
 from ldm.dataset.cache import LatentCache, TextCache
 from ldm.dataset.captions import clip_counter
 from ldm.dataset.examine import examine
@@ -155,12 +155,12 @@ def _splits(recipe: FinetuneRecipe, trained: Sequence[Example], held_out: Sequen
         shuffle_tags=recipe.shuffle_tags,
         keep_tags=recipe.keep_tags,
     )
-    rows = [
-        Row(each, make_crop(each.size, nearest_bucket(each.size, buckets)), each.caption or "")
+    samples = [
+        Sample(each, make_crop(each.size, nearest_bucket(each.size, buckets)), each.caption or "")
         for each in held_out
     ]
     return Splits(
-        Batches(trained, buckets, recipe.train_batch_size, recipe.seed, variation), None, tuple(rows)
+        Batches(trained, buckets, recipe.train_batch_size, recipe.seed, variation), None, tuple(samples)
     )
 
 
@@ -254,14 +254,14 @@ def _feed(recipe: FinetuneRecipe, parts: Parts) -> Feed:
 def _fill(feed: Feed, splits: Splits, processes: PartialState, say: Say) -> None:
     """Make what the caches lack, each process a share."""
     batches = [each for each in (splits.train, splits.prior) if each is not None]
-    held_out = [(row.example, row.crop) for row in splits.held_out]
+    held_out = [(sample.example, sample.crop) for sample in splits.held_out]
     if feed.latents is not None:
         shown = [each for every in batches for each in every.crops()] + held_out
         made = feed.latents.fill(shown[processes.process_index :: processes.num_processes])
         say(f"latents: {len(shown)}, {made} of them made now")
     if feed.texts is not None:
         texts = ["", *(each.caption or "" for every in batches for each in every.examples)]
-        texts += [row.caption for row in splits.held_out]
+        texts += [sample.caption for sample in splits.held_out]
         unique = list(dict.fromkeys(texts))
         made = feed.texts.fill(unique[processes.process_index :: processes.num_processes])
         say(f"captions: {len(unique)}, {made} of them made now")

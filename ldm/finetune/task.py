@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.checkpoint import Parts
-from ldm.dataset.buckets import Batches, Row
+from ldm.dataset.buckets import Batches, Sample
 from ldm.dataset.cache import open_and_crop
 from ldm.dataset.feed import Feed
 from ldm.dataset.findings import Example
@@ -49,7 +49,7 @@ class Splits:
 
     train: Batches
     prior: Batches | None
-    held_out: tuple[Row, ...]
+    held_out: tuple[Sample, ...]
 
 
 class FinetuneTask(Task):
@@ -90,11 +90,11 @@ class FinetuneTask(Task):
             batch |= {PRIOR + name: value for name, value in prior.items()}
         return batch
 
-    def _noised(self, rows: Sequence[Row], rng: torch.Generator) -> Batch:
-        batch = self.feed.tensors(rows, rng)
-        batch["t"] = draw_timesteps(self.probabilities, len(rows), rng)
+    def _noised(self, samples: Sequence[Sample], rng: torch.Generator) -> Batch:
+        batch = self.feed.tensors(samples, rng)
+        batch["t"] = draw_timesteps(self.probabilities, len(samples), rng)
         batch["noise"], batch["input_noise"] = draw_noise(batch["x0"].shape, self.recipe, rng)
-        batch["example"] = torch.tensor([self.number[row.example] for row in rows])
+        batch["example"] = torch.tensor([self.number[sample.example] for sample in samples])
         return batch
 
     def names(self, batch: Batch) -> list[str]:
@@ -137,14 +137,14 @@ class FinetuneTask(Task):
         """The plain loss of held-out pictures, each at the same noise and noise levels every time."""
         if not self.splits.held_out:
             return {}
-        total = sum(self._held_out_loss(row) for row in self.splits.held_out)
+        total = sum(self._held_out_loss(sample) for sample in self.splits.held_out)
         return {"held_out_loss": total / len(self.splits.held_out)}
 
-    def _held_out_loss(self, row: Row) -> float:
-        rng = torch.Generator().manual_seed(int(row.example.digest[:15], 16))
+    def _held_out_loss(self, sample: Sample) -> float:
+        rng = torch.Generator().manual_seed(int(sample.example.digest[:15], 16))
         levels = ((torch.arange(LEVELS) + 0.5) / LEVELS * self.steps).long()
         # One by one, so that what is drawn does not depend on the size of batches.
-        batches = [self._noised_at(row, t, rng) for t in levels[:, None]]
+        batches = [self._noised_at(sample, t, rng) for t in levels[:, None]]
         total, size = 0.0, self.recipe.train_batch_size
         for some in (batches[first : first + size] for first in range(0, LEVELS, size)):
             batch = {name: torch.cat([each[name] for each in some]).to(self.device) for name in some[0]}
@@ -152,8 +152,8 @@ class FinetuneTask(Task):
                 total += float(self._errors(batch, PLAIN).sum())
         return total / LEVELS
 
-    def _noised_at(self, row: Row, t: Tensor, rng: torch.Generator) -> Batch:
-        batch = self.feed.tensors([row], rng)
+    def _noised_at(self, sample: Sample, t: Tensor, rng: torch.Generator) -> Batch:
+        batch = self.feed.tensors([sample], rng)
         noise, _ = draw_noise(batch["x0"].shape, PLAIN, rng)
         return batch | {"t": t, "noise": noise, "input_noise": noise}
 
@@ -179,9 +179,9 @@ class FinetuneTask(Task):
 
     def _to_fill(self, i: int) -> dict[str, Any]:
         """A picture of the folder whose middle is to be drawn anew."""
-        rows = self.splits.held_out or self.splits.train.at(0)
-        row = rows[i % len(rows)]
-        image = to_pil(open_and_crop(row.example, row.crop)[None] / 2 + 0.5)[0]
+        samples = self.splits.held_out or self.splits.train.at(0)
+        sample = samples[i % len(samples)]
+        image = to_pil(open_and_crop(sample.example, sample.crop)[None] / 2 + 0.5)[0]
         mask = Image.new("L", image.size)
         mask.paste(255, (image.width // 4, image.height // 4, image.width * 3 // 4, image.height * 3 // 4))
         return {"image": image, "mask_image": mask}

@@ -5,7 +5,7 @@ import torch
 from tiny_finetune import write_pictures
 
 import ldm
-from ldm.dataset.buckets import Batches, Row, Variation, make_buckets, make_crop
+from ldm.dataset.buckets import Batches, Sample, Variation, make_buckets, make_crop
 from ldm.dataset.cache import LatentCache, TextCache, open_and_crop
 from ldm.dataset.examine import examine
 from ldm.dataset.feed import Feed
@@ -48,7 +48,7 @@ def rng(seed=0):
 
 def rows_of(examples, captions=None, **crop):
     captions = captions or [each.caption for each in examples]
-    return [Row(e, make_crop(e.size, SIZE, **crop), c) for e, c in zip(examples, captions, strict=True)]
+    return [Sample(e, make_crop(e.size, SIZE, **crop), c) for e, c in zip(examples, captions, strict=True)]
 
 
 def check_close(ours, expected):
@@ -64,7 +64,7 @@ def told(feed, batch):
 @pytest.mark.parametrize("family", ["sd1", "sdxl", "inpaint"])
 def test_caches_and_none_give_the_same(make, examples, family):
     rows = rows_of(examples[:3], flipped=True)
-    rows[1] = Row(rows[1].example, rows[1].crop, "")
+    rows[1] = Sample(rows[1].example, rows[1].crop, "")
     plain, cached = (make(family, cached).tensors(rows, rng(5)) for cached in (False, True))
     again = make(family, True).tensors(rows, rng(5))  # read from the disk
     assert plain.keys() == cached.keys() == again.keys()
