@@ -38,7 +38,7 @@ def make_task(recipe: Recipe, args: argparse.Namespace) -> Task:
         raise UserError(f"data.size must be a multiple of {8 * vae.downscale} pixels (got {data.size})")
     small = data.model_copy(update={"size": data.size // vae.downscale})
     train, held_out = (
-        make_pairs(large, little, base, data.cache, recipe.model["wear"])
+        make_pairs(large, little, base, data.cache, recipe.model["latent_noise"])
         for large, little in zip(load_pictures(data), load_pictures(small), strict=True)
     )
     return UpscalerTask(parts, train, held_out, recipe.loss)
@@ -50,7 +50,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--base",
         type=Path,
         default=Path("weights/postcard"),
-        help="the model whose pictures are to be upscaled: its VAE wears some",
+        help="the model whose pictures are to be upscaled: its VAE degrades some",
     )
     parser.add_argument("--init_from", type=Path, help="an upscaler's folder, whose U-Net to go on from")
 

@@ -1,10 +1,10 @@
 """Training an upscaler in the layout of Stable Diffusion's, from scenes rendered at two sizes.
 
 The small picture is concatenated with the noisy latents, which have its size, so an autoencoder of factor f
-makes an upscaler of factor f. Half of the small pictures are worn: drawn by another model's autoencoder from
-latents a little off, as what that model draws will be. Noise is added to some, of a level that the U-Net is
-told (Ho et al. 2021, "Cascaded Diffusion Models", section 4.2). What is there is drawn already, so the U-Net
-reads no text.
+makes an upscaler of factor f. Half of the small pictures are degraded: drawn by another model's autoencoder
+from latents a little off, as what that model draws will be. Noise is added to some, of a level that the U-Net
+takes as a class label (Ho et al. 2021, "Cascaded Diffusion Models", section 4.2). What is there is drawn
+already, so the U-Net reads no text.
 
 At zero terminal SNR one step from pure noise is a regression: the log's `gain_db` says by how many dB it is
 nearer to the large render than bicubic interpolation is.
@@ -49,12 +49,12 @@ from ldm.train.task import Batch, Task
 
 @dataclass(frozen=True)
 class Pairs:
-    """The same scenes as large pictures [N, f h, f w, 3] and as small ones [N, h, w, 3], clean and worn."""
+    """The same scenes as large pictures [N, f h, f w, 3] and small ones [N, h, w, 3], clean and degraded."""
 
     large: Pictures
     clean: Pictures
-    worn: Pictures
-    worn_by: str = ""  # a hash of the autoencoder that did it
+    degraded: Pictures
+    degraded_by: str = ""  # a hash of the autoencoder that did it
 
     def __len__(self) -> int:
         return len(self.large)
@@ -65,27 +65,27 @@ def make_pairs(
     small: Pictures,
     vae: AutoencoderKL | AutoencoderTiny,
     cache: Path,
-    wear: float,
+    latent_noise: float,
 ) -> Pairs:
-    """Pairs of the same scenes; `vae` wears the small ones, with noise of up to `wear` on its latents."""
+    """Pairs of the same scenes. `vae` degrades the small ones, its latents moved by up to `latent_noise`."""
     if large.captions != small.captions:
         raise UserError("the large and the small pictures are not of the same scenes: clear the cache")
-    worn_by = f"{digest_of(vae)} {wear}"
+    degraded_by = f"{digest_of(vae)} {latent_noise}"
     key = small.digest()
-    key.update(worn_by.encode())
-    file = cache / f"worn-{len(small)}-{key.hexdigest()[:12]}.npy"
-    worn = cached(file, lambda: _wear(small, vae, wear))
-    return Pairs(large, small, replace(small, images=worn.numpy()), worn_by)
+    key.update(degraded_by.encode())
+    file = cache / f"degraded-{len(small)}-{key.hexdigest()[:12]}.npy"
+    degraded = cached(file, lambda: _degrade(small, vae, latent_noise))
+    return Pairs(large, small, replace(small, images=degraded.numpy()), degraded_by)
 
 
 @torch.no_grad()
-def _wear(pictures: Pictures, vae: AutoencoderKL | AutoencoderTiny, wear: float) -> Tensor:
-    """uint8 [N, H, W, 3]; each picture's latents are moved by noise of a standard deviation in 0..wear."""
+def _degrade(pictures: Pictures, vae: AutoencoderKL | AutoencoderTiny, latent_noise: float) -> Tensor:
+    """uint8 [N, H, W, 3]; each picture's latents are moved by noise of its own std in 0..latent_noise."""
     rng, parts = torch.Generator().manual_seed(0), []
     for index in torch.split(torch.arange(len(pictures)), 64):
         with torch.autocast("cpu", torch.bfloat16):
             z = vae.encode_latents(pictures.tensors(index).contiguous(memory_format=torch.channels_last))
-            std = wear * torch.rand(len(z), 1, 1, 1, generator=rng)
+            std = latent_noise * torch.rand(len(z), 1, 1, 1, generator=rng)
             y = vae.decode(z + std * torch.randn(z.shape, generator=rng).to(z))
         parts.append(torch.from_numpy(to_uint8((y.float() + 1) / 2)))
     return torch.cat(parts).contiguous()
@@ -121,7 +121,7 @@ def new_parts(model: dict[str, Any], vae: AutoencoderKL | AutoencoderTiny, token
 class UpscalerTask(Task):
     """Trains a pipeline's U-Net; its autoencoder is frozen, and its text encoder is not used.
 
-    loss keys: crop (side of the random square of the small picture, 0 for all of it), worn (share of the
+    loss keys: crop (side of the random square of the small picture, 0 for all of it), degraded (share of the
     small pictures that are), noised (share to which noise is added, up to the model's highest level), pixels
     (weight of the decoded picture's squared error, beside that of the latents, in which not all channels
     count alike for the picture).
@@ -147,18 +147,18 @@ class UpscalerTask(Task):
             )
         self.signal = noise_levels(parts.low_res_scheduler or {})[: parts.max_noise_level + 1]
         self.train_set, self.held_out = train, held_out
-        defaults = {"crop": 64.0, "worn": 0.5, "noised": 0.5, "pixels": 0.0}
-        self.weights = loss_settings(defaults, loss, shares=("worn", "noised"))
+        defaults = {"crop": 64.0, "degraded": 0.5, "noised": 0.5, "pixels": 0.0}
+        self.weights = loss_settings(defaults, loss, shares=("degraded", "noised"))
         self.any_t = timestep_probabilities(PLAIN, len(self.schedule.alphas_cumprod))
-        self.facts = {"model.vae": digest_of(self.vae), "model.worn": train.worn_by}
+        self.facts = {"model.vae": digest_of(self.vae), "model.degraded": train.degraded_by}
 
     def batch(self, rng: torch.Generator, size: int, number: int = 0) -> Batch:
         weights, data = self.weights, self.train_set
         index = torch.randint(len(data), (size,), generator=rng)
         level = torch.randint(len(self.signal), (size,), generator=rng)
         level[torch.rand(size, generator=rng) >= weights["noised"]] = 0
-        is_worn = torch.rand(size, generator=rng) < weights["worn"]
-        small = torch.where(_wide(is_worn), data.worn.tensors(index), data.clean.tensors(index))
+        is_degraded = torch.rand(size, generator=rng) < weights["degraded"]
+        small = torch.where(_wide(is_degraded), data.degraded.tensors(index), data.clean.tensors(index))
         t = draw_timesteps(self.any_t, size, rng)
         return self._batch(data.large.tensors(index), small, level, t, int(weights["crop"]), rng)
 
@@ -239,10 +239,10 @@ class UpscalerTask(Task):
         save_folder(folder, self.parts, torch.bfloat16)
 
     def picture(self, folder: Path) -> Image.Image:
-        """Of four worn pictures in a row each: bicubic, drawn, rendered."""
+        """Of four degraded pictures in a row each: bicubic, drawn, rendered."""
         pipe, data, shown = ldm.load(folder), self.held_out, []
         for i in range(min(4, len(data))):
-            small, large = data.worn.images[i], data.large.images[i]
+            small, large = data.degraded.images[i], data.large.images[i]
             drawn = pipe("", image=Image.fromarray(small), seed=i).images[0]
             shown += [*map(Image.fromarray, bicubic(small[None], len(large))), drawn, Image.fromarray(large)]
         return contact_sheet(shown, columns=3)
