@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +26,18 @@ from ldm.images.pixels import contact_sheet, to_pil
 from ldm.pipeline import Pipeline
 from ldm.runtime import Runtime
 from ldm.train.loss import (
+    PLAIN_LOSS,
+    denoising_losses,
     draw_noise,
     draw_timesteps,
-    noisy_latents,
-    pixel_losses,
     prior_preservation_loss,
     sample_weights,
     timestep_probabilities,
-    training_target,
 )
 from ldm.train.recipe import LossSection
 from ldm.train.task import Batch, Task
 
 LEVELS = 8  # noise levels at which each held-out picture is looked at
-PLAIN = LossSection()  # of the held-out loss, so that runs can be compared whatever they are trained with
 PRIOR = "prior."  # before the names of what is of the class's pictures, in a batch
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -113,28 +112,36 @@ class FinetuneTask(Task):
 
     def _losses(self, batch: Batch) -> Tensor:
         """Of each picture, weighted: [B]."""
-        return sample_weights(batch["t"], self.schedule, self.recipe) * self._errors(batch, self.recipe)
+        return sample_weights(batch["t"], self.schedule, self.recipe) * self._unweighted(batch, self.recipe)
 
-    def _errors(self, batch: Batch, options: LossSection) -> Tensor:
-        x0, t = batch["x0"], batch["t"]
-        sample = noisy_latents(x0, batch["input_noise"], t, self.schedule)
+    def _unweighted(self, batch: Batch, options: LossSection) -> Tensor:
+        """Of each picture: [B]."""
+        x0, noise, input_noise = (batch[name] for name in ("x0", "noise", "input_noise"))
+        predict = partial(self._predict, batch)
+        losses = denoising_losses(predict, x0, noise, batch["t"], self.schedule, options, input_noise)
+        return losses.mean((1, 2))
+
+    def _predict(self, batch: Batch, sample: Tensor, t: Tensor) -> Tensor:
+        """What the U-Net answers to noisy latents [B, c, h, w], on the conditioning of `batch`."""
         if "mask" in batch:
             sample = inpainting_input(sample, batch["mask"], batch["masked"])
-        told, dtype = self.feed.conditioning(batch), self.unet.conv_in.weight.dtype
-        output = self.unet(
+        cond, dtype = self.feed.conditioning(batch), self.unet.conv_in.weight.dtype
+        output: Tensor = self.unet(
             sample.to(dtype, memory_format=torch.channels_last),
             t,
-            told.tokens.to(dtype),
-            pooled=None if told.pooled is None else told.pooled.to(dtype),
-            time_ids=told.time_ids,
+            cond.tokens.to(dtype),
+            pooled=None if cond.pooled is None else cond.pooled.to(dtype),
+            time_ids=cond.time_ids,
         )
-        target = training_target(x0, batch["noise"], t, self.schedule)
-        return pixel_losses(output, target, options).mean((1, 2))
+        return output
 
     # --- looking ------------------------------------------------------------------------------------------
 
     def evaluate(self) -> dict[str, float]:
-        """The plain loss of held-out pictures, each at the same noise and noise levels every time."""
+        """The plain loss of held-out pictures, each at the same noise and noise levels every time.
+
+        Plain, so that runs can be compared whatever they are trained with.
+        """
         if not self.splits.held_out:
             return {}
         total = sum(self._held_out_loss(sample) for sample in self.splits.held_out)
@@ -149,12 +156,12 @@ class FinetuneTask(Task):
         for some in (batches[first : first + size] for first in range(0, LEVELS, size)):
             batch = {name: torch.cat([each[name] for each in some]).to(self.device) for name in some[0]}
             with self._autocast():
-                total += float(self._errors(batch, PLAIN).sum())
+                total += float(self._unweighted(batch, PLAIN_LOSS).sum())
         return total / LEVELS
 
     def _noised_at(self, sample: Sample, t: Tensor, rng: torch.Generator) -> Batch:
         batch = self.feed.tensors([sample], rng)
-        noise, _ = draw_noise(batch["x0"].shape, PLAIN, rng)
+        noise, _ = draw_noise(batch["x0"].shape, PLAIN_LOSS, rng)
         return batch | {"t": t, "noise": noise, "input_noise": noise}
 
     def picture(self, folder: Path) -> Image.Image | None:

@@ -44,17 +44,14 @@ from ldm.pretrain.data import Pictures, cached, digest_of
 from ldm.pretrain.vae import load_vae
 from ldm.pretrain.widen import widen_latents
 from ldm.train.loss import (
+    PLAIN_LOSS,
+    denoising_losses,
     draw_noise,
     draw_timesteps,
-    noisy_latents,
-    pixel_losses,
     timestep_probabilities,
-    training_target,
 )
 from ldm.train.recipe import LossSection, loss_settings
 from ldm.train.task import Batch, Task
-
-PLAIN = LossSection()  # uniform timesteps, unit noise, square error
 
 
 @dataclass(frozen=True)
@@ -178,7 +175,7 @@ class UNetTask(Task):
         defaults |= {"align": 0.0, "repainted": 0.0}
         self.weights = loss_settings(defaults, loss, shares=("drop", "layout", "repainted"))
         steps = len(self.schedule.alphas_cumprod)
-        self.any_t = timestep_probabilities(PLAIN, steps)
+        self.any_t = timestep_probabilities(PLAIN_LOSS, steps)
         self.early_t = timestep_probabilities(LossSection(min_timestep=int(0.6 * steps)), steps)
         self.text_encoder.requires_grad_(self.weights["text_lr"] > 0)
         # SDPA's backward is slow on a CPU for so few tokens: 0.16 against 0.12 s for 32 captions of 48.
@@ -219,7 +216,7 @@ class UNetTask(Task):
         self, data: LatentDataset, index: Tensor, ids: Tensor, t: Tensor, rng: torch.Generator
     ) -> Batch:
         x0 = data.latents[index].float()
-        noise, _ = draw_noise(x0.shape, PLAIN, rng)
+        noise, _ = draw_noise(x0.shape, PLAIN_LOSS, rng)
         batch = {"x0": x0, "noise": noise, "t": t, "ids": ids}
         if data.weights is not None:
             batch["weight"] = 1 + self.weights["object_weight"] * data.weights[index].float() / 255
@@ -228,21 +225,23 @@ class UNetTask(Task):
         return batch
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        square, weight = self._square_error(batch), batch.get("weight")
-        extra = {"mse": square.mean().detach()}
-        loss = square.mean() if weight is None else (square * weight).sum() / weight.sum()
+        losses, weight = self._pixel_losses(batch), batch.get("weight")
+        extra = {"mse": losses.mean().detach()}
+        loss = losses.mean() if weight is None else (losses * weight).sum() / weight.sum()
         if self.alignment is not None:
             gap = self.alignment(batch["things"])
             loss, extra["align"] = loss + self.weights["align"] * gap, gap.detach()
         return loss, extra
 
-    def _square_error(self, batch: Batch) -> Tensor:
+    def _pixel_losses(self, batch: Batch) -> Tensor:
         """Error of the output against its target, squared, mean over channels: [B, h, w]."""
-        x0, noise, t = batch["x0"], batch["noise"], batch["t"]
         tokens = self.text_encoder(input_ids=batch["ids"]).last_hidden_state
-        noisy = noisy_latents(x0, noise, t, self.schedule).contiguous(memory_format=torch.channels_last)
-        target = training_target(x0, noise, t, self.schedule)
-        return pixel_losses(self.unet(noisy, t, tokens), target, PLAIN)
+
+        def predict(noisy: Tensor, t: Tensor) -> Tensor:
+            output: Tensor = self.unet(noisy.contiguous(memory_format=torch.channels_last), t, tokens)
+            return output
+
+        return denoising_losses(predict, batch["x0"], batch["noise"], batch["t"], self.schedule)
 
     def evaluate(self) -> dict[str, float]:
         data, rng = self.held_out, torch.Generator().manual_seed(0)
@@ -261,7 +260,7 @@ class UNetTask(Task):
         for rows in torch.split(torch.arange(len(batch["x0"])), 64):
             part = {name: value[rows].to(device) for name, value in batch.items()}
             with torch.autocast(device.type, torch.bfloat16):
-                total += float(self._square_error(part).mean((1, 2)).sum())
+                total += float(self._pixel_losses(part).mean((1, 2)).sum())
         return total / len(batch["x0"])
 
     def export(self, folder: Path) -> None:

@@ -34,8 +34,8 @@ from ldm.models import AutoencoderKL, AutoencoderTiny, UNet, build
 from ldm.postcards.scoring.sources import to_uint8
 from ldm.postcards.scoring.upscaling import bicubic
 from ldm.pretrain.data import Pictures, cached, crop_squares, digest_of
-from ldm.pretrain.unet import PLAIN
 from ldm.train.loss import (
+    PLAIN_LOSS,
     draw_noise,
     draw_timesteps,
     noisy_latents,
@@ -149,7 +149,7 @@ class UpscalerTask(Task):
         self.train_set, self.held_out = train, held_out
         defaults = {"crop": 64.0, "degraded": 0.5, "noised": 0.5, "pixels": 0.0}
         self.weights = loss_settings(defaults, loss, shares=("degraded", "noised"))
-        self.any_t = timestep_probabilities(PLAIN, len(self.schedule.alphas_cumprod))
+        self.any_t = timestep_probabilities(PLAIN_LOSS, len(self.schedule.alphas_cumprod))
         self.facts = {"model.vae": digest_of(self.vae), "model.degraded": train.degraded_by}
 
     def batch(self, rng: torch.Generator, size: int, number: int = 0) -> Batch:
@@ -175,18 +175,18 @@ class UpscalerTask(Task):
         )
         signal = _wide(self.signal[level].float())
         small = signal.sqrt() * small + (1 - signal).sqrt() * torch.randn(small.shape, generator=rng)
-        noise, _ = draw_noise((len(small), self.vae.latent_channels, crop, crop), PLAIN, rng)
+        noise, _ = draw_noise((len(small), self.vae.latent_channels, crop, crop), PLAIN_LOSS, rng)
         return {"large": large, "small": small, "noise": noise, "level": level, "t": t}
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        square_error, guess = self._denoise(batch)
-        loss, weight = square_error.mean(), self.weights["pixels"]
+        losses, x0 = self._losses_and_x0(batch)
+        loss, weight = losses.mean(), self.weights["pixels"]
         if not weight:
             return loss, {}
-        pixels = functional.mse_loss(self.vae.decode(guess).float(), batch["large"])
+        pixels = functional.mse_loss(self.vae.decode(x0).float(), batch["large"])
         return loss + weight * pixels, {"pixels": pixels.detach()}
 
-    def _denoise(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _losses_and_x0(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The squared error of the output, mean over channels [B, h, w]; the clean latents it speaks of."""
         with torch.no_grad():
             large = batch["large"].contiguous(memory_format=torch.channels_last)
@@ -194,9 +194,9 @@ class UpscalerTask(Task):
         noisy = noisy_latents(x0, batch["noise"], batch["t"], self.schedule)
         target = training_target(x0, batch["noise"], batch["t"], self.schedule)
         answer = self._answer(noisy, batch).float()
-        return pixel_losses(answer, target, PLAIN), self._guess(answer, noisy, batch["t"])
+        return pixel_losses(answer, target, PLAIN_LOSS), self._predict_x0(answer, noisy, batch["t"])
 
-    def _guess(self, answer: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+    def _predict_x0(self, answer: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
         """The clean latents that an answer speaks of: alpha x - sigma v. Pure noise has no sigma for `x0`."""
         if self.schedule.prediction is Prediction.SAMPLE:
             return answer
@@ -211,7 +211,7 @@ class UpscalerTask(Task):
     def in_one_step(self, batch: Batch) -> Tensor:
         """What is drawn from the noise of a batch of the last t, at once: [B, 3, H, W], about [-1, 1]."""
         answer = self._answer(batch["noise"], batch).float()
-        return self.vae.decode(self._guess(answer, batch["noise"], batch["t"])).float()
+        return self.vae.decode(self._predict_x0(answer, batch["noise"], batch["t"])).float()
 
     def evaluate(self) -> dict[str, float]:
         """Of whole pictures: the loss at all noise levels; a step from pure noise against bicubic, in dB."""
@@ -228,8 +228,8 @@ class UpscalerTask(Task):
                 self._batch(high, small, level, t, 0, rng) for t in (spread, torch.full_like(rows, last))
             )
             with torch.autocast(device.type, torch.bfloat16):
-                square_error, _ = self._denoise(_to(any_t, device))
-                total += float(square_error.mean((1, 2)).sum())
+                losses, _ = self._losses_and_x0(_to(any_t, device))
+                total += float(losses.mean((1, 2)).sum())
                 drawn.append(self.in_one_step(_to(from_noise, device)).cpu())
         pictures = to_uint8((torch.cat(drawn) + 1) / 2)
         gain = psnr(pictures, large) - psnr(bicubic(clean, large.shape[1]), large)

@@ -192,11 +192,11 @@ def test_held_out_loss_of_inpainting_has_the_same_masks_in_any_batch(made):
 
 def test_held_out_loss_is_of_the_eight_noise_levels(made, monkeypatch):
     task, seen = made(held_out=0.2), []
-    errors = FinetuneTask._errors
+    unweighted = FinetuneTask._unweighted
     monkeypatch.setattr(
         FinetuneTask,
-        "_errors",
-        lambda task, batch, options: seen.append(batch) or errors(task, batch, options),
+        "_unweighted",
+        lambda task, batch, options: seen.append(batch) or unweighted(task, batch, options),
     )
     held_out_loss(task)
     (row,) = task.splits.held_out
