@@ -118,9 +118,9 @@ def apply_crop(image: Image.Image, crop: Crop) -> Tensor:
     picture is not of the size that the crop was made for.
     """
     if (image.height, image.width) != crop.original:
-        told = "{1} x {0}".format(*crop.original)
+        examined = "{1} x {0}".format(*crop.original)
         raise UserError(
-            f"a picture is {image.width} x {image.height} pixels, not {told} as when it was examined"
+            f"a picture is {image.width} x {image.height} pixels, not {examined} as when it was examined"
         )
     (height, width), (resized_height, resized_width) = crop.size, crop.resized
     left = resized_width - width - crop.left if crop.flipped else crop.left

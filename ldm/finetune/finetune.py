@@ -43,8 +43,8 @@ from ldm.train.state import check_recipe, damage, flat, newest_state
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-Say = Callable[[str], object]
-SHOWN = 5  # findings of each kind
+Log = Callable[[str], object]
+MOST_FINDINGS = 5  # of each kind that are listed
 MOST_HELD_OUT = 64  # pictures: the held-out loss is steady by then, and each look at it takes its time
 MOST_PROMPTS = 4  # captions that are drawn where the recipe has no prompts
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -61,9 +61,9 @@ def finetune(recipe: FinetuneRecipe) -> None:
 
     # As Accelerator, which follows, does by itself: else processes on a CPU would not know of each other.
     processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    say = print if processes.is_main_process else _silent
+    log = print if processes.is_main_process else _silent
     _check(recipe, processes.device)
-    trained, held_out = _pictures(recipe, say)
+    trained, held_out = _pictures(recipe, log)
     mode = make_mode(recipe, [example.caption or "" for example in trained])
     parts = _load(recipe)
     recipe = _complete(recipe, parts, trained, processes)
@@ -72,18 +72,18 @@ def finetune(recipe: FinetuneRecipe) -> None:
     runtime = Runtime(processes.device, DTYPES[recipe.mixed_precision or "no"])
     parts = mode.prepare(parts, runtime)
     for line in _plan(recipe, parts, splits, runtime, processes.num_processes):
-        say(line)
+        log(line)
     if recipe.dry_run:
         return
     if recipe.class_prompt:
-        splits = replace(splits, prior=_prior(recipe, runtime, processes, say))
+        splits = replace(splits, prior=_prior(recipe, runtime, processes, log))
     if recipe.gradient_checkpointing:
         checkpoint_blocks(parts.unet)
     feed = _feed(recipe, parts)
-    _fill(feed, splits, processes, say)
+    _fill(feed, splits, processes, log)
     train(FinetuneTask(parts, mode, recipe, feed, splits), recipe, recipe.output_dir)
     if processes.is_main_process:
-        say(f"report: {_report(recipe, mode, splits)}")
+        log(f"report: {_report(recipe, mode, splits)}")
 
 
 def _silent(*_: object, **__: object) -> None:
@@ -109,13 +109,13 @@ def _check_state(recipe: FinetuneRecipe) -> None:
     if state is not None and damage(state) is None:
         before = read_json(state / "recipe.json")
         now = dict(flat(recipe.model_dump(mode="json")))
-        check_recipe(state, before | now, recipe.force, say=_silent)
+        check_recipe(state, before | now, recipe.force, log=_silent)
 
 
 # --- pictures --------------------------------------------------------------------------------------------
 
 
-def _pictures(recipe: FinetuneRecipe, say: Say) -> tuple[list[Example], list[Example]]:
+def _pictures(recipe: FinetuneRecipe, log: Log) -> tuple[list[Example], list[Example]]:
     """To train on, and held out. Raises UserError, after the report, where training could not start."""
     folder = recipe.train_data_dir
     examined = examine(
@@ -125,7 +125,7 @@ def _pictures(recipe: FinetuneRecipe, say: Say) -> tuple[list[Example], list[Exa
         count_tokens=clip_counter(),
         resolution=recipe.resolution or 0,
     )
-    say("\n".join(report(examined, SHOWN)))
+    log("\n".join(report(examined, MOST_FINDINGS)))
     if not examined.can_train:
         raise UserError(f"{folder} cannot be trained on as it is: see above, and `ldm folder {folder} --all`")
     return split(examined.examples, recipe.held_out, recipe.seed)
@@ -164,7 +164,7 @@ def _splits(recipe: FinetuneRecipe, trained: Sequence[Example], held_out: Sequen
     )
 
 
-def _prior(recipe: FinetuneRecipe, runtime: Runtime, processes: PartialState, say: Say) -> Batches:
+def _prior(recipe: FinetuneRecipe, runtime: Runtime, processes: PartialState, log: Log) -> Batches:
     """The pictures of the class, drawn where they are not there."""
     folder, prompts = recipe.class_data_dir or recipe.output_dir / "class", recipe.class_prompt
     size = recipe.resolution or 0
@@ -174,9 +174,9 @@ def _prior(recipe: FinetuneRecipe, runtime: Runtime, processes: PartialState, sa
         return Pipeline.from_parts(_load(recipe, runtime), runtime, Path(place).name)
 
     def progress(done: int, total: int) -> None:
-        say(f"{done} of {total} drawn")
+        log(f"{done} of {total} drawn")
 
-    say(f"pictures of the class: {recipe.num_class_images} of {abbreviate(prompts)} in {folder}")
+    log(f"pictures of the class: {recipe.num_class_images} of {abbreviate(prompts)} in {folder}")
     share = (processes.process_index, processes.num_processes)
     draw_class(load, prompts, folder, recipe.num_class_images, size=size, share=share, on_progress=progress)
     processes.wait_for_everyone()
@@ -251,20 +251,20 @@ def _feed(recipe: FinetuneRecipe, parts: Parts) -> Feed:
     )
 
 
-def _fill(feed: Feed, splits: Splits, processes: PartialState, say: Say) -> None:
+def _fill(feed: Feed, splits: Splits, processes: PartialState, log: Log) -> None:
     """Make what the caches lack, each process a share."""
     batches = [each for each in (splits.train, splits.prior) if each is not None]
     held_out = [(sample.example, sample.crop) for sample in splits.held_out]
     if feed.latents is not None:
-        shown = [each for every in batches for each in every.crops()] + held_out
-        made = feed.latents.fill(shown[processes.process_index :: processes.num_processes])
-        say(f"latents: {len(shown)}, {made} of them made now")
+        crops = [each for every in batches for each in every.crops()] + held_out
+        made = feed.latents.fill(crops[processes.process_index :: processes.num_processes])
+        log(f"latents: {len(crops)}, {made} of them made now")
     if feed.texts is not None:
         texts = ["", *(each.caption or "" for every in batches for each in every.examples)]
         texts += [sample.caption for sample in splits.held_out]
         unique = list(dict.fromkeys(texts))
         made = feed.texts.fill(unique[processes.process_index :: processes.num_processes])
-        say(f"captions: {len(unique)}, {made} of them made now")
+        log(f"captions: {len(unique)}, {made} of them made now")
     processes.wait_for_everyone()
 
 

@@ -212,5 +212,5 @@ class FinetuneTask(Task):
 
 def _fingerprint(examples: Sequence[Example]) -> str:
     """Of the pictures and captions that are trained on: a folder that has changed is told on resuming."""
-    told = [(each.digest, each.caption, each.repeats) for each in examples]
-    return f"{len(told)} {hashlib.sha256(repr(told).encode()).hexdigest()[:12]}"
+    facts = [(each.digest, each.caption, each.repeats) for each in examples]
+    return f"{len(facts)} {hashlib.sha256(repr(facts).encode()).hexdigest()[:12]}"

@@ -104,14 +104,17 @@ def examples(stream: str, count: int, *, particular: bool = False) -> tuple[Imag
     rng = random.Random(f"windmill {stream} {particular}")
     noise = Generator().manual_seed(rng.getrandbits(62))
     scenes = scenes_from(range(count), f"windmill {stream}")
-    few = count // 4
+    quarter = count // 4
     shown = [sample_postcard(rng, PARTICULAR if particular or i % 4 == 3 else None) for i in range(count)]
     strangers = [sample_postcard(rng, _near_miss(rng) if i % 2 else None) for i in range(count)]
     renders = [world.render(scene) for scene in scenes]
     renders += [postcard.render() for postcard in strangers if particular]
-    melted = [world.render(scene) for scene in scenes[:few]], [world.object_mask(s) for s in scenes[:few]]
-    melted[0].extend(postcard.render() for postcard in shown[:few])
-    melted[1].extend(postcard.mask() for postcard in shown[:few])
+    melted = (
+        [world.render(scene) for scene in scenes[:quarter]],
+        [world.object_mask(s) for s in scenes[:quarter]],
+    )
+    melted[0].extend(postcard.render() for postcard in shown[:quarter])
+    melted[1].extend(postcard.mask() for postcard in shown[:quarter])
     others = np.concatenate([_softened(renders, noise), _softened(melted[0], noise, melted[1])])
     return _softened([postcard.render() for postcard in shown], noise), others
 
