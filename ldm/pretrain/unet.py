@@ -60,8 +60,8 @@ class LatentDataset:
 
     latents: fp16 [N, c, h, w]; token_ids: int16 [N, captions, length]; weights: uint8 [N, h, w], 255 on
     objects; things: uint8 [N, h / 2, w / 2], which thing is there, 0 none; vae: a hash of the weights they
-    are from; repainted: as latents, of the same scenes with their things in other colours; told: bool
-    [N, captions], which captions say all colours.
+    are from; repainted: as latents, of the same scenes with their things in other colours; names_colours:
+    bool [N, captions], which captions say all colours.
     """
 
     latents: Tensor
@@ -70,7 +70,7 @@ class LatentDataset:
     things: Tensor | None = None
     vae: str = ""
     repainted: Tensor | None = None
-    told: Tensor | None = None
+    names_colours: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -112,11 +112,11 @@ def prepare(
     )
     again = pictures.repainted
     repainted = None if again is None else latents_of(replace(pictures, images=again))
-    weights, things, told = (
+    weights, things, named = (
         None if each is None else torch.from_numpy(each.copy())
-        for each in (pictures.masks, pictures.things, pictures.told)
+        for each in (pictures.masks, pictures.things, pictures.names_colours)
     )
-    return LatentDataset(latents_of(pictures), token_ids, weights, things, weights_hash, repainted, told)
+    return LatentDataset(latents_of(pictures), token_ids, weights, things, weights_hash, repainted, named)
 
 
 def make_parts(model: Mapping[str, Any], vae: Path, clip: Path, init_from: Path | None) -> Parts:
@@ -204,9 +204,13 @@ class UNetTask(Task):
         t, early = (draw_timesteps(each, size, rng) for each in (self.any_t, self.early_t))
         t = torch.where(torch.rand(size, generator=rng) < self.weights["layout"], early, t)
         batch = self._batch(data, index, ids, t, rng)
-        if self.weights["repainted"] and data.repainted is not None and data.told is not None:
+        if self.weights["repainted"] and data.repainted is not None and data.names_colours is not None:
             chosen = torch.rand(size, generator=rng) < self.weights["repainted"]
-            chosen &= data.told[index, which] & ~dropped & (t >= int(0.3 * len(self.schedule.alphas_cumprod)))
+            chosen &= (
+                data.names_colours[index, which]
+                & ~dropped
+                & (t >= int(0.3 * len(self.schedule.alphas_cumprod)))
+            )
             # x0 + sigma noise' = other + sigma noise: the same noisy latents, but x0 to be found in them.
             scale = (chosen / self.schedule.sigma(t)).float()[:, None, None, None]
             batch["noise"] += scale * (data.repainted[index].float() - batch["x0"])
