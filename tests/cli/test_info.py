@@ -1,4 +1,4 @@
-"""`ldm info` and `ldm redraw`: a picture tells how it was drawn, and is drawn again."""
+"""What a PNG says of how it was drawn: `ldm info` prints it, and `ldm redraw` draws it again."""
 
 from pathlib import Path
 
