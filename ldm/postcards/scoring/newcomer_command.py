@@ -38,8 +38,8 @@ def _score(args: argparse.Namespace) -> None:
     from ldm.evaluate.report import markdown, write_json, write_pictures
     from ldm.postcards.scoring.following import ATTRIBUTES
     from ldm.postcards.scoring.newcomer import (
-        SHOWS,
-        VERY,
+        SHOWS_ONE,
+        SHOWS_PARTICULAR,
         free_prompt,
         newcomer_prompts,
         score,
@@ -60,9 +60,9 @@ def _score(args: argparse.Namespace) -> None:
         own = [free_prompt(text) for text in args.prompts for _ in range(8)]
     groups = {"asked for": own, "ordinary prompts": evaluation_prompts(args.ordinary)}
     scorer = Scorer.load(args.scorer)
-    probes = {SHOWS: windmill_probe(scorer)}
+    probes = {SHOWS_ONE: windmill_probe(scorer)}
     if args.particular:
-        probes[VERY] = windmill_probe(scorer, particular=True)
+        probes[SHOWS_PARTICULAR] = windmill_probe(scorer, particular=True)
     groups = {name: prompts for name, prompts in groups.items() if prompts}
     settings = Settings(steps=args.steps, seed=args.seed)
     with Progress(console=Console(stderr=True)) as progress:
