@@ -3,18 +3,17 @@
 Weights have the shapes of Stable Diffusion 1.5 and are random, pictures are of 256 x 256 pixels. diffusers'
 loop is that of examples/text_to_image/train_text_to_image.py and train_text_to_image_lora.py, once without
 options (fp32, contiguous, the VAE in the loop, AdamW of single tensors) and once with bf16, channels_last and
-cached latents. Ours is the same in both rows.
+cached latents. Ours is the same in both rows. A program, as `bench.py` is, not an entry point.
 """
 
 import json
-import subprocess
-import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
+
+from bench_common import in_new_process, resident
 
 ROWS = ("full, defaults", "full, bf16", "lora, defaults", "lora, bf16")
 RANK = 4
@@ -30,19 +29,15 @@ def compare(args: Namespace) -> None:
     for row in args.rows:
         found = {}
         for peer in ("ldm", "diffusers"):
-            command = [sys.executable, str(Path(__file__).with_name("bench.py")), "train", "--peer", peer]
-            command += ["--rows", row, "--batch", str(args.batch), "--repeats", str(args.repeats)]
-            shown = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            found[peer] = json.loads(shown.stdout.splitlines()[-1])
+            sizes = ["--batch", args.batch, "--repeats", args.repeats]
+            found[peer] = in_new_process("train", peer, "--rows", row, *sizes)
         (a, peak_a), (b, peak_b) = found.values()
-        shown_peaks = f"{peak_a:.2f} | {peak_b:.2f} | {peak_a / peak_b:.3f}"
-        print(f"| {row} | {a:.3f} | {b:.3f} | {a / b:.2f} | {shown_peaks} |", flush=True)
+        peaks = f"{peak_a:.2f} | {peak_b:.2f} | {peak_a / peak_b:.3f}"
+        print(f"| {row} | {a:.3f} | {b:.3f} | {a / b:.2f} | {peaks} |", flush=True)
 
 
 def measure(args: Namespace) -> None:
     """Print images per second and the peak of resident memory in GiB, of one peer, as JSON."""
-    from bench import resident
-
     (row,) = args.rows
     lora, defaults = row.startswith("lora"), row.endswith("defaults")
     step = ours(lora, args.batch) if args.peer == "ldm" else theirs(lora, defaults, args.batch)

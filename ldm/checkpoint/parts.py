@@ -22,7 +22,7 @@ STEMS = {part: TEXT_STEM if part in TEXT_ENCODERS else MODEL_STEM for part in NE
 
 @dataclass(frozen=True)
 class Defaults:
-    """What `ldm.json` may log: how to draw with this model when the caller does not."""
+    """What `ldm.json` may say: how to draw with this model when the caller does not."""
 
     num_inference_steps: int | None = None  # None: what its kind is drawn with (ldm/pipeline/resolve.py)
     guidance_scale: float | None = None

@@ -1,6 +1,6 @@
 """A folder of someone's own pictures, examined before training: everything that is wrong with it, at once.
 
-    list_files -> look at every picture -> read_tables, captions -> Examples to train on, Findings to tell
+    list_files -> inspect every picture -> read_tables, captions -> Examples to train on, Findings to tell
 
 Nothing in the folder is ever written to, moved or deleted. No torch here: it answers before any model loads.
 """
@@ -18,9 +18,9 @@ from typing import Literal
 import numpy as np
 
 from ldm.dataset.captions import Listing, from_name, kohya, list_files, read_beside, read_tables
-from ldm.dataset.duplicates import find_alike
+from ldm.dataset.duplicates import find_near_duplicates
 from ldm.dataset.findings import EFFECTS, Effect, Examined, Example, Finding
-from ldm.dataset.picture import Fault, Look, look
+from ldm.dataset.picture import Fault, PictureInfo, inspect_picture
 from ldm.errors import UserError
 
 MAX_ASPECT = 3.0  # of the longer side to the shorter
@@ -63,32 +63,32 @@ def examine(
         raise UserError(f"missing_caption {missing_caption!r} is not one of {', '.join(MISSING)}")
     listing = list_files(folder)
     tables = {} if instance_prompt is not None else read_tables(listing)
-    looks = _look_at_all(listing.pictures, on_progress)
-    readable = {path: seen for path, seen in looks.items() if isinstance(seen, Look)}
+    inspected = _inspect_all(listing.pictures, on_progress)
+    readable = {path: info for path, info in inspected.items() if isinstance(info, PictureInfo)}
     findings = listing.findings
-    findings += [_tell_fault(path, seen) for path, seen in looks.items() if isinstance(seen, Fault)]
+    findings += [_fault_finding(path, info) for path, info in inspected.items() if isinstance(info, Fault)]
     captioner = _Captioner(listing, tables, instance_prompt, missing_caption)
     examples = captioner.examples(readable)
     findings += captioner.findings
     examples, copies = _drop_copies(examples)
-    findings += copies + _tell_alike(examples, readable)
+    findings += copies + _near_duplicates(examples, readable)
     for example in examples:
-        findings += _tell_picture(example, readable[example.path], resolution)
+        findings += _picture_findings(example, readable[example.path], resolution)
     if count_tokens is not None:
         captions = [(example.path, example.caption) for example in examples]
         one = [(None, instance_prompt)]
-        findings += _tell_long(captions if instance_prompt is None else one, count_tokens, window - 2)
+        findings += _long_captions(captions if instance_prompt is None else one, count_tokens, window - 2)
     if not examples:
         findings.append(Finding(None, "no pictures", f"no picture to train on in {folder}", "stops"))
     findings.sort(key=lambda found: (EFFECTS.index(found.effect), found.kind, str(found.path), found.text))
     return Examined(folder, captioner.layout(examples), tuple(examples), tuple(findings))
 
 
-def _look_at_all(pictures: Sequence[Path], on_progress: Progress | None) -> dict[Path, Look | Fault]:
+def _inspect_all(pictures: Sequence[Path], on_progress: Progress | None) -> dict[Path, PictureInfo | Fault]:
     """Threads, since decoding and hashing release the interpreter's lock: as fast as processes here."""
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
         warnings.simplefilter("ignore")  # of odd metadata, and of sizes that are large but not too large
-        jobs = {pool.submit(look, path): path for path in pictures}
+        jobs = {pool.submit(inspect_picture, path): path for path in pictures}
         try:
             for done, _ in enumerate(as_completed(jobs), 1):
                 if on_progress is not None:
@@ -116,16 +116,16 @@ class _Captioner:
         pictures = listing.pictures
         stems = {path.with_suffix("") for path in pictures}
         self.paired = [path for path in listing.beside if path.with_suffix("") in stems]
-        self._tell_unread(listing, [path for path in listing.beside if path.with_suffix("") not in stems])
+        self._note_unread(listing, [path for path in listing.beside if path.with_suffix("") not in stems])
         nothing_else = not (listing.tables or self.paired)
         self.names_speak = nothing_else and 2 * sum(from_name(path) is not None for path in pictures) > len(
             pictures
         )
 
-    def examples(self, readable: dict[Path, Look]) -> list[Example]:
+    def examples(self, readable: dict[Path, PictureInfo]) -> list[Example]:
         """The pictures with their captions; those that are skipped for want of one are left out."""
         found = []
-        for path, seen in readable.items():
+        for path, info in readable.items():
             caption = self._caption(path)
             if not caption:
                 effect, _ = MISSING[self.missing]
@@ -133,8 +133,8 @@ class _Captioner:
                     continue
                 caption = "" if effect == "fixed" else None
             repeats, _ = kohya(path, self.folder) or (1, "")
-            found.append(Example(path, caption, seen.size, seen.digest, repeats))
-        self._tell_repeats(found)
+            found.append(Example(path, caption, info.size, info.digest, repeats))
+        self._note_repeats(found)
         return found
 
     def layout(self, examples: Sequence[Example]) -> str:
@@ -150,16 +150,16 @@ class _Captioner:
             caption, source = self._first(path)
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            self._tell_missing(path, "unreadable caption", f"its caption cannot be read ({reason})")
+            self._note_missing(path, "unreadable caption", f"its caption cannot be read ({reason})")
             return None
         if caption:
             self.sources[path] = source
         elif caption is not None:
-            self._tell_missing(path, "empty caption", f"its caption (from {source}) is empty")
+            self._note_missing(path, "empty caption", f"its caption (from {source}) is empty")
         elif self.table_names:
-            self._tell_missing(path, "file without a row", f"no row of {self.table_names} names it")
+            self._note_missing(path, "file without a row", f"no row of {self.table_names} names it")
         else:
-            self._tell_missing(path, "missing caption", "it has no caption")
+            self._note_missing(path, "missing caption", "it has no caption")
         return caption
 
     def _first(self, path: Path) -> tuple[str | None, str]:
@@ -173,11 +173,11 @@ class _Captioner:
             return repeated[1], "names of folders"
         return (from_name(path) if self.names_speak else None), "names of files"
 
-    def _tell_missing(self, path: Path, kind: str, text: str) -> None:
+    def _note_missing(self, path: Path, kind: str, text: str) -> None:
         effect, then = MISSING[self.missing]
         self.findings.append(Finding(path, kind, f"{text}: {then}", effect))
 
-    def _tell_unread(self, listing: Listing, orphans: Sequence[Path]) -> None:
+    def _note_unread(self, listing: Listing, orphans: Sequence[Path]) -> None:
         """Captions that lie there and are not used, silently in most trainers."""
         for path in orphans:
             text = "no picture has its name: it is not read"
@@ -197,7 +197,7 @@ class _Captioner:
         for path in unread:
             self.findings.append(Finding(path, "unread captions", f"it is not read: {why}", "note"))
 
-    def _tell_repeats(self, examples: Sequence[Example]) -> None:
+    def _note_repeats(self, examples: Sequence[Example]) -> None:
         repeated = Counter((example.path.parent, example.repeats) for example in examples)
         for (parent, repeats), number in repeated.items():
             if repeats > 1:
@@ -208,7 +208,7 @@ class _Captioner:
 # --- pictures ----------------------------------------------------------------------------------------------
 
 
-def _tell_fault(path: Path, fault: Fault) -> Finding:
+def _fault_finding(path: Path, fault: Fault) -> Finding:
     return Finding(path, fault.kind, f"{fault.text}: it is skipped", "skipped")
 
 
@@ -228,32 +228,32 @@ def _drop_copies(examples: Sequence[Example]) -> tuple[list[Example], list[Findi
     return list(kept.values()), findings
 
 
-def _tell_alike(examples: Sequence[Example], looks: dict[Path, Look]) -> list[Finding]:
+def _near_duplicates(examples: Sequence[Example], readable: dict[Path, PictureInfo]) -> list[Finding]:
     if not examples:
         return []
     findings = []
-    for i, j in find_alike(np.stack([looks[example.path].thumb for example in examples])):
+    for i, j in find_near_duplicates(np.stack([readable[example.path].thumb for example in examples])):
         if examples[i].digest != examples[j].digest:
             text = f"looks the same as {examples[j].path}: both are trained on"
             findings.append(Finding(examples[i].path, "near duplicate", text, "note"))
     return findings
 
 
-def _tell_picture(example: Example, seen: Look, resolution: int) -> list[Finding]:
+def _picture_findings(example: Example, info: PictureInfo, resolution: int) -> list[Finding]:
     """What is odd about one picture that is trained on."""
-    found = [Finding(example.path, kind, text, "fixed") for kind, text in seen.oddities]
-    (height, width), short = seen.size, min(seen.size)
+    found = [Finding(example.path, kind, text, "fixed") for kind, text in info.oddities]
+    (height, width), short = info.size, min(info.size)
     if 2 * short < resolution:
         enlarged = f"{resolution / short:.1f} times for {resolution} pixels"
         text = f"{width} x {height}: its shorter side is enlarged {enlarged}"
         found.append(Finding(example.path, "tiny", text, "note"))
-    if max(seen.size) > MAX_ASPECT * short:
-        text = f"{width} x {height} is {max(seen.size) / short:.1f} : 1: most of it is cut off"
+    if max(info.size) > MAX_ASPECT * short:
+        text = f"{width} x {height} is {max(info.size) / short:.1f} : 1: most of it is cut off"
         found.append(Finding(example.path, "extreme aspect", text, "note"))
     return found
 
 
-def _tell_long(
+def _long_captions(
     captions: Sequence[tuple[Path | None, str | None]], count: Callable[[str], int], room: int
 ) -> list[Finding]:
     findings = []

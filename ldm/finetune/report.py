@@ -169,12 +169,12 @@ def _series(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[Point
 def _figure(name: str, points: Sequence[Point], dots: bool) -> str:
     """A curve below its name and last value: dots for what is looked at now and then, else smoothed."""
     step, value = points[-1]
-    told = f"{value:.5g} at step {step:.10g}"
+    values = f"{value:.5g} at step {step:.10g}"
     if dots:
         best, lowest = min(points, key=lambda point: point[1])
-        told += f", lowest {lowest:.5g} at step {best:.10g}"
+        values += f", lowest {lowest:.5g} at step {best:.10g}"
     label = escape(LABELS.get(name, name.replace("_", " ")))
-    return f"<figure><figcaption><b>{label}</b> {told}</figcaption>{chart(points, dots, label)}</figure>"
+    return f"<figure><figcaption><b>{label}</b> {values}</figcaption>{chart(points, dots, label)}</figure>"
 
 
 PAGE = Template("""\

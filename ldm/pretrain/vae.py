@@ -30,7 +30,7 @@ from ldm.checkpoint.source import find_part
 from ldm.errors import UserError
 from ldm.images.pixels import contact_sheet, to_pil
 from ldm.models import AutoencoderKL, AutoencoderTiny, build
-from ldm.pretrain.data import Pictures, cut
+from ldm.pretrain.data import Pictures, crop_squares
 from ldm.train.recipe import loss_settings
 from ldm.train.task import Batch, Task
 
@@ -102,7 +102,7 @@ class VAETask(Task):
         if not 0 < side < x.shape[-1]:
             return x
         corners = torch.randint(x.shape[-1] - side + 1, (len(x), 2), generator=rng).tolist()
-        return cut(x, corners, side)
+        return crop_squares(x, corners, side)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         x = batch["x"].contiguous(memory_format=torch.channels_last)

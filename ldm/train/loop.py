@@ -44,22 +44,22 @@ def train(task: Task, recipe: Trainable, run_dir: Path) -> None:
         stopped = stack.enter_context(stop_signals())
         stack.enter_context(run.guarded())
         if run.fraction >= 1:
-            run.say(f"at its end already, step {run.position.step}: raise max_train_steps to go on")
-        if run.due(recipe.run.validation_steps) and (run.position.step or task.looks_first):
-            run.look()  # at the beginning, or where the run ended before it could
+            run.log(f"at its end already, step {run.position.step}: raise max_train_steps to go on")
+        if run.due(recipe.run.validation_steps) and (run.position.step or task.validates_first):
+            run.validate()  # at the beginning, or where the run ended before it could
         while run.fraction < 1 and run.step(stopped):
             if run.due(recipe.run.checkpointing_steps):
                 run.save()
             if run.due(recipe.run.validation_steps):
-                run.look()
+                run.validate()
         run.save()
         ended = run.fraction >= 1
         if ended:
-            run.look()
+            run.validate()
         if not (ended and task.draws_from_export):
             run.export()
         if not ended:
-            run.say(f"stopped at step {run.position.step}, saved: the same command goes on from there")
+            run.log(f"stopped at step {run.position.step}, saved: the same command goes on from there")
 
 
 def check_tracker(name: str) -> None:

@@ -15,6 +15,7 @@ What is random is drawn on the CPU from one generator; the rest are functions of
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ from ldm.diffusion.prediction import Prediction
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
 from ldm.train.recipe import LossSection
+
+# Uniform timesteps, unit noise, square error: L_simple of Ho et al. 2020 (arXiv 2006.11239), eq. 14.
+PLAIN_LOSS = LossSection()
 
 # --- timesteps ---------------------------------------------------------------------------------------------
 
@@ -147,6 +151,26 @@ def pixel_losses(output: Tensor, target: Tensor, options: LossSection) -> Tensor
         c = options.huber_c
         loss = 2 * c * loss / ((loss + c**2).sqrt() + c)  # the same, without a difference of near equals
     return loss.mean(1)
+
+
+def denoising_losses(
+    predict: Callable[[Tensor, Tensor], Tensor],
+    x0: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    schedule: Schedule,
+    options: LossSection = PLAIN_LOSS,
+    input_noise: Tensor | None = None,
+) -> Tensor:
+    """`pixel_losses` of what `predict(noisy latents, t)`, the U-Net, answers to noisy `x0`: [B, H, W].
+
+    Args:
+        x0: clean latents [B, C, H, W]; noise, that the target speaks of: the same shape.
+        t: timesteps, int64 [B].
+        input_noise: what the latents are mixed with, where it is not `noise`.
+    """
+    noisy = noisy_latents(x0, noise if input_noise is None else input_noise, t, schedule)
+    return pixel_losses(predict(noisy, t), training_target(x0, noise, t, schedule), options)
 
 
 def sample_weights(t: Tensor, schedule: Schedule, options: LossSection) -> Tensor:

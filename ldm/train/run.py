@@ -74,7 +74,7 @@ class Run:
     def _resume(self) -> None:
         found, window = alone(self.accelerator, self._find), None
         if found is not None:
-            self.say(f"going on from {found}")
+            self.log(f"going on from {found}")
             self.position, extra = load_state(found, self.state)
             if found.parent == self.run_dir:
                 self.saved_step = self.position.step
@@ -106,7 +106,7 @@ class Run:
     def due(self, every: int) -> bool:
         return self.position.step % every == 0
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         if self.accelerator.is_main_process:
             print(line, flush=True)
 
@@ -190,7 +190,7 @@ class Run:
             what = f"the loss is {loss}" if not math.isfinite(loss) else "the gradients are NaN or Inf"
         message = f"step {position.step}: {what}{self._named()}"
         if on_nan == "skip" and position.skipped_in_a_row < MOST_SKIPPED - 1:
-            self.say(f"{message}: skipped, {position.skipped + 1} so far")
+            self.log(f"{message}: skipped, {position.skipped + 1} so far")
             return
         advice = "lower learning_rate and run the same command again"
         if on_nan == "skip":
@@ -224,15 +224,15 @@ class Run:
         )
         self.saved_step = self.position.step
 
-    def look(self) -> None:
+    def validate(self) -> None:
         """Held-out figures, a grid, and the weights as they are now, unless this step has them."""
-        alone(self.accelerator, self._look)
+        alone(self.accelerator, self._validate)
 
     def export(self) -> None:
         """The weights as they are now."""
         alone(self.accelerator, self._export)
 
-    def _look(self) -> None:
+    def _validate(self) -> None:
         if self.progress.evaluated == self.position.step:
             return
         with self._averaged():

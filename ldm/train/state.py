@@ -305,7 +305,7 @@ def _fill(path: Path, into: Mapping[str, Tensor]) -> None:
 
 
 def check_recipe(
-    folder: Path, recipe: Mapping[str, Any], force: bool = False, say: Callable[[str], object] = print
+    folder: Path, recipe: Mapping[str, Any], force: bool = False, log: Callable[[str], object] = print
 ) -> None:
     """Compare a state's recipe with the one to go on with, and say in one line what has changed.
 
@@ -327,7 +327,7 @@ def check_recipe(
             f"{advice}"
         )
     if changed:
-        say(f"the recipe has changed since {folder.name}: {', '.join(changed)}")
+        log(f"the recipe has changed since {folder.name}: {', '.join(changed)}")
 
 
 def _last(key: str) -> str:

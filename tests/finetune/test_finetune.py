@@ -192,17 +192,17 @@ def test_held_out_loss_of_inpainting_has_the_same_masks_in_any_batch(made):
 
 def test_held_out_loss_is_of_the_eight_noise_levels(made, monkeypatch):
     task, seen = made(held_out=0.2), []
-    errors = FinetuneTask._errors
+    unweighted = FinetuneTask._unweighted
     monkeypatch.setattr(
         FinetuneTask,
-        "_errors",
-        lambda task, batch, options: seen.append(batch) or errors(task, batch, options),
+        "_unweighted",
+        lambda task, batch, options: seen.append(batch) or unweighted(task, batch, options),
     )
     held_out_loss(task)
-    (row,) = task.shows.held_out
+    (row,) = task.splits.held_out
     assert torch.cat([batch["t"] for batch in seen]).tolist() == [62, 187, 312, 437, 562, 687, 812, 937]
     assert row.caption == row.example.caption
-    assert row.example.digest not in {each.digest for each in task.shows.train.examples}
+    assert row.example.digest not in {each.digest for each in task.splits.train.examples}
 
 
 # --- what is said and left -------------------------------------------------------------------------------
@@ -238,7 +238,7 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(families, data, tmp_path, c
 def test_epochs_become_steps(made):
     """7 pictures of three shapes in batches of 2 are 4 or 5 batches, and two of them a step."""
     task = made(max_train_steps=None, num_train_epochs=7, train_batch_size=2, gradient_accumulation_steps=2)
-    batches = len(task.shows.train)
+    batches = len(task.splits.train)
     assert task.recipe.max_train_steps == 7 * -(-batches // 2)
 
 

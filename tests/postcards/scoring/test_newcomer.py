@@ -22,7 +22,7 @@ from ldm.postcards.scoring.newcomer import (
     fit_probe,
     newcomer_prompts,
     score,
-    sights,
+    scorer_features,
     windmill_probe,
 )
 from ldm.postcards.scoring.prompts import evaluation_prompts
@@ -143,7 +143,7 @@ def test_a_probe_is_at_the_least_of_its_loss(scorer):
     """Where the gradient of the loss, written as plain sums, is zero."""
     shown, others = examples("optimum", 12)
     probe = fit_probe(scorer, shown, others, l2=0.1)
-    x = sights(scorer, np.concatenate([shown, others]))
+    x = scorer_features(scorer, np.concatenate([shown, others]))
     y = np.repeat([1, -1], [len(shown), len(others)])
     pull = y / (1 + np.exp(y * (x @ probe.weights + probe.bias))) / len(y)
     scale = x.std(axis=0) + 1e-6
@@ -156,7 +156,7 @@ def test_a_probe_is_at_the_least_of_its_loss(scorer):
 def test_score_draws_each_group_and_asks_each_probe(tmp_path, scorer):
     make_folder(tmp_path / "tiny")
     pipe = ldm.load(tmp_path / "tiny", device="cpu", dtype="fp32")
-    nothing = np.zeros(sights(scorer, np.zeros((1, 128, 128, 3), np.uint8)).shape[1])
+    nothing = np.zeros(scorer_features(scorer, np.zeros((1, 128, 128, 3), np.uint8)).shape[1])
     probes = {"always": Probe(scorer, nothing, 1.0), "never": Probe(scorer, nothing, -1.0)}
     groups = {"asked for": newcomer_prompts(3, "<mill>"), "ordinary": evaluation_prompts(2)}
     told: list[int] = []
