@@ -93,7 +93,7 @@ def load_once(args: argparse.Namespace) -> None:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.dtype]
     pipe: Any
     if args.peer == "ldm":
-        import transformers.models.clip.modeling_clip
+        import transformers.models.clip.modeling_clip  # noqa: F401
         import transformers.models.clip.tokenization_clip  # noqa: F401
 
         import ldm.pipeline
@@ -121,7 +121,7 @@ def load_once(args: argparse.Namespace) -> None:
 
 def resident() -> dict[str, float]:
     """MiB by the names in /proc/self/status."""
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return {name: int(kib) / 1024 for name, kib in re.findall(r"^(\w+):\s+(\d+) kB$", status, re.M)}
 
 

@@ -37,7 +37,7 @@ def _draw(args: argparse.Namespace) -> None:
     import ldm
     from ldm.images.pixels import contact_sheet
 
-    prompts = args.prompts.read_text("utf-8").splitlines()
+    prompts = args.prompts.read_text(encoding="utf-8-sig").splitlines()
     pipe = ldm.load(args.model) if args.model else ldm.load()
     folder = args.out / "gallery"
     folder.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ def _draw(args: argparse.Namespace) -> None:
         contact_sheet(images, columns=len(SEEDS)).save(folder / name, quality=92)
         rows.append(f"| {prompt} | ![{prompt}](gallery/{name}) |")
     page = PAGE.format(count=len(prompts), seeds=", ".join(map(str, SEEDS)), rows="\n".join(rows))
-    (args.out / "gallery.md").write_text(page, "utf-8")
+    (args.out / "gallery.md").write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

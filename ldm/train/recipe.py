@@ -234,7 +234,7 @@ def loss_settings(
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file, {} of an empty one. Raises UserError."""
     try:
-        raw = yaml.safe_load(path.read_text()) or {}
+        raw = yaml.safe_load(path.read_text(encoding="utf-8-sig")) or {}
     except OSError as error:
         raise UserError(f"cannot read the recipe {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -269,7 +269,7 @@ def test_pages_of_the_file_are_let_go(tmp_path, dtype, extra):
     """64 MiB in fp16: no more than the copy in memory, and nothing where there is none."""
 
     def resident():
-        status = Path("/proc/self/status").read_text()
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
         return {
             kind: int(re.search(rf"{kind}:\s+(\d+)", status)[1]) / 1024 for kind in ("RssAnon", "RssFile")
         }
