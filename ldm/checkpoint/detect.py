@@ -126,6 +126,8 @@ def _config(file: Single, part: str, base: Config, given: Config) -> dict[str, A
     except KeyError as error:
         name = prefixes(file.family)[part] + str(error.args[0])
         raise UserError(f"{file.path}: tensor {name} is missing; is the file complete?") from None
+    except IndexError:
+        raise UserError(f"{file.path}: tensors of its {part} have shapes of no such model") from None
 
 
 # --- how the U-Net predicts ------------------------------------------------------------------------------

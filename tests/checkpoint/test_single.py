@@ -117,6 +117,57 @@ def test_old_names_of_the_text_encoder(tmp_path, sd1):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+# Names in a file, and the 1s that their shapes get: none of them changes a number or their order.
+ONES = {
+    "the biases of a VAE's attention": (r"first_stage_model\..*attn_1\.(q|k|v|proj_out)\.bias", (1, 1)),
+    "one 1": (r"first_stage_model\..*attn_1\.(q|k|v|proj_out)\.bias", (1,)),
+    "all vectors": (r".*\.(bias|norm1\.weight|ln_1\.weight)", (1, 1)),
+    "linear layers": (r".*(emb_layers\.1|time_embed\.0|fc1|c_fc|attn2\.to_k)\.weight", (1, 1)),
+    "stacked and turned round": (r".*(in_proj_weight|in_proj_bias|text_projection)", (1, 1)),
+    "tables": (r".*(token_embedding\.weight|positional_embedding|position_embedding\.weight)", (1,)),
+}
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+@pytest.mark.parametrize("which", ONES)
+def test_shapes_with_more_ones_hold_the_same_numbers(tmp_path, family, name, which):
+    folder, file = family(name)
+    pattern, ones = ONES[which]
+    shaped = {
+        key: t.reshape(*t.shape, *ones) if re.fullmatch(pattern, key) and t.ndim < 3 else t
+        for key, t in load_file(file).items()
+    }
+    ours, theirs = read(write(tmp_path, shaped), config=folder)[0], read(file)[0]
+    for part in ("unet", "vae", "text_encoder", *["text_encoder_2"] * (name == "sdxl")):
+        wanted = getattr(theirs, part).state_dict()
+        got = getattr(ours, part).state_dict()
+        assert all(torch.equal(got[key], wanted[key]) for key in wanted)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_part_of_diffusers_names_with_more_ones(tmp_path, family, part):
+    folder, _ = family("sd1")
+    (weights,) = (folder / part).glob("*.safetensors")
+    biases = {key: t[:, None, None] if key.endswith(".bias") else t for key, t in load_file(weights).items()}
+    module = getattr(load_folder(folder, RUNTIME), part)
+    known = module.config.to_dict() if part == "text_encoder" else module.to_config()
+    loaded = load_component(write(tmp_path, biases), part, known).state_dict()
+    assert all(torch.equal(t, module.state_dict()[key]) for key, t in loaded.items())
+
+
+def test_shapes_of_other_numbers_name_no_file_that_is_not_there(tmp_path, sd1):
+    attention = "first_stage_model.decoder.mid.attn_1.k"
+    for key, shape in ((f"{attention}.bias", (32,)), (f"{attention}.weight", (2, 64 * 32))):
+        wrong = sd1 | {key: torch.zeros(shape)}
+        message = complaint(write(tmp_path, wrong))
+        assert f"attentions.0.to_k.{key.rpartition('.')[2]} is {list(shape)}, not [64" in message
+        assert "config.json" not in message
+    first = "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.bias"
+    assert "config.json" not in complaint(write(tmp_path, sd1 | {first: torch.zeros(3)}))
+    table = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
+    assert "text_encoder have shapes" in complaint(write(tmp_path, sd1 | {table: torch.zeros(3)}))
+
+
 def averaged(tensors):
     """The U-Net's tensors, each 1 more, under LitEma's names."""
     prefix = "model.diffusion_model."
