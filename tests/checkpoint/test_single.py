@@ -1,15 +1,17 @@
 """Single files: what is taken, what is left, and what is refused by name."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
-from original_layout import AutoencoderKL, Clip, UNetModel, checkpoint
+from original_layout import CHECKPOINTS, AutoencoderKL, Clip, UNetModel, checkpoint
 from safetensors.torch import load_file, save_file
 from tiny_families import make_family
 
 from ldm.checkpoint import load_folder, save_model
 from ldm.checkpoint.component import load_component
+from ldm.checkpoint.sections import _choose_average
 from ldm.checkpoint.single import load_single, read_single
 from ldm.errors import UserError
 from ldm.runtime import Runtime
@@ -191,6 +193,46 @@ def test_averaged_weights_are_chosen_explicitly(tmp_path, sd1):
     parts, _, lines = read(path, ema=False)
     assert torch.equal(parts.unet.conv_in.weight, plain)
     assert not any("EMA" in line for line in lines)
+
+
+def test_a_file_of_averages_only(tmp_path, sd1, family):
+    """They are the U-Net's; all its kinds of layers are found by their names without dots."""
+    only = without(sd1 | averaged(sd1), "model.diffusion_model.") | {"model_ema.decay": torch.zeros(1)}
+    path = write(tmp_path, only)
+    for ema in (None, True):
+        parts, unused, lines = read(path, ema=ema)
+        plain = sd1["model.diffusion_model.input_blocks.0.0.weight"]
+        assert torch.equal(parts.unet.conv_in.weight, plain + 1)
+        assert any("averaged (EMA) weights only: they are taken" in line for line in lines)
+        assert "model_ema.decay" in unused
+        assert EMA not in unused
+    assert "averaged weights (EMA) only; leave --no-ema out" in complaint(path, ema=False)
+
+
+@pytest.mark.parametrize("name", ["sd2", "sdxl", "refiner", "upscaler", "lcm"])
+def test_averages_only_of_every_family(tmp_path, family, name):
+    folder, file = family(name)
+    tensors = load_file(file)
+    only = without(tensors | averaged(tensors), "model.diffusion_model.")
+    ours = read(write(tmp_path, only), config=folder)[0].unet.state_dict()
+    theirs = read(file)[0].unet.state_dict()
+    assert all(torch.equal(ours[key], theirs[key] + 1) for key in theirs)
+
+
+@pytest.mark.parametrize("model", CHECKPOINTS)
+def test_names_without_dots_are_those_of_real_models(model):
+    names = [
+        key for key in checkpoint(CHECKPOINTS[model], "meta") if key.startswith("model.diffusion_model.")
+    ]
+    tensors = {f"model_ema.{key.removeprefix('model.').replace('.', '')}": torch.zeros(1) for key in names}
+    found, _ = _choose_average(tensors, None, Path("model.ckpt"))
+    assert sorted(found) == sorted(names)
+
+
+def test_averages_with_a_name_that_is_no_unets(tmp_path, sd1):
+    odd = {"model_ema.diffusion_modeltemporal7weight": torch.zeros(1)}
+    only = without(sd1 | averaged(sd1) | odd, "model.diffusion_model.")
+    assert "not of this model: model.diffusion_model.temporal.7.weight" in complaint(write(tmp_path, only))
 
 
 def test_faults_of_averaged_weights(tmp_path, sd1):
