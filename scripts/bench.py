@@ -93,7 +93,7 @@ def load_once(args: argparse.Namespace) -> None:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.dtype]
     pipe: Any
     if args.peer == "ldm":
-        import transformers.models.clip.modeling_clip
+        import transformers.models.clip.modeling_clip  # noqa: F401
         import transformers.models.clip.tokenization_clip  # noqa: F401
 
         import ldm.pipeline

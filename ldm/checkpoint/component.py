@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.checkpoint.clip import load_text_encoder, make_text_encoder, read_sizes
-from ldm.checkpoint.fill import check_names, fill
+from ldm.checkpoint.clip import load_text_encoder, make_text_encoder, read_sizes, wanted_tensors
+from ldm.checkpoint.fill import check_names, fill, reshape
 from ldm.checkpoint.io import read_tensors
 from ldm.checkpoint.keymap import Key, from_original, module_keys, text_keys
 from ldm.checkpoint.parts import MODEL_STEM, TEXT_ENCODERS
@@ -93,14 +93,16 @@ def load_component(path: Path, part: str, config: Mapping[str, Any], dtype: torc
         return load_text_encoder(path, dtype) if is_text else load_module(path, dtype)
     tensors = read_tensors(path)
     if not is_text and any("down_blocks." in name for name in tensors):
-        return fill(
-            build_empty(config, path), {new_name(name): t for name, t in tensors.items()}, path, dtype
-        )
+        module = build_empty(config, path)
+        tensors = {new_name(name): tensor for name, tensor in tensors.items()}
+        return fill(module, reshape(module.state_dict(), tensors, path), path, dtype)
     prefix, section = section_of(part, tensors, path)
     try:
         shape = shape_of(part, section, config)
     except KeyError as error:
         raise UserError(f"{path}: tensor {prefix}{error.args[0]} is missing; is the file complete?") from None
+    except IndexError:
+        raise UserError(f"{path}: tensors of its {part} have shapes of no such model") from None
     # Heads are not in shapes: those of the part that it replaces, where that is as wide.
     same = all(shape.get(key) == config.get(key) for key in ("block_out_channels", "hidden_size"))
     heads = {key: config[key] for key in ("attention_head_dim", "num_attention_heads") if key in config}
@@ -124,10 +126,11 @@ def load_section(
         read_sizes(config, path)
         keys = text_keys(config, is_open_clip(section))
         tensors, left = _rename(keys, section, part, config, path, prefix)
-        return make_text_encoder(config, tensors, path, dtype), left
+        _, wanted = wanted_tensors(config, tensors, path)
+        return make_text_encoder(config, reshape(wanted, tensors, path), path, dtype), left
     module = build_empty(config, path)
     tensors, left = _rename(module_keys(module), section, part, config, path, prefix)
-    return fill(module, tensors, path, dtype), left
+    return fill(module, reshape(module.state_dict(), tensors, path), path, dtype), left
 
 
 def _rename(

@@ -54,10 +54,17 @@ def fill(module: M, tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtyp
     return module
 
 
-def check_names(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Raises UserError unless the tensors, read from `path`, have the names and shapes of those wanted."""
+def check_names(
+    wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path, *, has_config: bool = True
+) -> None:
+    """Raises UserError unless the tensors, read from `path`, have the names and shapes of those wanted.
+
+    Args:
+        has_config: they are wanted by the config.json beside `path`; else by what kind of model it seems.
+    """
     misshaped = [
-        f"{name} is {list(tensors[name].shape)}, config.json says {list(wanted[name].shape)}"
+        f"{name} is {list(tensors[name].shape)}, {'config.json says ' if has_config else 'not '}"
+        f"{list(wanted[name].shape)}"
         for name in wanted
         if name in tensors and tensors[name].shape != wanted[name].shape
     ]
@@ -67,9 +74,35 @@ def check_names(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], pat
         *_named("of the wrong shape", misshaped),
     ]
     if faults:
-        raise UserError(
-            f"{path}: tensors {'; '.join(faults)}.\nWeights and config.json belong to different models."
+        why = (
+            "Weights and config.json belong to different models."
+            if has_config
+            else "The file is damaged, or of another kind than it seems: fetch or convert it again."
         )
+        raise UserError(f"{path}: tensors {'; '.join(faults)}.\n{why}")
+
+
+def reshape(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The tensors of a file without a config.json, in the shapes of those wanted.
+
+    Some tools store a linear layer as a convolution of 1 x 1, its bias too, or a matrix as that: where shapes
+    differ in nothing but 1s, the numbers are the same and in the same order.
+
+    Raises:
+        UserError: naming tensors that are missing, extra or of another shape.
+    """
+    ready = {
+        name: tensor.reshape(wanted[name].shape)
+        if name in wanted and _without_ones(tensor) == _without_ones(wanted[name])
+        else tensor
+        for name, tensor in tensors.items()
+    }
+    check_names(wanted, ready, path, has_config=False)
+    return ready
+
+
+def _without_ones(tensor: Tensor) -> list[int]:
+    return [size for size in tensor.shape if size != 1]
 
 
 def _named(fault: str, names: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -11,6 +12,7 @@ from ldm.checkpoint.folder import CLASSES
 from ldm.checkpoint.parts import STEMS
 from ldm.checkpoint.weights import choose_weights
 from ldm.errors import UserError
+from ldm.files import whole_file
 
 PIPELINE_FILES = ("model_index.json", "ldm.json", "words.txt")
 CONFIG_FILES = ("config.json", "scheduler_config.json")
@@ -20,6 +22,7 @@ TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
 )
 
 
@@ -42,13 +45,30 @@ def fetch(
     try:
         info = HfApi().model_info(name, revision=revision)
         wanted = needed_files([file.rfilename for file in info.siblings or ()], name, variant, part)
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+        # All of one commit, the one whose files were listed, whatever is pushed meanwhile.
+        path = Path(snapshot_download(name, revision=info.sha or revision, allow_patterns=wanted))
+        _remember(path, revision)
+        return path
     except UserError:
         raise
     except Exception as error:  # what the hub refuses, and whatever a broken network raises
         if (reason := _refused(error, name, revision)) is not None:
             raise UserError(f"{name}: no such folder or file here, and {reason}") from None
         return _cached(name, revision, error)
+
+
+def _remember(snapshot: Path, revision: str | None) -> None:
+    """Note in the cache which commit a branch or tag was, as huggingface_hub does: it is found by that later.
+
+    snapshot: .../models--owner--model/snapshots/<commit>. Where it cannot be noted, only that is lost.
+    """
+    ref = snapshot.parents[1] / "refs" / (revision or "main")
+    with contextlib.suppress(UserError, OSError):
+        if revision != snapshot.name and not (
+            ref.is_file() and ref.read_text(encoding="utf-8") == snapshot.name
+        ):
+            with whole_file(ref) as aside:
+                aside.write_text(snapshot.name, encoding="utf-8")
 
 
 def _cached(name: str, revision: str | None, error: Exception) -> Path:

@@ -198,9 +198,9 @@ def from_original(keys: Iterable[Key], tensors: Mapping[str, Tensor]) -> dict[st
     renamed: dict[str, Tensor] = {}
     for key in keys:
         tensor = tensors[key.original]
-        if key.form == "conv" and tensor.ndim > 2:  # some tools write it as a linear layer
+        if key.form in ("conv", "transposed") and tensor.ndim > 2:  # some tools write the first as a matrix
             tensor = tensor.flatten(1)
-        elif key.form == "transposed":
+        if key.form == "transposed":
             tensor = tensor.T
         parts = tensor.chunk(3) if key.form == "stacked" else (tensor,)
         renamed |= zip(key.names, parts, strict=True)

@@ -31,6 +31,7 @@ def shape_of(part: str, tensors: Tensors, base: Mapping[str, Any]) -> dict[str, 
 
     Raises:
         KeyError: a tensor without which nothing can be told.
+        IndexError: one of them has too few dimensions.
     """
     if part == "unet":
         return _unet(tensors, base)
@@ -162,14 +163,14 @@ def _open_clip(tensors: Tensors, base: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _text(tokens: Tensor, positions: Tensor, first: Tensor, layers: int) -> dict[str, Any]:
-    vocabulary, width = tokens.shape
+    vocabulary, width = tokens.flatten(1).shape
     return {
         "vocab_size": vocabulary,
         "hidden_size": width,
         "intermediate_size": first.shape[0],
         "num_hidden_layers": layers,
         "num_attention_heads": max(1, width // HEAD_CHANNELS),
-        "max_position_embeddings": positions.shape[0],
+        "max_position_embeddings": positions.numel() // width,
     }
 
 

@@ -109,7 +109,7 @@ def _check_state(recipe: FinetuneRecipe) -> None:
     if state is not None and damage(state) is None:
         before = read_json(state / "recipe.json")
         now = dict(flat(recipe.model_dump(mode="json")))
-        check_recipe(state, before | now, recipe.force, log=_silent)
+        check_recipe(state, before | now, recipe.changes(), recipe.force, log=_silent)
 
 
 # --- pictures --------------------------------------------------------------------------------------------

@@ -124,4 +124,4 @@ class CLIPTask(Task):
         vision.half().save_pretrained(folder / "image_encoder")  # metrics need no more
         CLIPTokenizer.from_pretrained(self.tokenizer_dir).save_pretrained(folder / "tokenizer")
         words = known_words(caption for each in self.train_pictures.captions for caption in each)
-        (folder / "words.txt").write_text("\n".join(words) + "\n")
+        (folder / "words.txt").write_text("\n".join(words) + "\n", encoding="utf-8")

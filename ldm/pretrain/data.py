@@ -132,7 +132,7 @@ def _postcards(data: DataSection, repainted: bool) -> Pictures:
         if not (folder / "captions.json").exists():
             _render_all(folder, total, data, repainted)
     arrays = {file.stem: np.load(file, mmap_mode="r") for file in folder.glob("*.npy")}
-    return Pictures(captions=json.loads((folder / "captions.json").read_text()), **arrays)
+    return Pictures(captions=json.loads((folder / "captions.json").read_text(encoding="utf-8")), **arrays)
 
 
 def _world_hash() -> str:
@@ -191,7 +191,7 @@ def _render_all(folder: Path, total: int, data: DataSection, repainted: bool) ->
     for written in files.values():
         written.flush()
     with whole_file(folder / "captions.json") as aside:  # it says that all is there
-        aside.write_text(json.dumps(captions))
+        aside.write_text(json.dumps(captions), encoding="utf-8")
 
 
 def _render_some(job: tuple[int, int, DataSection, bool]) -> Pictures:

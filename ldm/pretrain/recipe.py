@@ -9,7 +9,7 @@ import yaml
 from pydantic import Field, field_validator
 
 from ldm.errors import UserError
-from ldm.train.recipe import Finite, OptimiserSection, RunSection, Section, read_yaml, validate
+from ldm.train.recipe import Finite, Fixed, OptimiserSection, RunSection, Section, read_yaml, validate
 
 
 class DataSection(Section):
@@ -21,8 +21,8 @@ class DataSection(Section):
     reworded: float = Field(0.0, ge=0, le=1)  # share of them said in other words, `ldm.postcards.reword`
     compositions: dict[str, Annotated[Finite, Field(ge=0)]] = Field({})  # weights of postcards' COMPOSITIONS
     shades: float = Field(0.0, ge=0, le=1)  # share of postcards with things in a `shade` of their colour
-    size: int = Field(128, ge=32, multiple_of=8)  # pixels, square
-    seed: int = 1
+    size: Fixed[int] = Field(128, ge=32, multiple_of=8)  # pixels, square
+    seed: Fixed[int] = 1
     held_out: int = Field(512, ge=1)  # pictures kept for the held-out loss
     cache: Path = Path("runs/data")  # where rendered pictures are kept between runs
 
@@ -43,7 +43,7 @@ class Recipe(Section):
     """A training from scratch: `data`, `model` (diffusers-style configs), `loss`, `optimiser`, `run`."""
 
     data: DataSection = DataSection()
-    model: dict[str, Any] = Field({})
+    model: Fixed[dict[str, Any]] = Field({})
     loss: dict[str, float] = Field({})
     optimiser: OptimiserSection = OptimiserSection()
     run: RunSection

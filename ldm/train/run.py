@@ -87,7 +87,7 @@ class Run:
         run = self.recipe.run
         found = find_state(self.run_dir, run.resume_from_checkpoint, run.force)
         if found is not None:
-            check_recipe(found, self.values, run.force)
+            check_recipe(found, self.values, self.recipe.changes(), run.force)
         return found
 
     @property

@@ -84,6 +84,22 @@ def test_a_unet_alone_tells_its_family(tmp_path, linear, adm, family):
     assert found.title == f"Stable Diffusion {family}"
 
 
+def test_the_kind_follows_from_the_channels_of_the_latents(tmp_path):
+    """As many as the latents again is instruct-pix2pix, whether they have 4 channels or 16."""
+    wide = {
+        "model.diffusion_model": (UNetModel, SMALL | {"in_channels": 32}),
+        "first_stage_model": (AutoencoderKL, VAE | {"z": 16}),
+        "cond_stage_model.transformer": (Clip, TEXT),
+    }
+    found = detected(tmp_path, checkpoint(wide))
+    assert found.title == "Stable Diffusion 1 instruct-pix2pix"
+    assert found.configs["scheduler"]["_class_name"] == "EulerAncestralDiscreteScheduler"
+    wide["model.diffusion_model"] = (UNetModel, SMALL | {"in_channels": 8})
+    wide["first_stage_model"] = (AutoencoderKL, VAE | {"z": 8})
+    found = detected(tmp_path, checkpoint(wide), given={"vae": found.configs["vae"] | {"latent_channels": 8}})
+    assert found.configs["scheduler"]["_class_name"] == "PNDMScheduler"
+
+
 def test_schedulers_of_kinds(tmp_path):
     def scheduler(title):
         return detected(tmp_path, KINDS[title]()).configs["scheduler"]

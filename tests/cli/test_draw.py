@@ -93,7 +93,7 @@ def test_numbers_go_on(fake):
 
 def test_output_names_the_one_file_and_replaces_it(fake):
     Path("deep").mkdir()
-    Path("deep/a.png").write_text("old")
+    Path("deep/a.png").write_text("old", encoding="utf-8")
     assert cli.txt2img(["-p", "a boat", "-o", "deep/a.png"]) == 0
     assert files(".") == ["deep/a.png"]
     assert read_request("deep/a.png").prompt == "a boat"
@@ -114,7 +114,7 @@ def test_prompts_from_a_file(fake, monkeypatch, source):
 
 
 def test_unknown_words_are_told_once_for_the_embedded_model_only(fake, capsys):
-    Path("p").write_text("a dragon by a castle\na dragon\na boat\n")
+    Path("p").write_text("a dragon by a castle\na dragon\na boat\n", encoding="utf-8")
     assert cli.txt2img(["--from_file", "p"]) == 0
     told = [line for line in capsys.readouterr().err.splitlines() if "never seen" in line]
     assert told == [

@@ -125,6 +125,13 @@ def test_copies_stay_together():
     assert len(held_out) == 6
 
 
+@pytest.mark.parametrize(
+    ("count", "share", "number"), [(100, 0.29, 29), (50, 0.58, 29), (100, 0.57, 57), (9, 0.1, 0)]
+)
+def test_a_share_is_what_it_says_where_floats_are_just_below(count, share, number):
+    assert len(split(examples(count), share)[1]) == number
+
+
 @pytest.mark.parametrize("share", [0.1, 0.37])
 def test_a_picture_that_is_added_moves_at_most_one_other(share):
     made = examples(40)
@@ -266,6 +273,15 @@ def test_a_folder_that_has_changed_is_gone_on_with_by_force_only(families, tmp_p
     accelerate_anew()
     assert run(families("sd1")[0], data, tmp_path / "run", max_train_steps=2, force=True) == 0
     assert "pictures 6 " in capsys.readouterr().out.partition("the recipe has changed since")[2]
+
+
+def test_another_size_is_another_run(families, data, tmp_path, capsys):
+    assert run(families("sd1")[0], data, tmp_path / "run", max_train_steps=1, resolution=64) == 0
+    before = result(tmp_path / "run")
+    accelerate_anew()
+    assert run(families("sd1")[0], data, tmp_path / "run", max_train_steps=2, resolution=72) == 2
+    assert "another recipe: resolution 64 -> 72;" in capsys.readouterr().err
+    assert result(tmp_path / "run") == before
 
 
 # --- what comes out, and when there is nothing left to do -------------------------------------------------

@@ -227,13 +227,13 @@ class Scorer(nn.Module):
         save_file(
             {name: value.half().contiguous() for name, value in self.state_dict().items()}, folder / WEIGHTS
         )
-        (folder / CONFIG).write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        (folder / CONFIG).write_text(json.dumps(asdict(self.config), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> Scorer:
         """Read a saved scorer, fp32. Raises UserError naming the file that is missing or does not fit."""
         try:
-            raw = json.loads((folder / CONFIG).read_text())
+            raw = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
             values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
             config = ScorerConfig(**values)
             weights = load_file(folder / WEIGHTS)

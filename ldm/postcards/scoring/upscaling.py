@@ -153,7 +153,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         print(f"{name}, {args.n} scenes", *(f"  {how}: {near}" for how, near in rows.items()), sep="\n")
     if args.out:
         figures = {name: {how: asdict(near) for how, near in rows.items()} for name, rows in found.items()}
-        args.out.write_text(json.dumps({"n": args.n, **figures}, indent=2) + "\n")
+        args.out.write_text(json.dumps({"n": args.n, **figures}, indent=2) + "\n", encoding="utf-8")
     if args.pictures:
         halves = np.split(pictures, 2)  # of renders and of what went through the VAE
         save_png(
