@@ -6,6 +6,7 @@ Nothing changes after construction: adapters give a new model, which shares the 
 from __future__ import annotations
 
 import hashlib
+import warnings
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -44,7 +45,7 @@ class Model:
         if runtime is None:
             weight = next(parts.unet.parameters())
             runtime = Runtime(weight.device, weight.dtype)
-        return cls(parts, Schedule.from_config(dict(parts.scheduler)), runtime, name)
+        return cls(parts, schedule_of(parts), runtime, name)
 
     @property
     def unet(self) -> UNet:
@@ -143,3 +144,19 @@ class Model:
     def _with(self, adapted: Adapted) -> Self:
         parts, adapted = adapt(self.base.parts, adapted)
         return replace(self, parts=parts, adapted=adapted)
+
+
+def schedule_of(parts: Parts) -> Schedule:
+    """The schedule of a model's parts.
+
+    As diffusers' pipelines for Stable Diffusion 1 and 2 do, it takes `clip_sample` there for a mistake.
+    """
+    schedule, told = Schedule.from_config(dict(parts.scheduler)), parts.unet.config.conditioning
+    bounds, is_xl = schedule.bounds, "time_ids" in told
+    if bounds is not None and bounds.clip_sample and parts.kind is Kind.TEXT and not told:
+        warnings.warn(
+            "scheduler_config.json: clip_sample=True is for pixels, and ignored as in diffusers: say False",
+            stacklevel=2,
+        )
+        bounds = replace(bounds, clip_sample=False)
+    return replace(schedule, bounds=bounds, is_xl=is_xl)
