@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint import Parts
+from ldm.checkpoint.save import pipeline_class
 from ldm.diffusion.guidance import CFG, Guidance, InstructPix2Pix
 from ldm.diffusion.samplers import Sampler, resolve_sampler
 from ldm.diffusion.schedule import Grid
@@ -146,8 +147,8 @@ def grid_of(model: Model, request: Request, sampler: Sampler) -> Grid:
     n, spacing = (None, None) if given else (request.num_inference_steps, request.spacing)
     if spacing == "ays" and is_old and n is not None:
         return trim_to_strength(before.align_your_steps(model.schedule, sampler, n), request)
-    # As in diffusers, an LCM makes all its steps within the strength, other models that share of the steps.
-    is_lcm = "timestep_cond" in model.unet.config.conditioning
+    # As in diffusers: its pipeline for LCMs makes all steps within the strength, the others their last share.
+    is_lcm = pipeline_class(model.parts) == "LatentConsistencyModelPipeline"
     if spacing == "lcm" and is_lcm and not is_old:
         strength = 1.0 if request.strength is None else request.strength
         return model.schedule.grid(n, spacing, sampler, strength=strength)

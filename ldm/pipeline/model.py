@@ -15,6 +15,7 @@ from typing import Self
 from ldm.adapters import Adapted, Lora, LoraFile, adapt, read_embedding, read_lora, wanted_loras
 from ldm.checkpoint import Parts
 from ldm.checkpoint.io import weight_files
+from ldm.checkpoint.save import pipeline_class
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
 from ldm.files import sha256
@@ -151,9 +152,9 @@ def schedule_of(parts: Parts) -> Schedule:
 
     As diffusers' pipelines for Stable Diffusion 1 and 2 do, it takes `clip_sample` there for a mistake.
     """
-    schedule, told = Schedule.from_config(dict(parts.scheduler)), parts.unet.config.conditioning
-    bounds, is_xl = schedule.bounds, "time_ids" in told
-    if bounds is not None and bounds.clip_sample and parts.kind is Kind.TEXT and not told:
+    schedule = Schedule.from_config(dict(parts.scheduler))
+    bounds, is_xl = schedule.bounds, "time_ids" in parts.unet.config.conditioning
+    if bounds is not None and bounds.clip_sample and pipeline_class(parts) == "StableDiffusionPipeline":
         warnings.warn(
             "scheduler_config.json: clip_sample=True is for pixels, and ignored as in diffusers: say False",
             stacklevel=2,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_families import BETAS, make_family
+from tiny_families import BETAS, FAMILIES, XL, make_family
 from tiny_pipeline import make_folder, randomise, tiny_vae
 
 import ldm
@@ -109,6 +109,17 @@ def test_other_models_with_lcm_steps_make_the_last_ones(kl):
     call = COMMON | {"num_inference_steps": 4, "strength": 0.8}
     got = with_scheduler(pipe, scheduler)(**call, seed=5).images
     assert error(got, img2img(**call, generator=generator()).images) < 1e-5
+
+
+def test_an_lcm_of_xl_makes_the_last_steps(tmp_path, monkeypatch):
+    """For these diffusers has no pipeline but that of every XL."""
+    lcm_xl = replace(FAMILIES["sdxl"], unet=XL | {"time_cond_proj_dim": 16}, scheduler="LCMScheduler")
+    monkeypatch.setitem(FAMILIES, "lcm_xl", replace(lcm_xl, schedule=BETAS))
+    peer = make_family("lcm_xl", tmp_path / "model")
+    img2img = quiet(diffusers.AutoPipelineForImage2Image.from_pipe(peer))
+    call = COMMON | {"num_inference_steps": 4, "strength": 0.8, "guidance_scale": 3.0}
+    got = load(tmp_path / "model")(**call, seed=5).images
+    assert error(got, img2img(**call, generator=generator()).images) < 1e-4
 
 
 def test_an_lcm_with_more_steps_than_timesteps(lcm):
