@@ -11,7 +11,7 @@ import itertools
 import json
 import secrets
 from collections.abc import Sequence
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -26,7 +26,7 @@ from pydantic import (
 from ldm.errors import UserError
 from ldm.prompts.tags import take_tags
 
-VERSION = 1  # of the JSON form
+VERSION: Literal[2] = 2  # of the JSON form, and of the rules by which pictures are drawn
 MAX_SIDE = 4096
 MAX_STEPS = 1000
 MAX_SEED = 2**63 - 1
@@ -146,6 +146,7 @@ class Request(_Checked):
     model: Text | None = None  # for the record in the PNG: not used to find the model
     model_hash: Text | None = None
     upscaling: Request | None = None  # by a second model; prompt, seed and image are those of the picture
+    version: Literal[1, 2] = VERSION  # 1: drawn by the rules of before, `ldm.pipeline.before`
 
     @property
     def num_images(self) -> int:
@@ -174,7 +175,7 @@ class Request(_Checked):
 
     @property
     def num_steps(self) -> int:
-        """Steps that are drawn: the last `strength` of the grid's, rounded down; 0 if not known."""
+        """Steps of the last `strength` of the grid, rounded down; 0 if not known."""
         steps = self.num_grid_steps or 0
         return steps if self.strength is None else int(steps * self.strength)
 
@@ -185,18 +186,20 @@ class Request(_Checked):
     def to_json(self) -> str:
         """One JSON object with a `version`, without the fields that are None."""
         fields = self.model_dump(mode="json", exclude_none=True)
-        return json.dumps({"version": VERSION, **fields}, ensure_ascii=False)
+        return json.dumps({"version": self.version, **fields}, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """The inverse of `to_json`. Raises UserError on damaged text and on a newer version."""
+        """The inverse of `to_json`, of any version. Raises UserError on damaged text and on a newer one."""
         try:
             fields = json.loads(text)
         except ValueError as error:
             raise UserError(f"this request is not valid JSON: {error}") from None
-        version = fields.pop("version", None) if isinstance(fields, dict) else None
-        if version != VERSION:
-            raise UserError(f"this request has version {version!r}; this ldm reads version {VERSION}")
+        version = fields.get("version") if isinstance(fields, dict) else None
+        if version not in range(1, VERSION + 1):
+            raise UserError(f"this request has version {version!r}; this ldm reads versions 1 to {VERSION}")
+        if isinstance(fields.get("upscaling"), dict):
+            fields["upscaling"] = {"version": version, **fields["upscaling"]}
         return cls(**fields)
 
     @model_validator(mode="before")

@@ -53,12 +53,12 @@ def test_json_round_trip_keeps_every_field():
     assert {name for name in Request.model_fields if getattr(WHOLE, name) is None} == NOT_IN_WHOLE
     given = Request(timesteps=[999, 500.5, 1])
     assert Request.from_json(given.to_json()) == given
-    assert json.loads(WHOLE.to_json())["version"] == 1
+    assert json.loads(WHOLE.to_json())["version"] == 2
 
 
 def test_json_leaves_out_what_the_model_decides():
     assert json.loads(Request(prompt="a boat").to_json()) == {
-        "version": 1,
+        "version": 2,
         "prompt": "a boat",
         "guidance_rescale": 0.0,
         "seeds": [0],
@@ -176,7 +176,17 @@ def test_all_bad_fields_are_told_at_once():
         Request(height=1, num_inference_steps=0)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"version": 2}', '{"prompt": "no version"}'])
+def test_json_of_before_keeps_its_version():
+    old = Request.from_json('{"version": 1, "prompt": "a boat", "upscaling": {"num_inference_steps": 3}}')
+    assert (old.version, old.upscaling.version) == (1, 1)
+    assert old.replace(seeds=(5,)).version == 1
+    assert Request.from_json(old.to_json()) == old
+    assert Request.from_json('{"version": 2, "upscaling": {}}').upscaling.version == 2
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", '{"version": 3}', '{"version": "2"}', '{"prompt": "no version"}']
+)
 def test_damaged_and_newer_json_is_refused(text):
     with pytest.raises(UserError, match="this request"):
         Request.from_json(text)

@@ -24,6 +24,8 @@ from ldm.runtime import Runtime
 
 # Names that diffusers gave the VAE's attention before 0.15; Stable Diffusion 1.5 is stored with them.
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+# What diffusers' `fuse_qkv_projections` writes in one, most often beside what it made it of.
+FUSED = {"to_qkv": ("to_q", "to_k", "to_v"), "to_kv": ("to_k", "to_v")}
 # Inside: the VAE's discriminator; buffers, and heads for other tasks.
 UNUSED_IN_VAE = re.compile(r"(loss|model_ema)\..*|logvar")
 UNUSED_IN_TEXT = re.compile(r"(.*\.)?position_ids|logit_scale|attn_mask|text_projection(\.weight)?")
@@ -63,7 +65,25 @@ def build_stored(stored: Stored) -> Network:
 
 def named(stored: Stored) -> dict[str, Tensor]:
     """The tensors by their names in today's modules."""
-    return {new_name(name): tensor for name, tensor in stored.tensors.items()}
+    return with_new_names(stored.tensors)
+
+
+def with_new_names(tensors: Tensors) -> dict[str, Tensor]:
+    """Tensors by the names in today's modules; fused projections are split, or left if their parts are there.
+
+    As in diffusers, which reads the parts and never what they were fused to.
+    """
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        head, _, kind = name.rpartition(".")
+        before, _, layer = head.rpartition(".")
+        if layer in FUSED:
+            parts = [f"{before}.{part}.{kind}" for part in FUSED[layer]]
+            split = zip(parts, tensor.chunk(len(parts)), strict=False)
+            renamed |= {part: own for part, own in split if part not in tensors}
+        else:
+            renamed[new_name(name)] = tensor
+    return renamed
 
 
 def new_name(name: str) -> str:
@@ -94,7 +114,7 @@ def load_component(path: Path, part: str, config: Mapping[str, Any], dtype: torc
     tensors = read_tensors(path)
     if not is_text and any("down_blocks." in name for name in tensors):
         module = build_empty(config, path)
-        tensors = {new_name(name): tensor for name, tensor in tensors.items()}
+        tensors = with_new_names(tensors)
         return fill(module, reshape(module.state_dict(), tensors, path), path, dtype)
     prefix, section = section_of(part, tensors, path)
     try:

@@ -54,7 +54,7 @@ PIPELINES = (
 # None: any, as its config is read by us.
 CLASSES: dict[str, tuple[str, ...] | None] = {
     "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL", "AutoencoderTiny"),
+    "vae": ("AutoencoderKL", "AutoencoderTiny", "AsymmetricAutoencoderKL"),
     "scheduler": None,
     "text_encoder": ("CLIPTextModel",),
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),  # the slow one and the fast are one since 5.0

@@ -105,7 +105,7 @@ def draw_images(job: Job, batch: Batch, title: str, quiet: bool) -> list[Image]:
     from ldm.images.pixels import to_pil
     from ldm.pipeline.sample import draw_batch
 
-    steps = job.request.num_steps
+    steps = len(job.grid.timesteps)
     try:
         if quiet:
             return to_pil(draw_batch(job, batch))

@@ -134,6 +134,8 @@ class Decoder(nn.Module):
 class AutoencoderKL(nn.Module):
     """The VAE of Stable Diffusion (Rombach et al. 2022, appendix G). Names as in diffusers' AutoencoderKL."""
 
+    is_variational = True  # pictures encode to a distribution
+
     def __init__(self, config: KLConfig) -> None:
         super().__init__()
         self.config = config
@@ -248,6 +250,8 @@ class _TinyDecoder(nn.Module):
 
 class AutoencoderTiny(nn.Module):
     """TAESD: a small deterministic autoencoder without norms. Names as in diffusers' AutoencoderTiny."""
+
+    is_variational = False
 
     def __init__(self, config: TinyConfig) -> None:
         super().__init__()

@@ -10,11 +10,13 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ldm.checkpoint import Parts
+from ldm.checkpoint.save import pipeline_class
 from ldm.diffusion.guidance import CFG, Guidance, InstructPix2Pix
 from ldm.diffusion.samplers import Sampler, resolve_sampler
 from ldm.diffusion.schedule import Grid
@@ -23,6 +25,7 @@ from ldm.errors import UserError
 from ldm.images.fitting import fit_image, fit_mask, read_file, take
 from ldm.models.conditioning import Conditioning
 from ldm.models.kind import Kind
+from ldm.pipeline import before
 from ldm.pipeline.conditioning import encode_texts
 from ldm.pipeline.inputs import NOTHING, Inputs
 from ldm.pipeline.model import Model
@@ -63,7 +66,7 @@ class Job:
         [int], tuple[Conditioning, Conditioning]
     ]  # prompt number -> (cond, uncond), one row each
     sampler: Sampler
-    options: Mapping[str, float]  # of the sampler's solver
+    options: Mapping[str, Any]  # of the sampler's solver
     grid: Grid
     guidance: Guidance
     start: FromNoise
@@ -102,23 +105,16 @@ def prepare(
     first = requests[0]
     model = model.for_request(first) if first.loras else model
     sampler, _ = resolve_sampler(inputs.solver or str(first.sampler))
-    given = first.timesteps or first.sigmas
-    grid = model.schedule.grid(
-        None if given else first.num_inference_steps,
-        None if given else first.spacing,
-        sampler,
-        timesteps=first.timesteps,
-        sigmas=first.sigmas,
-    )
-    start = start_of(model, first, trim_to_strength(grid, first), images)
+    grid = grid_of(model, first, sampler)
+    start = start_of(model, first, grid, images)
     pictures = list_pictures(requests, inputs, start.shape)
     return Job(
         model=model,
         requests=requests,
         encode=lru_cache(maxsize=1)(lambda p: encode_texts(model, requests[p], inputs, p)),
         sampler=sampler,
-        options={"eta": first.eta} if sampler.takes_eta and first.eta is not None else {},
-        grid=start.grid,
+        options=options_of(first, sampler, grid),
+        grid=grid,
         guidance=inputs.guidance or guidance_of(first, model.parts),
         start=start,
         batches=tuple(cut_into_batches(model, pictures, inputs, batch_size)),
@@ -145,6 +141,31 @@ def read_images(request: Request, inputs: Inputs) -> Images:
     return Images(image, mask, digests)
 
 
+def grid_of(model: Model, request: Request, sampler: Sampler) -> Grid:
+    """The part of the grid that a resolved request draws. Raises UserError where there is none."""
+    given, is_old = bool(request.timesteps or request.sigmas), before.is_old(request)
+    n, spacing = (None, None) if given else (request.num_inference_steps, request.spacing)
+    if spacing == "ays" and is_old and n is not None:
+        return trim_to_strength(before.align_your_steps(model.schedule, sampler, n), request)
+    # As in diffusers: its pipeline for LCMs makes all steps within the strength, the others their last share.
+    is_lcm = pipeline_class(model.parts) == "LatentConsistencyModelPipeline"
+    if spacing == "lcm" and is_lcm and not is_old:
+        strength = 1.0 if request.strength is None else request.strength
+        return model.schedule.grid(n, spacing, sampler, strength=strength)
+    whole = model.schedule.grid(n, spacing, sampler, timesteps=request.timesteps, sigmas=request.sigmas)
+    return trim_to_strength(whole, request)
+
+
+def options_of(request: Request, sampler: Sampler, grid: Grid) -> dict[str, Any]:
+    """Keyword arguments of the sampler's solver."""
+    options: dict[str, Any] = {}
+    if sampler.takes_eta and request.eta is not None:
+        options["eta"] = request.eta
+    if grid.orders and not before.is_old(request):
+        options["orders"] = grid.orders
+    return options
+
+
 def trim_to_strength(grid: Grid, request: Request) -> Grid:
     """The part of a grid that is drawn: its last `strength`. Raises UserError where that is nothing."""
     skipped = len(grid.timesteps) - request.num_steps
@@ -154,7 +175,7 @@ def trim_to_strength(grid: Grid, request: Request) -> Grid:
         raise UserError(
             f"strength {request.strength:g} of {len(grid.timesteps)} steps leaves none: give more of either"
         )
-    return replace(grid, sigmas=grid.sigmas[skipped:], timesteps=grid.timesteps[skipped:])
+    return grid.last(request.num_steps)
 
 
 def start_of(model: Model, request: Request, grid: Grid, images: Images) -> FromNoise:
@@ -168,13 +189,13 @@ def start_of(model: Model, request: Request, grid: Grid, images: Images) -> From
         low_res = 2 * fit_image(images.image, small, bicubic=True).to(device) - 1
         levels = noise_levels(model.parts.low_res_scheduler or {})
         return Enlarge(shape, grid, device, low_res, float(levels[request.noise_level or 0]))
-    pixels = fit_image(images.image, size)
+    pixels, samples = fit_image(images.image, size), vae.is_variational or before.is_old(request)
     if model.kind is Kind.PIX2PIX:
         return Edit(shape, grid, device, vae, pixels)
     if images.mask is not None:
-        mask = fit_mask(images.mask, size)
-        return Inpaint(shape, grid, device, vae, pixels, mask, keeps_image=request.strength != 1)
-    return FromImage(shape, grid, device, vae, pixels)
+        mask, keeps = fit_mask(images.mask, size), request.strength != 1
+        return Inpaint(shape, grid, device, vae, pixels, mask, keeps_image=keeps, samples=samples)
+    return FromImage(shape, grid, device, vae, pixels, samples=samples)
 
 
 def list_pictures(requests: Sequence[Request], inputs: Inputs, shape: tuple[int, int, int]) -> list[Picture]:

@@ -6,6 +6,7 @@ Nothing changes after construction: adapters give a new model, which shares the 
 from __future__ import annotations
 
 import hashlib
+import warnings
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Self
 from ldm.adapters import Adapted, Lora, LoraFile, adapt, read_embedding, read_lora, wanted_loras
 from ldm.checkpoint import Parts
 from ldm.checkpoint.io import weight_files
+from ldm.checkpoint.save import pipeline_class
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
 from ldm.files import sha256
@@ -44,7 +46,7 @@ class Model:
         if runtime is None:
             weight = next(parts.unet.parameters())
             runtime = Runtime(weight.device, weight.dtype)
-        return cls(parts, Schedule.from_config(dict(parts.scheduler)), runtime, name)
+        return cls(parts, schedule_of(parts), runtime, name)
 
     @property
     def unet(self) -> UNet:
@@ -143,3 +145,19 @@ class Model:
     def _with(self, adapted: Adapted) -> Self:
         parts, adapted = adapt(self.base.parts, adapted)
         return replace(self, parts=parts, adapted=adapted)
+
+
+def schedule_of(parts: Parts) -> Schedule:
+    """The schedule of a model's parts.
+
+    As diffusers' pipelines for Stable Diffusion 1 and 2 do, it takes `clip_sample` there for a mistake.
+    """
+    schedule = Schedule.from_config(dict(parts.scheduler))
+    bounds, is_xl = schedule.bounds, "time_ids" in parts.unet.config.conditioning
+    if bounds is not None and bounds.clip_sample and pipeline_class(parts) == "StableDiffusionPipeline":
+        warnings.warn(
+            "scheduler_config.json: clip_sample=True is for pixels, and ignored as in diffusers: say False",
+            stacklevel=2,
+        )
+        bounds = replace(bounds, clip_sample=False)
+    return replace(schedule, bounds=bounds, is_xl=is_xl)

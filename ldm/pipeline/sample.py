@@ -44,7 +44,8 @@ def sample(job: Job, batch: Batch) -> Iterator[Step]:
         noise, torch.stack(given) if given else None, Conditioning.cat(cond), Conditioning.cat(uncond)
     )
     predict = networks.predict(job.model.unet, job.grid, branches)
-    denoise = job.guidance(predict, job.model.schedule.prediction.x0)
+    schedule = job.model.schedule
+    denoise = schedule.bounded(job.guidance(predict, schedule.prediction.x0), job.sampler)
     return job.sampler.solver(denoise, x, job.grid.sigmas, noise, **job.options)
 
 

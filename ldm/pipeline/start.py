@@ -7,7 +7,7 @@ first use, once for all batches.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -56,16 +56,22 @@ class FromImage(FromNoise):
 
     vae: VAE
     pixels: Tensor  # [1, 3, H, W] in 0..1
+    # Whether the latents of `pixels` are sampled with noise of each picture's own, as of a variational VAE.
+    samples: bool = field(default=True, kw_only=True)
 
     @cached_property
     def latents(self) -> LatentDist:
         """Of the image, [1, c, h, w] each."""
         return networks.encode(self.vae, self.pixels)
 
+    def sample(self, encoded: LatentDist, noise: Noise) -> Tensor:
+        """Latents of an encoded picture: a sample for each picture that is drawn, or for all the mean."""
+        return encoded.sample(noise.initial(self.shape)) if self.samples else encoded.mean
+
     def begin(
         self, noise: Noise, given: Tensor | None, cond: Conditioning, uncond: Conditioning
     ) -> tuple[Tensor, Branches]:
-        x0 = self.latents.sample(noise.initial(self.shape))
+        x0 = self.sample(self.latents, noise)
         x = x0 + float(self.grid.sigmas[0]) * self.unit(noise, given)
         return x, {"cond": cond, "uncond": uncond}
 
@@ -121,9 +127,9 @@ class Inpaint(FromImage):
     ) -> tuple[Tensor, Branches]:
         first = FromImage if self.keeps_image else FromNoise
         x, _ = first.begin(self, noise, given, cond, uncond)
-        masked = self.masked.sample(noise.initial(self.shape))
+        masked = self.sample(self.masked, noise)
         small = F.interpolate(self.mask, self.shape[1:]).to(self.device)
-        concat = torch.cat([small.expand(len(x), -1, -1, -1), masked], 1)
+        concat = torch.cat([each.expand(len(x), -1, -1, -1) for each in (small, masked)], 1)
         return x, {"cond": replace(cond, concat=concat), "uncond": replace(uncond, concat=concat)}
 
     def finish(self, images: Tensor) -> Tensor:

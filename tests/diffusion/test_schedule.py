@@ -95,11 +95,59 @@ def test_spacings_of_our_own(schedule):
 
     assert t("simple", 4) == [999, 749, 499, 249]
     assert t("sgm_uniform", 3) == [999, 666, 333]
-    assert t("ays", 10) == [999, 850, 736, 645, 545, 455, 343, 233, 124, 24]
-    assert t("ays", 20)[:4] == [999, 924.5, 850, 793]
     assert t("lcm", 4) == [999, 759, 499, 259]
     sigmas = schedule.grid(5, "exponential", "euler").sigmas[:-1].log()
     assert torch.allclose(sigmas.diff(), sigmas.diff().mean())
+
+
+def loglinear_interp(levels, n):
+    """NVIDIA's function of that name, research.nvidia.com/labs/toronto-ai/AlignYourSteps/howto.html."""
+    places = np.linspace(0, 1, len(levels))
+    return np.exp(np.interp(np.linspace(0, 1, n), places, np.log(levels[::-1])))[::-1]
+
+
+NVIDIA = {  # its noise levels of ten steps, the last where they end, by whether it is SDXL's
+    False: [14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029],
+    True: [14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029],
+}
+
+
+@pytest.mark.parametrize("is_xl", [False, True])
+@pytest.mark.parametrize("n", [1, 4, 8, 10, 11, 20, 30])
+def test_align_your_steps(schedule, is_xl, n):
+    grid = dataclasses.replace(schedule, is_xl=is_xl).grid(n, "ays", "euler")
+    assert grid.sigmas[-1] == 0
+    want = np.log(loglinear_interp(NVIDIA[is_xl], n + 1)[:-1])
+    assert grid.sigmas[:-1].log().numpy() == pytest.approx(want, abs=2e-2)  # of three digits
+    assert grid.timesteps.numpy() == pytest.approx(schedule.t(grid.sigmas[:-1]).numpy(), abs=1e-6)
+    if n == 10:
+        listed = diffusers.schedulers.AysSchedules[f"StableDiffusion{'XL' if is_xl else ''}Timesteps"]
+        assert grid.timesteps.tolist() == listed
+
+
+@pytest.mark.parametrize("steps", [400, 2000])
+def test_align_your_steps_of_other_training_timesteps(steps):
+    """The same places in a schedule of the same noise levels."""
+    schedule = Schedule.from_config({**SD15, "num_train_timesteps": steps})
+    want = [t * (steps - 1) / 999 for t in diffusers.schedulers.AysSchedules["StableDiffusionTimesteps"]]
+    assert schedule.grid(10, "ays", "euler").timesteps.numpy() == pytest.approx(np.array(want), abs=0.1)
+    halves = schedule.grid(20, "ays", "euler").sigmas[:-1].log()
+    assert halves[1::2][:-1].numpy() == pytest.approx(((halves[:-2:2] + halves[2::2]) / 2).numpy(), abs=1e-9)
+
+
+def test_align_your_steps_from_pure_noise(zero_snr):
+    t = zero_snr.grid(20, "ays", "euler").timesteps
+    assert t[:4].tolist() == [999, 924.5, 850, 793]  # evenly over timesteps: infinity has no logarithm
+
+
+def test_timesteps_of_an_lcm_from_an_image(schedule):
+    theirs = diffusers.LCMScheduler(**SD)
+    for n, strength in ((4, 0.8), (1, 0.8), (3, 0.5), (7, 0.33), (50, 1.0), (2, 0.05)):
+        theirs.set_timesteps(n, strength=strength)
+        grid = schedule.grid(n, "lcm", "lcm", strength=strength)
+        assert grid.timesteps.tolist() == theirs.timesteps.tolist()
+    with pytest.raises(UserError, match=r"9 steps: the lcm spacing has at most 5 at strength 0\.1"):
+        schedule.grid(9, "lcm", "lcm", strength=0.1)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -257,17 +305,17 @@ CONFIGS = {
     "DPMSolverSinglestepScheduler": ("dpmpp_2s", 0.02),
     "DPMSolverSDEScheduler": ("dpmpp_sde", 0.012),
     "UniPCMultistepScheduler": ("unipc", 0.02),
+    "DDIMParallelScheduler": ("ddim", 0.02),
+    "DDPMParallelScheduler": ("ddpm", 0.02),
     "LCMScheduler": ("lcm", 0.012),
 }
 
 
 @pytest.mark.parametrize("class_name", CONFIGS)
 def test_what_diffusers_saves_is_understood(class_name):
-    """Every key that diffusers writes for its defaults, but for the clipping of pixels."""
+    """Every key that diffusers writes for its defaults."""
     scheduler = getattr(diffusers, class_name)()
     config = {"_class_name": class_name, **scheduler.config}
-    if "clip_sample" in config:
-        config["clip_sample"] = False
     schedule = Schedule.from_config(config)
     sampler, beta_end = CONFIGS[class_name]
     assert schedule.default_sampler == sampler
@@ -276,6 +324,8 @@ def test_what_diffusers_saves_is_understood(class_name):
     silent = Schedule.from_config({"_class_name": class_name})
     assert torch.equal(silent.alphas_cumprod, schedule.alphas_cumprod)
     assert silent.prediction is Prediction.EPSILON
+    assert silent.bounds is None  # an absent clip_sample: latents are not pixels
+    assert (schedule.bounds is not None) == scheduler.config.get("clip_sample", False)
 
 
 def test_sde_algorithm():
@@ -285,8 +335,8 @@ def test_sde_algorithm():
 
 REFUSED = [
     ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatchEulerDiscreteScheduler is not supported"),
-    ({"clip_sample": True}, "clip_sample=True"),
-    ({"thresholding": True}, "thresholding=True"),
+    ({"clip_sample": "yes"}, "clip_sample='yes'"),
+    ({"thresholding": True, "sample_max_value": "1"}, "sample_max_value='1'"),
     ({"prediction_type": "flow_prediction"}, "prediction_type='flow_prediction'"),
     ({"beta_schedule": "sigmoid"}, "beta_schedule='sigmoid'"),
     ({"variance_type": "learned_range"}, "variance_type='learned_range'"),
@@ -304,6 +354,23 @@ REFUSED = [
 def test_refused_by_name(changes, message):
     with pytest.raises(UserError, match=message.replace("[", r"\[")):
         Schedule.from_config({"_class_name": "DDIMScheduler", **changes})
+
+
+@pytest.mark.parametrize("key", ["feature_extractor", "sigma_data", "safety_checker"])
+def test_settings_of_other_classes_are_ignored_and_said(key):
+    with pytest.warns(UserWarning, match=f"{key} is no setting of DDIMScheduler, and ignored"):
+        schedule = Schedule.from_config({"_class_name": "DDIMScheduler", key: [None, None]})
+    assert torch.equal(schedule.alphas_cumprod, Schedule.from_config({}).alphas_cumprod)
+
+
+def test_foreign_settings_are_settings_of_diffusers():
+    """And none that its schedulers for latents read."""
+    names = [name for name in dir(diffusers) if name.endswith(("Scheduler", "Pipeline"))]
+    parameters = [set(inspect.signature(getattr(diffusers, name).__init__).parameters) for name in names]
+    assert set().union(*parameters) >= scheduler_config._FOREIGN - {"watermarker"}
+    for name in CONFIGS:
+        own = inspect.signature(getattr(diffusers, name).__init__).parameters
+        assert not own.keys() & scheduler_config._FOREIGN
 
 
 def test_karras_formula(schedule):
@@ -341,15 +408,16 @@ def test_every_family_walks_the_grid_of_its_own_scheduler(family, n):
     "changes", [{}, {"beta_schedule": "squaredcos_cap_v2", "variance_type": "fixed_large"}]
 )
 def test_low_res_scheduler_adds_noise_as_diffusers(changes):
-    """Its clip_sample and variance_type are of no matter: it only ever adds noise."""
+    """Its variance_type is of no matter: it only ever adds noise."""
     config = LOW_RES_SCHEDULER | changes
     theirs = diffusers.DDPMScheduler.from_config(config)
     x, noise, level = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.tensor([20, 350])
     a = noise_levels(config)[level].reshape(2, 1, 1, 1)
     ours = (a.sqrt() * x + (1 - a).sqrt() * noise).float()
     assert torch.allclose(ours, theirs.add_noise(x, noise, level), atol=1e-6)
-    with pytest.raises(UserError, match="clip_sample=True"):
-        Schedule.from_config(config)
+    if "variance_type" in changes:
+        with pytest.raises(UserError, match="variance_type='fixed_large'"):
+            Schedule.from_config(config)
     with pytest.raises(UserError, match="unknown key 'brand_new_key'"):
         noise_levels(config | {"brand_new_key": 1})
 

@@ -1,5 +1,6 @@
 """Both autoencoders against diffusers' on the same weights."""
 
+import diffusers
 import pytest
 import torch
 from conftest import randomise_, relative_error
@@ -8,6 +9,7 @@ from diffusers import AutoencoderTiny as ReferenceTiny
 from full_size import pair, vae_errors
 from hub_configs import VAES
 
+from ldm.errors import UserError
 from ldm.models import build
 
 
@@ -135,3 +137,34 @@ def test_what_we_save_opens_in_diffusers(request, kind, cls):
         assert relative_error(ours.decode(latents * 0.7), reference.decode(latents).sample) < 1e-5
     assert again.config.scaling_factor == 0.7
     assert build(ours.to_config()).config == ours.config
+
+
+ASYMMETRIC_CONFIGS = {
+    "wider": {"up_block_out_channels": (24, 48), "layers_per_up_block": 2},
+    "narrower": {"up_block_out_channels": (8, 8), "latent_channels": 6, "scaling_factor": 0.9},
+}
+
+
+@pytest.mark.parametrize("changes", ASYMMETRIC_CONFIGS.values(), ids=ASYMMETRIC_CONFIGS.keys())
+def test_asymmetric_equals_diffusers(changes):
+    config = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "down_block_out_channels": (8, 16),
+        "norm_num_groups": 4,
+        **changes,
+    }
+    reference = randomise_(diffusers.AsymmetricAutoencoderKL(**config))
+    ours = ours_like(reference)
+    errors = vae_errors(reference, ours, (32, 48))
+    assert max(errors.values()) < 1e-5, errors
+    again = diffusers.AsymmetricAutoencoderKL.from_config(ours.to_config())
+    shapes = {name: tensor.shape for name, tensor in ours.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in again.state_dict().items()} == shapes
+
+
+def test_asymmetric_refuses_what_does_not_fit():
+    with pytest.raises(UserError, match="lengths 1, 1, 2"):
+        build({"_class_name": "AsymmetricAutoencoderKL", "up_block_out_channels": [64, 128]})
+    with pytest.raises(UserError, match="unknown key layers_per_block = 2"):
+        build({"_class_name": "AsymmetricAutoencoderKL", "layers_per_block": 2})
