@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from tiny_adapters import TEXT, save_diffusers, to_kohya
+from tiny_adapters import save_diffusers, to_kohya
 from tiny_families import NARROW, WIDE, make_family
 
 import ldm
