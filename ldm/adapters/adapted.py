@@ -38,7 +38,8 @@ def adapt(original: Parts, adapted: Adapted) -> tuple[Parts, Adapted]:
     Raises:
         UserError: if one does not belong to this model; the message says which and why.
     """
-    parts = add_words(original, adapted.embeddings)
+    bundled = [word for lora in adapted.loras for word in lora.file.words]
+    parts = add_words(original, (*bundled, *adapted.embeddings))
     changes: dict[str, dict[str, list[Weighted]]] = {}
     reports = []
     for lora in adapted.loras:
@@ -103,7 +104,11 @@ def used_embeddings(request: Request, held: Sequence[Embedding]) -> tuple[Embedd
 def find_lora(name: str, folder: Path) -> Path:
     """The adapter of that name in `folder` or below. Raises UserError if there is none, or more than one."""
     # Names come from prompts and pictures: they are compared with what is there, never joined to a path.
-    found = [path for path in sorted(folder.rglob("*")) if path.suffix in SUFFIXES and name_of(path) == name]
+    found = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in SUFFIXES and name_of(path) == name
+    ]
     if len(found) == 1:
         return found[0]
     if found:

@@ -173,13 +173,23 @@ def _in_threads(make: Callable[[str, Tensor], Tensor], names: Collection[str], s
         return list(made)
 
 
+def widen(tensor: Tensor) -> Tensor:
+    """Floats of one byte in fp32, exactly: torch has hardly a function for them. Others as they are."""
+    return tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor of any dtype holds neither NaN nor Inf."""
+    return bool(widen(tensor).isfinite().all())
+
+
 def _check_finite(name: str, ready: Tensor, stored: Tensor, path: Path) -> None:
     # NaN and Inf survive in a sum, and one sum costs little. It may overflow by itself: then look closer.
-    if not ready.is_floating_point() or ready.dtype.itemsize == 1 or ready.sum().isfinite():
+    if not ready.is_floating_point() or widen(ready).sum().isfinite():
         return
-    if not stored.isfinite().all():
+    if not is_finite(stored):
         raise UserError(f"{path}: tensor {name} holds NaN or Inf: the model is damaged; fetch it again")
-    if not ready.isfinite().all():
+    if not is_finite(ready):
         raise UserError(f"{path}: tensor {name} is too large for {str(ready.dtype)[6:]}; give another dtype")
 
 

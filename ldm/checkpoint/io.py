@@ -102,16 +102,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: naming the file that is damaged, holds code or is not what its name says.
     """
-    if path.suffix == ".json":
+    suffix = path.suffix.lower()
+    if suffix == ".json":
         return _read_shards(path)
     start = read_bytes(path, limit=max(9, len(LFS_POINTER)))
     if not start:
         raise UserError(f"{path}: empty; fetch it again")
-    if path.suffix == ".safetensors":
+    if suffix == ".safetensors":
         if start.startswith((b"PK\x03\x04", b"\x80\x02")):
             raise UserError(f"{path}: a pickle by another name; rename it to .ckpt to have it read as one")
         return _map_safetensors(path)
-    if path.suffix not in PICKLES:
+    if suffix not in PICKLES:
         raise UserError(f"{path}: not a file of weights; .safetensors and {', '.join(PICKLES)} are read")
     if start[8:9] == b"{":
         raise UserError(f"{path}: a safetensors file by another name; rename it to .safetensors")
@@ -120,7 +121,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def read_metadata(path: Path) -> dict[str, str]:
     """What the header of a safetensors file says of it; nothing for other files. Raises UserError."""
-    return _open_safetensors(path)[1] if path.suffix == ".safetensors" else {}
+    return _open_safetensors(path)[1] if path.suffix.lower() == ".safetensors" else {}
 
 
 def weight_files(path: Path) -> list[Path]:
