@@ -212,7 +212,10 @@ class Request(_Checked):
         version = fields.pop("version", None) if isinstance(fields, dict) else None
         if version != VERSION:
             raise UserError(f"this request has version {_short(version)}; this ldm reads version {VERSION}")
-        return cls(**fields)
+        try:
+            return cls(**fields)
+        except RecursionError:
+            raise UserError("this request holds one in one in one, too deep to be read") from None
 
     @model_validator(mode="before")
     @classmethod
@@ -248,7 +251,7 @@ class Request(_Checked):
             if uses and name != "prompt":
                 raise UserError(f"{name} has a <lora:...> tag: write it in the prompt, or give it by --lora")
         text, uses = taken.get("prompt", ("", []))
-        if not uses:
+        if not uses or not isinstance(fields.get("loras") or (), list | tuple):
             return fields
         return {**fields, "prompt": text, "loras": [*(fields.get("loras") or ()), *uses]}
 

@@ -85,7 +85,7 @@ def redraw(args: argparse.Namespace) -> int:
     print(f"different: {changed} of {levels.size} pixels, by up to {levels.max()} of 255 levels{several}")
     if args.file.suffix.lower() != ".png":
         print(
-            f"note: only a PNG surely keeps every pixel, and {printable(args.file)} is none", file=sys.stderr
+            f"note: only PNGs surely keep every pixel, and {printable(args.file)} is none", file=sys.stderr
         )
     return 1
 

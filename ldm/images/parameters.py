@@ -102,7 +102,7 @@ def _find_settings(text: str) -> tuple[int, list[tuple[str, str]]]:
     # In another order of settings, the last line has them all.
     last = text.rfind("\n") + 1
     settings, _ = _scan(text, last)
-    return last, settings if any(key == "Steps" for key, _ in settings) else []
+    return last, settings if any(key == "Steps" and value for key, value in settings) else []
 
 
 def _scan(text: str, position: int) -> tuple[list[tuple[str, str]], int | None]:
