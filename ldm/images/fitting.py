@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldm.errors import UserError
+from ldm.errors import UserError, printable
 from ldm.files import reason
 from ldm.images.opening import open_picture, read_bytes, to_mask, to_rgb
 from ldm.images.pixels import to_tensor
@@ -33,7 +33,7 @@ def read_file(
     image, digest = open_picture(path, io.BytesIO(data), convert), hashlib.sha256(data).hexdigest()
     if sha256 not in (None, digest):
         raise UserError(
-            f"{path} has changed: its SHA-256 begins with {digest[:10]}, but the request asks for the file "
+            f"{printable(path)} has changed: its SHA-256 begins with {digest[:10]}, but the request asks for the file "
             f"with {str(sha256)[:10]}"
         )
     return image, digest

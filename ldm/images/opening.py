@@ -14,7 +14,7 @@ from typing import IO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from ldm.errors import UserError
+from ldm.errors import UserError, printable
 from ldm.files import reason
 
 # Pillow reads more than these: none that starts another program, none that takes any bytes for a picture.
@@ -43,10 +43,10 @@ def read_bytes(path: str | Path) -> bytes:
         with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the picture {path}: {reason(error)}") from None
+        raise UserError(f"cannot read the picture {printable(path)}: {reason(error)}") from None
     if len(data) > MAX_BYTES:
         raise UserError(
-            f"cannot read the picture {path}: it has more than {MAX_BYTES // 2**20} MiB; save it smaller"
+            f"cannot read the picture {printable(path)}: it has more than {MAX_BYTES // 2**20} MiB; save it smaller"
         )
     return data
 
@@ -78,9 +78,11 @@ def open_picture(
             turn = TURNS.get(orientation(image))
             converted = (convert or to_rgb)(image)
     except UnidentifiedImageError:
-        raise UserError(f"cannot read the picture {path}: it is not a picture, or a damaged one") from None
+        raise UserError(
+            f"cannot read the picture {printable(path)}: it is not a picture, or a damaged one"
+        ) from None
     except Exception as error:  # broken files make decoders raise anything
-        raise UserError(f"cannot read the picture {path}: {reason(error)}") from None
+        raise UserError(f"cannot read the picture {printable(path)}: {reason(error)}") from None
     return converted if turn is None else converted.transpose(turn)
 
 

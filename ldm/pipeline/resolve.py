@@ -16,7 +16,7 @@ import torch
 from ldm.adapters import used_embeddings, wanted_loras
 from ldm.checkpoint import Parts
 from ldm.diffusion.samplers import SAMPLERS, Sampler, resolve_sampler
-from ldm.errors import UserError
+from ldm.errors import UserError, printable
 from ldm.images.fitting import InMemory, size_of
 from ldm.models.kind import Kind
 from ldm.pipeline.model import Model
@@ -116,7 +116,7 @@ def check_image_size(request: Request, images: Images, parts: Parts) -> None:
         return
     fault = "too small" if min(sides) < 8 else "too large"
     raise UserError(
-        f"{request.image or 'the image'} has {images.size[1]}x{images.size[0]} pixels, {fault} for a picture "
+        f"{printable(request.image or 'the image')} has {images.size[1]}x{images.size[0]} pixels, {fault} for a picture "
         f"drawn from it by itself, of 8 to {MAX_SIDE} pixels a side (here {width}x{height}): "
         "give another, or the size to draw (width and height; -W and -H)"
     )

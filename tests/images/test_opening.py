@@ -40,7 +40,9 @@ def forms():
     yield "one of 16 bits", Image.fromarray(grey * 4), {"transparency": 36}
 
 
-@pytest.mark.parametrize(("image", "options"), [form[1:] for form in forms()], ids=[form[0] for form in forms()])
+@pytest.mark.parametrize(
+    ("image", "options"), [form[1:] for form in forms()], ids=[form[0] for form in forms()]
+)
 def test_alpha_of_a_mask_is_what_is_painted(tmp_path, image, options):
     if not options:
         assert torch.equal(fit_mask(take(image, 1), SIZE), PAINTED)
@@ -112,7 +114,9 @@ def test_no_more_is_read_than_the_limit(tmp_path, monkeypatch):
         read_file(str(tmp_path / "a.png"))
 
 
-@pytest.mark.parametrize("path", [r"\\host\share\a.png", "//host/share/a.png", r"\/host/a", r"\\?\UNC\host\a"])
+@pytest.mark.parametrize(
+    "path", [r"\\host\share\a.png", "//host/share/a.png", r"\/host/a", r"\\?\UNC\host\a"]
+)
 def test_names_on_other_computers(path):
     assert is_remote(path)
     assert not is_remote(path[1:])
@@ -139,5 +143,5 @@ def test_a_picture_of_too_many_pixels_is_the_users_to_put_right(tmp_path, read):
 def test_a_damaged_image_of_memory(tmp_path):
     Image.new("RGB", (64, 64)).save(tmp_path / "a.bmp")
     (tmp_path / "a.bmp").write_bytes((tmp_path / "a.bmp").read_bytes()[:500])
-    with pytest.raises(UserError, match="an image cannot be used: .*truncated"):
+    with pytest.raises(UserError, match=r"an image cannot be used: .*truncated"):
         take(Image.open(tmp_path / "a.bmp"), 3)

@@ -75,7 +75,19 @@ def test_values_that_cannot_be_drawn_are_named_and_kept_as_written(settings, mes
         found.to_request()
 
 
-PIECES = ["a", "a,", "a: ", 'a: "b, ', 'a:"\\",', '"', "\\", " ", "\n", "Steps: 1\n", "Negative prompt: x\nSteps: 1,\n"]
+PIECES = [
+    "a",
+    "a,",
+    "a: ",
+    'a: "b, ',
+    'a:"\\",',
+    '"',
+    "\\",
+    " ",
+    "\n",
+    "Steps: 1\n",
+    "Negative prompt: x\nSteps: 1,\n",
+]
 
 
 @pytest.mark.parametrize("piece", PIECES)

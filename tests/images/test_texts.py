@@ -43,7 +43,9 @@ def test_a_comment_of_a_gif(tmp_path):
     assert read_request(tmp_path / "a.gif").seeds == (9,)
 
 
-@pytest.mark.parametrize("comment", [b"", b"ASCII\0\0\0Screenshot", b"UNICODE\0\0", b"UNICODE\0\xd8", b"\xff" * 9])
+@pytest.mark.parametrize(
+    "comment", [b"", b"ASCII\0\0\0Screenshot", b"UNICODE\0\0", b"UNICODE\0\xd8", b"\xff" * 9]
+)
 def test_a_comment_without_settings_says_nothing(tmp_path, comment):
     with pytest.raises(UserError, match="does not say how it was drawn"):
         read_request(save(tmp_path / "a.jpg", comment))
@@ -60,7 +62,9 @@ def test_texts_of_programs_that_are_not_read_are_named(tmp_path):
     chunks = PngInfo()
     chunks.add_text("workflow", "{}")
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=chunks)
-    with pytest.raises(UserError, match="does not say how it was drawn.* of another program it has workflow"):
+    with pytest.raises(
+        UserError, match=r"does not say how it was drawn.* of another program it has workflow"
+    ):
         read_request(tmp_path / "a.png")
 
 

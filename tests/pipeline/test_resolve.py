@@ -147,6 +147,28 @@ def test_pixels_outside_the_mask_are_untouched(models, family):
     assert same[~kept].mean() < 0.1
 
 
+def test_only_what_is_painted_on_a_transparent_mask_is_drawn_anew(models):
+    painted = Image.new("RGBA", (16, 16))
+    painted.paste((0, 0, 0, 255), (4, 4, 12, 12))
+    (drawn,) = models("inpaint")("sea", num_inference_steps=2, image=picture(), mask_image=painted).images
+    same = (np.asarray(drawn) == np.asarray(picture())).all(axis=2)
+    assert same[np.asarray(painted)[..., 3] == 0].all()
+    assert same[4:12, 4:12].mean() < 0.1
+
+
+@pytest.mark.parametrize(("size", "warns"), [((16, 16), False), ((32, 32), False), ((16, 32), True)])
+def test_a_mask_of_another_shape_is_told_with_both_sizes(models, tmp_path, size, warns):
+    picture().save(tmp_path / "photo.png")
+    mask(*size).save(tmp_path / "mask.png")
+    files = {"image": tmp_path / "photo.png", "mask_image": tmp_path / "mask.png"}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        models("inpaint")("sea", num_inference_steps=2, **files)
+    told = [str(each.message) for each in told if "mask" in str(each.message)]
+    assert bool(told) == warns
+    assert all("mask.png has 32x16 pixels and its picture 16x16" in line for line in told)
+
+
 def test_mask_is_cut_in_the_middle():
     grey = Image.fromarray(np.array([[0, 127, 128, 255]], dtype=np.uint8))
     assert fit_mask(grey, (1, 4)).flatten().tolist() == [0, 0, 1, 1]
@@ -168,6 +190,17 @@ def test_mask_is_cut_in_the_middle():
 )
 def test_size_of_the_picture_is_the_images(kind, factor, given, drawn):
     assert size_from(given, kind, factor) == drawn
+
+
+def test_a_size_that_is_asked_for_makes_up_for_a_small_image(models):
+    images = models("sd1")("sea", image=picture(7, 7), num_inference_steps=2, height=16, width=8).images
+    assert images[0].size == (8, 16)
+
+
+def test_a_file_of_an_impossible_size_is_named(models, tmp_path):
+    picture(7, 7).save(tmp_path / "tiny.png")
+    with pytest.raises(ldm.UserError, match=r"tiny\.png has 7x7 pixels, too small .*; -W and -H"):
+        models("sd1")("sea", image=tmp_path / "tiny.png")
 
 
 def test_asked_size_wins(models):
@@ -306,7 +339,13 @@ def test_defaults_are_those_of_diffusers(models, tmp_path, family, wanted):
         ("sd1", {"image": torch.zeros(3, 4)}, r"an image of shape \[3, 4\] is not allowed"),
         ("sd1", {"image": torch.full((3, 16, 16), 2.0)}, "must lie in 0..1"),
         ("sd1", {"image": torch.full((3, 16, 16), torch.nan)}, "must lie in 0..1"),
-        ("sd1", {"image": picture(4, 16)}, "height 0 is not allowed"),
+        ("sd1", {"image": picture(4, 16)}, "the image has 16x4 pixels, too small for a picture"),
+        ("sd1", {"image": picture(7, 7)}, r"the image has 7x7 pixels, too small .* \(here 0x0\)"),
+        ("sd1", {"image": picture(4104, 64)}, "the image has 64x4104 pixels, too large for a picture"),
+        ("sd1", {"image": picture(7, 16), "width": 16}, "the image has 16x7 pixels, too small"),
+        ("upscaler", {"image": picture(8, 2056)}, r"2056x8 pixels, too large .* \(here 4112x16\)"),
+        ("pix2pix", {"image": torch.zeros(3, 16, 5)}, "the image has 5x16 pixels, too small"),
+        ("sd1", {"eta": 0.5, "sampler": "heun"}, r"eta 0\.5 is not allowed here: heun has none"),
         ("sd1", {"prompt_2": "sea"}, "prompt_2 .* only models with two text encoders"),
         (
             "refiner",
