@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from ldm.errors import UserError
+from ldm.errors import UserError, abbreviate
 from ldm.prompts.tags import take_tags
 
 VERSION: Literal[2] = 2  # of the JSON form, and of the rules by which pictures are drawn
@@ -105,6 +105,9 @@ class Request(_Checked):
     the picture that the drawn one is to look like a crop of; None is the drawn one's own, and a negative one
     that is None is that of the prompt.
 
+    `not_kept` names the arguments of Python's call that no JSON can hold (a solver of one's own, latents, an
+    image in memory): without them, this is not the request that draws the picture again.
+
     Tags in the prompt, `<lora:name:0.8>`, leave it and become `loras`: None is those that the pipeline has.
 
     Raises `ldm.errors.UserError`, naming the field, its value and what is allowed.
@@ -146,6 +149,7 @@ class Request(_Checked):
     model: Text | None = None  # for the record in the PNG: not used to find the model
     model_hash: Text | None = None
     upscaling: Request | None = None  # by a second model; prompt, seed and image are those of the picture
+    not_kept: Annotated[tuple[Text, ...], Field(description="a list of names")] = ()
     version: Literal[1, 2] = VERSION  # 1: drawn by the rules of before, `ldm.pipeline.before`
 
     @property
@@ -183,9 +187,20 @@ class Request(_Checked):
         """A copy with some fields changed, validated again."""
         return type(self)(**{**self.model_dump(), **changes})
 
+    def check_given(self, given: Container[str]) -> None:
+        """Raise UserError if this request is of a picture that more was `given` to than now."""
+        lost = [name for name in self.not_kept if name not in given]
+        if lost:
+            files = " (images also by -i and --mask)" if {*lost} & {"image", "mask_image"} else ""
+            raise UserError(
+                f"this was drawn in Python with {abbreviate(lost, 4)} from memory, which is not kept: "
+                f"it cannot be drawn again without the same{files}"
+            )
+
     def to_json(self) -> str:
-        """One JSON object with a `version`, without the fields that are None."""
-        fields = self.model_dump(mode="json", exclude_none=True)
+        """One JSON object with a `version`, without the fields that are None or hold nothing."""
+        empty = None if self.not_kept else {"not_kept"}
+        fields = self.model_dump(mode="json", exclude_none=True, exclude=empty)
         return json.dumps({"version": self.version, **fields}, ensure_ascii=False)
 
     @classmethod
@@ -193,18 +208,25 @@ class Request(_Checked):
         """The inverse of `to_json`, of any version. Raises UserError on damaged text and on a newer one."""
         try:
             fields = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"this request is not valid JSON: {error}") from None
         version = fields.get("version") if isinstance(fields, dict) else None
         if version not in range(1, VERSION + 1):
-            raise UserError(f"this request has version {version!r}; this ldm reads versions 1 to {VERSION}")
+            raise UserError(
+                f"this request has version {_short(version)}; this ldm reads versions 1 to {VERSION}"
+            )
         if isinstance(fields.get("upscaling"), dict):
             fields["upscaling"] = {"version": version, **fields["upscaling"]}
-        return cls(**fields)
+        try:
+            return cls(**fields)
+        except RecursionError:
+            raise UserError("this request holds one in one in one, too deep to be read") from None
 
     @model_validator(mode="before")
     @classmethod
-    def _canonical_names(cls, fields: dict[str, Any]) -> dict[str, Any]:
+    def _canonical_names(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict | BaseModel):
+            return fields  # no fields at all: pydantic says so
         fields = dict(fields)
         names = {name: fields.get(name) for name in ("sampler", "spacing")}
         for name, value in names.items():
@@ -225,14 +247,16 @@ class Request(_Checked):
 
     @model_validator(mode="before")
     @classmethod
-    def _tags_are_loras(cls, fields: dict[str, Any]) -> dict[str, Any]:
+    def _tags_are_loras(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
         texts = {name: fields[name] for name in _PROMPTS if isinstance(fields.get(name), str)}
         taken = {name: take_tags(text) for name, text in texts.items()}
         for name, (_, uses) in taken.items():
             if uses and name != "prompt":
                 raise UserError(f"{name} has a <lora:...> tag: write it in the prompt, or give it by --lora")
         text, uses = taken.get("prompt", ("", []))
-        if not uses:
+        if not uses or not isinstance(fields.get("loras") or (), list | tuple):
             return fields
         return {**fields, "prompt": text, "loras": [*(fields.get("loras") or ()), *uses]}
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from ldm.cli import convert, draw, finetune, folder, redraw
 from ldm.cli.flags import FLAGS
 from ldm.cli.parser import Parser, dashes
-from ldm.errors import UserError
+from ldm.errors import NEWLINE, UserError, printable
 
 SPELLING = "Flags may be spelt with dashes or underscores."
 # name -> (its flags, what runs it, what it does)
@@ -70,11 +70,11 @@ def run(parser: Parser, argv: Sequence[str] | None) -> int:
         return 130
     except Exception as error:
         if args.debug:
-            traceback.print_exc()
+            print(printable(traceback.format_exc(), keep=NEWLINE), end="", file=sys.stderr)
         line, code = verdict(error)
         if args.command is draw.draw:
             line = in_flags(line)
-        print(f"{parser.prog}: {line}", file=sys.stderr)
+        print(f"{parser.prog}: {printable(line, keep=NEWLINE)}", file=sys.stderr)
         return code
 
 
@@ -107,7 +107,7 @@ def warnings_in_one_line(program: str) -> Iterator[None]:
 
     def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
         if issubclass(category, UserWarning):
-            print(f"{program}: warning: {message}", file=sys.stderr)
+            print(f"{program}: warning: {printable(message, keep=NEWLINE)}", file=sys.stderr)
 
     with warnings.catch_warnings():
         warnings.showwarning = show

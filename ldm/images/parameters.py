@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+from dataclasses import dataclass
 from typing import Any
 
 from ldm.diffusion.samplers import SAMPLERS
@@ -41,35 +42,93 @@ def format_parameters(request: Request) -> str:
     return f"{request.prompt}{tags}\n{negative}{settings}"
 
 
+@dataclass(frozen=True)
+class Parameters:
+    """A `parameters` text in its parts, as written: whether `ldm` could draw it is another matter."""
+
+    prompt: str
+    negative_prompt: str | None
+    settings: tuple[tuple[str, str], ...]  # (key, value); a piece that has no key has ""
+
+    def to_request(self) -> Request:
+        """The request that it describes. Settings that `ldm` does not know are passed over.
+
+        Raises UserError on values it cannot draw with.
+        """
+        settings = dict(reversed(self.settings))  # of a key, the first counts: what others add comes later
+        fields: dict[str, Any] = {"prompt": self.prompt, "negative_prompt": self.negative_prompt}
+        for key, name in _FIELDS.items():
+            if key in settings:
+                fields[name] = settings[key]
+        if fields.get("spacing") == "Automatic":
+            del fields["spacing"]
+        if "Seed" in settings:
+            fields["seeds"] = (settings["Seed"],)
+        if "Size" in settings:
+            fields["width"], _, fields["height"] = settings["Size"].partition("x")
+        if "Clip skip" in settings:
+            skipped = settings["Clip skip"]
+            fields["clip_skip"] = max(0, int(skipped) - 1) if re.fullmatch(r"\d{1,4}", skipped) else skipped
+        return Request(**fields)
+
+
 def parse_parameters(text: str) -> Request:
-    """The request that a `parameters` text describes, written by `ldm` or by any other tool.
+    """The request that a `parameters` text describes. Raises UserError on values it cannot draw with."""
+    return split_parameters(text).to_request()
 
-    Settings that `ldm` does not know are passed over. Raises UserError on values it cannot draw with.
+
+def split_parameters(text: str) -> Parameters:
+    """The parts of a `parameters` text, written by `ldm` or by any other tool.
+
+    Without settings it is all prompt.
+    Settings reach from a line that begins with "Steps: 20" to the end. They may go over several lines: some
+    tools wrap them, or add lines of their own. Takes any text, in linear time.
     """
-    head, _, last = text.rstrip().rpartition("\n")
-    settings = {key: _unquoted(value) for key, value in _SETTING.findall(last)}
-    if "Steps" not in settings:
-        head, settings = text, {}
+    text = text.replace("\r\n", "\n")
+    start, settings = _find_settings(text.rstrip())
+    head = text if not settings else text[:start].removesuffix("\n")
     prompt, _, negative = f"\n{head}".partition("\nNegative prompt:")
-    fields: dict[str, Any] = {
-        "prompt": prompt.removeprefix("\n"),
-        "negative_prompt": negative.strip() or None,
-    }
-    for key, name in _FIELDS.items():
-        if key in settings:
-            fields[name] = settings[key]
-    if fields.get("spacing") == "Automatic":
-        del fields["spacing"]
-    if "Seed" in settings:
-        fields["seeds"] = (settings["Seed"],)
-    if "Size" in settings:
-        fields["width"], _, fields["height"] = settings["Size"].partition("x")
-    if settings.get("Clip skip", "").isdecimal():
-        fields["clip_skip"] = max(0, int(settings["Clip skip"]) - 1)
-    return Request(**fields)
+    return Parameters(prompt.removeprefix("\n"), negative.strip() or None, tuple(settings))
 
 
-_SETTING = re.compile(r'\s*(\w[\w \-/]*):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+def _find_settings(text: str) -> tuple[int, list[tuple[str, str]]]:
+    """Where the settings begin, and what they are; none if the text has no line of them."""
+    found = _FIRST.search(text)
+    while found is not None:
+        settings, again = _scan(text, found.start())
+        if again is None:
+            return found.start(), settings
+        found = _FIRST.search(text, again)
+    # In another order of settings, the last line has them all.
+    last = text.rfind("\n") + 1
+    settings, _ = _scan(text, last)
+    return last, settings if any(key == "Steps" and value for key, value in settings) else []
+
+
+def _scan(text: str, position: int) -> tuple[list[tuple[str, str]], int | None]:
+    """The settings from `position` to the end; or where a line shows that they only begin later."""
+    settings, first = list[tuple[str, str]](), position
+    while position < len(text):
+        if position > first and text[position - 1] == "\n" and _LATER.match(text, position):
+            return settings, position
+        key = _KEY.match(text, position)
+        position = position if key is None else key.end()
+        quoted = _QUOTED.match(text, position) if key else None
+        found = quoted or _PLAIN.match(text, position)
+        assert found is not None  # it matches nothing, too
+        value = _unquoted(found[0]) if quoted else found[0].strip()
+        if key or value:
+            settings.append((key[1].rstrip() if key else "", value))
+        position = found.end() + 1
+    return settings, None
+
+
+# Possessive (*+): what was read once is not read again.
+_FIRST = re.compile(r"^Steps:[ \t]*+\d++[ \t]*+(?:,|$)", re.MULTILINE)
+_LATER = re.compile(r"Steps:[ \t]*+\d++[ \t]*+(?:[,\n]|\Z)|Negative prompt:")
+_KEY = re.compile(r'[ \t]*+(\w[^,:"\n]*+):[ \t]*+')
+_QUOTED = re.compile(r'"(?:\\.|[^\\"])*+"[ \t]*+(?=[,\n]|\Z)', re.DOTALL)
+_PLAIN = re.compile(r"[^,\n]*+")
 _FIELDS = {
     "Steps": "num_inference_steps",
     "Sampler": "sampler",
@@ -95,7 +154,6 @@ def _quoted(value: str | float) -> str:
 
 
 def _unquoted(text: str) -> str:
-    if text.startswith('"'):
-        with contextlib.suppress(ValueError):
-            return str(json.loads(text))
+    with contextlib.suppress(ValueError):
+        return str(json.loads(text, strict=False))  # others leave newlines as they are
     return text.strip()

@@ -1,11 +1,12 @@
 """How pictures of requests of version 1 are drawn, so that they can be drawn again equal: the whole list.
 
-Since version 2, as in diffusers:
+Since version 2, as in diffusers (a mask's alpha as in programs that paint masks):
 
 - The image's latents of a VAE without a distribution (AutoencoderTiny) take no unit noise from the seed.
 - A latent consistency model draws all its steps from an image, over the `strength` of its timesteps; before,
   only the last `strength` of the steps.
 - DPM++ 2M, 2S, 2M SDE and UniPC heed `lower_order_final`, and from an image the place within the whole grid.
+- A mask with transparent parts is its alpha; before, it was laid on white like a picture.
 - Align Your Steps has a list for SDXL, and other counts than 10 steps lie evenly in the log of sigma.
 """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -33,6 +33,20 @@ class Inputs:
     mask_image: InMemory | None = None
     solver: Solver | None = None  # the user's own, instead of the sampler
     guidance: Guidance | None = None
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """What is given, by the names of the call's arguments."""
+        names = [each.name for each in fields(self) if getattr(self, each.name) is not None]
+        return tuple(_ARGUMENTS.get(name, name) for name in names)
+
+    def not_kept(self, seeds: Sequence[int]) -> tuple[str, ...]:
+        """What of it no request of these seeds keeps: all but generators that give what the seeds give."""
+        as_seeds = self.generators is not None and all_new(self.generators, seeds)
+        return tuple(name for name in self.given if not (as_seeds and name == "generator"))
+
+
+_ARGUMENTS = {"generators": "generator", "solver": "sampler"}  # where the call names them otherwise
 
 
 NOTHING = Inputs()
@@ -76,6 +90,14 @@ def one_each(text: str | Sequence[str] | None, count: int, name: str) -> list[st
     if not text or (name != "prompt" and len(text) != count):
         raise UserError(f"{name} has {len(text)} texts for {count} prompts: give one, or one for each")
     return list(text)
+
+
+def all_new(generators: Sequence[torch.Generator], seeds: Sequence[int]) -> bool:
+    """Whether they give what these seeds give: none was drawn from yet, and none is there twice."""
+    if len({id(each) for each in generators}) < len(generators) or len(generators) != len(seeds):
+        return False
+    new = [torch.Generator().manual_seed(seed).get_state() for seed in seeds]
+    return all(torch.equal(each.get_state(), state) for each, state in zip(generators, new, strict=True))
 
 
 def own_generators(

@@ -7,6 +7,7 @@ What is wrong with a request is said here, before anything is drawn. `ldm.pipeli
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -22,19 +23,27 @@ from ldm.diffusion.samplers import Sampler, resolve_sampler
 from ldm.diffusion.schedule import Grid
 from ldm.diffusion.scheduler_config import noise_levels
 from ldm.errors import UserError
-from ldm.images.fitting import fit_image, fit_mask, read_file, take
+from ldm.images.fitting import fit_image, fit_mask, read_file, same_shape, size_of, take
+from ldm.images.opening import to_mask, to_rgb
 from ldm.models.conditioning import Conditioning
 from ldm.models.kind import Kind
 from ldm.pipeline import before
 from ldm.pipeline.conditioning import encode_texts
 from ldm.pipeline.inputs import NOTHING, Inputs
 from ldm.pipeline.model import Model
-from ldm.pipeline.resolve import Images, resolve
+from ldm.pipeline.resolve import Images, check_eta, resolve
 from ldm.pipeline.start import Edit, Enlarge, FromImage, FromNoise, Inpaint
 from ldm.request import Request
 
 # What the requests of one job may differ in: their texts, and what follows from those.
 OWN = {"prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "seeds", "embeddings"}
+
+FILES = ("image", "mask_image")
+# An argument of the call that no request keeps -> what of a request means nothing beside it.
+INSTEAD: dict[str, dict[str, Any]] = {
+    "sampler": {"sampler": None, "eta": None},
+    "guidance": {"guidance_scale": None, "guidance_rescale": 0.0, "image_guidance_scale": None},
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,15 +111,19 @@ def prepare(
     check_alike(asked)
     images = read_images(asked[0], inputs)
     requests = tuple(resolve(model, each, images) for each in asked)
+    asked[0].check_given((*inputs.given, *(name for name in FILES if getattr(asked[0], name) is not None)))
     first = requests[0]
     model = model.for_request(first) if first.loras else model
     sampler, _ = resolve_sampler(inputs.solver or str(first.sampler))
+    check_eta(asked[0].eta, sampler)
+    not_kept = inputs.not_kept([seed for each in requests for seed in each.seeds])
+    kept = tuple(as_kept(each, not_kept) for each in requests)
     grid = grid_of(model, first, sampler)
     start = start_of(model, first, grid, images)
-    pictures = list_pictures(requests, inputs, start.shape)
+    pictures = list_pictures(kept, inputs, start.shape)
     return Job(
         model=model,
-        requests=requests,
+        requests=kept,
         encode=lru_cache(maxsize=1)(lambda p: encode_texts(model, requests[p], inputs, p)),
         sampler=sampler,
         options=options_of(first, sampler, grid),
@@ -130,14 +143,32 @@ def check_alike(requests: Sequence[Request]) -> None:
             raise UserError(f"prompts of one call have the same {name}: give others to another call")
 
 
+def as_kept(request: Request, not_kept: tuple[str, ...]) -> Request:
+    """The request as pictures keep it: it says what it lacks, and nothing that was not so."""
+    fields = {name: value for argument in not_kept for name, value in INSTEAD.get(argument, {}).items()}
+    return request.replace(**fields, not_kept=not_kept)
+
+
 def read_images(request: Request, inputs: Inputs) -> Images:
-    """The image and mask of a request, from memory or its files. Raises UserError, also if one changed."""
+    """The image and mask of a request, from memory or its files. Raises UserError, also if one changed.
+
+    Alpha means another thing in each: an image is laid on white; of a mask it is what is painted.
+    """
     image, mask, digests = inputs.image, inputs.mask_image, dict[str, str]()
     image, mask = image if image is None else take(image, 3), mask if mask is None else take(mask, 1)
     if request.image is not None:
         image, digests["image_sha256"] = read_file(request.image, request.image_sha256)
     if request.mask_image is not None:
-        mask, digests["mask_image_sha256"] = read_file(request.mask_image, request.mask_image_sha256)
+        mask, digests["mask_image_sha256"] = read_file(
+            request.mask_image, request.mask_image_sha256, to_rgb if before.is_old(request) else to_mask
+        )
+    if image is not None and mask is not None and not same_shape(size_of(image), size_of(mask)):
+        shapes = [f"{width}x{height}" for height, width in (size_of(mask), size_of(image))]
+        warnings.warn(
+            f"the mask {request.mask_image or ''} has {shapes[0]} pixels and its picture {shapes[1]}: "
+            "it is stretched to fit; give one of the same shape",
+            stacklevel=3,
+        )
     return Images(image, mask, digests)
 
 

@@ -113,6 +113,16 @@ def test_prompts_from_a_file(fake, monkeypatch, source):
     ]
 
 
+@pytest.mark.parametrize("source", ["prompts.txt", "-"])
+def test_lines_of_prompts_end_at_newlines_only(fake, monkeypatch, source):
+    prompts = ["a\u2028b", "a\x0cb", "a\x85b\x0b\x1cc", "\u2029a\rb\x1e"]
+    data = "\r\n".join(prompts[:2]).encode() + b"\n" + "\n".join(prompts[2:]).encode()
+    Path("prompts.txt").write_bytes(data)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    assert cli.txt2img(["--from-file", source, "-q"]) == 0
+    assert [request.prompt for request in fake.requests] == prompts
+
+
 def test_unknown_words_are_told_once_for_the_embedded_model_only(fake, capsys):
     Path("p").write_text("a dragon by a castle\na dragon\na boat\n", encoding="utf-8")
     assert cli.txt2img(["--from_file", "p"]) == 0

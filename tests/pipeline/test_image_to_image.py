@@ -64,3 +64,14 @@ def test_an_image_through_the_vae_and_back(models):
     assert torch.allclose(encoded.mean, moments.mean * 0.13025, atol=1e-6)
     noise = torch.randn(1, 4, 8, 8)
     assert torch.allclose(encoded.sample(noise), pipe.vae.encode_latents(2 * pixels - 1, noise), atol=1e-5)
+
+
+def test_a_size_that_is_asked_for_makes_up_for_a_small_image(models):
+    images = models("sd1")("sea", image=picture(7, 7), num_inference_steps=2, height=16, width=8).images
+    assert images[0].size == (8, 16)
+
+
+def test_a_file_of_an_impossible_size_is_named(models, tmp_path):
+    picture(7, 7).save(tmp_path / "tiny.png")
+    with pytest.raises(ldm.UserError, match=r"tiny\.png has 7x7 pixels, too small .*; -W and -H"):
+        models("sd1")("sea", image=tmp_path / "tiny.png")

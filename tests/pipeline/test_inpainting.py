@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -95,3 +96,25 @@ def test_a_picture_of_files_is_redrawn_and_a_changed_file_is_told(drawn_by_comma
     picture(seed=2).save("photo.png")
     assert cli.main(again) == 2
     assert "photo.png has changed" in capsys.readouterr().err
+
+
+def test_only_what_is_painted_on_a_transparent_mask_is_drawn_anew(models):
+    painted = Image.new("RGBA", (16, 16))
+    painted.paste((0, 0, 0, 255), (4, 4, 12, 12))
+    (drawn,) = models("inpaint")("sea", num_inference_steps=2, image=picture(), mask_image=painted).images
+    same = (np.asarray(drawn) == np.asarray(picture())).all(axis=2)
+    assert same[np.asarray(painted)[..., 3] == 0].all()
+    assert same[4:12, 4:12].mean() < 0.1
+
+
+@pytest.mark.parametrize(("size", "warns"), [((16, 16), False), ((32, 32), False), ((16, 32), True)])
+def test_a_mask_of_another_shape_is_told_with_both_sizes(models, tmp_path, size, warns):
+    picture().save(tmp_path / "photo.png")
+    mask(*size).save(tmp_path / "mask.png")
+    files = {"image": tmp_path / "photo.png", "mask_image": tmp_path / "mask.png"}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        models("inpaint")("sea", num_inference_steps=2, **files)
+    told = [str(each.message) for each in told if "mask" in str(each.message)]
+    assert bool(told) == warns
+    assert all("mask.png has 32x16 pixels and its picture 16x16" in line for line in told)

@@ -28,6 +28,17 @@ def test_size_of_the_picture_is_the_images(kind, factor, given, drawn):
     assert size_from(given, kind, factor) == drawn
 
 
+def test_a_size_that_is_asked_for_makes_up_for_a_small_image(models):
+    images = models("sd1")("sea", image=picture(7, 7), num_inference_steps=2, height=16, width=8).images
+    assert images[0].size == (8, 16)
+
+
+def test_a_file_of_an_impossible_size_is_named(models, tmp_path):
+    picture(7, 7).save(tmp_path / "tiny.png")
+    with pytest.raises(ldm.UserError, match=r"tiny\.png has 7x7 pixels, too small .*; -W and -H"):
+        models("sd1")("sea", image=tmp_path / "tiny.png")
+
+
 def test_asked_size_wins(models):
     images = models("upscaler")("sea", image=picture(8, 8), num_inference_steps=2, height=48, width=32).images
     assert images[0].size == (32, 48)
@@ -78,7 +89,13 @@ def test_defaults_are_those_of_diffusers(models, tmp_path, family, wanted):
         ("sd1", {"image": torch.zeros(3, 4)}, r"an image of shape \[3, 4\] is not allowed"),
         ("sd1", {"image": torch.full((3, 16, 16), 2.0)}, "must lie in 0..1"),
         ("sd1", {"image": torch.full((3, 16, 16), torch.nan)}, "must lie in 0..1"),
-        ("sd1", {"image": picture(4, 16)}, "height 0 is not allowed"),
+        ("sd1", {"image": picture(4, 16)}, "the image has 16x4 pixels, too small for a picture"),
+        ("sd1", {"image": picture(7, 7)}, r"the image has 7x7 pixels, too small .* \(here 0x0\)"),
+        ("sd1", {"image": picture(4104, 64)}, "the image has 64x4104 pixels, too large for a picture"),
+        ("sd1", {"image": picture(7, 16), "width": 16}, "the image has 16x7 pixels, too small"),
+        ("upscaler", {"image": picture(8, 2056)}, r"2056x8 pixels, too large .* \(here 4112x16\)"),
+        ("pix2pix", {"image": torch.zeros(3, 16, 5)}, "the image has 5x16 pixels, too small"),
+        ("sd1", {"eta": 0.5, "sampler": "heun"}, r"eta 0\.5 is not allowed here: heun has none"),
         ("sd1", {"prompt_2": "sea"}, "prompt_2 .* only models with two text encoders"),
         (
             "refiner",
