@@ -23,14 +23,14 @@ from ldm.finetune.modes import TEXT_ENCODERS, Mode
 from ldm.finetune.recipe import FinetuneRecipe
 from ldm.images.pixels import contact_sheet, to_pil
 from ldm.pipeline import Pipeline
-from ldm.runtime import Runtime
+from ldm.runtime import Runtime, memory_format
 from ldm.train.loss import (
+    Levels,
     draw_noise,
     draw_timesteps,
     noisy_latents,
     pixel_losses,
     prior_preservation_loss,
-    sample_weights,
     timestep_probabilities,
     training_target,
 )
@@ -67,6 +67,7 @@ class FinetuneTask(Task):
         )
         self.schedule = Schedule.from_config(dict(parts.scheduler))
         self.steps = len(self.schedule.alphas_cumprod)
+        self.levels = Levels(self.schedule, recipe)
         self.probabilities = timestep_probabilities(recipe, self.steps)
         self.examples = [*shows.train.examples, *(shows.prior.examples if shows.prior else ())]
         self.number = {example: i for i, example in enumerate(self.examples)}
@@ -113,22 +114,22 @@ class FinetuneTask(Task):
 
     def _losses(self, batch: Batch) -> Tensor:
         """Of each picture, weighted: [B]."""
-        return sample_weights(batch["t"], self.schedule, self.recipe) * self._errors(batch, self.recipe)
+        return self.levels.weight[batch["t"]] * self._errors(batch, self.recipe)
 
     def _errors(self, batch: Batch, options: LossSection) -> Tensor:
         x0, t = batch["x0"], batch["t"]
-        sample = noisy_latents(x0, batch["input_noise"], t, self.schedule)
+        sample = noisy_latents(x0, batch["input_noise"], t, self.levels)
         if "mask" in batch:
             sample = inpainting_input(sample, batch["mask"], batch["masked"])
         told, dtype = self.feed.conditioning(batch), self.unet.conv_in.weight.dtype
         output = self.unet(
-            sample.to(dtype, memory_format=torch.channels_last),
+            sample.to(dtype, memory_format=memory_format(sample.device)),
             t,
             told.tokens.to(dtype),
             pooled=None if told.pooled is None else told.pooled.to(dtype),
             time_ids=told.time_ids,
         )
-        target = training_target(x0, batch["noise"], t, self.schedule)
+        target = training_target(x0, batch["noise"], t, self.levels)
         return pixel_losses(output, target, options).mean((1, 2))
 
     # --- looking ------------------------------------------------------------------------------------------

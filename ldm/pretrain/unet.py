@@ -35,7 +35,9 @@ from ldm.models import AutoencoderKL, AutoencoderTiny
 from ldm.pretrain.alignment import Alignment
 from ldm.pretrain.clip import pick_captions, tokenise
 from ldm.pretrain.data import Pictures, cached, digest_of
+from ldm.runtime import memory_format
 from ldm.train.loss import (
+    Levels,
     draw_noise,
     draw_timesteps,
     noisy_latents,
@@ -130,6 +132,7 @@ class UNetTask(Task):
         self.parts, self.prompts = parts, prompts
         self.unet, self.text_encoder = parts.unet, parts.text_encoder
         self.schedule = Schedule.from_config(parts.scheduler)
+        self.levels = Levels(self.schedule)
         self.train_set, self.held_out = train, held_out
         defaults = {"object_weight": 2.0, "drop": 0.1, "text_lr": 0.5, "layout": 0.0}
         defaults |= {"align": 0.0, "repainted": 0.0}
@@ -195,8 +198,8 @@ class UNetTask(Task):
         """Error of the output against its target, squared, mean over channels: [B, h, w]."""
         x0, noise, t = batch["x0"], batch["noise"], batch["t"]
         tokens = self.text_encoder(input_ids=batch["ids"]).last_hidden_state
-        noisy = noisy_latents(x0, noise, t, self.schedule).contiguous(memory_format=torch.channels_last)
-        target = training_target(x0, noise, t, self.schedule)
+        noisy = noisy_latents(x0, noise, t, self.levels).contiguous(memory_format=memory_format(x0.device))
+        target = training_target(x0, noise, t, self.levels)
         return pixel_losses(self.unet(noisy, t, tokens), target, PLAIN)
 
     def evaluate(self) -> dict[str, float]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ldm.errors import UserError, abbreviate
 from ldm.files import whole_file
+from ldm.runtime import memory_format
 from ldm.train.optimiser import lr_factor, make_optimiser
 from ldm.train.processes import alone, mean
 from ldm.train.progress import Progress
@@ -49,7 +50,7 @@ class Run:
         self.task, self.recipe, self.run_dir, self.accelerator = task, recipe, run_dir, accelerator
         opt = recipe.optimiser
         task.to(accelerator.device)
-        task.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        task.to(memory_format=memory_format(accelerator.device))  # type: ignore[call-overload]
         task.train()
         optimiser = make_optimiser(task.parameter_groups(opt.learning_rate), opt)
         self.rates = [group["lr"] for group in optimiser.param_groups]
