@@ -12,6 +12,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -43,14 +44,17 @@ def measure(args: Namespace) -> None:
     """Print images per second and the peak of resident memory in GiB, of one peer, as JSON."""
     from bench import resident
 
+    from ldm.train.memory import freed_memory_kept
+
     (row,) = args.rows
     lora, defaults = row.startswith("lora"), row.endswith("defaults")
     step = ours(lora, args.batch) if args.peer == "ldm" else theirs(lora, defaults, args.batch)
     times = []
-    for _ in range(WARM_UP + args.repeats):
-        start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
+    with freed_memory_kept() if args.peer == "ldm" else nullcontext():  # as the training loop does
+        for _ in range(WARM_UP + args.repeats):
+            start = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - start)
     print(json.dumps([args.batch / median(times[WARM_UP:]), resident()["VmHWM"] / 1024]))
 
 
@@ -70,11 +74,9 @@ def ours(lora: bool, batch: int) -> Callable[[], None]:
         timestep_probabilities,
         training_target,
     )
-    from ldm.train.memory import keep_freed_memory
     from ldm.train.optimiser import make_optimiser
     from ldm.train.recipe import LossSection, OptimiserSection
 
-    keep_freed_memory()
     dtype = torch.bfloat16 if lora else torch.float32
     unet: Any = filled(lambda: UNet(UNetConfig(cross_attention_dim=768)), dtype)
     unet.to(memory_format=torch.channels_last)
