@@ -1,4 +1,4 @@
-"""That memory is kept shows in pages that the kernel need not clear again; that it is not, in resident ones."""
+"""That memory is kept shows in pages that the kernel need not clear, that it is not in resident ones."""
 
 import platform
 import re
