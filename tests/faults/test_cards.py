@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,14 +11,20 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from tiny_finetune import QUICK, WORD, write_pictures
 from tiny_tasks import tiny_parts, tiny_pictures, tiny_tokenizer, tiny_vae, unet_config
 from tiny_upscaler import SIDE, upscaler_parts
 from torch._dynamo.testing import CompileCounter
 
 from ldm.checkpoint import load_parts
 from ldm.cli.draw import draw_images
+from ldm.dataset.buckets import make_crop
+from ldm.dataset.cache import _opened as opened
+from ldm.dataset.examine import examine
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
+from ldm.finetune import finetune as finetuning
+from ldm.finetune.recipe import FinetuneRecipe
 from ldm.models import build
 from ldm.models.conditioning import Conditioning
 from ldm.pipeline import Pipeline
@@ -266,11 +273,12 @@ def scorer_task(folder):
 
 @pytest.fixture
 def another_device(monkeypatch):
-    """`meta` in place of a GPU: it refuses tensors of the CPU, and what is read from it is 0."""
+    """`meta` in place of a GPU: it refuses tensors of the CPU, and what is read from it is 0, or true."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     monkeypatch.setattr(torch.Tensor, "__float__", lambda self: 0.0)
     truth, cpu = torch.Tensor.__bool__, torch.Tensor.cpu
-    monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: not self.is_meta and truth(self))
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: self.is_meta or truth(self))
     monkeypatch.setattr(
         torch.Tensor,
         "cpu",
@@ -294,3 +302,59 @@ def test_a_task_is_looked_at_and_trained_where_its_modules_are(tmp_path, another
     if make is not scorer_task:  # its loss counts, which `meta` cannot
         loss, _ = task({name: value.to(another_device) for name, value in batch.items()})
         assert loss.is_meta
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mode": "lora", "center_crop": False, "shuffle_tags": True},
+        {"mode": "full", "train_text_encoder": True, "snr_gamma": 5.0},
+        WORD,
+    ],
+    ids=lambda options: options["mode"],
+)
+def test_a_fine_tuning_is_looked_at_and_made_where_its_modules_are(
+    tiny_folder, tmp_path, monkeypatch, another_device, options
+):
+    """What is not cached is encoded there too, and comes back as a batch on the CPU."""
+    tasks = []
+    monkeypatch.setattr(finetuning, "train", lambda task, *_: tasks.append(task.train()))
+    monkeypatch.setattr(finetuning, "_report", lambda *_: None)
+    given = {
+        "model": str(tiny_folder),
+        "train_data_dir": write_pictures(tmp_path / "data", words="<it> boat"),
+    }
+    given |= {"output_dir": tmp_path / "run", "held_out": 0.2, "train_batch_size": 2}
+    finetuning.finetune(FinetuneRecipe.model_validate(QUICK | given | options))
+    (task,) = tasks
+    for module in (task, task.parts.vae):
+        module.to(another_device)
+    batch = task.batch(torch.Generator().manual_seed(0), 2, 0)
+    assert {value.device.type for value in batch.values()} == {"cpu"}
+    assert task({name: value.to(another_device) for name, value in batch.items()})[0].is_meta
+    task.eval()
+    with torch.no_grad():
+        assert task.evaluate() == {"held_out_loss": 0}
+        assert task.picture(tmp_path) is not None
+
+
+@pytest.mark.parametrize(("processes", "readers"), [("1", 8), ("4", 2), ("16", 1)])
+def test_processes_of_one_machine_do_not_read_a_folder_with_all_its_cores_each(
+    tmp_path, monkeypatch, processes, readers
+):
+    write_pictures(tmp_path / "data", 2)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    pools = []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, workers):
+            pools.append(workers)
+            super().__init__(workers)
+
+    monkeypatch.setattr("ldm.dataset.examine.ThreadPoolExecutor", Pool)
+    monkeypatch.setattr("ldm.dataset.cache.ThreadPoolExecutor", Pool)
+    (first, _) = examine(tmp_path / "data").examples
+    ((_, (picture,)),) = opened([[(first, make_crop(first.size, (64, 64)))]])
+    assert picture.shape == (3, 64, 64)
+    assert pools == [readers, readers + 4]
