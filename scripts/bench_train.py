@@ -10,6 +10,7 @@ import json
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import nullcontext
 from statistics import median
 from typing import Any
 
@@ -38,14 +39,17 @@ def compare(args: Namespace) -> None:
 
 def measure(args: Namespace) -> None:
     """Print images per second and the peak of resident memory in GiB, of one peer, as JSON."""
+    from ldm.train.memory import freed_memory_kept
+
     (row,) = args.rows
     lora, defaults = row.startswith("lora"), row.endswith("defaults")
     step = ours(lora, args.batch) if args.peer == "ldm" else theirs(lora, defaults, args.batch)
     times = []
-    for _ in range(WARM_UP + args.repeats):
-        start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
+    with freed_memory_kept() if args.peer == "ldm" else nullcontext():  # as the training loop does
+        for _ in range(WARM_UP + args.repeats):
+            start = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - start)
     print(json.dumps([args.batch / median(times[WARM_UP:]), resident()["VmHWM"] / 1024]))
 
 
@@ -57,19 +61,17 @@ def ours(lora: bool, batch: int) -> Callable[[], None]:
     from ldm.models.config import UNetConfig
     from ldm.models.unet import UNet
     from ldm.train.loss import (
+        Levels,
         draw_noise,
         draw_timesteps,
         noisy_latents,
         pixel_losses,
-        sample_weights,
         timestep_probabilities,
         training_target,
     )
-    from ldm.train.memory import keep_freed_memory
     from ldm.train.optimiser import make_optimiser
     from ldm.train.recipe import LossSection, OptimiserSection
 
-    keep_freed_memory()
     dtype = torch.bfloat16 if lora else torch.float32
     unet: Any = filled(lambda: UNet(UNetConfig(cross_attention_dim=768)), dtype)
     unet.to(memory_format=torch.channels_last)
@@ -78,19 +80,19 @@ def ours(lora: bool, batch: int) -> Callable[[], None]:
     trained = [p for p in unet.parameters() if p.requires_grad]
     options, settings = LossSection(), OptimiserSection()
     optimiser = make_optimiser(trained, settings)
-    schedule = Schedule.from_config(BETAS)
-    probabilities = timestep_probabilities(options, len(schedule.alphas_cumprod))
+    levels = Levels(Schedule.from_config(BETAS), options)
+    probabilities = timestep_probabilities(options, len(levels.sigma))
     rng = torch.Generator().manual_seed(0)
     x0, tokens = torch.randn(batch, 4, 32, 32), torch.randn(batch, 77, 768)
 
     def step() -> None:
         t = draw_timesteps(probabilities, batch, rng)
         noise, input_noise = draw_noise(x0.shape, options, rng)
-        sample = noisy_latents(x0, input_noise, t, schedule)
+        sample = noisy_latents(x0, input_noise, t, levels)
         with torch.autocast("cpu", torch.bfloat16):
             output = unet(sample.to(dtype, memory_format=torch.channels_last), t, tokens.to(dtype))
-            losses = pixel_losses(output, training_target(x0, noise, t, schedule), options).mean((1, 2))
-            loss = (sample_weights(t, schedule, options) * losses).mean()
+            losses = pixel_losses(output, training_target(x0, noise, t, levels), options).mean((1, 2))
+            loss = (levels.weight[t] * losses).mean()
         loss.backward()  # type: ignore[no-untyped-call]
         float(torch.nn.utils.clip_grad_norm_(trained, 1.0))
         optimiser.step()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.adapters.deltas import Delta
+from ldm.runtime import memory_format
 
 M = TypeVar("M", bound=nn.Module)
 Weighted = tuple[Delta, float]  # and how strongly
@@ -102,7 +103,7 @@ def _beside(layer: nn.Module, deltas: Sequence[Weighted]) -> nn.Module:
     up = torch.cat([weight * up for (_, up), weight in factors], dim=1).to(layer.weight.dtype)
     if isinstance(layer, nn.Linear):
         return AdaptedLinear(layer, down, up)
-    return AdaptedConv2d(layer, down.contiguous(memory_format=torch.channels_last), up)
+    return AdaptedConv2d(layer, down.contiguous(memory_format=memory_format(down.device)), up)
 
 
 def _own_weight(layer: nn.Module, deltas: Sequence[Weighted]) -> nn.Parameter:

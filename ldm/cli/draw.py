@@ -107,6 +107,7 @@ def draw_images(job: Job, batch: Batch, title: str, quiet: bool) -> list[Image]:
     """The pictures of one batch, with a bar; running out of memory becomes a UserError."""
     from ldm.images.pixels import to_pil
     from ldm.pipeline.sample import draw_batch
+    from ldm.runtime import is_out_of_memory
 
     steps = len(job.grid.timesteps)
     try:
@@ -115,7 +116,7 @@ def draw_images(job: Job, batch: Batch, title: str, quiet: bool) -> list[Image]:
         with bar(title, "it/s", quiet, steps) as on_progress:
             return to_pil(draw_batch(job, batch, lambda step: on_progress(step.i + 1, steps)))
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or "memory" in str(error):
+        if is_out_of_memory(error):
             size = f"{len(batch)} pictures of {job.request.width}x{job.request.height}"
             raise UserError(
                 f"not enough memory for {size}: ask for smaller ones, or fewer at once"

@@ -41,6 +41,7 @@ from ldm.models import VAE, LatentDist
 from ldm.models.conditioning import Conditioning
 from ldm.pipeline.networks import encode
 from ldm.prompts.text_encoder import Clip, TextEncoder
+from ldm.runtime import local_cores
 
 if TYPE_CHECKING:
     from ldm.dataset.findings import Example
@@ -202,7 +203,7 @@ def open_and_crop(example: Example, crop: Crop) -> Tensor:
 
 def _opened(batches: Iterable[list[Cropped]]) -> Iterator[tuple[list[Cropped], list[Tensor]]]:
     """Each batch with its pictures, those of the next being read in the meantime."""
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(local_cores() + 4) as pool:
         coming: deque[tuple[list[Cropped], list[Future[Tensor]]]] = deque()
         for batch in batches:
             coming.append((batch, [pool.submit(open_and_crop, *each) for each in batch]))

@@ -7,7 +7,6 @@ Nothing in the folder is ever written to, moved or deleted. No torch here: it an
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from ldm.dataset.duplicates import find_near_duplicates
 from ldm.dataset.findings import EFFECTS, Effect, Examined, Example, Finding
 from ldm.dataset.picture import Fault, PictureInfo, inspect_picture
 from ldm.errors import UserError
+from ldm.runtime import local_cores
 
 MAX_ASPECT = 3.0  # of the longer side to the shorter
 MISSING: dict[str, tuple[Effect, str]] = {
@@ -86,7 +86,7 @@ def examine(
 
 def _inspect_all(pictures: Sequence[Path], on_progress: Progress | None) -> dict[Path, PictureInfo | Fault]:
     """Threads, since decoding and hashing release the interpreter's lock: as fast as processes here."""
-    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(local_cores()) as pool:
         warnings.simplefilter("ignore")  # of odd metadata, and of sizes that are large but not too large
         jobs = {pool.submit(inspect_picture, path): path for path in pictures}
         try:

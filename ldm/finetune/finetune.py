@@ -38,6 +38,7 @@ from ldm.pipeline.resolve import native_size
 from ldm.runtime import Runtime, choose
 from ldm.train.loop import check_tracker, train
 from ldm.train.memory import checkpoint_blocks
+from ldm.train.processes import LONGEST_WAIT
 from ldm.train.state import check_recipe, damage, flat, newest_state
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def finetune(recipe: FinetuneRecipe) -> None:
     from accelerate.utils import parse_flag_from_env
 
     # As Accelerator, which follows, does by itself: else processes on a CPU would not know of each other.
-    processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=LONGEST_WAIT)
     log = print if processes.is_main_process else _silent
     _check(recipe, processes.device)
     trained, held_out = _pictures(recipe, log)

@@ -156,7 +156,7 @@ def _inject(module: nn.Module, config: Any) -> nn.Module:
         layer.lora_B.float()
         if config.use_dora:
             _measure(layer)
-        else:
+        elif hasattr(layer, "_cast_input_dtype"):  # private to peft: without it the same, but slower
             layer._cast_input_dtype = _cast
     return adapted.train(module.training)
 

@@ -24,14 +24,14 @@ from ldm.finetune.modes import TEXT_ENCODERS, Mode
 from ldm.finetune.recipe import FinetuneRecipe
 from ldm.images.pixels import contact_sheet, to_pil
 from ldm.pipeline import Pipeline
-from ldm.runtime import Runtime
+from ldm.runtime import Runtime, memory_format
 from ldm.train.loss import (
     PLAIN_LOSS,
+    Levels,
     denoising_losses,
     draw_noise,
     draw_timesteps,
     prior_preservation_loss,
-    sample_weights,
     timestep_probabilities,
 )
 from ldm.train.recipe import LossSection
@@ -66,6 +66,7 @@ class FinetuneTask(Task):
         )
         self.schedule = Schedule.from_config(dict(parts.scheduler))
         self.steps = len(self.schedule.alphas_cumprod)
+        self.levels = Levels(self.schedule, recipe)
         self.probabilities = timestep_probabilities(recipe, self.steps)
         self.examples = [*splits.train.examples, *(splits.prior.examples if splits.prior else ())]
         self.number = {example: i for i, example in enumerate(self.examples)}
@@ -112,13 +113,13 @@ class FinetuneTask(Task):
 
     def _losses(self, batch: Batch) -> Tensor:
         """Of each picture, weighted: [B]."""
-        return sample_weights(batch["t"], self.schedule, self.recipe) * self._unweighted(batch, self.recipe)
+        return self.levels.weight[batch["t"]] * self._unweighted(batch, self.recipe)
 
     def _unweighted(self, batch: Batch, options: LossSection) -> Tensor:
         """Of each picture: [B]."""
         x0, noise, input_noise = (batch[name] for name in ("x0", "noise", "input_noise"))
         predict = partial(self._predict, batch)
-        losses = denoising_losses(predict, x0, noise, batch["t"], self.schedule, options, input_noise)
+        losses = denoising_losses(predict, x0, noise, batch["t"], self.levels, options, input_noise)
         return losses.mean((1, 2))
 
     def _predict(self, batch: Batch, sample: Tensor, t: Tensor) -> Tensor:
@@ -127,7 +128,7 @@ class FinetuneTask(Task):
             sample = inpainting_input(sample, batch["mask"], batch["masked"])
         cond, dtype = self.feed.conditioning(batch), self.unet.conv_in.weight.dtype
         output: Tensor = self.unet(
-            sample.to(dtype, memory_format=torch.channels_last),
+            sample.to(dtype, memory_format=memory_format(sample.device)),
             t,
             cond.tokens.to(dtype),
             pooled=None if cond.pooled is None else cond.pooled.to(dtype),

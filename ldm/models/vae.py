@@ -141,6 +141,7 @@ class AutoencoderKL(nn.Module):
         self.config = config
         self.latent_channels = config.latent_channels
         self.downscale = 2 ** (len(config.block_out_channels) - 1)
+        self.full_size_channels = max(config.block_out_channels[:2])  # of the widest features at H x W
         self.scaling_factor = config.scaling_factor
         self.shift_factor = config.shift_factor or 0.0
         self.force_upcast = config.force_upcast
@@ -258,6 +259,7 @@ class AutoencoderTiny(nn.Module):
         self.config = config
         self.latent_channels = config.latent_channels
         self.downscale = 2 ** (len(config.num_encoder_blocks) - 1)
+        self.full_size_channels = config.decoder_block_out_channels[0]
         self.scaling_factor = config.scaling_factor
         self.shift_factor = config.shift_factor
         self.force_upcast = config.force_upcast

@@ -263,7 +263,7 @@ def cut_into_batches(
     lengths = dict.fromkeys(prompts, 1)  # given embeddings have one length, and so has one prompt
     if inputs.prompt_embeds is None and len(prompts) > 1:
         lengths = {p: model.text.count_windows(*request.texts) for p, request in prompts.items()}
-    at_once = model.runtime.images_at_once(*pictures[0].prompt_request.size)
+    at_once = model.images_at_once(*pictures[0].prompt_request.size)
     size = at_once if size is None else min(size, at_once)
     for _, alike in itertools.groupby(pictures, key=lambda picture: lengths[picture.prompt]):
         group = tuple(alike)

@@ -105,8 +105,10 @@ class CLIPTask(Task):
     def evaluate(self) -> dict[str, float]:
         """How often the right picture is found for a held-out caption among 256."""
         index = torch.arange(min(256, len(self.held_out)))
-        image, text, _ = self._embed(self.held_out.tensors(index), self.held_out_token_ids[index, 0].long())
-        found = (text @ image.T).argmax(1) == index
+        device = self.clip.logit_scale.device
+        pictures, ids = self.held_out.tensors(index), self.held_out_token_ids[index, 0].long()
+        image, text, _ = self._embed(pictures.to(device), ids.to(device))
+        found = (text @ image.T).argmax(1) == index.to(device)
         return {"held_out_retrieval": float(found.float().mean())}
 
     def picture(self, folder: Path) -> Image.Image | None:

@@ -22,6 +22,7 @@ from ldm.errors import UserError
 from ldm.models import UNet
 from ldm.pretrain.data import digest_of
 from ldm.pretrain.unet import LatentDataset, UNetTask
+from ldm.runtime import memory_format
 from ldm.train.loss import PLAIN_LOSS, noisy_latents, pixel_losses
 from ldm.train.recipe import loss_settings
 from ldm.train.task import Batch
@@ -76,7 +77,7 @@ class DistilTask(UNetTask):
 
     def _pixel_losses(self, batch: Batch) -> Tensor:
         tokens = self.text_encoder(input_ids=batch["ids"]).last_hidden_state
-        x = noisy_latents(batch["x0"], batch["noise"], batch["t"], self.schedule)
+        x = noisy_latents(batch["x0"], batch["noise"], batch["t"], self.levels)
         target = self._target(x, batch["step"], tokens)
         return pixel_losses(self._velocity(self.unet, x, batch["t"], tokens), target, PLAIN_LOSS)
 
@@ -101,7 +102,7 @@ class DistilTask(UNetTask):
 
     @staticmethod
     def _velocity(unet: UNet, x: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
-        answer: Tensor = unet(x.contiguous(memory_format=torch.channels_last), t, tokens)
+        answer: Tensor = unet(x.contiguous(memory_format=memory_format(x.device)), t, tokens)
         return answer.float()
 
     def evaluate(self) -> dict[str, float]:

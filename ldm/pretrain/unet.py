@@ -43,8 +43,10 @@ from ldm.pretrain.clip import pick_captions, tokenise
 from ldm.pretrain.data import Pictures, cached, digest_of
 from ldm.pretrain.vae import load_vae
 from ldm.pretrain.widen import widen_latents
+from ldm.runtime import memory_format
 from ldm.train.loss import (
     PLAIN_LOSS,
+    Levels,
     denoising_losses,
     draw_noise,
     draw_timesteps,
@@ -170,6 +172,7 @@ class UNetTask(Task):
         self.parts, self.prompts = parts, prompts
         self.unet, self.text_encoder = parts.unet, parts.text_encoder
         self.schedule = Schedule.from_config(parts.scheduler)
+        self.levels = Levels(self.schedule)
         self.train_set, self.held_out = train, held_out
         defaults = {"object_weight": 2.0, "drop": 0.1, "text_lr": 0.5, "layout": 0.0}
         defaults |= {"align": 0.0, "repainted": 0.0}
@@ -242,10 +245,11 @@ class UNetTask(Task):
         tokens = self.text_encoder(input_ids=batch["ids"]).last_hidden_state
 
         def predict(noisy: Tensor, t: Tensor) -> Tensor:
-            output: Tensor = self.unet(noisy.contiguous(memory_format=torch.channels_last), t, tokens)
+            layout = memory_format(noisy.device)
+            output: Tensor = self.unet(noisy.contiguous(memory_format=layout), t, tokens)
             return output
 
-        return denoising_losses(predict, batch["x0"], batch["noise"], batch["t"], self.schedule)
+        return denoising_losses(predict, batch["x0"], batch["noise"], batch["t"], self.levels)
 
     def evaluate(self) -> dict[str, float]:
         data, rng = self.held_out, torch.Generator().manual_seed(0)

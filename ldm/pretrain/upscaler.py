@@ -34,8 +34,10 @@ from ldm.models import AutoencoderKL, AutoencoderTiny, UNet, build
 from ldm.postcards.scoring.sources import to_uint8
 from ldm.postcards.scoring.upscaling import bicubic
 from ldm.pretrain.data import Pictures, cached, crop_squares, digest_of
+from ldm.runtime import memory_format
 from ldm.train.loss import (
     PLAIN_LOSS,
+    Levels,
     draw_noise,
     draw_timesteps,
     noisy_latents,
@@ -146,6 +148,7 @@ class UpscalerTask(Task):
                 f"and {parts.max_noise_level})"
             )
         self.signal = noise_levels(parts.low_res_scheduler or {})[: parts.max_noise_level + 1]
+        self.levels = Levels(self.schedule)
         self.train_set, self.held_out = train, held_out
         defaults = {"crop": 64.0, "degraded": 0.5, "noised": 0.5, "pixels": 0.0}
         self.weights = loss_settings(defaults, loss, shares=("degraded", "noised"))
@@ -189,10 +192,10 @@ class UpscalerTask(Task):
     def _losses_and_x0(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The squared error of the output, mean over channels [B, h, w]; the clean latents it speaks of."""
         with torch.no_grad():
-            large = batch["large"].contiguous(memory_format=torch.channels_last)
+            large = batch["large"].contiguous(memory_format=memory_format(batch["large"].device))
             x0 = self.vae.encode_latents(large).float()
-        noisy = noisy_latents(x0, batch["noise"], batch["t"], self.schedule)
-        target = training_target(x0, batch["noise"], batch["t"], self.schedule)
+        noisy = noisy_latents(x0, batch["noise"], batch["t"], self.levels)
+        target = training_target(x0, batch["noise"], batch["t"], self.levels)
         answer = self._answer(noisy, batch).float()
         return pixel_losses(answer, target, PLAIN_LOSS), self._predict_x0(answer, noisy, batch["t"])
 
@@ -200,10 +203,11 @@ class UpscalerTask(Task):
         """The clean latents that an answer speaks of: alpha x - sigma v. Pure noise has no sigma for `x0`."""
         if self.schedule.prediction is Prediction.SAMPLE:
             return answer
-        return noisy_latents(noisy, -answer, t, self.schedule)
+        return noisy_latents(noisy, -answer, t, self.levels)
 
     def _answer(self, noisy: Tensor, batch: Batch) -> Tensor:
-        sample = torch.cat([noisy, batch["small"]], 1).contiguous(memory_format=torch.channels_last)
+        sample = torch.cat([noisy, batch["small"]], 1)
+        sample = sample.contiguous(memory_format=memory_format(sample.device))
         no_text = sample.new_zeros(len(sample), 1, 1)
         answer: Tensor = self.unet(sample, batch["t"], no_text, class_labels=batch["level"])
         return answer

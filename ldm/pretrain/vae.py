@@ -31,6 +31,7 @@ from ldm.errors import UserError
 from ldm.images.pixels import contact_sheet, to_pil
 from ldm.models import AutoencoderKL, AutoencoderTiny, build
 from ldm.pretrain.data import Pictures, crop_squares
+from ldm.runtime import memory_format
 from ldm.train.recipe import loss_settings
 from ldm.train.task import Batch, Task
 
@@ -105,7 +106,7 @@ class VAETask(Task):
         return crop_squares(x, corners, side)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        x = batch["x"].contiguous(memory_format=torch.channels_last)
+        x = batch["x"].contiguous(memory_format=memory_format(batch["x"].device))
         with torch.set_grad_enabled(not self.decoder_only):
             z = self.vae.encode_latents(x)
         loss, extra = self._of_latents(z, x)

@@ -7,14 +7,14 @@ that is interrupted, inside its accumulation too, is made again from its beginni
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.errors import UserError
 from ldm.train.lock import only_run
-from ldm.train.memory import keep_freed_memory
-from ldm.train.processes import alone, stop_signals
+from ldm.train.memory import freed_memory_kept
+from ldm.train.processes import LONGEST_WAIT, alone, stop_signals
 from ldm.train.recipe import Trainable
 from ldm.train.run import Run
 from ldm.train.task import Task
@@ -34,13 +34,17 @@ def train(task: Task, recipe: Trainable, run_dir: Path) -> None:
             is full, or if the loss is NaN or Inf. The message names the last state, which is whole.
     """
     accelerator = _accelerator(recipe, run_dir)
-    if accelerator.device.type == "cpu":
-        keep_freed_memory()
+    with freed_memory_kept() if accelerator.device.type == "cpu" else nullcontext():
+        _train(task, recipe, run_dir, accelerator)
+
+
+def _train(task: Task, recipe: Trainable, run_dir: Path, accelerator: Accelerator) -> None:
     with ExitStack() as stack:
         alone(accelerator, lambda: stack.enter_context(only_run(run_dir)))
         for tracker in accelerator.trackers:
             stack.callback(tracker.finish)
         run = Run(task, recipe, run_dir, accelerator)
+        stack.callback(run.batches.close)
         stopped = stack.enter_context(stop_signals())
         stack.enter_context(run.guarded())
         if run.fraction >= 1:
@@ -71,14 +75,16 @@ def check_tracker(name: str) -> None:
 
 
 def _accelerator(recipe: Trainable, run_dir: Path) -> Accelerator:
-    from accelerate import Accelerator
+    from accelerate import Accelerator, InitProcessGroupKwargs
 
     tracker = recipe.run.report_to
     check_tracker(tracker)
-    if tracker == "none":
-        return Accelerator(mixed_precision=recipe.run.mixed_precision)
     accelerator = Accelerator(
-        mixed_precision=recipe.run.mixed_precision, log_with=tracker, project_dir=run_dir
+        mixed_precision=recipe.run.mixed_precision,
+        log_with=None if tracker == "none" else tracker,
+        project_dir=run_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
     )
-    accelerator.init_trackers("tensorboard")
+    if tracker != "none":
+        accelerator.init_trackers("tensorboard")
     return accelerator

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# How long a process waits for another that looks, saves or fills a cache. torch's own 10 minutes on a GPU are
+# soon over; one that dies does not keep the others waiting, as torchrun ends them.
+LONGEST_WAIT = timedelta(days=7)
 SAME_SIGNAL_S = 2.0  # torchrun sends on the Ctrl-C that the terminal has sent already
 
 

@@ -208,6 +208,13 @@ def test_autocast_without_casts_to_fp32(parts):
     assert torch.equal(ours, peft)
 
 
+def test_a_peft_without_its_private_cast_is_left_as_it_is(parts, monkeypatch):
+    """The cast is replaced for speed alone; where there is none, nothing is put there that nobody calls."""
+    monkeypatch.delattr("peft.tuners.tuners_utils.BaseTunerLayer._cast_input_dtype")
+    unet = add_lora(in_bf16(parts), **SMALL).unet
+    assert not any("_cast_input_dtype" in vars(module) for module in unet.modules())
+
+
 def test_bf16_draws_without_autocast(parts):
     """As pipelines call the U-Net: A and B compute in their fp32."""
     unet = begin(add_lora(in_bf16(parts), **SMALL).unet)

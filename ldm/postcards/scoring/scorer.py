@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ldm.errors import UserError
+from ldm.runtime import memory_format
 
 SIZE = 128  # the size of picture that it looks at
 MAX_COUNT = 3
@@ -182,7 +183,7 @@ class Scorer(nn.Module):
 
     def forward(self, images: Tensor) -> Scores:
         """images: [B, 3, 128, 128] in [-1, 1]."""
-        images = images.contiguous(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=memory_format(images.device))
         tokens = self.trunk(images).permute(0, 2, 3, 1)  # [B, 16, 16, D]
         # The pooling sums 256 small numbers, which bf16 cannot.
         with torch.autocast(images.device.type, enabled=False):
