@@ -24,7 +24,7 @@ def main() -> None:
         import ldm
         from ldm.postcards.scoring.gallery import draw_gallery
 
-        prompts = args.prompts.read_text("utf-8").splitlines()
+        prompts = args.prompts.read_text(encoding="utf-8-sig").splitlines()
         draw_gallery(ldm.load(args.model) if args.model else ldm.load(), prompts, args.out)
 
 
