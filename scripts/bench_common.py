@@ -20,5 +20,5 @@ def in_new_process(what: str, peer: str, *arguments: object) -> Any:
 
 def resident() -> dict[str, float]:
     """MiB by the names in /proc/self/status."""
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return {name: int(kib) / 1024 for name, kib in re.findall(r"^(\w+):\s+(\d+) kB$", status, re.M)}

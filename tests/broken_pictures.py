@@ -46,15 +46,15 @@ def make_folder(tmp_path):
     return tmp_path / "mine"
 
 
-def look(folder, **values):
+def examine_pictures(folder, **values):
     return examine(folder, **{"resolution": 64, "missing_caption": "empty"} | values)
 
 
-def told(folder, **values):
+def found_in(folder, **values):
     """(effect, kind, file) of all findings but those of missing captions."""
     return [
         (found.effect, found.kind, found.path and found.path.relative_to(folder).as_posix())
-        for found in look(folder, **values).findings
+        for found in examine_pictures(folder, **values).findings
         if found.kind != "missing caption"
     ]
 

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 Log = Callable[[str], object]
 MOST_FINDINGS = 5  # of each kind that are listed
-MOST_HELD_OUT = 64  # pictures: the held-out loss is steady by then, and each look at it takes its time
+MOST_HELD_OUT = 64  # pictures: the held-out loss is steady by then, and each validation takes its time
 MOST_PROMPTS = 4  # captions that are drawn where the recipe has no prompts
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

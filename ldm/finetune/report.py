@@ -154,9 +154,9 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     trained = [row for row in rows if "samples_per_s" in row]
     held_out = [row for row in rows if "samples_per_s" not in row]
     figures = {name: _figure(name, points, dots=False) for name, points in _series(trained)}
-    looks = {name: _figure(name, points, dots=True) for name, points in _series(held_out)}
+    validated = {name: _figure(name, points, dots=True) for name, points in _series(held_out)}
     loss = [figures.pop("loss")] if "loss" in figures else []
-    shown = [*loss, *looks.values(), *figures.values()]
+    shown = [*loss, *validated.values(), *figures.values()]
     yield f'<div class="pair">{"".join(shown)}</div>' if shown else "<p>Nothing was logged.</p>"
 
 
@@ -167,7 +167,7 @@ def _series(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[Point
 
 
 def _figure(name: str, points: Sequence[Point], dots: bool) -> str:
-    """A curve below its name and last value: dots for what is looked at now and then, else smoothed."""
+    """A curve below its name and last value: dots for what is measured now and then, else smoothed."""
     step, value = points[-1]
     values = f"{value:.5g} at step {step:.10g}"
     if dots:

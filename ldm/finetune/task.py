@@ -1,4 +1,4 @@
-"""What a step of fine-tuning is: a batch of pictures, its loss, and what one looks at on the way."""
+"""What a step of fine-tuning is: a batch of pictures, its loss, and its validation on the way."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from ldm.train.loss import (
 from ldm.train.recipe import LossSection
 from ldm.train.task import Batch, Task
 
-LEVELS = 8  # noise levels at which each held-out picture is looked at
+LEVELS = 8  # noise levels at which each held-out picture is tried
 PRIOR = "prior."  # before the names of what is of the class's pictures, in a batch
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -136,7 +136,7 @@ class FinetuneTask(Task):
         )
         return output
 
-    # --- looking ------------------------------------------------------------------------------------------
+    # --- validation ---------------------------------------------------------------------------------------
 
     def evaluate(self) -> dict[str, float]:
         """The plain loss of held-out pictures, each at the same noise and noise levels every time.

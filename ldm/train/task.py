@@ -15,7 +15,7 @@ Batch = dict[str, Tensor]
 
 
 class Task(nn.Module, ABC):
-    """What is trained: modules, a loss, and how to look at them. The loop optimises its parameters."""
+    """What is trained: modules, a loss, and how they are validated. The loop optimises its parameters."""
 
     facts: Mapping[str, Any] = {}  # beside the recipe, what a run that is gone on with should have kept
     validates_first = False  # before the first step too: for weights that are not random

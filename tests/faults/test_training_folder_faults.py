@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from broken_pictures import look, make_folder, scene, told
+from broken_pictures import examine_pictures, found_in, make_folder, scene
 
 
 @pytest.fixture
@@ -17,12 +17,16 @@ def test_copies(folder):
     (folder / "two.png").write_bytes(data)
     (folder / "two.txt").write_text("another caption")
     scene(0).resize((48, 36)).save(folder / "small.jpg", quality=80)
-    assert told(folder) == [
+    assert found_in(folder) == [
         ("skipped", "duplicate", "same.png"),
         ("note", "duplicate", "two.png"),
         ("note", "near duplicate", "small.jpg"),
     ]
-    assert [example.path.name for example in look(folder).examples] == ["good.png", "small.jpg", "two.png"]
+    assert [example.path.name for example in examine_pictures(folder).examples] == [
+        "good.png",
+        "small.jpg",
+        "two.png",
+    ]
 
 
 def test_links(folder, tmp_path):
@@ -38,7 +42,7 @@ def test_links(folder, tmp_path):
     (folder / "gone.png").symlink_to(folder / "nothing.png")
     (folder / "good.txt").symlink_to(outside / "caption.txt")
     (folder / "again.png").symlink_to(folder / "good.png")
-    assert told(folder) == [
+    assert found_in(folder) == [
         ("skipped", "duplicate", "good.png"),
         *[("skipped", "link", name) for name in ("folder", "gone.png", "good.txt", "loop.png", "out.png")],
     ]
@@ -60,13 +64,15 @@ def test_rows_and_files_that_do_not_meet(folder, tmp_path):
     )
     more = ("x" * 5000, "f"), ("good.png", "again")
     (folder / "metadata.jsonl").write_text(rows(*listed, *more))
-    assert told(folder, missing_caption="error") == [
+    assert found_in(folder, missing_caption="error") == [
         ("stops", "file without a row", "other.png"),
         ("skipped", "repeated row", "metadata.jsonl"),
         *[("skipped", "row leaves the folder", "metadata.jsonl")] * 2,
         *[("skipped", "row without a file", "metadata.jsonl")] * 3,
     ]
-    texts = [found.text for found in look(folder).findings if found.kind == "row leaves the folder"]
+    texts = [
+        found.text for found in examine_pictures(folder).findings if found.kind == "row leaves the folder"
+    ]
     assert texts[0].startswith("row 2: ../x.png lies outside")
 
 
@@ -88,7 +94,7 @@ def test_rows_and_files_that_do_not_meet(folder, tmp_path):
 )
 def test_broken_tables_stop_the_run(folder, name, data, kind, said):
     (folder / name).write_bytes(data)
-    examined = look(folder)
+    examined = examine_pictures(folder)
     first = examined.findings[0]
     assert (first.effect, first.kind, first.path) == ("stops", kind, folder / name)
     assert said in first.text
@@ -98,13 +104,13 @@ def test_broken_tables_stop_the_run(folder, name, data, kind, said):
 def test_a_broken_parquet_table(folder):
     pytest.importorskip("pyarrow")
     (folder / "metadata.parquet").write_bytes(b"PAR1 and no more PAR1")
-    assert told(folder)[0] == ("stops", "broken table", "metadata.parquet")
+    assert found_in(folder)[0] == ("stops", "broken table", "metadata.parquet")
 
 
 def test_one_broken_row_does_not_hide_the_others(folder):
     scene(1).save(folder / "b.png")
     (folder / "metadata.jsonl").write_text("{\n" + rows(("good.png", "a")) + "]\n" + rows(("b.png", "b")))
-    examined = look(folder)
+    examined = examine_pictures(folder)
     assert [example.caption for example in examined.examples] == ["b", "a"]
     assert [found.text[:5] for found in examined.findings] == ["row 1", "row 3"]
 
@@ -115,7 +121,7 @@ def test_captions_that_are_no_text_or_have_no_picture(folder):
     (folder / "phone.HEIC").write_bytes(b"....ftypheic")
     (folder / "metadata.csv").write_text("file_name,text\n")
     (folder / "metadata.jsonl").write_text("")
-    assert told(folder, missing_caption="error") == [
+    assert found_in(folder, missing_caption="error") == [
         ("stops", "unreadable caption", "good.png"),
         ("skipped", "other format", "phone.HEIC"),
         ("note", "caption without a picture", "gone.txt"),

@@ -9,12 +9,12 @@ from broken_pictures import (
     PNG,
     WEBP,
     encoded,
+    examine_pictures,
     exif,
+    found_in,
     huge_png,
-    look,
     make_folder,
     scene,
-    told,
 )
 from PIL import Image
 
@@ -46,8 +46,8 @@ def folder(tmp_path):
 )
 def test_files_that_cannot_be_trained_on(folder, name, data, kind):
     (folder / name).write_bytes(data)
-    examined = look(folder)
-    assert told(folder) == [("skipped", kind, name)]
+    examined = examine_pictures(folder)
+    assert found_in(folder) == [("skipped", kind, name)]
     assert [example.path.name for example in examined.examples] == ["good.png"]
     assert examined.can_train
     with pytest.raises(ldm.UserError, match=name):
@@ -56,13 +56,13 @@ def test_files_that_cannot_be_trained_on(folder, name, data, kind):
 
 def test_a_web_page_is_called_one(folder):
     (folder / "page.jpg").write_text("\n<html>moved</html>")
-    texts = [found.text for found in look(folder).findings if found.kind == "not an image"]
+    texts = [found.text for found in examine_pictures(folder).findings if found.kind == "not an image"]
     assert texts == ["its content is no picture but a web page: it is skipped"]
 
 
 def test_nothing_readable_stops(folder):
     (folder / "good.png").write_bytes(b"")
-    assert told(folder) == [("stops", "no pictures", None), ("skipped", "unreadable", "good.png")]
+    assert found_in(folder) == [("stops", "no pictures", None), ("skipped", "unreadable", "good.png")]
 
 
 def close(image, expected, levels=1.0):
@@ -104,7 +104,7 @@ WHITE_RED.paste("white", (0, 0, 48, 72))
 )
 def test_files_that_are_fixed_when_loaded(folder, name, data, kind, expected):
     (folder / name).write_bytes(data)
-    assert told(folder) == [("fixed", kind, name)]
+    assert found_in(folder) == [("fixed", kind, name)]
     opened = open_picture(folder / name)
     assert opened.mode == "RGB"
     assert close(opened, expected, levels=2.0)
@@ -133,38 +133,38 @@ def test_pictures_are_turned_upright(folder, orientation, form):
     name = f"turned.{form.lower()}"
     (folder / name).write_bytes(data)
     assert close(open_picture(folder / name), upright, levels=2.0)
-    (example,) = (example for example in look(folder).examples if example.path.name == name)
+    (example,) = (example for example in examine_pictures(folder).examples if example.path.name == name)
     assert example.size == (72, 96)
     if form != "TIFF":  # Pillow turns those by itself
-        assert told(folder) == [("fixed", "EXIF-rotated", name)]
+        assert found_in(folder) == [("fixed", "EXIF-rotated", name)]
 
 
 def test_a_turned_copy_looks_the_same(folder):
     scene(0).transpose(Image.Transpose.ROTATE_90).save(folder / "turned.jpg", exif=exif(6), quality=95)
-    assert ("note", "near duplicate", "turned.jpg") in told(folder)
+    assert ("note", "near duplicate", "turned.jpg") in found_in(folder)
 
 
 def test_opaque_pictures_with_an_alpha_channel_are_no_finding(folder):
     scene(9).convert("RGBA").save(folder / "opaque.png")
-    assert told(folder) == []
+    assert found_in(folder) == []
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_broken_exif_costs_no_picture(folder):
     broken = encoded(scene(9), "JPEG", exif=b"Exif\x00\x00MM\x00\x2a\xff\xff\xff\xff\x00")
     (folder / "odd.jpg").write_bytes(broken)
-    assert told(folder) == []
+    assert found_in(folder) == []
     assert open_picture(folder / "odd.jpg").size == (96, 72)
 
 
 def test_plain_pictures_of_other_colours_are_not_alike(folder):
     for i, colour in enumerate(("red", "blue", "white", "black")):
         Image.new("RGB", (64, 64), colour).save(folder / f"{i}.png")
-    assert told(folder) == []
+    assert found_in(folder) == []
 
 
 def test_tiny_and_extreme(folder):
     scene(1, (40, 31)).save(folder / "tiny.png")
     scene(2, (32, 96)).save(folder / "just.png")
     scene(3, (97, 32)).save(folder / "wide.png")
-    assert told(folder) == [("note", "extreme aspect", "wide.png"), ("note", "tiny", "tiny.png")]
+    assert found_in(folder) == [("note", "extreme aspect", "wide.png"), ("note", "tiny", "tiny.png")]

@@ -31,4 +31,4 @@ def draw_gallery(pipe: Pipeline, prompts: Sequence[str], out: Path) -> None:
         contact_sheet(images, columns=len(SEEDS)).save(folder / name, quality=92)
         rows.append(f"| {prompt} | ![{prompt}](gallery/{name}) |")
     page = PAGE.format(count=len(prompts), seeds=", ".join(map(str, SEEDS)), rows="\n".join(rows))
-    (out / "gallery.md").write_text(page, "utf-8")
+    (out / "gallery.md").write_text(page, encoding="utf-8")

@@ -166,3 +166,18 @@ def test_score_draws_each_group_and_asks_each_probe(tmp_path, scorer):
     assert (table["asked for"]["always"].right, table["asked for"]["never"].right) == (3, 0)
     assert all(table["asked for"][what].n == 3 for what in ("place", "time of day", "weather"))
     assert "one object: right kind" not in table["asked for"]
+
+
+@pytest.mark.filterwarnings("ignore:a prompt is longer")
+def test_the_script_prints_the_table_and_writes_it(tmp_path, tiny_folder, scorer, monkeypatch, capsys):
+    count = scorer_features(scorer, np.zeros((1, 128, 128, 3), np.uint8)).shape[1]
+    always = Probe(scorer, np.zeros(count), 1.0)
+    monkeypatch.setattr("ldm.postcards.scoring.newcomer.windmill_probe", lambda *_, **__: always)
+    asked = ["--n", 2, "--ordinary", 0, "--steps", 1, "--particular", "--out", tmp_path / "a.json"]
+    weights = ["--scorer", ROOT / "weights" / "postcard-eval", "--device", "cpu", "--dtype", "fp32"]
+    run(monkeypatch, SCRIPT.with_name("score_newcomer.py"), tiny_folder, *asked, *weights)
+    out = capsys.readouterr().out
+    assert "shows a windmill" in out
+    assert "shows the particular windmill" in out
+    assert "1.000" in out
+    assert "shows a windmill" in (tmp_path / "a.json").read_text(encoding="utf-8")
