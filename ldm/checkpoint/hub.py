@@ -127,7 +127,7 @@ def needed_files(
     if part is not None and "model_index.json" not in top and "config.json" in top:
         return _part_files(top, name, "", part, variant)
     if "model_index.json" not in top:
-        single = sorted(file for file in top if file.endswith((".safetensors", ".ckpt")))
+        single = sorted(file for file in top if file.lower().endswith((".safetensors", ".ckpt")))
         get = f": `hf download {name} {single[0]}`, and give the file's path" if single else ""
         raise UserError(f"{name}: not a diffusers pipeline (no model_index.json){get}")
     if part is not None and part not in folders:

@@ -155,5 +155,5 @@ def list_weights(names: Iterable[str], stem: str) -> dict[str, str]:
 def _instead(names: Iterable[str], found: dict[str, str]) -> str:
     if len(found) > 1 and "" not in found:
         return f", only the variants {', '.join(sorted(found))}: say which (--variant)"
-    others = [name for name in names if name.endswith((".bin", ".safetensors", ".msgpack", ".onnx"))]
+    others = [name for name in names if name.lower().endswith((".bin", ".safetensors", ".msgpack", ".onnx"))]
     return f"; found only {', '.join(others)}" if others else "; is the download complete?"
