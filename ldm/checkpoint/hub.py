@@ -143,7 +143,7 @@ def _part_files(names: set[str], name: str, prefix: str, part: str, variant: str
     """The files of one part, with the folder before them."""
     wanted = names.intersection((*CONFIG_FILES, *TOKENIZER_FILES))
     if part in STEMS:
-        folder = Path(name) / part if prefix else Path(name)
+        folder = PurePosixPath(name, part) if prefix else PurePosixPath(name)  # as the hub writes it
         weights = choose_weights(names, folder, STEMS[part], variant, needed=part == "unet")
         wanted |= {weights, *_shards(weights, names)}
     return sorted(prefix + file for file in wanted)
