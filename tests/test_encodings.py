@@ -55,3 +55,13 @@ def test_a_vocabulary_and_a_recipe_in_another_locale(tmp_path, bom):
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == ascii(["ein Schloß, 城"])
     assert '"Ã"' in (tmp_path / "vocab.json").read_text(encoding="utf-8")  # its bytes, each as a letter
+
+
+def test_names_that_the_terminal_lacks_are_shown_with_escapes(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "größe 城.png").write_bytes(b"no picture")
+    argv = [sys.executable, "-m", "ldm", "folder", "pictures"]
+    console = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii:strict"}
+    done = subprocess.run(argv, env=console, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert r"gr\xf6\xdfe \u57ce.png: its content is no picture: it is skipped" in done.stdout

@@ -78,6 +78,8 @@ def tiny_recipe(
 
 def forked() -> multiprocessing.context.BaseContext:
     """Processes that start in milliseconds, from one that has everything imported."""
+    if os.name == "nt":  # it has no other way
+        return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     # torch._dynamo is what making an optimizer imports.
     context.set_forkserver_preload(["accelerate", "torch._dynamo", "ldm.train.loop", "ldm.train.lock"])

@@ -127,7 +127,7 @@ def needed_files(
     if part is not None and "model_index.json" not in top and "config.json" in top:
         return _part_files(top, name, "", part, variant)
     if "model_index.json" not in top:
-        single = sorted(file for file in top if file.endswith((".safetensors", ".ckpt")))
+        single = sorted(file for file in top if file.lower().endswith((".safetensors", ".ckpt")))
         get = f": `hf download {name} {single[0]}`, and give the file's path" if single else ""
         raise UserError(f"{name}: not a diffusers pipeline (no model_index.json){get}")
     if part is not None and part not in folders:
@@ -143,7 +143,7 @@ def _part_files(names: set[str], name: str, prefix: str, part: str, variant: str
     """The files of one part, with the folder before them."""
     wanted = names.intersection((*CONFIG_FILES, *TOKENIZER_FILES))
     if part in STEMS:
-        folder = Path(name) / part if prefix else Path(name)
+        folder = PurePosixPath(name, part) if prefix else PurePosixPath(name)  # as the hub writes it
         weights = choose_weights(names, folder, STEMS[part], variant, needed=part == "unet")
         wanted |= {weights, *_shards(weights, names)}
     return sorted(prefix + file for file in wanted)

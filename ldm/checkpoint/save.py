@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint.detect import ARCHITECTURES, OPTIONS, OWN, PREDICTIONS
-from ldm.checkpoint.io import write_json, write_tensors
+from ldm.checkpoint.io import suffix_of, write_json, write_tensors
 from ldm.checkpoint.keymap import module_keys, text_keys, to_original
 from ldm.checkpoint.parts import MODEL_STEM, TEXT_STEM, TOKENIZERS, Parts
 from ldm.checkpoint.sections import TEXT, prefixes
@@ -45,11 +45,11 @@ def save_model(
     Raises:
         UserError: if `path` cannot be written to, or a single file cannot hold this model.
     """
-    if path.suffix == ".safetensors" and max_shard_size is not None:
+    if suffix_of(path) == ".safetensors" and max_shard_size is not None:
         raise UserError(f"{path}: a single file has no shards: leave max_shard_size out or save a folder")
-    if path.suffix in (".ckpt", ".pt", ".bin"):
+    if suffix_of(path) in (".ckpt", ".pt", ".bin"):
         raise UserError(f"{path}: pickles are not written, as they can carry code: use .safetensors")
-    if path.suffix == ".safetensors":
+    if suffix_of(path) == ".safetensors":
         save_single(path, parts, dtype)
     else:
         save_folder(path, parts, dtype, max_shard_size)

@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from torch import Tensor
@@ -117,7 +117,7 @@ def unread_weights(names: Iterable[str], stem: str, chosen: str) -> list[str]:
 
 
 def choose_weights(
-    names: Iterable[str], folder: Path, stem: str, variant: str | None = None, *, needed: bool = False
+    names: Iterable[str], folder: PurePath, stem: str, variant: str | None = None, *, needed: bool = False
 ) -> str:
     """The file of weights among all that are in a folder: safetensors before a pickle.
 
@@ -155,5 +155,5 @@ def list_weights(names: Iterable[str], stem: str) -> dict[str, str]:
 def _instead(names: Iterable[str], found: dict[str, str]) -> str:
     if len(found) > 1 and "" not in found:
         return f", only the variants {', '.join(sorted(found))}: say which (--variant)"
-    others = [name for name in names if name.endswith((".bin", ".safetensors", ".msgpack", ".onnx"))]
+    others = [name for name in names if name.lower().endswith((".bin", ".safetensors", ".msgpack", ".onnx"))]
     return f"; found only {', '.join(others)}" if others else "; is the download complete?"

@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 our fault (`redraw`: the pixels differ); 2 something the u
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 import traceback
@@ -61,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(parser: Parser, argv: Sequence[str] | None) -> int:
     """Parse and run the command; an exception becomes one line on stderr and an exit code."""
     args = parser.parse_args(dashes(sys.argv[1:] if argv is None else argv))
+    show_all_letters()
     try:
         with warnings_in_one_line(parser.prog):
             return int(args.command(args))
@@ -76,6 +78,12 @@ def run(parser: Parser, argv: Sequence[str] | None) -> int:
             line = in_flags(line)
         print(f"{parser.prog}: {printable(line, keep=NEWLINE)}", file=sys.stderr)
         return code
+
+
+def show_all_letters() -> None:
+    """A name that the terminal's encoding lacks is shown with escapes; it is no error to print it."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def verdict(error: Exception) -> tuple[str, int]:

@@ -16,7 +16,18 @@ from typing import Literal
 
 import numpy as np
 
-from ldm.dataset.captions import Listing, from_name, kohya, list_files, read_beside, read_tables
+from ldm.dataset.captions import (
+    BESIDE,
+    COLUMNS,
+    Columns,
+    Listing,
+    from_name,
+    kohya,
+    list_files,
+    read_beside,
+    read_tables,
+    same_name,
+)
 from ldm.dataset.duplicates import find_near_duplicates
 from ldm.dataset.findings import EFFECTS, Effect, Examined, Example, Finding
 from ldm.dataset.picture import Fault, PictureInfo, inspect_picture
@@ -41,6 +52,8 @@ def examine(
     count_tokens: Callable[[str], int] | None = None,
     window: int = 77,
     resolution: int = 512,
+    image_column: str | None = None,
+    caption_column: str | None = None,
     on_progress: Progress | None = None,
 ) -> Examined:
     """Find out what can be trained on, reading every file whole.
@@ -51,6 +64,7 @@ def examine(
         count_tokens: tokens of a caption, start and end not counted; without it, none is called too long.
         window: tokens that the text encoder sees, start and end counted.
         resolution: pixels; pictures whose shorter side is below half of it are told.
+        image_column, caption_column: of tables; by default file_name and text.
         on_progress: called after each picture.
 
     Raises:
@@ -62,10 +76,14 @@ def examine(
     if missing_caption not in MISSING:
         raise UserError(f"missing_caption {missing_caption!r} is not one of {', '.join(MISSING)}")
     listing = list_files(folder)
-    tables = {} if instance_prompt is not None else read_tables(listing)
+    columns = Columns(image_column or COLUMNS[0], caption_column or COLUMNS[1])
+    tables = {} if instance_prompt is not None else read_tables(listing, columns)
     inspected = _inspect_all(listing.pictures, on_progress)
     readable = {path: info for path, info in inspected.items() if isinstance(info, PictureInfo)}
     findings = listing.findings
+    if (image_column or caption_column) and not listing.tables:
+        text = f"the columns {columns.image} and {columns.caption} were asked for, but there is no table"
+        findings.append(Finding(None, "no table", text, "note"))
     findings += [_fault_finding(path, info) for path, info in inspected.items() if isinstance(info, Fault)]
     captioner = _Captioner(listing, tables, instance_prompt, missing_caption)
     examples = captioner.examples(readable)
@@ -109,14 +127,14 @@ class _Captioner:
         self, listing: Listing, tables: dict[Path, str], prompt: str | None, missing: MissingCaption
     ) -> None:
         self.folder, self.tables, self.prompt, self.missing = listing.folder, tables, prompt, missing
-        self.beside = frozenset(listing.beside)
+        self.beside = listing.beside_by_name()
         self.table_names = " and ".join(sorted({table.name for table in listing.tables}))
         self.findings: list[Finding] = []
         self.sources: dict[Path, str] = {}
         pictures = listing.pictures
-        stems = {path.with_suffix("") for path in pictures}
-        self.paired = [path for path in listing.beside if path.with_suffix("") in stems]
-        self._note_unread(listing, [path for path in listing.beside if path.with_suffix("") not in stems])
+        stems = {_stem(path) for path in pictures}
+        self.paired = [path for path in listing.beside if _stem(path) in stems]
+        self._note_unread(listing, [path for path in listing.beside if _stem(path) not in stems])
         nothing_else = not (listing.tables or self.paired)
         self.names_speak = nothing_else and 2 * sum(from_name(path) is not None for path in pictures) > len(
             pictures
@@ -168,7 +186,7 @@ class _Captioner:
         if path in self.tables:
             return self.tables[path], self.table_names
         if (read := read_beside(path, self.beside)) is not None:
-            return read[0], f"{read[1].suffix} files"
+            return read[0], f"{read[1].suffix.lower()} files"
         if not self.table_names and (repeated := kohya(path, self.folder)):
             return repeated[1], "names of folders"
         return (from_name(path) if self.names_speak else None), "names of files"
@@ -186,13 +204,9 @@ class _Captioner:
             unread = [*listing.tables, *self.paired]
             why = "every picture's caption is the instance prompt"
         else:
-            twice = {path.with_suffix("") for path in self.paired if path.suffix == ".txt"}
-            rows = {path.with_suffix("") for path in self.tables}
-            unread = [
-                path
-                for path in self.paired
-                if path.with_suffix("") in rows or (path.suffix != ".txt" and path.with_suffix("") in twice)
-            ]
+            rows = {_stem(path) for path in self.tables}
+            first = {name: min(files.items(), key=_rank)[1] for name, files in self.beside.items()}
+            unread = [path for path in self.paired if _stem(path) in rows or first[_stem(path)] is not path]
             why = "a row or a .txt file goes before it"
         for path in unread:
             self.findings.append(Finding(path, "unread captions", f"it is not read: {why}", "note"))
@@ -203,6 +217,14 @@ class _Captioner:
             if repeats > 1:
                 text = f"the folder's name has its {number} pictures shown {repeats} times in each epoch"
                 self.findings.append(Finding(parent, "repeats", text, "note"))
+
+
+def _stem(path: Path) -> str:
+    return same_name(path.with_suffix(""))
+
+
+def _rank(found: tuple[str, Path]) -> int:
+    return BESIDE.index(found[0])
 
 
 # --- pictures ----------------------------------------------------------------------------------------------

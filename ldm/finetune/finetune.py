@@ -123,6 +123,8 @@ def _pictures(recipe: FinetuneRecipe, log: Log) -> tuple[list[Example], list[Exa
         folder,
         instance_prompt=recipe.instance_prompt,
         missing_caption=recipe.missing_caption,
+        image_column=recipe.image_column,
+        caption_column=recipe.caption_column,
         count_tokens=clip_counter(),
         resolution=recipe.resolution or 0,
     )

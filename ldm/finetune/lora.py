@@ -24,6 +24,7 @@ from ldm.checkpoint import Parts
 from ldm.checkpoint.io import write_tensors
 from ldm.checkpoint.keymap import unet_keys
 from ldm.checkpoint.save import family_of_parts
+from ldm.diffusion.noise import torch_seed
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
 from ldm.files import whole_folder
@@ -98,7 +99,7 @@ def add_lora(
     chosen = _choose_targets({part: getattr(parts, part) for part in trained}, targets, conv)
     modules: dict[str, Any] = {}
     with torch.random.fork_rng(devices=[]):  # peft draws on the CPU
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(torch_seed(seed))
         for part in trained:
             config = LoraConfig(
                 r=rank,

@@ -56,6 +56,10 @@ class FolderSection(Section):
     """one caption for all pictures; captions in the folder are not read"""
     missing_caption: Literal["error", "empty", "skip"] = "error"
     """what to do with a picture that has no caption"""
+    image_column: str | None = None
+    """of a table of captions: the pictures' files; by default file_name"""
+    caption_column: str | None = None
+    """of a table of captions: the captions; by default text"""
     resolution: Fixed[int | None] = Field(None, ge=64, multiple_of=8)
     """pixels: the square whose area no picture exceeds; by default the model's own size"""
     center_crop: bool = True

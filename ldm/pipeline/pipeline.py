@@ -337,7 +337,7 @@ def _seeds(
 ) -> tuple[int, ...]:
     """One per picture."""
     if generators is not None:
-        return tuple(each.initial_seed() % 2**63 for each in generators)
+        return tuple(each.initial_seed() % 2**32 for each in generators)  # all of it that they take in
     seeds = consecutive_seeds(seed, count)
     if len(seeds) != count:
         raise UserError(f"{len(seeds)} seeds for {count} pictures: give one, or one per picture")

@@ -249,3 +249,28 @@ def test_the_hash_tells_what_was_taken_from_elsewhere(tiny_folder, tmp_path):
     ]
     assert len(set(hashes)) == 4
     assert ldm.load(tiny_folder, device="cpu", vae=other).model_hash == hashes[1]
+
+
+@pytest.mark.parametrize(
+    "name", ["LOOSE.SAFETENSORS", "loose.SafeTensors", "LOOSE.CKPT", "loose.PT", "LOOSE.BIN"]
+)
+def test_suffixes_in_any_case(tiny_folder, other, tmp_path, name):
+    path, tensors = tmp_path / name, load_file(other / VAE)
+    if name.lower().endswith("safetensors"):
+        save_file(tensors, path)
+    else:
+        torch.save(tensors, path)
+    parts = load_parts(tiny_folder, CPU, vae=path)
+    assert equal(parts.vae, load_folder(other, CPU).vae)
+
+
+def test_a_whole_model_in_upper_case(tiny_folder, tmp_path):
+    """Written as one file, with the configs in its header, and read again."""
+    parts, path = load_folder(tiny_folder, CPU), tmp_path / "MODEL.SAFETENSORS"
+    save_model(path, parts)
+    assert path.is_file()
+    again = load_parts(path, CPU, log=lambda line: None)
+    assert equal(again.unet, parts.unet)
+    assert again.scheduler == parts.scheduler
+    with pytest.raises(ldm.UserError, match="pickles are not written"):
+        save_model(tmp_path / "MODEL.CKPT", parts)

@@ -274,6 +274,7 @@ def fill(folder, vae, shown, start):
     latents.fill(shown)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 def test_two_processes_share_a_cache_and_a_killed_one_leaves_nothing_half(tiny_folder, shown, tmp_path):
     alone, shared, vae = tmp_path / "alone", tmp_path / "shared", vae_of(tiny_folder)
     torch.set_num_threads(1)

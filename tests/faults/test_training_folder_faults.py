@@ -81,7 +81,7 @@ def test_rows_and_files_that_do_not_meet(folder, tmp_path):
     [
         ("metadata.jsonl", b'{"file_name": "good.png", "te\n', "broken row", "row 1: it is not JSON"),
         ("metadata.jsonl", b'\n["good.png", "a"]\n', "broken row", "row 2: it must have a file_name"),
-        ("metadata.jsonl", b'{"file_name": "good.png"}', "broken row", "row 1"),
+        ("metadata.jsonl", b'{"file_name": "good.png"}', "broken table", "no column text, but file_name"),
         ("metadata.jsonl", b'{"file_name": "good.png", "text": ["a"]}', "broken row", "row 1"),
         ("metadata.jsonl", b'{"file_name": 3, "text": "a"}', "broken row", "row 1"),
         ("metadata.jsonl", b'{"file_name": "good.png", "text": "\xe9"}', "broken table", "not UTF-8"),

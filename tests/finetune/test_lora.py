@@ -141,6 +141,8 @@ def test_a_is_normal_and_follows_from_the_seed(parts):
     downs = [name for name in one if "lora_A" in name]
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not any(torch.equal(one[name], other[name]) for name in downs)
+    wide = wanting(add_lora(parts, rank=8, alpha=1, seed=2**32 + 1).unet)
+    assert not any(torch.equal(one[name], wide[name]) for name in downs)
     values = torch.cat([one[name].flatten() for name in downs])
     assert abs(values.std() - 1 / 8) < 0.01
     assert abs(values.mean()) < 0.01

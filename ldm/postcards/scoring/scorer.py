@@ -17,9 +17,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ldm.checkpoint.io import write_tensors
 from ldm.errors import UserError
 from ldm.runtime import memory_format
 
@@ -225,9 +226,7 @@ class Scorer(nn.Module):
     def save(self, folder: Path) -> None:
         """Write scorer.safetensors (fp16) and scorer.json."""
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {name: value.half().contiguous() for name, value in self.state_dict().items()}, folder / WEIGHTS
-        )
+        write_tensors(folder / WEIGHTS, self.state_dict(), torch.float16)
         (folder / CONFIG).write_text(json.dumps(asdict(self.config), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
