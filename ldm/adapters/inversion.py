@@ -170,7 +170,8 @@ def _add_tokens(tokenizer: Any, embeddings: Sequence[Embedding]) -> Any:
     for each in embeddings:
         count = len(next(iter(each.vectors.values())))
         if taken := taken_token(extended, each.name, count):
-            way_out = "draw without the other" if each.bundled else "choose a name: --embedding name=file"
+            within = f"rename the tensors bundle_emb.{each.name}.* in the file"
+            way_out = within if each.bundled else "choose a name: --embedding name=file"
             raise UserError(f"{each.path}: the model has {taken!r} already; {way_out}")
         add_tokens(extended, each.name, count)
     return extended

@@ -286,6 +286,19 @@ def test_two_files_of_one_name(pipes, made, tmp_path):
     assert "rename one" in complaint(adapted.with_lora, path)
 
 
+def test_the_word_of_a_lora_that_the_model_has(pipes, made, tmp_path):
+    for name, word in (("a", "boat</w>"), ("b", "<cat>"), ("c", "<cat>")):
+        bundle = {f"bundle_emb.{word}.string_to_param.*": torch.ones(1, NARROW)}
+        edit_file(made / "sd1.safetensors", lambda t, b=bundle: t.update(b), tmp_path / f"{name}.safetensors")
+    message = complaint(pipes["sd1"].with_lora, tmp_path / "a.safetensors")
+    assert "'boat</w>' already; rename the tensors bundle_emb.boat</w>.* in the file" in message
+    adapted = pipes["sd1"].with_lora(tmp_path / "b.safetensors")
+    assert "'<cat>' already; rename" in complaint(adapted.with_lora, tmp_path / "c.safetensors")
+    wide = {"bundle_emb.<cat>.string_to_param.*": torch.ones(1, WIDE)}
+    path = edit_file(made / "sd1.safetensors", lambda t: t.update(wide), tmp_path / "d.safetensors")
+    assert f"vectors of width {WIDE}; this model takes {NARROW}" in complaint(pipes["sd1"].with_lora, path)
+
+
 def test_nothing_is_half_done(pipes, made):
     pipe = pipes["sd1"]
     before = pipe.unet(torch.ones(1, 4, 8, 8), 3, torch.ones(1, 4, NARROW))
