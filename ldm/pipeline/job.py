@@ -21,7 +21,7 @@ from ldm.diffusion.guidance import CFG, Guidance, InstructPix2Pix
 from ldm.diffusion.samplers import Sampler, resolve_sampler
 from ldm.diffusion.schedule import Grid
 from ldm.diffusion.scheduler_config import noise_levels
-from ldm.errors import UserError
+from ldm.errors import UserError, printable
 from ldm.images.fitting import fit_image, fit_mask, read_file, same_shape, size_of, take
 from ldm.images.opening import to_mask
 from ldm.models.conditioning import Conditioning
@@ -167,8 +167,9 @@ def read_images(request: Request, inputs: Inputs) -> Images:
         mask, digests["mask_image_sha256"] = read_file(request.mask_image, request.mask_image_sha256, to_mask)
     if image is not None and mask is not None and not same_shape(size_of(image), size_of(mask)):
         shapes = [f"{width}x{height}" for height, width in (size_of(mask), size_of(image))]
+        name = printable(request.mask_image or "")
         warnings.warn(
-            f"the mask {request.mask_image or ''} has {shapes[0]} pixels and its picture {shapes[1]}: "
+            f"the mask {name} has {shapes[0]} pixels and its picture {shapes[1]}: "
             "it is stretched to fit; give one of the same shape",
             stacklevel=3,
         )

@@ -115,10 +115,10 @@ def check_image_size(request: Request, images: Images, parts: Parts) -> None:
     if min(sides) >= 8 and max(sides) <= MAX_SIDE:
         return
     fault = "too small" if min(sides) < 8 else "too large"
+    name, size = printable(request.image or "the image"), f"{images.size[1]}x{images.size[0]} pixels"
     raise UserError(
-        f"{printable(request.image or 'the image')} has {images.size[1]}x{images.size[0]} pixels, {fault} for a picture "
-        f"drawn from it by itself, of 8 to {MAX_SIDE} pixels a side (here {width}x{height}): "
-        "give another, or the size to draw (width and height; -W and -H)"
+        f"{name} has {size}, {fault} for a picture of its own size, of 8 to {MAX_SIDE} pixels a side "
+        f"(here {width}x{height}): give another, or the size to draw (width and height; -W and -H)"
     )
 
 
