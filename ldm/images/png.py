@@ -77,9 +77,9 @@ def read_fields(path: str | Path) -> list[tuple[str, object]]:
             return [(name, value) for name, value in fields.items() if value != ()]
     if PARAMETERS not in texts:
         return [(CHUNK, texts[CHUNK])]
-    found = split_parameters(texts[PARAMETERS])
-    negative = [] if found.negative_prompt is None else [("negative_prompt", found.negative_prompt)]
-    return [("prompt", found.prompt), *negative, *found.settings]
+    prompt, negative, settings = split_parameters(texts[PARAMETERS])
+    prompts = {"prompt": prompt, "negative_prompt": negative}
+    return [*((name, value) for name, value in prompts.items() if value is not None), *settings]
 
 
 def _read_written(path: str | Path) -> dict[str, str]:

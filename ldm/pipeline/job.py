@@ -29,14 +29,13 @@ from ldm.models.kind import Kind
 from ldm.pipeline.conditioning import encode_texts
 from ldm.pipeline.inputs import NOTHING, Inputs
 from ldm.pipeline.model import Model
-from ldm.pipeline.resolve import Images, check_eta, resolve
+from ldm.pipeline.resolve import Images, meaningless_eta, resolve
 from ldm.pipeline.start import Edit, Enlarge, FromImage, FromNoise, Inpaint
 from ldm.request import Request
 
 # What the requests of one job may differ in: their texts, and what follows from those.
 OWN = {"prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "seeds", "embeddings"}
 
-FILES = ("image", "mask_image")
 # An argument of the call that no request keeps -> what of a request means nothing beside it.
 INSTEAD: dict[str, dict[str, Any]] = {
     "sampler": {"sampler": None, "eta": None},
@@ -109,13 +108,14 @@ def prepare(
     check_alike(asked)
     images = read_images(asked[0], inputs)
     requests = tuple(resolve(model, each, images) for each in asked)
-    asked[0].check_given((*inputs.given, *(name for name in FILES if getattr(asked[0], name) is not None)))
     first = requests[0]
+    if first.not_kept:
+        files = [name for name in ("image", "mask_image") if getattr(first, name) is not None]
+        first.check_given([*inputs.given, *files])
     model = model.for_request(first) if first.loras else model
     sampler, _ = resolve_sampler(inputs.solver or str(first.sampler))
-    check_eta(asked[0].eta, sampler)
-    not_kept = inputs.not_kept([seed for each in requests for seed in each.seeds])
-    kept = tuple(as_kept(each, not_kept) for each in requests)
+    if asked[0].eta and not sampler.takes_eta:
+        raise meaningless_eta(asked[0].eta, sampler.name)
     given = first.timesteps or first.sigmas
     grid = model.schedule.grid(
         None if given else first.num_inference_steps,
@@ -125,6 +125,7 @@ def prepare(
         sigmas=first.sigmas,
     )
     start = start_of(model, first, trim_to_strength(grid, first), images)
+    kept = requests if inputs is NOTHING and not first.not_kept else as_kept(requests, inputs)
     pictures = list_pictures(kept, inputs, start.shape)
     return Job(
         model=model,
@@ -148,10 +149,11 @@ def check_alike(requests: Sequence[Request]) -> None:
             raise UserError(f"prompts of one call have the same {name}: give others to another call")
 
 
-def as_kept(request: Request, not_kept: tuple[str, ...]) -> Request:
-    """The request as pictures keep it: it says what it lacks, and nothing that was not so."""
-    fields = {name: value for argument in not_kept for name, value in INSTEAD.get(argument, {}).items()}
-    return request.replace(**fields, not_kept=not_kept)
+def as_kept(requests: Sequence[Request], inputs: Inputs) -> tuple[Request, ...]:
+    """The requests as pictures keep them: they say what they lack, and nothing that was not so."""
+    lacks = inputs.not_kept([seed for each in requests for seed in each.seeds])
+    blank = {name: value for argument in lacks for name, value in INSTEAD.get(argument, {}).items()}
+    return tuple(each.replace(**blank, not_kept=lacks) for each in requests)
 
 
 def read_images(request: Request, inputs: Inputs) -> Images:
