@@ -70,11 +70,11 @@ def read_fields(path: str | Path) -> list[tuple[str, object]]:
     texts = _read_written(path)
     if CHUNK in texts:
         try:
-            fields = Request.from_json(texts[CHUNK]).model_dump(exclude_none=True)
+            fields = Request.from_json(texts[CHUNK]).filled_in()
         except UserError:
             fields = _any_fields(texts[CHUNK])
         if fields:
-            return [(name, value) for name, value in fields.items() if value != ()]
+            return list(fields.items())
     if PARAMETERS not in texts:
         return [(CHUNK, texts[CHUNK])]
     prompt, negative, settings = split_parameters(texts[PARAMETERS])
