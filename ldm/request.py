@@ -131,7 +131,7 @@ class Request(_Checked):
     sigmas: Levels | None = None
     image: Text | None = None  # path
     image_sha256: Digest | None = None
-    mask_image: Text | None = None  # path; white is drawn anew
+    mask_image: Text | None = None  # path; white is drawn anew, or what is painted on a transparent layer
     mask_image_sha256: Digest | None = None
     strength: Fraction | None = None  # of the steps, the share that is drawn, from the image
     image_guidance_scale: Scale | None = None  # instruct-pix2pix
@@ -199,9 +199,15 @@ class Request(_Checked):
 
     def to_json(self) -> str:
         """One JSON object with a `version`, without the fields that are None or hold nothing."""
-        empty = None if self.not_kept else {"not_kept"}
-        fields = self.model_dump(mode="json", exclude_none=True, exclude=empty)
-        return json.dumps({"version": self.version, **fields}, ensure_ascii=False)
+        return json.dumps({"version": self.version, **self.filled_in("json")}, ensure_ascii=False)
+
+    def filled_in(self, mode: str = "python") -> dict[str, Any]:
+        """The fields that say something, as Python's values or JSON's."""
+        fields = self.model_dump(mode=mode, exclude_none=True)
+        for each in (fields, fields.get("upscaling", {})):
+            if not each.get("not_kept"):
+                each.pop("not_kept", None)
+        return fields
 
     @classmethod
     def from_json(cls, text: str) -> Self:

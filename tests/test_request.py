@@ -192,6 +192,35 @@ def test_damaged_and_newer_json_is_refused(text):
         Request.from_json(text)
 
 
+def test_what_is_not_kept_is_written_only_where_there_is_some():
+    lacking = WHOLE.replace(not_kept=("latents",))
+    assert "not_kept" not in WHOLE.to_json()
+    assert Request.from_json(lacking.to_json()) == lacking
+    lacking.check_given(["latents", "image"])
+    with pytest.raises(UserError, match="drawn in Python with latents from memory, which is not kept"):
+        lacking.check_given(["image"])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        '"upscaling": 5',
+        '"upscaling": [{"prompt": "a"}]',
+        '"loras": 5, "prompt": "<lora:a>"',
+        '"loras": {"a": 1}, "prompt": "<lora:a>"',
+        '"seeds": {"a": 1}',
+        '"not_kept": 3',
+        '"prompt": ' + "[" * 300 + "]" * 300,
+        '"upscaling": ' + '{"upscaling": ' * 400 + "5" + "}" * 400,
+        '"version": 1, "upscaling": ' + "[" * 100_000,
+    ],
+)
+def test_any_json_is_a_request_or_a_clear_error(fields):
+    with pytest.raises(UserError) as caught:
+        Request.from_json(f'{{"version": 1, {fields}}}')
+    assert len(str(caught.value)) < 500
+
+
 def test_consecutive_seeds():
     assert consecutive_seeds(42, 3) == (42, 43, 44)
     assert consecutive_seeds([7, 9], 2) == (7, 9)

@@ -33,8 +33,8 @@ def read_file(
     image, digest = open_picture(path, io.BytesIO(data), convert), hashlib.sha256(data).hexdigest()
     if sha256 not in (None, digest):
         raise UserError(
-            f"{printable(path)} has changed: its SHA-256 begins with {digest[:10]}, but the request asks for the file "
-            f"with {str(sha256)[:10]}"
+            f"{printable(path)} has changed: its SHA-256 begins with {digest[:10]}, but the request asks for "
+            f"the file with {str(sha256)[:10]}"
         )
     return image, digest
 

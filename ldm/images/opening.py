@@ -45,8 +45,9 @@ def read_bytes(path: str | Path) -> bytes:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the picture {printable(path)}: {reason(error)}") from None
     if len(data) > MAX_BYTES:
+        most = f"{MAX_BYTES // 2**20} MiB"
         raise UserError(
-            f"cannot read the picture {printable(path)}: it has more than {MAX_BYTES // 2**20} MiB; save it smaller"
+            f"cannot read the picture {printable(path)}: it has more than {most}; save it smaller"
         )
     return data
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from dataclasses import dataclass
 from typing import Any
 
 from ldm.diffusion.samplers import SAMPLERS
@@ -42,53 +41,41 @@ def format_parameters(request: Request) -> str:
     return f"{request.prompt}{tags}\n{negative}{settings}"
 
 
-@dataclass(frozen=True)
-class Parameters:
-    """A `parameters` text in its parts, as written: whether `ldm` could draw it is another matter."""
-
-    prompt: str
-    negative_prompt: str | None
-    settings: tuple[tuple[str, str], ...]  # (key, value); a piece that has no key has ""
-
-    def to_request(self) -> Request:
-        """The request that it describes. Settings that `ldm` does not know are passed over.
-
-        Raises UserError on values it cannot draw with.
-        """
-        settings = dict(reversed(self.settings))  # of a key, the first counts: what others add comes later
-        fields: dict[str, Any] = {"prompt": self.prompt, "negative_prompt": self.negative_prompt}
-        for key, name in _FIELDS.items():
-            if key in settings:
-                fields[name] = settings[key]
-        if fields.get("spacing") == "Automatic":
-            del fields["spacing"]
-        if "Seed" in settings:
-            fields["seeds"] = (settings["Seed"],)
-        if "Size" in settings:
-            fields["width"], _, fields["height"] = settings["Size"].partition("x")
-        if "Clip skip" in settings:
-            skipped = settings["Clip skip"]
-            fields["clip_skip"] = max(0, int(skipped) - 1) if re.fullmatch(r"\d{1,4}", skipped) else skipped
-        return Request(**fields)
-
-
 def parse_parameters(text: str) -> Request:
-    """The request that a `parameters` text describes. Raises UserError on values it cannot draw with."""
-    return split_parameters(text).to_request()
+    """The request that a `parameters` text describes, written by `ldm` or by any other tool.
+
+    Settings that `ldm` does not know are passed over. Raises UserError on values it cannot draw with.
+    """
+    prompt, negative, found = split_parameters(text)
+    settings = dict(reversed(found))  # of a key, the first counts: what others add comes later
+    fields: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative}
+    for key, name in _FIELDS.items():
+        if key in settings:
+            fields[name] = settings[key]
+    if fields.get("spacing") == "Automatic":
+        del fields["spacing"]
+    if "Seed" in settings:
+        fields["seeds"] = (settings["Seed"],)
+    if "Size" in settings:
+        fields["width"], _, fields["height"] = settings["Size"].partition("x")
+    if "Clip skip" in settings:
+        skipped = settings["Clip skip"]
+        fields["clip_skip"] = max(0, int(skipped) - 1) if re.fullmatch(r"\d{1,4}", skipped) else skipped
+    return Request(**fields)
 
 
-def split_parameters(text: str) -> Parameters:
-    """The parts of a `parameters` text, written by `ldm` or by any other tool.
+def split_parameters(text: str) -> tuple[str, str | None, list[tuple[str, str]]]:
+    """Prompt, negative prompt and settings as written, whether `ldm` could draw them or not.
 
-    Without settings it is all prompt.
-    Settings reach from a line that begins with "Steps: 20" to the end. They may go over several lines: some
-    tools wrap them, or add lines of their own. Takes any text, in linear time.
+    Settings are (key, value); a piece without a key has "". They reach from a line that begins with
+    "Steps: 20" to the end, maybe over several lines: some tools wrap them, or add lines of their own. A text
+    without them is all prompt. Takes any text, in linear time.
     """
     text = text.replace("\r\n", "\n")
     start, settings = _find_settings(text.rstrip())
     head = text if not settings else text[:start].removesuffix("\n")
     prompt, _, negative = f"\n{head}".partition("\nNegative prompt:")
-    return Parameters(prompt.removeprefix("\n"), negative.strip() or None, tuple(settings))
+    return prompt.removeprefix("\n"), negative.strip() or None, settings
 
 
 def _find_settings(text: str) -> tuple[int, list[tuple[str, str]]]:

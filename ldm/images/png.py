@@ -70,16 +70,16 @@ def read_fields(path: str | Path) -> list[tuple[str, object]]:
     texts = _read_written(path)
     if CHUNK in texts:
         try:
-            fields = Request.from_json(texts[CHUNK]).model_dump(exclude_none=True)
+            fields = Request.from_json(texts[CHUNK]).filled_in()
         except UserError:
             fields = _any_fields(texts[CHUNK])
         if fields:
-            return [(name, value) for name, value in fields.items() if value != ()]
+            return list(fields.items())
     if PARAMETERS not in texts:
         return [(CHUNK, texts[CHUNK])]
-    found = split_parameters(texts[PARAMETERS])
-    negative = [] if found.negative_prompt is None else [("negative_prompt", found.negative_prompt)]
-    return [("prompt", found.prompt), *negative, *found.settings]
+    prompt, negative, settings = split_parameters(texts[PARAMETERS])
+    prompts = {"prompt": prompt, "negative_prompt": negative}
+    return [*((name, value) for name, value in prompts.items() if value is not None), *settings]
 
 
 def _read_written(path: str | Path) -> dict[str, str]:

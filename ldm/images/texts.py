@@ -30,7 +30,7 @@ def read_texts(path: str | Path) -> dict[str, str]:
     except Exception as error:  # broken files make decoders raise anything
         raise UserError(f"cannot read {path} as a PNG, JPEG or WebP picture: {reason(error)}") from None
     # Cameras and drawing programs write comments too: without settings they are no `parameters`.
-    found = [comment for comment in comments if split_parameters(comment).settings]
+    found = [comment for comment in comments if split_parameters(comment)[2]]
     return texts | ({PARAMETERS: found[0]} if found else {})
 
 

@@ -22,7 +22,7 @@ from ldm.diffusion.guidance import CFG, Guidance, InstructPix2Pix
 from ldm.diffusion.samplers import Sampler, resolve_sampler
 from ldm.diffusion.schedule import Grid
 from ldm.diffusion.scheduler_config import noise_levels
-from ldm.errors import UserError
+from ldm.errors import UserError, printable
 from ldm.images.fitting import fit_image, fit_mask, read_file, same_shape, size_of, take
 from ldm.images.opening import to_mask, to_rgb
 from ldm.models.conditioning import Conditioning
@@ -31,14 +31,13 @@ from ldm.pipeline import before
 from ldm.pipeline.conditioning import encode_texts
 from ldm.pipeline.inputs import NOTHING, Inputs
 from ldm.pipeline.model import Model
-from ldm.pipeline.resolve import Images, check_eta, resolve
+from ldm.pipeline.resolve import Images, meaningless_eta, resolve
 from ldm.pipeline.start import Edit, Enlarge, FromImage, FromNoise, Inpaint
 from ldm.request import Request
 
 # What the requests of one job may differ in: their texts, and what follows from those.
 OWN = {"prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "seeds", "embeddings"}
 
-FILES = ("image", "mask_image")
 # An argument of the call that no request keeps -> what of a request means nothing beside it.
 INSTEAD: dict[str, dict[str, Any]] = {
     "sampler": {"sampler": None, "eta": None},
@@ -111,15 +110,17 @@ def prepare(
     check_alike(asked)
     images = read_images(asked[0], inputs)
     requests = tuple(resolve(model, each, images) for each in asked)
-    asked[0].check_given((*inputs.given, *(name for name in FILES if getattr(asked[0], name) is not None)))
     first = requests[0]
+    if first.not_kept:
+        files = [name for name in ("image", "mask_image") if getattr(first, name) is not None]
+        first.check_given([*inputs.given, *files])
     model = model.for_request(first) if first.loras else model
     sampler, _ = resolve_sampler(inputs.solver or str(first.sampler))
-    check_eta(asked[0].eta, sampler)
-    not_kept = inputs.not_kept([seed for each in requests for seed in each.seeds])
-    kept = tuple(as_kept(each, not_kept) for each in requests)
+    if asked[0].eta and not sampler.takes_eta:
+        raise meaningless_eta(asked[0].eta, sampler.name)
     grid = grid_of(model, first, sampler)
     start = start_of(model, first, grid, images)
+    kept = requests if inputs is NOTHING and not first.not_kept else as_kept(requests, inputs)
     pictures = list_pictures(kept, inputs, start.shape)
     return Job(
         model=model,
@@ -143,10 +144,11 @@ def check_alike(requests: Sequence[Request]) -> None:
             raise UserError(f"prompts of one call have the same {name}: give others to another call")
 
 
-def as_kept(request: Request, not_kept: tuple[str, ...]) -> Request:
-    """The request as pictures keep it: it says what it lacks, and nothing that was not so."""
-    fields = {name: value for argument in not_kept for name, value in INSTEAD.get(argument, {}).items()}
-    return request.replace(**fields, not_kept=not_kept)
+def as_kept(requests: Sequence[Request], inputs: Inputs) -> tuple[Request, ...]:
+    """The requests as pictures keep them: they say what they lack, and nothing that was not so."""
+    lacks = inputs.not_kept([seed for each in requests for seed in each.seeds])
+    blank = {name: value for argument in lacks for name, value in INSTEAD.get(argument, {}).items()}
+    return tuple(each.replace(**blank, not_kept=lacks) for each in requests)
 
 
 def read_images(request: Request, inputs: Inputs) -> Images:
@@ -164,8 +166,9 @@ def read_images(request: Request, inputs: Inputs) -> Images:
         )
     if image is not None and mask is not None and not same_shape(size_of(image), size_of(mask)):
         shapes = [f"{width}x{height}" for height, width in (size_of(mask), size_of(image))]
+        name = printable(request.mask_image or "")
         warnings.warn(
-            f"the mask {request.mask_image or ''} has {shapes[0]} pixels and its picture {shapes[1]}: "
+            f"the mask {name} has {shapes[0]} pixels and its picture {shapes[1]}: "
             "it is stretched to fit; give one of the same shape",
             stacklevel=3,
         )

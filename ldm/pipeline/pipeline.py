@@ -146,7 +146,8 @@ class Pipeline(Model):
             spacing: where the sampler's steps lie ("karras", "trailing", ...).
             guidance: a function like `ldm.diffusion.guidance.CFG`, in place of guidance_scale and _rescale.
             image: to draw from: a path, a PIL image, or [3, H, W] in 0..1; resized as in diffusers.
-            mask_image: white where an inpainting model draws anew; the rest keeps the image's own pixels.
+            mask_image: white where an inpainting model draws anew, or where it has transparent parts, what is
+                not; the rest keeps the image's own pixels.
             strength: the share of the steps that is drawn, from the image with as much noise.
             output_type: "pil" (list), "np" [B, H, W, 3] in 0..1, "pt" [B, 3, H, W] in 0..1, or "latent".
             callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}) with the latents at

@@ -15,7 +15,7 @@ import torch
 
 from ldm.adapters import used_embeddings, wanted_loras
 from ldm.checkpoint import Parts
-from ldm.diffusion.samplers import SAMPLERS, Sampler, resolve_sampler
+from ldm.diffusion.samplers import SAMPLERS, resolve_sampler
 from ldm.errors import UserError, printable
 from ldm.images.fitting import InMemory, size_of
 from ldm.models.kind import Kind
@@ -52,7 +52,8 @@ def resolve(model: Model, request: Request, images: Images) -> Request:
         if getattr(request, name) is None:
             values.setdefault(name, value)
     eta, request, factor = request.eta, request.replace(**values), model.vae.downscale
-    check_eta(eta, SAMPLERS[str(request.sampler)])
+    if eta and not SAMPLERS[str(request.sampler)].takes_eta:
+        raise meaningless_eta(eta, str(request.sampler))
     for side in ("height", "width"):
         pixels = getattr(request, side)
         if pixels % factor:
@@ -99,11 +100,10 @@ def check(request: Request, has_image: bool, has_mask: bool, parts: Parts) -> No
         )
 
 
-def check_eta(eta: float | None, sampler: Sampler) -> None:
-    """Raise UserError for an eta where there is none. 0 is no fault: CompVis's commands give it to all."""
-    if eta and not sampler.takes_eta:
-        takers = ", ".join(each.name for each in SAMPLERS.values() if each.takes_eta)
-        raise UserError(f"eta {eta:g} is not allowed here: {sampler.name} has none, only {takers} do")
+def meaningless_eta(eta: float, sampler: str) -> UserError:
+    """For a sampler that takes none. 0 is no fault anywhere: CompVis's commands give it to all."""
+    takers = ", ".join(each.name for each in SAMPLERS.values() if each.takes_eta)
+    return UserError(f"eta {eta:g} is not allowed here: {sampler} has none, only {takers} do")
 
 
 def check_image_size(request: Request, images: Images, parts: Parts) -> None:
@@ -115,10 +115,10 @@ def check_image_size(request: Request, images: Images, parts: Parts) -> None:
     if min(sides) >= 8 and max(sides) <= MAX_SIDE:
         return
     fault = "too small" if min(sides) < 8 else "too large"
+    name, size = printable(request.image or "the image"), f"{images.size[1]}x{images.size[0]} pixels"
     raise UserError(
-        f"{printable(request.image or 'the image')} has {images.size[1]}x{images.size[0]} pixels, {fault} for a picture "
-        f"drawn from it by itself, of 8 to {MAX_SIDE} pixels a side (here {width}x{height}): "
-        "give another, or the size to draw (width and height; -W and -H)"
+        f"{name} has {size}, {fault} for a picture of its own size, of 8 to {MAX_SIDE} pixels a side "
+        f"(here {width}x{height}): give another, or the size to draw (width and height; -W and -H)"
     )
 
 

@@ -184,6 +184,9 @@ def test_an_image_of_memory_may_be_given_as_a_file(pipe, again, capsys):
     save_png(result.images[0], Path("a.png"), result.request)
     assert cli.main([*again, "-i", "red.png", "-o", "b.png"]) == 0
     assert read_request("b.png").not_kept == ()
+    again = pipe.generate(result.request.replace(image="red.png"))
+    assert again.request.not_kept == ()
+    assert again.images[0].tobytes() == result.images[0].tobytes()
 
 
 def test_an_eta_that_an_old_version_kept_is_passed_over_again(pipe, again, capsys):

@@ -45,8 +45,7 @@ def test_prompts_that_look_like_settings_stay_prompts(request_):
 
 @pytest.mark.parametrize("text", ["Steps: 3 of them\nin all", "a castle: big, old", "", "Steps:", '"'])
 def test_a_text_without_settings_is_a_prompt(text):
-    assert split_parameters(text).prompt == text
-    assert split_parameters(text).settings == ()
+    assert split_parameters(text) == (text, None, [])
 
 
 @pytest.mark.parametrize("model", ["a:b", "a,b", "a\nb"])
@@ -69,10 +68,10 @@ def test_a_value_with_one_mark_alone_is_quoted(model):
     ],
 )
 def test_values_that_cannot_be_drawn_are_named_and_kept_as_written(settings, message):
-    found = split_parameters(f"a\nSteps: 3, {settings}")
-    assert found.settings[1] == tuple(settings.split(": "))
+    text = f"a\nSteps: 3, {settings}"
+    assert split_parameters(text)[2][1] == tuple(settings.split(": "))
     with pytest.raises(UserError, match=message):
-        found.to_request()
+        parse_parameters(text)
 
 
 PIECES = [
