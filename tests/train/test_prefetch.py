@@ -69,7 +69,7 @@ def test_on_a_cpu_nothing_is_made_ahead():
     assert made.places == [(0, 0)]
 
 
-def test_copies_to_cuda_are_from_pinned_memory_and_are_not_waited_for():
+def test_copies_to_cuda_are_from_pinned_memory_and_are_not_waited_for(monkeypatch):
     class Told(torch.Tensor):
         def pin_memory(self):
             calls.append("pinned")
@@ -79,12 +79,16 @@ def test_copies_to_cuda_are_from_pinned_memory_and_are_not_waited_for():
             calls.append((str(device), non_blocking))
             return self
 
-    calls = []
+    calls, chosen = [], []
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: chosen.append((device, threading.current_thread().name))
+    )
     batches = Batches(lambda place: {"x": torch.ones(2).as_subclass(Told)}, torch.device("cuda:1"))
     batches.take((0, 0), (0, 1))
     batches.close()
     assert calls.count("pinned") == 2
-    assert calls[-1] == ("cuda:1", True) or calls[-2] == ("cuda:1", True)
+    assert ("cuda:1", True) in calls
+    assert chosen == [(torch.device("cuda:1"), "next batch_0")], "a thread has a current card of its own"
 
 
 class Ahead(Batches):
