@@ -38,7 +38,7 @@ from ldm.pipeline.resolve import native_size
 from ldm.runtime import Runtime, choose
 from ldm.train.loop import check_precision, check_tracker, train
 from ldm.train.memory import checkpoint_blocks
-from ldm.train.processes import met
+from ldm.train.processes import partial_state
 from ldm.train.state import check_recipe, damage, flat, newest_state
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def finetune(recipe: FinetuneRecipe) -> None:
     Raises:
         UserError: for a folder, model or recipe that cannot be trained with: what, where, what to do.
     """
-    processes = met()
+    processes = partial_state()
     say = print if processes.is_main_process else _silent
     _check(recipe, processes.device)
     trained, held_out = _pictures(recipe, say)

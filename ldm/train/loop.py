@@ -17,7 +17,7 @@ from ldm.errors import UserError
 from ldm.runtime import has_bf16
 from ldm.train.lock import only_run
 from ldm.train.memory import freed_memory_kept
-from ldm.train.processes import alone, met, stop_signals
+from ldm.train.processes import alone, partial_state, stop_signals
 from ldm.train.recipe import Trainable
 from ldm.train.run import Run
 from ldm.train.task import Task
@@ -90,7 +90,7 @@ def _accelerator(recipe: Trainable, run_dir: Path) -> Accelerator:
 
     tracker = recipe.run.report_to
     check_tracker(tracker)
-    check_precision(recipe.run.mixed_precision, met().device)
+    check_precision(recipe.run.mixed_precision, partial_state().device)
     accelerator = Accelerator(
         mixed_precision=recipe.run.mixed_precision,
         log_with=None if tracker == "none" else tracker,

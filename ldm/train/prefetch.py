@@ -14,7 +14,7 @@ from ldm.train.task import Batch
 Place: TypeAlias = tuple[int, int]  # step of the optimiser, part of its accumulation
 
 
-class Batches:
+class Prefetcher:
     """`make` gives the batch of a place, on the CPU: always the same one, whoever asks and when.
 
     On a CPU nothing is made ahead, as the thread would take cores from the step.

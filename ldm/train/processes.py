@@ -23,7 +23,7 @@ LONGEST_WAIT = timedelta(days=7)
 SAME_SIGNAL_S = 2.0  # torchrun sends on the Ctrl-C that the terminal has sent already
 
 
-def met() -> PartialState:
+def partial_state() -> PartialState:
     """The run's processes, which know each other from here on: a second call changes nothing."""
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
