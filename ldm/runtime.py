@@ -107,6 +107,11 @@ def has_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and _cpu_has_bf16()
 
 
+def half_dtype(device: torch.device) -> torch.dtype:
+    """16 bits for what is only looked at there: bf16, but fp16 on cards without it."""
+    return torch.float16 if device.type == "cuda" and not has_bf16(device) else torch.bfloat16
+
+
 def memory_format(device: torch.device) -> torch.memory_format:
     """How networks want pictures and the weights of convolutions: channels_last, but as they are on MPS."""
     return torch.contiguous_format if device.type == "mps" else torch.channels_last

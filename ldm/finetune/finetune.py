@@ -36,9 +36,9 @@ from ldm.models.kind import Kind
 from ldm.pipeline import Pipeline
 from ldm.pipeline.resolve import native_size
 from ldm.runtime import Runtime, choose
-from ldm.train.loop import check_tracker, train
+from ldm.train.loop import check_precision, check_tracker, train
 from ldm.train.memory import checkpoint_blocks
-from ldm.train.processes import LONGEST_WAIT
+from ldm.train.processes import partial_state
 from ldm.train.state import check_recipe, damage, flat, newest_state
 
 if TYPE_CHECKING:
@@ -57,11 +57,7 @@ def finetune(recipe: FinetuneRecipe) -> None:
     Raises:
         UserError: for a folder, model or recipe that cannot be trained with: what, where, what to do.
     """
-    from accelerate import PartialState
-    from accelerate.utils import parse_flag_from_env
-
-    # As Accelerator, which follows, does by itself: else processes on a CPU would not know of each other.
-    processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=LONGEST_WAIT)
+    processes = partial_state()
     log = print if processes.is_main_process else _silent
     _check(recipe, processes.device)
     trained, held_out = _pictures(recipe, log)
@@ -99,8 +95,7 @@ def _check(recipe: FinetuneRecipe, device: torch.device) -> None:
             raise UserError(f"{name} {place} lies in the folder of pictures, and would be trained on")
     if recipe.output_dir.exists() and not recipe.output_dir.is_dir():
         raise UserError(f"output_dir {recipe.output_dir} is a file: name a folder")
-    if recipe.mixed_precision == "fp16" and device.type == "cpu":
-        raise UserError("mixed_precision fp16 needs a GPU: give bf16 or no, or leave it out")
+    check_precision(recipe.mixed_precision or "no", device)
     check_tracker(recipe.report_to)
 
 

@@ -43,7 +43,7 @@ from ldm.pretrain.clip import pick_captions, tokenise
 from ldm.pretrain.data import Pictures, cached, digest_of
 from ldm.pretrain.vae import load_vae
 from ldm.pretrain.widen import widen_latents
-from ldm.runtime import memory_format
+from ldm.runtime import half_dtype, memory_format
 from ldm.train.loss import (
     PLAIN_LOSS,
     Levels,
@@ -267,7 +267,7 @@ class UNetTask(Task):
         total = 0.0
         for rows in torch.split(torch.arange(len(batch["x0"])), 64):
             part = {name: value[rows].to(device) for name, value in batch.items()}
-            with torch.autocast(device.type, torch.bfloat16):
+            with torch.autocast(device.type, half_dtype(device)):
                 total += float(self._pixel_losses(part).mean((1, 2)).sum())
         return total / len(batch["x0"])
 

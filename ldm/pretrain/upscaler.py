@@ -34,7 +34,7 @@ from ldm.models import AutoencoderKL, AutoencoderTiny, UNet, build
 from ldm.postcards.scoring.sources import to_uint8
 from ldm.postcards.scoring.upscaling import bicubic
 from ldm.pretrain.data import Pictures, cached, crop_squares, digest_of
-from ldm.runtime import memory_format
+from ldm.runtime import half_dtype, memory_format
 from ldm.train.loss import (
     PLAIN_LOSS,
     Levels,
@@ -231,7 +231,7 @@ class UpscalerTask(Task):
             any_t, from_noise = (
                 self._batch(high, small, level, t, 0, rng) for t in (spread, torch.full_like(rows, last))
             )
-            with torch.autocast(device.type, torch.bfloat16):
+            with torch.autocast(device.type, half_dtype(device)):
                 losses, _ = self._losses_and_x0(_to(any_t, device))
                 total += float(losses.mean((1, 2)).sum())
                 drawn.append(self.in_one_step(_to(from_noise, device)).cpu())

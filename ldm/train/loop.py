@@ -11,10 +11,13 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from ldm.errors import UserError
+from ldm.runtime import has_bf16
 from ldm.train.lock import only_run
 from ldm.train.memory import freed_memory_kept
-from ldm.train.processes import LONGEST_WAIT, alone, stop_signals
+from ldm.train.processes import alone, partial_state, stop_signals
 from ldm.train.recipe import Trainable
 from ldm.train.run import Run
 from ldm.train.task import Task
@@ -74,16 +77,24 @@ def check_tracker(name: str) -> None:
         raise UserError("report_to is tensorboard, which is not installed: pip install tensorboard")
 
 
+def check_precision(mixed_precision: str, device: torch.device) -> None:
+    """Raise UserError if a device does not compute so. A CPU that lacks bf16 is only slow in it."""
+    if mixed_precision == "fp16" and device.type == "cpu":
+        raise UserError("mixed_precision fp16 needs a GPU: give bf16 or no, or leave it out")
+    if mixed_precision == "bf16" and device.type == "cuda" and not has_bf16(device):
+        raise UserError("mixed_precision bf16 needs a GPU that has it, unlike this one: give fp16 or no")
+
+
 def _accelerator(recipe: Trainable, run_dir: Path) -> Accelerator:
-    from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate import Accelerator
 
     tracker = recipe.run.report_to
     check_tracker(tracker)
+    check_precision(recipe.run.mixed_precision, partial_state().device)
     accelerator = Accelerator(
         mixed_precision=recipe.run.mixed_precision,
         log_with=None if tracker == "none" else tracker,
         project_dir=run_dir,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
     )
     if tracker != "none":
         accelerator.init_trackers("tensorboard")

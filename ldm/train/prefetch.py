@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -13,7 +14,7 @@ from ldm.train.task import Batch
 Place: TypeAlias = tuple[int, int]  # step of the optimiser, part of its accumulation
 
 
-class Batches:
+class Prefetcher:
     """`make` gives the batch of a place, on the CPU: always the same one, whoever asks and when.
 
     On a CPU nothing is made ahead, as the thread would take cores from the step.
@@ -22,7 +23,9 @@ class Batches:
     def __init__(self, make: Callable[[Place], Batch], device: torch.device) -> None:
         self.make, self.device = make, device
         self.on_cuda = device.type == "cuda"
-        self.pool = ThreadPoolExecutor(1, "next batch") if device.type != "cpu" else None
+        # A thread begins with the first card, where pinning memory would take some of it.
+        begin = partial(torch.cuda.set_device, device) if self.on_cuda else None
+        self.pool = ThreadPoolExecutor(1, "next batch", begin) if device.type != "cpu" else None
         self.coming: tuple[Place, Future[Batch]] | None = None
 
     def take(self, place: Place, following: Place) -> Batch:

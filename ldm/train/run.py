@@ -20,7 +20,7 @@ from ldm.errors import UserError, abbreviate
 from ldm.files import whole_file
 from ldm.runtime import is_out_of_memory, memory_format
 from ldm.train.optimiser import lr_factor, make_optimiser
-from ldm.train.prefetch import Batches, Place
+from ldm.train.prefetch import Place, Prefetcher
 from ldm.train.processes import alone, mean
 from ldm.train.progress import Progress
 from ldm.train.recipe import Trainable
@@ -73,7 +73,7 @@ class Run:
         self._resume()
         model = torch.compile(task) if recipe.run.compile else task
         self.model, self.optimiser = accelerator.prepare(model, optimiser)
-        self.batches = Batches(self._batch, accelerator.device)
+        self.batches = Prefetcher(self._batch, accelerator.device)
 
     def _resume(self) -> None:
         found, window = alone(self.accelerator, self._find), None

@@ -9,7 +9,7 @@ from tiny_training import Line, exported, tiny_recipe
 
 from ldm.errors import UserError
 from ldm.train.loop import train
-from ldm.train.prefetch import Batches
+from ldm.train.prefetch import Prefetcher
 
 ELSEWHERE = torch.device("meta")  # a device that is not the CPU
 
@@ -34,7 +34,7 @@ def running():
 
 def test_the_next_batch_is_made_on_a_thread_and_not_again():
     made = Made()
-    batches = Batches(made, ELSEWHERE)
+    batches = Prefetcher(made, ELSEWHERE)
     assert batches.take((0, 0), (0, 1))["x"].device == ELSEWHERE
     batches.settle()
     assert made.places == [(0, 0), (0, 1)]
@@ -50,7 +50,7 @@ def test_the_next_batch_is_made_on_a_thread_and_not_again():
 
 
 def test_what_goes_wrong_there_is_told_when_the_batch_is_wanted_and_else_never():
-    batches = Batches(Made(fails={(1, 0)}), ELSEWHERE)
+    batches = Prefetcher(Made(fails={(1, 0)}), ELSEWHERE)
     batches.take((0, 0), (1, 0))
     batches.settle()
     with pytest.raises(UserError, match=r"no picture for \(1, 0\)"):
@@ -62,14 +62,14 @@ def test_what_goes_wrong_there_is_told_when_the_batch_is_wanted_and_else_never()
 
 def test_on_a_cpu_nothing_is_made_ahead():
     made = Made()
-    batches = Batches(made, torch.device("cpu"))
+    batches = Prefetcher(made, torch.device("cpu"))
     batches.take((0, 0), (0, 1))
     batches.settle()
     batches.close()
     assert made.places == [(0, 0)]
 
 
-def test_copies_to_cuda_are_from_pinned_memory_and_are_not_waited_for():
+def test_copies_to_cuda_are_from_pinned_memory_and_are_not_waited_for(monkeypatch):
     class Told(torch.Tensor):
         def pin_memory(self):
             calls.append("pinned")
@@ -79,15 +79,19 @@ def test_copies_to_cuda_are_from_pinned_memory_and_are_not_waited_for():
             calls.append((str(device), non_blocking))
             return self
 
-    calls = []
-    batches = Batches(lambda place: {"x": torch.ones(2).as_subclass(Told)}, torch.device("cuda:1"))
+    calls, chosen = [], []
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: chosen.append((device, threading.current_thread().name))
+    )
+    batches = Prefetcher(lambda place: {"x": torch.ones(2).as_subclass(Told)}, torch.device("cuda:1"))
     batches.take((0, 0), (0, 1))
     batches.close()
     assert calls.count("pinned") == 2
-    assert calls[-1] == ("cuda:1", True) or calls[-2] == ("cuda:1", True)
+    assert ("cuda:1", True) in calls
+    assert chosen == [(torch.device("cuda:1"), "next batch_0")], "a thread has a current card of its own"
 
 
-class Ahead(Batches):
+class Ahead(Prefetcher):
     """As on a GPU, where the step runs here."""
 
     def __init__(self, make, device):
@@ -100,7 +104,7 @@ def test_a_run_is_the_same_to_the_bit_and_goes_on_so(tmp_path, monkeypatch, inte
     recipe = tiny_recipe(6, parts=2, checkpointing_steps=4, validation_steps=3, logging_steps=1)
     plain = Line()
     train(plain, recipe, tmp_path / "plain")
-    monkeypatch.setattr("ldm.train.run.Batches", Ahead)
+    monkeypatch.setattr("ldm.train.run.Prefetcher", Ahead)
     tasks = [Line(interrupt=interrupt), *([Line()] if interrupt else [])]
     for task in tasks:
         train(task, recipe, tmp_path / "ahead")
@@ -113,7 +117,7 @@ def test_a_run_is_the_same_to_the_bit_and_goes_on_so(tmp_path, monkeypatch, inte
 
 
 def test_the_thread_ends_with_a_run_that_fails(tmp_path, monkeypatch):
-    monkeypatch.setattr("ldm.train.run.Batches", Ahead)
+    monkeypatch.setattr("ldm.train.run.Prefetcher", Ahead)
     with pytest.raises(UserError, match="step 2: the loss is nan"):
         train(Line(poison={3}), tiny_recipe(6), tmp_path)
     assert running() == []
@@ -121,7 +125,7 @@ def test_the_thread_ends_with_a_run_that_fails(tmp_path, monkeypatch):
 
 def test_nothing_is_made_while_the_networks_are_looked_at(tmp_path, monkeypatch):
     """Their mode and weights are others then, and a batch may be made by one of them."""
-    monkeypatch.setattr("ldm.train.run.Batches", Ahead)
+    monkeypatch.setattr("ldm.train.run.Prefetcher", Ahead)
     busy = threading.Event()
 
     class Watched(Line):
