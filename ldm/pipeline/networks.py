@@ -71,4 +71,4 @@ def _encode(vae: VAE, images: Tensor) -> tuple[Tensor, Tensor]:
 
 def _decode(vae: VAE, latents: Tensor) -> Tensor:
     weight = next(vae.parameters())
-    return vae.decode(latents.to(weight.device, weight.dtype, memory_format=torch.channels_last))
+    return vae.decode_latents(latents.to(weight.device, weight.dtype, memory_format=torch.channels_last))

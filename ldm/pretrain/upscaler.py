@@ -84,7 +84,7 @@ def _wear(pictures: Pictures, vae: AutoencoderKL | AutoencoderTiny, wear: float)
         with torch.autocast("cpu", torch.bfloat16):
             z = vae.encode_latents(pictures.tensors(index).contiguous(memory_format=torch.channels_last))
             std = wear * torch.rand(len(z), 1, 1, 1, generator=rng)
-            y = vae.decode(z + std * torch.randn(z.shape, generator=rng).to(z))
+            y = vae.decode_latents(z + std * torch.randn(z.shape, generator=rng).to(z))
         parts.append(torch.from_numpy(to_uint8((y.float() + 1) / 2)))
     return torch.cat(parts).contiguous()
 
@@ -152,7 +152,7 @@ class UpscalerTask(Task):
         loss, weight = square_error.mean(), self.weights["pixels"]
         if not weight:
             return loss, {}
-        pixels = functional.mse_loss(self.vae.decode(guess).float(), batch["large"])
+        pixels = functional.mse_loss(self.vae.decode_latents(guess).float(), batch["large"])
         return loss + weight * pixels, {"pixels": pixels.detach()}
 
     def _denoise(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -180,7 +180,7 @@ class UpscalerTask(Task):
     def in_one_step(self, batch: Batch) -> Tensor:
         """What is drawn from the noise of a batch of the last t, at once: [B, 3, H, W], about [-1, 1]."""
         answer = self._answer(batch["noise"], batch).float()
-        return self.vae.decode(self._guess(answer, batch["noise"], batch["t"])).float()
+        return self.vae.decode_latents(self._guess(answer, batch["noise"], batch["t"])).float()
 
     def evaluate(self) -> dict[str, float]:
         """Of whole pictures: the loss at all noise levels; a step from pure noise against bicubic, in dB."""
