@@ -99,7 +99,10 @@ def test_tiny_equals_diffusers(reference_taesd, changes):
         assert relative_error(ours.encode_latents(images), (expected - shift) * scale) < 1e-5
         # Large latents too, where the decoder's soft clamp at 3 acts.
         latents = 4 * torch.randn_like(expected)
-        assert relative_error(ours.decode_latents((latents - shift) * scale), reference.decode(latents).sample) < 1e-5
+        assert (
+            relative_error(ours.decode_latents((latents - shift) * scale), reference.decode(latents).sample)
+            < 1e-5
+        )
     assert ours.downscale == 8
     assert ours.latent_channels == reference.config.latent_channels
 
