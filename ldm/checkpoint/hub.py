@@ -13,6 +13,7 @@ from ldm.checkpoint.weights import choose_weights
 from ldm.errors import UserError, abbreviate
 
 PIPELINE_FILES = ("model_index.json", "ldm.json", "words.txt")
+MODEL_CONFIGS = ("model_index.json", "config.json")
 # What diffusers and peft call adapters.
 ADAPTER_FILES = (
     "pytorch_lora_weights.safetensors",
@@ -80,7 +81,7 @@ def fetch_adapter(name: str, weight_name: str | None = None) -> Path:
     except Exception as error:
         if (reason := _refused(error, name, None)) is not None:
             raise UserError(f"{name}: no such file here, and {reason}") from None
-        folder = _cached(name, None, error)
+        folder = _cached(name, None, error, ("adapter_config.json",))
     files = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
     return folder / adapter_file(files, name, weight_name)
 
@@ -102,7 +103,9 @@ def adapter_file(files: Iterable[str], name: str, weight_name: str | None = None
     raise UserError(f"{name}: has {abbreviate(weights)}: choose one by weight_name=")
 
 
-def _cached(name: str, revision: str | None, error: Exception) -> Path:
+def _cached(
+    name: str, revision: str | None, error: Exception, patterns: Iterable[str] = MODEL_CONFIGS
+) -> Path:
     """What an earlier download has left, without network. Its reader names files that it lacks."""
     from huggingface_hub import snapshot_download
 
@@ -113,7 +116,7 @@ def _cached(name: str, revision: str | None, error: Exception) -> Path:
                 name,
                 revision=revision,
                 local_files_only=True,
-                allow_patterns=["model_index.json", "config.json"],
+                allow_patterns=list(patterns),
             )
         )
     except Exception:
