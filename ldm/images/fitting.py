@@ -30,7 +30,7 @@ def read_file(path: str, sha256: str | None = None) -> tuple[Image.Image, str]:
     Raises:
         UserError: if the file is not a picture, or its SHA-256 is not the one given.
     """
-    if re.match("https?://", path):
+    if re.match("https?://", str(path)):
         raise UserError(f"{path}: addresses are not fetched: save the picture, and give its path")
     try:
         data = Path(path).read_bytes()

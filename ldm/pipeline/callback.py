@@ -72,8 +72,11 @@ class Watch:
         for name in answer:
             if name not in (*SHOWN, "stop"):
                 raise UserError(f"a callback cannot replace {name!r}: it may return {', '.join(SHOWN)}, stop")
-        if "latents" in answer and not torch.equal(answer["latents"], _latents(step)):
-            step.x.copy_(answer["latents"] * _scale(step))
+        if "latents" in answer:
+            old = _latents(step)
+            new = _checked("latents", answer["latents"], old, len(old))
+            if not torch.equal(new, old):  # also where it was changed in place
+                step.x.copy_(new * _scale(step))
         self.stopped = bool(answer.get("stop"))
         return Change(self._texts(answer), self._guidance(answer), self.stopped)
 
@@ -94,13 +97,12 @@ class Watch:
         """The branches whose texts are others from now on."""
         changed = set()
         for name in (each for each in TEXTS if each in answer):
-            old, new, (field, branch) = self._text(name), answer[name], TEXTS[name]
-            of = self.branches if branch is None else (branch,)
-            if len(new) == len(self.batch):  # as guidance that is switched off asks for them
-                of = (branch or "cond",)
-            if len(new) != len(of) * len(self.batch) or new.shape[1:] != old.shape[1:]:
-                raise UserError(f"a callback returned {name} {list(new.shape)}: give {list(old.shape)}")
-            for each, rows in zip(of, new.to(old).chunk(len(of)), strict=True):
+            old, (field, branch) = self._text(name), TEXTS[name]
+            # Guidance that is switched off asks for the texts alone.
+            new = _checked(name, answer[name], old, len(old), len(self.batch))
+            alone = branch is not None or len(new) == len(self.batch)
+            of = (branch or "cond",) if alone else self.branches
+            for each, rows in zip(of, new.chunk(len(of)), strict=True):
                 if not torch.equal(rows, getattr(self.texts[each], field)):
                     self.texts[each] = replace(self.texts[each], **{field: rows})
                     changed.add(each)
@@ -113,6 +115,14 @@ class Watch:
             return None
         self.guidance_scale = scale
         return guidance_of(self.job.request.replace(guidance_scale=scale), self.job.model.parts)
+
+
+def _checked(name: str, new: Any, old: Tensor, *rows: int) -> Tensor:
+    """What a callback returned, as the tensor it replaces is. Raises UserError for another shape."""
+    if not isinstance(new, Tensor) or new.shape[1:] != old.shape[1:] or len(new) not in rows:
+        shape = list(new.shape) if isinstance(new, Tensor) else f"{new!r:.60}"
+        raise UserError(f"a callback returned {shape} as {name}: give a tensor of {list(old.shape)}")
+    return new.to(old)
 
 
 def _scale(step: Step) -> float:

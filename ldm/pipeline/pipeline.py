@@ -38,7 +38,7 @@ from ldm.pipeline.inputs import (
     scaled_loras,
     seeds_of,
 )
-from ldm.pipeline.job import Batch, Job, Picture, prepare, requests_of
+from ldm.pipeline.job import Batch, Job, Picture, check_eta, prepare, requests_of
 from ldm.pipeline.model import Model
 from ldm.pipeline.resolve import check_upscaler
 from ldm.pipeline.sample import OnStep, draw_batch, draw_latents, sample
@@ -193,8 +193,8 @@ class Pipeline(Model):
         image_latents = as_latents(image, self.vae.latent_channels)
         image_file, image = as_image(image if image_latents is None else None, "image")
         mask_file, mask_image = as_image(mask_image, "mask_image")
-        several = count_images(image, mask_image, image_latents, prompt_embeds)
-        prompts = one_each(prompt, several, "prompt")
+        several = 1 if prompt_embeds is None else len(prompt_embeds)
+        prompts = one_each(prompt, max(several, count_images(image, mask_image, image_latents)), "prompt")
         count = len(prompts) * each
         generators = own_generators(generator, count)
         seeds = seeds_of(seed, generators, count)
@@ -256,8 +256,7 @@ class Pipeline(Model):
             for p, (text, negative, text_2, negative_2) in enumerate(texts)
         ]
         job = self.prepare(requests, inputs)
-        if eta and not job.sampler.takes_eta:
-            raise UserError(f"eta {eta} is not allowed: {job.sampler.name} adds no noise that it could scale")
+        check_eta(job, eta)
         if callback_on_step_end is None:
             return self.draw(job, None, output_type)
         callback, names = callback_on_step_end, callback_on_step_end_tensor_inputs

@@ -13,6 +13,7 @@ from tiny_adapters import save_diffusers
 from tiny_pipeline import make_folder
 
 import ldm
+from ldm import cli
 from ldm.cli.draw import add_flags
 from ldm.cli.flags import FLAGS
 from ldm.cli.parser import Parser
@@ -61,6 +62,7 @@ WORKS = """
     pipe("sea", num_inference_steps=2, output_type="latent")
     pipe("sea", callback_on_step_end=lambda p, i, t, kwargs: {}, **few)
     pipe("sea", callback_on_step_end=lambda p, i, t, kwargs: kwargs, **few)
+    pipe("sea", callback_on_step_end=lambda p, i, t, kwargs: {"latents": kwargs["latents"].half()}, **few)
     pipe("sea", timesteps=torch.tensor([900, 500, 100]), output_type="latent")
     pipe("sea", sigmas=np.array([10.0, 1.0, 0.0]), output_type="latent")
     pipe("sea", latents=torch.randn(1, 4, 8, 8, dtype=torch.float16), **few)
@@ -101,6 +103,7 @@ WORKS = """
     pipe.with_lora(lora)("sea", cross_attention_kwargs={"scale": 0.5}, **few)
     pipe("sea", guidance_rescale=0.5, guidance_scale=3, **few)
     pipe(prompt_embeds=embeds, negative_prompt_embeds=embeds, **few)
+    pipe(prompt_embeds=torch.cat([embeds, embeds]), negative_prompt_embeds=torch.cat([embeds, embeds]), **few)
     pipe(np.array(["sea", "boat"]), **few)
     pipe.save_pretrained(out, safe_serialization=True)
     pipe.to("cpu").unet.compile(backend="eager")
@@ -185,6 +188,11 @@ SAYS = [
     ("pipe('sea', callback_on_step_end_tensor_inputs=['mask'])", "prompt_embeds"),
     ("pipe('sea', callback_on_step_end=lambda *_: {'noise': 1}, **few)", "prompt_embeds"),
     ("pipe('sea', callback_on_step_end=lambda p, *_: setattr(p, '_interrupt', True), **few)", "stop"),
+    ("pipe('sea', callback_on_step_end=lambda *_: {'latents': 5}, **few)", "[1, 4, 8, 8]"),
+    (
+        "pipe('sea', callback_on_step_end=lambda *_: {'prompt_embeds': torch.zeros(2, 9, 24)}, **few)",
+        "[2, 16, 24]",
+    ),
     ("pipe('sea', eta=0.5, sampler='euler', **few)", "adds no noise"),
     ("pipe('sea', spacing='DPMSolverMultistepScheduler')", "for a sampler use --sampler dpmpp_2m"),
     ("pipe('sea', spacing='euler_a')", "for a sampler use --sampler euler_a"),
@@ -580,3 +588,19 @@ def test_every_field_of_a_request_survives_the_json():
     left_open = {name for name in Request.model_fields if getattr(request, name) is None}
     assert left_open == {"sigmas"}
     assert isinstance(request.seeds, Sequence)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--scheduler", "DPMSolverMultistepScheduler"], "for a sampler use --sampler dpmpp_2m"),
+        (["--sampler", "euler", "--eta", "0.5"], "--eta 0.5 is not allowed: euler adds no noise"),
+        (["--init-image", "https://example.com/a.png"], "addresses are not fetched"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_the_command_line_says_so_too(made, flags, named, capsys, tmp_path):
+    common = ["-m", made["path"], "--device", "cpu", "-p", "sea", "--outdir", str(tmp_path / "out")]
+    assert cli.txt2img([*common, *flags]) == 2
+    assert named in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.png"))
