@@ -98,11 +98,17 @@ class Watch:
         changed = set()
         for name in (each for each in TEXTS if each in answer):
             old, (field, branch) = self._text(name), TEXTS[name]
-            # Guidance that is switched off asks for the texts alone.
             new = _checked(name, answer[name], old, len(old), len(self.batch))
-            alone = branch is not None or len(new) == len(self.batch)
-            of = (branch or "cond",) if alone else self.branches
-            for each, rows in zip(of, new.chunk(len(of)), strict=True):
+            if branch is not None:
+                without = [each for each in self.branches if each != "cond"] or [branch]
+                replaced = [(each, new) for each in without]
+            elif len(new) == len(
+                self.batch
+            ):  # the texts alone, as guidance that is switched off asks for them
+                replaced = [("cond", new)]
+            else:
+                replaced = list(zip(self.branches, new.chunk(len(self.branches)), strict=True))
+            for each, rows in replaced:
                 if not torch.equal(rows, getattr(self.texts[each], field)):
                     self.texts[each] = replace(self.texts[each], **{field: rows})
                     changed.add(each)

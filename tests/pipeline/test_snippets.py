@@ -390,10 +390,13 @@ def test_a_callback_sees_and_replaces_what_diffusers_callbacks_do(made):
     assert error(ours, latents(made["pipe"], seed=1, num_inference_steps=5)) > 1e-2
 
 
+@pytest.mark.parametrize("family", ["sd1", "pix2pix"])
 @pytest.mark.parametrize("name", ["prompt_embeds", "negative_prompt_embeds"])
-def test_embeddings_that_a_callback_replaces_hold_from_the_next_step_on(made, name):
+def test_embeddings_that_a_callback_replaces_hold_from_the_next_step_on(families, family, name):
     """Replaced after the first step of two, the second is that of the other prompt."""
-    pipe, common = made["pipe"], {"sampler": "euler", "num_inference_steps": 2, "seed": [1, 2]}
+    pipe = ldm.load(families(family)[0], device="cpu", dtype="fp32")
+    common = {"sampler": "euler", "num_inference_steps": 2, "seed": [1, 2]}
+    common |= {"image": picture()} if family == "pix2pix" else {}
     argument = name.replace("_embeds", "")
     texts = {"prompt": ["red", "the boat"], "negative_prompt": ["sea", "a"]}
     other = pipe.text.encode(["at", "boat"]).tokens
@@ -483,6 +486,34 @@ def test_to_shares_what_is_there_and_changes_nothing(made):
     for part in ("unet", "vae", "text_encoder"):
         dtypes = [next(getattr(each, part).parameters()).dtype for each in (loaded, pipe.to(torch.float16))]
         assert dtypes[0] is dtypes[1]
+
+
+def test_to_takes_fused_adapters_and_words_along(made, tmp_path):
+    word = tmp_path / "word.bin"
+    torch.save({"<cat>": torch.randn(2, 24)}, word)
+    pipe = made["pipe"].with_embedding(word).with_lora(made["lora"], 0.5).fuse()
+    half = pipe.to(dtype=torch.bfloat16)
+    assert half.adapted.fused
+    back = half.to("cpu", torch.float32)
+    assert error(latents(back, "the <cat> boat", seed=1), latents(pipe, "the <cat> boat", seed=1)) < 0.1
+    assert [each.name for each in back.adapted.embeddings] == ["<cat>"]
+
+
+def test_compiled_draws_the_same_and_leaves_the_old_one_alone(made):
+    pipe, graphs = made["pipe"], []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = pipe.compiled(backend=backend)
+    assert error(latents(compiled, seed=1), latents(pipe, seed=1)) < 1e-5
+    made_by_compiled = len(graphs)
+    assert made_by_compiled > 0
+    assert compiled.unet.conv_in.weight is pipe.unet.conv_in.weight
+    latents(compiled.with_lora(made["lora"]), seed=1)
+    latents(pipe, seed=1)
+    assert len(graphs) == made_by_compiled
 
 
 def test_the_scale_of_loras_is_their_weight(made):
