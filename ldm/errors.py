@@ -14,6 +14,10 @@ class UserError(ValueError):
     """Something the caller can put right: one or two lines that say what, where, and what to do next."""
 
 
+class NoSuchName(UserError, AttributeError):
+    """For an attribute that is not there, or cannot be set: says what to write."""
+
+
 @contextmanager
 def reported(training: bool = False) -> Iterator[None]:
     """Inside the block a UserError is one line and exit code 2; in `training` a missing package is, too."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import operator
 import secrets
-from collections.abc import Container, Sequence
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Container, Iterable
+from typing import Annotated, Any, Literal, Self, TypeGuard
 
 from pydantic import (
     AfterValidator,
@@ -74,6 +75,10 @@ class _Checked(BaseModel):
             super().__init__(**fields)
         except ValidationError as error:
             raise UserError(_explain(type(self), error)) from None
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed, validated again."""
+        return type(self)(**{**self.model_dump(), **changes})
 
 
 class LoraUse(_Checked):
@@ -183,10 +188,6 @@ class Request(_Checked):
         steps = self.num_grid_steps or 0
         return steps if self.strength is None else int(steps * self.strength)
 
-    def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed, validated again."""
-        return type(self)(**{**self.model_dump(), **changes})
-
     def check_given(self, given: Container[str]) -> None:
         """Raise UserError if this request is of a picture that more was `given` to than now."""
         lost = [name for name in self.not_kept if name not in given]
@@ -292,18 +293,35 @@ class Request(_Checked):
 _PROMPTS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2")
 
 
-def consecutive_seeds(seed: int | Sequence[int] | None, count: int = 1) -> tuple[int, ...]:
+def consecutive_seeds(seed: int | Iterable[int] | None, count: int = 1) -> tuple[int, ...]:
     """The seeds of `count` pictures: seed, seed + 1, ...; None or a negative seed starts at a random one.
 
-    A sequence is taken as it is and must hold `count` seeds (any number when `count` is 1).
+    Several are taken as they are and must be `count` seeds (any number when `count` is 1). Whole numbers of
+    numpy and torch are as good as Python's. Raises UserError for what is none.
     """
-    if seed is not None and not isinstance(seed, int):
-        if count not in (1, len(seed)):
-            raise UserError(f"{len(seed)} seeds for {count} pictures: give one seed, or one per picture")
-        return tuple(seed)
-    if seed is None or seed < 0:
-        seed = secrets.randbelow(2**32)
-    return tuple(range(seed, seed + count))
+    first = None if seed is None else _whole(seed)
+    if seed is not None and first is None:
+        seeds = None if isinstance(seed, str | float) or not _is_several(seed) else [*map(_whole, seed)]
+        if seeds is None or None in seeds:
+            raise UserError(f"seed {_short(seed)} is not allowed: give a whole number, or one per picture")
+        if count not in (1, len(seeds)):
+            raise UserError(f"{len(seeds)} seeds for {count} pictures: give one seed, or one per picture")
+        return tuple(each for each in seeds if each is not None)
+    if first is None or first < 0:
+        first = secrets.randbelow(2**32)
+    return tuple(range(first, first + count))
+
+
+def _whole(number: Any) -> int | None:
+    """A whole number of any library as Python's; None for what is none."""
+    try:
+        return operator.index(number)
+    except TypeError:
+        return None
+
+
+def _is_several(seed: Any) -> TypeGuard[Iterable[int]]:
+    return isinstance(seed, Iterable) and getattr(seed, "ndim", 1) > 0
 
 
 def _explain(model: type[BaseModel], error: ValidationError) -> str:

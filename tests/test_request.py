@@ -5,7 +5,9 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
 
 from ldm.errors import UserError
 from ldm.request import MAX_SEED, Request, consecutive_seeds
@@ -225,6 +227,15 @@ def test_consecutive_seeds():
     assert consecutive_seeds(42, 3) == (42, 43, 44)
     assert consecutive_seeds([7, 9], 2) == (7, 9)
     assert consecutive_seeds(0) == (0,)
+    for whole in (np.int64(3), np.array(3), torch.tensor(3)):
+        assert consecutive_seeds(whole, 2) == (3, 4)
+    for several in (np.array([7, 9]), torch.tensor([7, 9]), (np.uint8(7), torch.tensor(9)), iter([7, 9])):
+        seeds = consecutive_seeds(several, 2)
+        assert seeds == (7, 9)
+        assert {type(seed) for seed in seeds} == {int}
+    for none in (3.0, "3", [1, "a"], torch.tensor(3.5), np.array(1.5), {"a": 1}):
+        with pytest.raises(UserError, match="whole number"):
+            consecutive_seeds(none)
     with pytest.raises(UserError, match="2 seeds for 3 pictures"):
         consecutive_seeds([7, 9], 3)
 

@@ -237,7 +237,9 @@ def _read_index(folder: Path) -> dict[str, Any]:
             _check_class(path, part, value)
     wanted = ["unet", "vae", "scheduler"]
     pairs = zip(TEXT_ENCODERS, TOKENIZERS, strict=True)
-    wanted += [tokenizer for encoder, tokenizer in pairs if encoder in index] or ["text_encoder"]
+    wanted += [
+        tokenizer for encoder, tokenizer in pairs if encoder in index
+    ]  # without any: drawn from embeddings
     wanted += ["low_res_scheduler"] if name == "StableDiffusionUpscalePipeline" else []
     for part in wanted:
         if not isinstance(index.get(part), list):

@@ -1,4 +1,4 @@
-"""Models by their name on the Hugging Face hub: only the files that are read, once, into its own cache."""
+"""Models and adapters by name on the Hugging Face hub: only the files that are read, once, into its cache."""
 
 from __future__ import annotations
 
@@ -11,10 +11,19 @@ from typing import Any
 from ldm.checkpoint.folder import CLASSES
 from ldm.checkpoint.parts import STEMS
 from ldm.checkpoint.weights import choose_weights
-from ldm.errors import UserError
+from ldm.errors import UserError, abbreviate
 from ldm.files import whole_file
 
 PIPELINE_FILES = ("model_index.json", "ldm.json", "words.txt")
+MODEL_CONFIGS = ("model_index.json", "config.json")
+# What diffusers and peft call adapters.
+ADAPTER_FILES = (
+    "pytorch_lora_weights.safetensors",
+    "adapter_model.safetensors",
+    "learned_embeds.safetensors",
+    "pytorch_lora_weights.bin",
+    "learned_embeds.bin",
+)
 CONFIG_FILES = ("config.json", "scheduler_config.json")
 TOKENIZER_FILES = (
     "vocab.json",
@@ -71,7 +80,52 @@ def _remember(snapshot: Path, revision: str | None) -> None:
                 aside.write_text(snapshot.name, encoding="utf-8")
 
 
-def _cached(name: str, revision: str | None, error: Exception) -> Path:
+def fetch_adapter(name: str, weight_name: str | None = None) -> Path:
+    """The file of a LoRA or textual inversion in the cache, fetched where it is not there yet.
+
+    Args:
+        name: "owner/model".
+        weight_name: of several files the one that is meant.
+
+    Raises:
+        UserError: in one line, how to get it where the hub does not give it, or what to choose from.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    try:
+        files = [file.rfilename for file in HfApi().model_info(name).siblings or ()]
+        wanted = adapter_file(files, name, weight_name)
+        return Path(snapshot_download(name, allow_patterns=[wanted, "adapter_config.json"])) / wanted
+    except UserError:
+        raise
+    except Exception as error:
+        if (reason := _refused(error, name, None)) is not None:
+            raise UserError(f"{name}: no such file here, and {reason}") from None
+        folder = _cached(name, None, error, ("adapter_config.json",))
+    files = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    return folder / adapter_file(files, name, weight_name)
+
+
+def adapter_file(files: Iterable[str], name: str, weight_name: str | None = None) -> str:
+    """Which of a repository's files holds its adapter. Raises UserError where that is not plain."""
+    weights = sorted(file for file in files if file.endswith((".safetensors", ".bin", ".pt")))
+    if weight_name is not None:
+        if weight_name in weights:
+            return weight_name
+        raise UserError(f"{name}: has no {weight_name}; it has {abbreviate(weights) or 'no weights'}")
+    usual = [file for file in ADAPTER_FILES if file in weights]
+    safe = [file for file in weights if file.endswith(".safetensors")]
+    for found in (usual[:1], safe, weights):
+        if len(found) == 1:
+            return found[0]
+    if not weights:
+        raise UserError(f"{name}: has no weights of an adapter")
+    raise UserError(f"{name}: has {abbreviate(weights)}: choose one by weight_name=")
+
+
+def _cached(
+    name: str, revision: str | None, error: Exception, patterns: Iterable[str] = MODEL_CONFIGS
+) -> Path:
     """What an earlier download has left, without network. Its reader names files that it lacks."""
     from huggingface_hub import snapshot_download
 
@@ -82,7 +136,7 @@ def _cached(name: str, revision: str | None, error: Exception) -> Path:
                 name,
                 revision=revision,
                 local_files_only=True,
-                allow_patterns=["model_index.json", "config.json"],
+                allow_patterns=list(patterns),
             )
         )
     except Exception:

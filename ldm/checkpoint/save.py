@@ -129,8 +129,9 @@ def _learnt_words(tokenizer: Any) -> list[str]:
 def pipeline_class(parts: Parts) -> str:
     """The name of diffusers' pipeline for a model, which its configs tell."""
     kind = PIPELINE_KINDS[parts.kind]
-    if parts.text_encoder_2 is not None:
-        return f"StableDiffusionXL{'Img2Img' if parts.text_encoder is None and not kind else kind}Pipeline"
+    if "time_ids" in parts.unet.config.conditioning:
+        is_refiner = parts.text_encoder is None and parts.text_encoder_2 is not None and not kind
+        return f"StableDiffusionXL{'Img2Img' if is_refiner else kind}Pipeline"
     if parts.unet.config.time_cond_proj_dim is not None and not kind:
         return "LatentConsistencyModelPipeline"
     return f"StableDiffusion{kind}Pipeline"

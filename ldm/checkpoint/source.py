@@ -17,6 +17,7 @@ from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
 from ldm.runtime import Runtime
 
+WEIGHTS = (".safetensors", ".ckpt", ".pt", ".bin")  # no hub name ends so: a file that is not there
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
@@ -146,6 +147,17 @@ def check_prediction(prediction_type: str | None) -> None:
         raise UserError(
             f"prediction_type {prediction_type!r} is not allowed: choose one of {', '.join(Prediction)}"
         )
+
+
+def find_adapter(what: str | Path, weight_name: str | None = None) -> Path:
+    """The file or folder of a LoRA or textual inversion: here, or fetched from the hub. Raises UserError."""
+    path = _local(what)
+    if path is None and isinstance(what, str) and HUB_NAME.fullmatch(what) and not what.endswith(WEIGHTS):
+        from ldm.checkpoint.hub import fetch_adapter
+
+        return fetch_adapter(what, weight_name)
+    path = Path(what).expanduser() if path is None else path
+    return path / weight_name if weight_name is not None and path.is_dir() else path
 
 
 def _local(what: str | Path) -> Path | None:

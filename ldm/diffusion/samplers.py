@@ -30,6 +30,7 @@ from ldm.diffusion.solvers import (
     unipc,
     unipc_orders,
 )
+from ldm.errors import UserError
 from ldm.spelling import squash, unknown
 
 SIGMA_SPACINGS = ("karras", "exponential", "beta")
@@ -226,6 +227,12 @@ def resolve_spacing(name: str) -> str:
         UserError: if there is none of that name; the message holds the nearest ones.
     """
     found = _SPACING_NAMES.get(squash(name))
-    if found is None:
-        raise unknown("spacing", name, SPACINGS)
-    return found
+    if found is not None:
+        return found
+    try:
+        sampler, _ = resolve_sampler(name)
+    except UserError:
+        raise unknown("spacing", name, SPACINGS) from None
+    raise UserError(
+        f"{name} is a sampler, and no spacing: for a sampler use --sampler {sampler.name} (sampler=)"
+    )

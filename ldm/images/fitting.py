@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -17,8 +18,10 @@ from ldm.files import reason
 from ldm.images.opening import open_picture, read_bytes, to_mask, to_rgb
 from ldm.images.pixels import to_tensor
 
-# A tensor is [3, H, W] or [1, 3, H, W] in 0..1; of a mask [H, W], [1, H, W] or [1, 1, H, W].
-InMemory = Image.Image | Tensor
+# A tensor is [3, H, W] or [1, 3, H, W] in 0..1; of a mask [H, W], [1, H, W] or [1, 1, H, W]. Several of them
+# are one for each prompt.
+OneInMemory = Image.Image | Tensor
+InMemory = OneInMemory | tuple[OneInMemory, ...]
 
 
 def read_file(
@@ -29,6 +32,8 @@ def read_file(
     Raises:
         UserError: if the file is not a picture, or its SHA-256 is not the one given.
     """
+    if re.match("https?://", str(path)):
+        raise UserError(f"{path}: addresses are not fetched: save the picture, and give its path")
     data = read_bytes(path)
     image, digest = open_picture(path, io.BytesIO(data), convert), hashlib.sha256(data).hexdigest()
     if sha256 not in (None, digest):
@@ -46,6 +51,12 @@ def take(image: InMemory | None, channels: int) -> InMemory | None:
     """
     if image is None:
         return None
+    if isinstance(image, tuple):
+        return tuple(_take(each, channels) for each in image)
+    return _take(image, channels)
+
+
+def _take(image: OneInMemory, channels: int) -> OneInMemory:
     if isinstance(image, Image.Image):
         try:
             return to_mask(image) if channels == 1 else to_rgb(image)
@@ -62,7 +73,9 @@ def take(image: InMemory | None, channels: int) -> InMemory | None:
 
 
 def size_of(image: InMemory) -> tuple[int, int]:
-    """(height, width) in pixels."""
+    """(height, width) in pixels; of several the first's, to which all are fitted."""
+    if isinstance(image, tuple):
+        return size_of(image[0])
     if isinstance(image, Tensor):
         return image.shape[-2], image.shape[-1]
     return image.height, image.width
@@ -74,7 +87,12 @@ def same_shape(a: tuple[int, int], b: tuple[int, int]) -> bool:
 
 
 def fit_image(image: InMemory, size: tuple[int, int], bicubic: bool = False) -> Tensor:
-    """[1, 3, H, W] in 0..1, resized as diffusers does: PIL images by Lanczos, tensors to the nearest."""
+    """[1, 3, H, W] in 0..1, resized as diffusers does: PIL images by Lanczos, tensors to the nearest.
+
+    Of several images a row each.
+    """
+    if isinstance(image, tuple):
+        return torch.cat([fit_image(each, size, bicubic) for each in image])
     if isinstance(image, Tensor):
         return F.interpolate(image, size)
     resample = Image.Resampling.BICUBIC if bicubic else Image.Resampling.LANCZOS
@@ -82,7 +100,12 @@ def fit_image(image: InMemory, size: tuple[int, int], bicubic: bool = False) -> 
 
 
 def fit_mask(mask: InMemory, size: tuple[int, int]) -> Tensor:
-    """[1, 1, H, W]: 1 where a picture is drawn anew (where the mask is at least half white), else 0."""
+    """[1, 1, H, W]: 1 where a picture is drawn anew (where the mask is at least half white), else 0.
+
+    Of several masks a row each.
+    """
+    if isinstance(mask, tuple):
+        return torch.cat([fit_mask(each, size) for each in mask])
     if isinstance(mask, Tensor):
         values = F.interpolate(mask, size)
     else:

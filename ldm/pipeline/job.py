@@ -29,10 +29,10 @@ from ldm.models.conditioning import Conditioning
 from ldm.models.kind import Kind
 from ldm.pipeline import before
 from ldm.pipeline.conditioning import encode_texts
-from ldm.pipeline.inputs import NOTHING, Inputs
+from ldm.pipeline.inputs import NOTHING, Inputs, count_images
 from ldm.pipeline.model import Model
 from ldm.pipeline.resolve import Images, meaningless_eta, resolve
-from ldm.pipeline.start import Edit, Enlarge, FromImage, FromNoise, Inpaint
+from ldm.pipeline.start import Edit, Enlarge, FromImage, FromLatents, FromNoise, Inpaint
 from ldm.request import Request
 
 # What the requests of one job may differ in: their texts, and what follows from those.
@@ -108,7 +108,8 @@ def prepare(
     """
     asked = (request,) if isinstance(request, Request) else tuple(request)
     check_alike(asked)
-    images = read_images(asked[0], inputs)
+    check_images(model, asked, inputs)
+    images = read_images(asked[0], inputs, model.vae.downscale)
     requests = tuple(resolve(model, each, images) for each in asked)
     first = requests[0]
     if first.not_kept:
@@ -119,7 +120,7 @@ def prepare(
     if asked[0].eta and not sampler.takes_eta:
         raise meaningless_eta(asked[0].eta, sampler.name)
     grid = grid_of(model, first, sampler)
-    start = start_of(model, first, grid, images)
+    start = start_of(model, first, grid, images, inputs.image_latents)
     kept = requests if inputs is NOTHING and not first.not_kept else as_kept(requests, inputs)
     pictures = list_pictures(kept, inputs, start.shape)
     return Job(
@@ -133,6 +134,16 @@ def prepare(
         start=start,
         batches=tuple(cut_into_batches(model, pictures, inputs, batch_size)),
     )
+
+
+def requests_of(job: Job, pictures: Sequence[Picture]) -> tuple[Request, ...]:
+    """The requests that draw these pictures: all of the job's, unless it was stopped."""
+    if len(pictures) == len(job.pictures):
+        return job.requests
+    seeds: dict[int, tuple[int, ...]] = {}
+    for picture in pictures:
+        seeds[picture.prompt] = (*seeds.get(picture.prompt, ()), picture.seed)
+    return tuple(job.requests[p].replace(seeds=own) for p, own in seeds.items())
 
 
 def check_alike(requests: Sequence[Request]) -> None:
@@ -151,11 +162,27 @@ def as_kept(requests: Sequence[Request], inputs: Inputs) -> tuple[Request, ...]:
     return tuple(each.replace(**blank, not_kept=lacks) for each in requests)
 
 
-def read_images(request: Request, inputs: Inputs) -> Images:
+def check_images(model: Model, requests: Sequence[Request], inputs: Inputs) -> None:
+    """Raise UserError for another number of images than one, or one for each prompt."""
+    for name in ("image", "mask_image", "image_latents"):
+        given = getattr(inputs, name)
+        if given is not None and (count := count_images(given)) not in (1, len(requests)):
+            raise UserError(
+                f"{count} pictures as {name} for {len(requests)} prompts: give one, or one for each"
+            )
+    if inputs.image_latents is not None and (model.kind is not Kind.TEXT or inputs.mask_image is not None):
+        raise UserError("latents as the image are for drawing from an image alone: give the picture itself")
+
+
+def read_images(request: Request, inputs: Inputs, downscale: int = 1) -> Images:
     """The image and mask of a request, from memory or its files. Raises UserError, also if one changed.
 
-    Alpha means another thing in each: an image is laid on white; of a mask it is what is painted.
+    Alpha means another thing in each: an image is laid on white; of a mask it is what is painted. In place of
+    latents an image without pixels stands, `downscale` times as large.
     """
+    if inputs.image_latents is not None:
+        height, width = (downscale * side for side in inputs.image_latents.shape[-2:])
+        return Images(torch.empty(1, 3, height, width, device="meta"), None, {})
     image, mask, digests = inputs.image, inputs.mask_image, dict[str, str]()
     image, mask = image if image is None else take(image, 3), mask if mask is None else take(mask, 1)
     if request.image is not None:
@@ -212,11 +239,20 @@ def trim_to_strength(grid: Grid, request: Request) -> Grid:
     return grid.last(request.num_steps)
 
 
-def start_of(model: Model, request: Request, grid: Grid, images: Images) -> FromNoise:
+def start_of(
+    model: Model, request: Request, grid: Grid, images: Images, latents: Tensor | None = None
+) -> FromNoise:
     """How the pictures of a resolved request begin, with its images resized."""
     size, factor, vae = request.size, model.vae.downscale, model.vae
     small = (size[0] // factor, size[1] // factor)
     shape, device = (vae.latent_channels, *small), model.runtime.device
+    if latents is not None:
+        if latents.shape[-2:] != small:
+            raise UserError(
+                f"latents of {list(latents.shape[-2:])} as the image do not fit pictures of {list(size)}, "
+                f"which have {list(small)}: leave height and width out"
+            )
+        return FromLatents(shape, grid, device, latents)
     if images.image is None:
         return FromNoise(shape, grid, device)
     if model.kind is Kind.UPSCALE:

@@ -71,7 +71,7 @@ def _encode(vae: VAE, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _decode(vae: VAE, latents: Tensor) -> Tensor:
-    return vae.decode(_as_taken(vae, latents))
+    return vae.decode_latents(_as_taken(vae, latents))
 
 
 def _as_taken(vae: VAE, x: Tensor) -> Tensor:

@@ -143,7 +143,7 @@ def _defaults(model: Model, request: Request, images: Images) -> dict[str, Any]:
 
 def _kind_defaults(parts: Parts, has_image: bool) -> dict[str, Any]:
     """Fields of a Request -> what they are where neither the caller nor ldm.json says, as in diffusers."""
-    is_xl = parts.text_encoder_2 is not None
+    is_xl = "time_ids" in parts.unet.config.conditioning
     values = {"num_inference_steps": 50, "guidance_scale": 7.5}
     match parts.kind:
         case Kind.TEXT:

@@ -7,8 +7,10 @@ first use, once for all batches.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -49,13 +51,20 @@ class FromNoise:
         """Finished pictures [B, 3, H, W] in 0..1 of decoded ones."""
         return images
 
+    def rows(self, prompts: Sequence[int]) -> Self:
+        """This start for pictures of these prompts: a row for each where each prompt has its own image."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        own: dict[str, Any] = {name: t[list(prompts)] for name, t in tensors.items() if len(t) > 1}
+        return replace(self, **own) if own else self
+
 
 @dataclass(frozen=True, eq=False)
 class FromImage(FromNoise):
     """Image to image: an image's latents, noised to the first level of the grid."""
 
     vae: VAE
-    pixels: Tensor  # [1, 3, H, W] in 0..1
+    pixels: Tensor  # [1 or prompts, 3, H, W] in 0..1
     # Whether the latents of `pixels` are sampled with noise of each picture's own, as of a variational VAE.
     samples: bool = field(default=True, kw_only=True)
 
@@ -73,6 +82,19 @@ class FromImage(FromNoise):
     ) -> tuple[Tensor, Branches]:
         x0 = self.sample(self.latents, noise)
         x = x0 + float(self.grid.sigmas[0]) * self.unit(noise, given)
+        return x, {"cond": cond, "uncond": uncond}
+
+
+@dataclass(frozen=True, eq=False)
+class FromLatents(FromNoise):
+    """Image to image from latents that the caller has: nothing is encoded, and no noise drawn for it."""
+
+    image_latents: Tensor  # [1 or prompts, C, h, w], scaled as the U-Net has them
+
+    def begin(
+        self, noise: Noise, given: Tensor | None, cond: Conditioning, uncond: Conditioning
+    ) -> tuple[Tensor, Branches]:
+        x = self.image_latents.to(self.device) + float(self.grid.sigmas[0]) * self.unit(noise, given)
         return x, {"cond": cond, "uncond": uncond}
 
 

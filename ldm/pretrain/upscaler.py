@@ -88,7 +88,7 @@ def _degrade(pictures: Pictures, vae: AutoencoderKL | AutoencoderTiny, latent_no
         with torch.autocast("cpu", torch.bfloat16):
             z = vae.encode_latents(pictures.tensors(index).contiguous(memory_format=torch.channels_last))
             std = latent_noise * torch.rand(len(z), 1, 1, 1, generator=rng)
-            y = vae.decode(z + std * torch.randn(z.shape, generator=rng).to(z))
+            y = vae.decode_latents(z + std * torch.randn(z.shape, generator=rng).to(z))
         parts.append(torch.from_numpy(to_uint8((y.float() + 1) / 2)))
     return torch.cat(parts).contiguous()
 
@@ -186,7 +186,7 @@ class UpscalerTask(Task):
         loss, weight = losses.mean(), self.weights["pixels"]
         if not weight:
             return loss, {}
-        pixels = functional.mse_loss(self.vae.decode(x0).float(), batch["large"])
+        pixels = functional.mse_loss(self.vae.decode_latents(x0).float(), batch["large"])
         return loss + weight * pixels, {"pixels": pixels.detach()}
 
     def _losses_and_x0(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -215,7 +215,7 @@ class UpscalerTask(Task):
     def in_one_step(self, batch: Batch) -> Tensor:
         """What is drawn from the noise of a batch of the last t, at once: [B, 3, H, W], about [-1, 1]."""
         answer = self._answer(batch["noise"], batch).float()
-        return self.vae.decode(self._predict_x0(answer, batch["noise"], batch["t"])).float()
+        return self.vae.decode_latents(self._predict_x0(answer, batch["noise"], batch["t"])).float()
 
     def evaluate(self) -> dict[str, float]:
         """Of whole pictures: the loss at all noise levels; a step from pure noise against bicubic, in dB."""

@@ -113,7 +113,7 @@ class VAETask(Task):
         noisy = z + self.weights["noise"] * batch["noise"]
         if batch["pooled"] and not self.decoder_only:
             noisy, x = F.avg_pool2d(noisy, 2), F.avg_pool2d(x, 2)
-        gap = self.vae.decode(noisy).float() - x
+        gap = self.vae.decode_latents(noisy).float() - x
         return loss + self._of_pixels(gap), extra | {"l2": gap.detach().square().mean()}
 
     def _of_pixels(self, gap: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ class VAETask(Task):
 
     def _reconstruct(self, pictures: Pictures, count: int) -> tuple[Tensor, Tensor]:
         x = pictures.tensors(torch.arange(min(count, len(pictures)))).to(next(self.parameters()).device)
-        parts = [self.vae.decode(self.vae.encode_latents(part)) for part in torch.split(x, 32)]
+        parts = [self.vae.decode_latents(self.vae.encode_latents(part)) for part in torch.split(x, 32)]
         return x, torch.cat(parts).clamp(-1, 1)
 
     def evaluate(self) -> dict[str, float]:

@@ -13,11 +13,13 @@ from urllib.parse import urlsplit
 import huggingface_hub
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
+from tiny_adapters import save_diffusers
 
 import ldm
 from ldm.checkpoint import load_tokenizer
-from ldm.checkpoint.hub import fetch, needed_files
+from ldm.checkpoint.hub import adapter_file, fetch, needed_files
 
 NAME, COMMIT = "someone/postcard", "0123456789abcdef0123456789abcdef01234567"
 PUSHED = COMMIT[::-1]
@@ -283,3 +285,45 @@ def test_needed_files_of_a_sharded_variant():
 def test_a_repository_with_single_files_only():
     with pytest.raises(ldm.UserError, match=r"`hf download someone/postcard a\.safetensors`"):
         needed_files(["a.safetensors", "b.ckpt", "README.md"], NAME)
+
+
+def test_adapters_by_name(hub, tiny_folder, tmp_path, monkeypatch):
+    theirs = StableDiffusionPipeline.from_pretrained(tiny_folder)
+    file = save_diffusers(theirs, hub.folder / "pytorch_lora_weights.safetensors")
+    save_file({"<cat>": torch.randn(2, 24)}, hub.folder / "learned_embeds.safetensors")
+    pipe = ldm.load(tiny_folder, device="cpu", dtype="fp32")
+    wanted = latents(pipe.with_lora(file, 0.5))
+    assert torch.equal(latents(pipe.with_lora(NAME, 0.5)), wanted)
+    assert set(hub.fetched) == {"pytorch_lora_weights.safetensors"}
+    assert not torch.equal(wanted, latents(pipe))
+    by_name = pipe.with_lora(NAME, weight_name="pytorch_lora_weights.safetensors")
+    assert (
+        by_name.adapted.loras[0].file.layers.keys()
+        == pipe.with_lora(file).adapted.loras[0].file.layers.keys()
+    )
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert torch.equal(latents(pipe.with_lora(NAME, 0.5)), wanted)
+    with pytest.raises(ldm.UserError, match=r"has no x\.safetensors; it has "):
+        pipe.with_lora(NAME, weight_name="x.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        (["README.md", "style.safetensors"], "style.safetensors"),
+        (["style.safetensors", "style.bin"], "style.safetensors"),
+        (["learned_embeds.bin", "token_identifier.txt"], "learned_embeds.bin"),
+        (
+            ["adapter_model.safetensors", "adapter_config.json", "other.safetensors"],
+            "adapter_model.safetensors",
+        ),
+        (["a.safetensors", "b.safetensors"], "choose one by weight_name="),
+        (["README.md"], "no weights"),
+    ],
+)
+def test_which_file_of_a_repository_is_the_adapter(files, found):
+    if found in files:
+        assert adapter_file(files, NAME) == found
+    else:
+        with pytest.raises(ldm.UserError, match=found):
+            adapter_file(files, NAME)

@@ -118,7 +118,7 @@ def test_lines_of_prompts_end_at_newlines_only(fake, monkeypatch, source):
     prompts = ["a\u2028b", "a\x0cb", "a\x85b\x0b\x1cc", "\u2029a\rb\x1e"]
     data = "\r\n".join(prompts[:2]).encode() + b"\n" + "\n".join(prompts[2:]).encode()
     Path("prompts.txt").write_bytes(data)
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
     assert cli.txt2img(["--from-file", source, "-q"]) == 0
     assert [request.prompt for request in fake.requests] == prompts
 

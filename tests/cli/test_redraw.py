@@ -213,7 +213,7 @@ def test_a_jpeg_is_drawn_again_from_its_comment(pipe, again, capsys):
 
 
 def test_weights_in_brackets_are_told_once(again, tiny_folder, capsys):
-    Path("p").write_text("(sea:1.2)\n((boat))\n(two) boats\n")
+    Path("p").write_text("(sea:1.2)\n((boat))\n(two) boats\n", encoding="utf-8")
     drawn = ["txt2img", "--from-file", "p", "--steps", "1", *again[2:], "--outdir", "o", "--skip-save"]
     assert cli.main(drawn) == 0
     told = capsys.readouterr().err

@@ -172,7 +172,7 @@ def test_how_many_pictures_a_card_holds_follows_from_its_vae(
 
     for module in vae.decoder.modules():
         module.register_forward_hook(look)
-    vae.decode(torch.zeros(1, vae.latent_channels, 8, 8, dtype=dtype, device="meta"))
+    vae.decode_latents(torch.zeros(1, vae.latent_channels, 8, 8, dtype=dtype, device="meta"))
     assert max(widest) == numbers
     asked = []
     monkeypatch.setattr(Runtime, "images_at_once", lambda self, *given: asked.append(given) or 1)

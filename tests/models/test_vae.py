@@ -56,7 +56,7 @@ def test_kl_equals_diffusers(reference_kl, changes):
         noise = torch.randn(size)
         drawn = (expected.mean + expected.std * noise - shift) * scale
         assert relative_error(ours.encode_latents(images, noise), drawn) < 1e-5
-        assert relative_error(ours.decode(latents), reference.decode(expected.mean).sample) < 1e-5
+        assert relative_error(ours.decode_latents(latents), reference.decode(expected.mean).sample) < 1e-5
 
 
 @pytest.mark.parametrize("size", [(64, 64), (45, 70)], ids=["even", "odd"])
@@ -101,9 +101,28 @@ def test_tiny_equals_diffusers(reference_taesd, changes):
         assert relative_error(ours.encode_latents(images), (expected - shift) * scale) < 1e-5
         # Large latents too, where the decoder's soft clamp at 3 acts.
         latents = 4 * torch.randn_like(expected)
-        assert relative_error(ours.decode((latents - shift) * scale), reference.decode(latents).sample) < 1e-5
+        assert (
+            relative_error(ours.decode_latents((latents - shift) * scale), reference.decode(latents).sample)
+            < 1e-5
+        )
     assert ours.downscale == 8
     assert ours.latent_channels == reference.config.latent_channels
+
+
+@pytest.mark.parametrize("kind", ["reference_kl", "reference_taesd"])
+def test_the_idioms_of_diffusers_do_not_scale_twice(request, kind):
+    reference = request.getfixturevalue(kind)(scaling_factor=0.3)
+    ours, images = ours_like(reference), torch.rand(1, 3, 32, 32) * 2 - 1
+    latents = torch.randn(1, 4, 32 // ours.downscale, 32 // ours.downscale)
+    with torch.no_grad():
+        wanted = reference.decode(latents / reference.config.scaling_factor).sample
+        assert relative_error(ours.decode(latents / ours.config.scaling_factor).sample, wanted) < 1e-5
+        assert relative_error(ours.decode(latents / 0.3, return_dict=False)[0], wanted) < 1e-5
+        if kind == "reference_kl":
+            theirs, dist = reference.encode(images).latent_dist, ours.encode(images).latent_dist
+            assert relative_error(dist.mode(), theirs.mode()) < 1e-5
+            drawn = (each.sample(torch.Generator().manual_seed(2)) for each in (dist, theirs))
+            assert relative_error(*drawn) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["reference_kl", "reference_taesd"])
@@ -112,7 +131,7 @@ def test_gradients_equal_diffusers(request, kind):
     ours = ours_like(reference)
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     latents = ours.encode_latents(images)
-    ours.decode(latents).square().mean().backward()
+    ours.decode_latents(latents).square().mean().backward()
     encoded = reference.encode(images)
     z = encoded.latents if kind == "reference_taesd" else encoded.latent_dist.mean
     reference.decode(z).sample.square().mean().backward()
@@ -134,7 +153,7 @@ def test_what_we_save_opens_in_diffusers(request, kind, cls):
     latents = torch.randn(1, 4, 4, 4)
     with torch.no_grad():
         assert torch.equal(again.eval().decode(latents).sample, reference.decode(latents).sample)
-        assert relative_error(ours.decode(latents * 0.7), reference.decode(latents).sample) < 1e-5
+        assert relative_error(ours.decode_latents(latents * 0.7), reference.decode(latents).sample) < 1e-5
     assert again.config.scaling_factor == 0.7
     assert build(ours.to_config()).config == ours.config
 

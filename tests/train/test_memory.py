@@ -35,7 +35,7 @@ def test_freed_memory_is_used_again(kept):
 
 def resident() -> float:
     """MiB of this process's own memory."""
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(re.search(r"RssAnon:\s+(\d+)", status)[1]) / 1024
 
 
