@@ -38,23 +38,24 @@ def adapt(original: Parts, adapted: Adapted) -> tuple[Parts, Adapted]:
     Raises:
         UserError: if one does not belong to this model; the message says which and why.
     """
-    bundled = [word for lora in adapted.loras for word in lora.file.words]
-    parts = add_words(original, (*bundled, *adapted.embeddings))
     changes: dict[str, dict[str, list[Weighted]]] = {}
     reports = []
     for lora in adapted.loras:
-        deltas, report = match(lora, parts)
+        deltas, report = match(lora, original)
         reports.append(report)
         for (part, path), delta in deltas.items():
             weight = lora.weight if part == UNET else lora.text_weight
             if weight:
                 changes.setdefault(part, {}).setdefault(path, []).append((delta, weight))
     modules: dict[str, Any] = {
-        part: adapt_module(getattr(parts, part), changes[part], adapted.fused)
+        part: adapt_module(getattr(original, part), changes[part], adapted.fused)
         for part in (UNET, *ENCODERS)
         if part in changes
     }
-    return replace(parts, **modules), replace(adapted, original=original, reports=tuple(reports))
+    # Words come last: they make a table of tokens longer, which a difference may change.
+    bundled = [word for lora in adapted.loras for word in lora.file.words]
+    parts = add_words(replace(original, **modules), (*bundled, *adapted.embeddings))
+    return parts, replace(adapted, original=original, reports=tuple(reports))
 
 
 # --- as requests name them -------------------------------------------------------------------------------

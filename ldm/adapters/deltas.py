@@ -62,6 +62,10 @@ class Delta:
     def check(self, layer: nn.Module) -> None:
         """Raises UserError if it does not fit a layer. Nothing is computed but shapes."""
         if self.has_weight:
+            if self.kind != "difference" and not isinstance(layer, nn.Linear | nn.Conv2d):
+                raise UserError(
+                    f"a {self.kind} changes linear layers and convolutions, not {type(layer).__name__}"
+                )
             self.change(torch.empty_like(layer.get_parameter("weight"), device="meta").float())
         if self.has_bias:
             bias = dict(layer.named_parameters(recurse=False)).get("bias")
@@ -112,8 +116,6 @@ class Delta:
             made = self._get("diff", weight)
             _check_shape(tuple(made[:, None].flatten(1).shape), weight)
             return made.reshape(weight.shape)
-        if weight.ndim < 2:
-            raise UserError(f"a {self.kind} changes linear layers and convolutions, and this is a norm")
         try:
             made = {"LoRA": self._lora, "LoHa": self._loha, "LoKr": self._lokr}[self.kind](weight)
         except RuntimeError:

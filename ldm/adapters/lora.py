@@ -144,8 +144,8 @@ def _fault(strange: list[str], layers: Mapping[str, Mapping[str, Tensor]]) -> st
     """Why a file is not read: names that none of its tensors should have, or no layers."""
     if kind := other_kind(strange):
         return (
-            f"is {kind} ({abbreviate(strange)}), which is not supported: LoRA, LoHa, LoKr, DoRA and\n"
-            "differences are; programs that draw with it can merge it into a model"
+            f"has tensors of {kind} ({abbreviate(strange)}), which is not supported:\n"
+            "LoRA, LoHa, LoKr, DoRA and differences are; programs that draw with it can merge it into a model"
         )
     if layers:
         return f"has tensors that no LoRA, LoHa, LoKr or DoRA has: {abbreviate(strange)}"

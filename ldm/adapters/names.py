@@ -28,7 +28,7 @@ from ldm.errors import UserError
 UNET, TEXT, TEXT_2 = "unet", "text_encoder", "text_encoder_2"
 ENCODERS = (TEXT, TEXT_2)
 ADAPTABLE = (nn.Linear, nn.Conv2d)
-NORMS = (nn.GroupNorm, nn.LayerNorm)
+SUMMED = (nn.GroupNorm, nn.LayerNorm, nn.Embedding)  # that only a difference can change
 
 # What a tensor is called -> its role in the layer.
 ROLES = {
@@ -139,7 +139,7 @@ def list_layers(parts: Parts) -> dict[Layer, nn.Module]:
         for part, whole in modules.items()
         if whole is not None
         for path, module in whole.named_modules()
-        if isinstance(module, (*ADAPTABLE, *NORMS)) and module.weight is not None
+        if isinstance(module, (*ADAPTABLE, *SUMMED)) and module.weight is not None
     }
 
 

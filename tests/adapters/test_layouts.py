@@ -267,11 +267,12 @@ def test_differences_are_added(family, tmp_path, spelling, fused):
         ("text_encoder", text_path(made.peer, "encoder.layers.1.layer_norm2")),
         ("text_encoder", text_path(made.peer, "encoder.layers.0.mlp.fc1")),
         ("text_encoder", text_path(made.peer, "final_layer_norm")),
+        ("text_encoder", text_path(made.peer, "embeddings.position_embedding")),
     ]
     changes, tensors = {}, {}
     for part, path in paths:
         norm = "norm" in path.rpartition(".")[2]
-        for kind in ("weight",) if path.endswith("to_k") else ("weight", "bias"):
+        for kind in ("weight",) if path.endswith(("to_k", "embedding")) else ("weight", "bias"):
             change = changes[part, f"{path}.{kind}"] = random(made.peer, part, path, kind)
             called = {"weight": "diff", "bias": "diff_b"}[kind]
             if norm and spelling == "lycoris":
@@ -348,6 +349,20 @@ def test_a_difference_of_a_bias_beside_a_lora(family, tmp_path, fused):
     changes = {("unet", f"{path}.weight"): weight, ("unet", f"{path}.bias"): bias}
     check_parts(adapted.fuse() if fused else adapted, edited(made.peer, changes, 0.6))
     assert adapted.unet.get_parameter(f"{path}.weight") is made.pipe.unet.get_parameter(f"{path}.weight")
+
+
+def test_a_difference_of_tokens_beside_new_words(family, tmp_path):
+    made = family("sd1")
+    old = made.pipe.parts.text_encoder.get_input_embeddings().weight
+    change, rows = torch.randn(old.shape), torch.randn(2, NARROW)
+    stem = "text_encoders.clip_l.transformer.text_model.embeddings.token_embedding"
+    save_file({f"{stem}.diff": change}, tmp_path / "full.safetensors")
+    save_file({"<cat>": rows}, tmp_path / "cat.safetensors")
+    one = made.pipe.with_lora(tmp_path / "full.safetensors", 0.5).with_embedding(tmp_path / "cat.safetensors")
+    two = made.pipe.with_embedding(tmp_path / "cat.safetensors").with_lora(tmp_path / "full.safetensors", 0.5)
+    for pipe in (one, two):
+        new = pipe.parts.text_encoder.get_input_embeddings().weight
+        assert torch.equal(new, torch.cat([old + 0.5 * change, rows]))
 
 
 def test_what_is_saved_has_the_sums(family, tmp_path):

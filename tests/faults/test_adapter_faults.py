@@ -191,7 +191,7 @@ def test_a_kind_that_is_not_read_is_called_by_its_name(pipes, made, tmp_path, ki
     tensors = OTHERS[kind] | (load_file(made / "sd1_kohya.safetensors") if beside else {})
     save_file(tensors, tmp_path / "a.safetensors")
     message = complaint(pipes["sd1"].with_lora, tmp_path / "a.safetensors")
-    assert message.startswith(f"{tmp_path / 'a.safetensors'}: is {kind} (")
+    assert message.startswith(f"{tmp_path / 'a.safetensors'}: has tensors of {kind} (")
     assert "which is not supported" in message
 
 
@@ -224,6 +224,7 @@ def test_a_layer_that_does_not_fit(pipes, made, tmp_path, changes, says):
     assert says in message
 
 
+TOKENS = "text_encoder.text_model.embeddings.token_embedding"
 NORM = "unet.down_blocks.0.resnets.0.norm1"
 
 
@@ -236,7 +237,9 @@ NORM = "unet.down_blocks.0.resnets.0.norm1"
         (QUERY, {"lora_B.bias": torch.ones(16)}, "has no down, up"),
         (NORM, {"w_norm": torch.ones(17)}, "changes a layer of 1 -> 17"),
         (NORM, {"b_norm": torch.ones(17)}, "it changes a bias of [17], this one is [16]"),
-        (NORM, {"lora_A.weight": torch.ones(3, 1), "lora_B.weight": torch.ones(16, 3)}, "this is a norm"),
+        (NORM, {"lora_A.weight": torch.ones(3, 1), "lora_B.weight": torch.ones(16, 3)}, "not GroupNorm"),
+        (TOKENS, {"lora_A.weight": torch.ones(3, 24), "lora_B.weight": torch.ones(16, 3)}, "not Embedding"),
+        (TOKENS, {"diff": torch.ones(3, NARROW)}, "changes a layer of 24 -> 3"),
         (NORM, {"diff": torch.ones(16), "dora_scale": torch.ones(16)}, "dora_scale beside"),
         (NORM, {"diff": torch.ones(16), "lora_A.weight": torch.ones(3, 16)}, "has no up"),
     ],
