@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ldm.cli import main
 from ldm.dataset.captions import clip_counter
 from ldm.dataset.examine import examine
 from ldm.errors import UserError
@@ -321,6 +322,15 @@ def test_the_column_of_pictures_as_datasets_calls_it(folder):
     assert captions(look(folder, image_column="image")) == EXPECTED
     (folder / "metadata.jsonl").write_text(table_of("jsonl", ("image", "text")))
     assert captions(look(folder, image_column="image")) == EXPECTED
+
+
+def test_the_flags_of_columns(folder, capsys):
+    (folder / "metadata.jsonl").write_text(table_of("jsonl", ("picture", "prompt")), encoding="utf-8")
+    flags = ["--resolution", "64", "--image-column", "picture"]
+    assert main(["folder", str(folder), *flags, "--caption_column", "prompt"]) == 0
+    assert "captions: 3 from metadata.jsonl" in capsys.readouterr().out
+    assert main(["folder", str(folder), *flags]) == 2
+    assert "no column text, but picture, prompt" in capsys.readouterr().out
 
 
 def test_columns_without_a_table_are_told(folder):

@@ -1,5 +1,6 @@
 """The whole command: stopped anywhere it goes on bit for bit, and held-out pictures stay what they are."""
 
+import json
 import os
 import random
 import re
@@ -273,6 +274,19 @@ def test_a_folder_that_has_changed_is_gone_on_with_by_force_only(families, tmp_p
     accelerate_anew()
     assert run(families("sd1")[0], data, tmp_path / "run", max_train_steps=2, force=True) == 0
     assert "pictures 6 " in capsys.readouterr().out.partition("the recipe has changed since")[2]
+
+
+def test_captions_in_another_column(families, tmp_path, capsys):
+    data = write_pictures(tmp_path / "data", 2)
+    for path in data.glob("*.txt"):
+        path.unlink()
+    rows = [{"file_name": path.name, "prompt": f"boat {path.stem}"} for path in sorted(data.glob("*.png"))]
+    (data / "metadata.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    options = {"dry_run": True, "held_out": 0}
+    assert run(families("sd1")[0], data, tmp_path / "run", caption_column="prompt", **options) == 0
+    assert "captions: 2 from metadata.jsonl" in capsys.readouterr().out
+    assert run(families("sd1")[0], data, tmp_path / "run", **options) == 2
+    assert "no column text, but file_name, prompt" in capsys.readouterr().out
 
 
 def test_another_size_is_another_run(families, data, tmp_path, capsys):
