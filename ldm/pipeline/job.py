@@ -193,9 +193,9 @@ def read_images(request: Request, inputs: Inputs, downscale: int = 1) -> Images:
         )
     if image is not None and mask is not None and not same_shape(size_of(image), size_of(mask)):
         shapes = [f"{width}x{height}" for height, width in (size_of(mask), size_of(image))]
-        name = printable(request.mask_image or "")
+        name = printable(request.mask_image or "mask_image")
         warnings.warn(
-            f"the mask {name} has {shapes[0]} pixels and its picture {shapes[1]}: "
+            f"{name} has {shapes[0]} pixels and the picture it masks {shapes[1]}: "
             "it is stretched to fit; give one of the same shape",
             stacklevel=3,
         )
