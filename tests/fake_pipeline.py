@@ -37,8 +37,9 @@ class FakePipeline:
         requests = tuple(self.resolve(each) for each in asked)
         pictures = [Picture(p, each, seed, seed) for p, each in enumerate(requests) for seed in each.seeds]
         batches = tuple(tuple(pictures[i : i + batch_size]) for i in range(0, len(pictures), batch_size))
-        unused = dict.fromkeys(("encode", "sampler", "options", "grid", "guidance", "start"))
-        return Job(model=self, requests=requests, batches=batches, **unused)
+        unused = dict.fromkeys(("encode", "sampler", "options", "guidance", "start"))
+        grid = SimpleNamespace(timesteps=range(requests[0].num_inference_steps))
+        return Job(model=self, requests=requests, batches=batches, grid=grid, **unused)
 
     def draw_batch(self, job, batch, on_step=lambda step: None):
         request = job.requests[batch[0].prompt].replace(seeds=tuple(picture.seed for picture in batch))
