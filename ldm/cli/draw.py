@@ -44,7 +44,6 @@ def draw(args: argparse.Namespace) -> int:
     jobs = prepare_jobs(pipe, requests, args.n_samples)
     print_loras(pipe, args, jobs)
     check_batch(jobs[0].request, args.n_samples)
-    check_noise(jobs, args.eta)
 
     sheet: list[Image] = []
     batches = [(job, batch) for job in jobs for batch in job.batches]
@@ -177,14 +176,6 @@ def check_batch(request: Request, count: int) -> None:
             f"{count} pictures of {shape} are too many for one batch: "
             f"ask for at most {most // size} at once, and for more batches with --n_iter"
         )
-
-
-def check_noise(jobs: Sequence[Job], eta: float | None) -> None:
-    """--eta is for samplers that add noise."""
-    from ldm.pipeline.job import check_eta
-
-    for job in jobs:
-        check_eta(job, eta)
 
 
 def warn_of_unknown_words(pipe: Pipeline, args: argparse.Namespace, requests: Sequence[Request]) -> None:

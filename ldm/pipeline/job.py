@@ -136,12 +136,6 @@ def requests_of(job: Job, pictures: Sequence[Picture]) -> tuple[Request, ...]:
     return tuple(job.requests[p].replace(seeds=own) for p, own in seeds.items())
 
 
-def check_eta(job: Job, eta: float | None) -> None:
-    """Raise UserError for noise that a sampler does not add. Old pictures may have it, without effect."""
-    if eta and not job.sampler.takes_eta:
-        raise UserError(f"eta {eta} is not allowed: {job.sampler.name} adds no noise that it could scale")
-
-
 def check_alike(requests: Sequence[Request]) -> None:
     """Raise UserError for requests that one job cannot draw."""
     first, *others = (each.model_dump(exclude=OWN) for each in requests)

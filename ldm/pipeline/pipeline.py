@@ -38,7 +38,7 @@ from ldm.pipeline.inputs import (
     scaled_loras,
     seeds_of,
 )
-from ldm.pipeline.job import Batch, Job, Picture, check_eta, prepare, requests_of
+from ldm.pipeline.job import Batch, Job, Picture, prepare, requests_of
 from ldm.pipeline.model import Model
 from ldm.pipeline.resolve import check_upscaler
 from ldm.pipeline.sample import OnStep, draw_batch, draw_latents, sample
@@ -256,7 +256,6 @@ class Pipeline(Model):
             for p, (text, negative, text_2, negative_2) in enumerate(texts)
         ]
         job = self.prepare(requests, inputs)
-        check_eta(job, eta)
         if callback_on_step_end is None:
             return self.draw(job, None, output_type)
         callback, names = callback_on_step_end, callback_on_step_end_tensor_inputs

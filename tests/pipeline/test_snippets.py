@@ -193,7 +193,6 @@ SAYS = [
         "pipe('sea', callback_on_step_end=lambda *_: {'prompt_embeds': torch.zeros(2, 9, 24)}, **few)",
         "[2, 16, 24]",
     ),
-    ("pipe('sea', eta=0.5, sampler='euler', **few)", "adds no noise"),
     ("pipe('sea', spacing='DPMSolverMultistepScheduler')", "for a sampler use --sampler dpmpp_2m"),
     ("pipe('sea', spacing='euler_a')", "for a sampler use --sampler euler_a"),
     ("pipe.with_lora('nobody/nothing-here')", "hub"),
@@ -625,7 +624,6 @@ def test_every_field_of_a_request_survives_the_json():
     ("flags", "named"),
     [
         (["--scheduler", "DPMSolverMultistepScheduler"], "for a sampler use --sampler dpmpp_2m"),
-        (["--sampler", "euler", "--eta", "0.5"], "--eta 0.5 is not allowed: euler adds no noise"),
         (["--init-image", "https://example.com/a.png"], "addresses are not fetched"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
