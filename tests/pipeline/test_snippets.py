@@ -18,7 +18,7 @@ from ldm.cli.draw import add_flags
 from ldm.cli.flags import FLAGS
 from ldm.cli.parser import Parser
 from ldm.pipeline import Inputs
-from ldm.pipeline.diffusers_names import INSTEAD
+from ldm.pipeline.diffusers_names import HARMLESS, INSTEAD
 from ldm.request import Request
 
 
@@ -126,6 +126,9 @@ SAYS = [
     ("ldm.load(path, custom_pipeline='lpw', **cpu)", "never runs"),
     ("ldm.load(path, scheduler=theirs.scheduler, **cpu)", "sampler"),
     ("ldm.load(path, vae=theirs.vae, **cpu)", "vae=PLACE"),
+    ("ldm.load(path, use_safetensors=False, **cpu)", "leave it out"),
+    ("ldm.load(path, dtype='fp16', torch_dtype=torch.float32, **cpu)", "dtype alone"),
+    ("ldm.load(path, subfolder='unet', **cpu)", "unet="),
     ("ldm.load(path, dtipe='fp16', **cpu)", "did you mean dtype"),
     ("pipe.load_lora_weights(lora)", "with_lora"),
     ("pipe.fuse_lora()", "pipe.fuse()"),
@@ -219,6 +222,12 @@ def test_the_error_names_what_to_write(made, line, named):
         eval(line, dict(made))
     assert named in str(caught.value)
     assert len(str(caught.value).splitlines()) <= 2
+
+
+def test_the_loaders_are_one():
+    assert ldm.Pipeline.from_pretrained is ldm.Pipeline.from_single_file is ldm.load
+    for name, values in HARMLESS.items():
+        assert values is None or name in INSTEAD, name
 
 
 def test_every_name_of_diffusers_pipelines_works_or_says_what_to_write(made):
