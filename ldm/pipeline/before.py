@@ -7,6 +7,7 @@ Since version 2, as in diffusers (a mask's alpha as in programs that paint masks
   only the last `strength` of the steps.
 - DPM++ 2M, 2S, 2M SDE and UniPC heed `lower_order_final`, and from an image the place within the whole grid.
 - A mask with transparent parts is its alpha; before, it was laid on white like a picture.
+- Of a seed above 32 bits all are heeded; before, the lower 32 only.
 - Align Your Steps has a list for SDXL, and other counts than 10 steps lie evenly in the log of sigma.
 """
 

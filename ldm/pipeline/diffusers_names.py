@@ -97,6 +97,8 @@ INSTEAD: Mapping[str, str] = {
     **dict.fromkeys(("custom_pipeline", "custom_revision", "trust_remote_code"), "code of models never runs"),
     **dict.fromkeys(("original_config", "original_config_file", "config_file", "model_type"), _SINGLE),
     "extract_ema": "write ema=True",
+    "use_safetensors": "safetensors come first, and .bin is read without running code: leave it out",
+    "subfolder": "a pipeline's folder is given whole; one part from elsewhere by unet=, vae=, text_encoder=",
     "from_flax": "convert the weights to safetensors first",
     "use_onnx": "convert the weights to safetensors first",
     "quantization_config": 'weights are bf16, fp16 or fp32: dtype="fp16"',

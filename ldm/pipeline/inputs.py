@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.diffusion.guidance import Guidance
+from ldm.diffusion.noise import torch_seed
 from ldm.diffusion.solvers import Solver
 from ldm.errors import UserError
 from ldm.images.fitting import InMemory, OneInMemory, read_file
@@ -108,8 +109,13 @@ def all_new(generators: Sequence[torch.Generator], seeds: Sequence[int]) -> bool
     """Whether they give what these seeds give: none was drawn from yet, and none is there twice."""
     if len({id(each) for each in generators}) < len(generators) or len(generators) != len(seeds):
         return False
-    new = [torch.Generator().manual_seed(seed).get_state() for seed in seeds]
-    return all(torch.equal(each.get_state(), state) for each, state in zip(generators, new, strict=True))
+    new = [torch.Generator().manual_seed(torch_seed(seed)) for seed in seeds]
+    return all(torch.equal(_draws(a), _draws(b)) for a, b in zip(generators, new, strict=True))
+
+
+def _draws(generator: torch.Generator) -> Tensor:
+    """The first of what a generator would give; it stays where it is."""
+    return torch.rand(8, generator=torch.Generator().set_state(generator.get_state()))
 
 
 def own_generators(

@@ -270,7 +270,11 @@ def start_of(
 
 def list_pictures(requests: Sequence[Request], inputs: Inputs, shape: tuple[int, int, int]) -> list[Picture]:
     """Every picture of resolved requests, in order. Raises UserError for latents of another shape."""
-    pictures = [Picture(p, each, seed, seed) for p, each in enumerate(requests) for seed in each.seeds]
+    pictures = [
+        Picture(p, each, seed, seed % 2**32 if before.is_old(each) else seed)
+        for p, each in enumerate(requests)
+        for seed in each.seeds
+    ]
     if inputs.generators is not None:
         pictures = [replace(each, source=g) for each, g in zip(pictures, inputs.generators, strict=True)]
     if inputs.latents is not None:

@@ -82,6 +82,8 @@ def load(
     """
     refuse_loading(others, LOAD_ARGUMENTS)
     refuse_modules(unet=unet, vae=vae, text_encoder=text_encoder, text_encoder_2=text_encoder_2)
+    if None not in (dtype, torch_dtype) and dtype != torch_dtype:
+        raise UserError(f"dtype {dtype} and torch_dtype {torch_dtype} are one argument: give dtype alone")
     dtype = torch_dtype if dtype is None else dtype
     runtime, model = choose(device, None if dtype == "auto" else dtype), embedded() if path is None else path
     parts = load_parts(

@@ -117,4 +117,4 @@ def test_a_mask_of_another_shape_is_told_with_both_sizes(models, tmp_path, size,
         models("inpaint")("sea", num_inference_steps=2, **files)
     told = [str(each.message) for each in told if "mask" in str(each.message)]
     assert bool(told) == warns
-    assert all("mask.png has 32x16 pixels and its picture 16x16" in line for line in told)
+    assert all("mask.png has 32x16 pixels and the picture it masks 16x16" in line for line in told)
