@@ -40,7 +40,7 @@ def read_bytes(path: str | Path) -> bytes:
     try:
         if not stat.S_ISREG(Path(path).stat().st_mode):  # even to open some would wait, or do something
             raise OSError("it is not an ordinary file")
-        with open(path, "rb") as file:
+        with Path(path).open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the picture {printable(path)}: {reason(error)}") from None

@@ -17,6 +17,7 @@ from ldm.diffusion.noise import torch_seed
 from ldm.diffusion.solvers import Solver
 from ldm.errors import UserError
 from ldm.images.fitting import InMemory, OneInMemory, read_file
+from ldm.images.opening import to_mask, to_rgb
 from ldm.images.pixels import to_numpy, to_pil
 from ldm.request import LoraUse, Request, consecutive_seeds
 
@@ -51,7 +52,7 @@ class Inputs:
         return tuple(name for name in self.given if not (as_seeds and name == "generator"))
 
 
-_ARGUMENTS = {"generators": "generator", "solver": "sampler"}  # where the call names them otherwise
+_ARGUMENTS = {"generators": "generator", "solver": "sampler", "image_latents": "image"}  # where the call names them otherwise
 
 
 NOTHING = Inputs()
@@ -204,7 +205,7 @@ def as_image(image: Any, name: str) -> tuple[str | None, InMemory | None]:
 def _each(image: Any, name: str) -> Iterator[OneInMemory]:
     match image:
         case str() | Path():
-            yield read_file(str(image))[0]
+            yield read_file(str(image), convert=to_mask if name == "mask_image" else to_rgb)[0]
         case Image.Image():
             yield image
         case Tensor():

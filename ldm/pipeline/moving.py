@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ldm.checkpoint import Parts
 from ldm.checkpoint.parts import NETWORKS
 from ldm.errors import UserError
-from ldm.runtime import Runtime
+from ldm.runtime import Runtime, memory_format
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -46,7 +46,7 @@ def move_parts(parts: Parts, runtime: Runtime, cast: bool) -> Parts:
 
 def move(module: M, device: torch.device, dtype: torch.dtype | None) -> M:
     """A new tree of modules; tensors that are already so are the very same."""
-    layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
+    layout = memory_format(device)
 
     def convert(tensor: Tensor) -> Tensor:
         wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype

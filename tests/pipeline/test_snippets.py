@@ -563,6 +563,7 @@ NO_ARGUMENT = {
     "embeddings": "with_embedding, --embedding",
     "model": "noted by the pipeline; --model finds it",
     "model_hash": "noted by the pipeline",
+    "not_kept": "noted by the pipeline",
     "upscaling": "with_upscaler, --upscaler",
     "version": "of the rules",
 }
@@ -605,7 +606,7 @@ def test_every_field_of_a_request_survives_the_json():
     special = {
         "sampler": "euler", "spacing": "karras", "loras": [{"name": "a", "weight": 0.5}], "sigmas": None,
         "embeddings": [{"name": "<cat>", "sha256": "0" * 64}], "upscaling": Request(noise_level=3),
-        "timesteps": (9.0, 1.0), "seeds": (4, 2), "version": Request.model_fields.get("version") and 1,
+        "timesteps": (9.0, 1.0), "seeds": (4, 2), "version": 1, "not_kept": ("latents",),
     }  # fmt: skip
     values = {}
     for name, field in Request.model_fields.items():
