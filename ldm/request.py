@@ -158,6 +158,11 @@ class Request(_Checked):
     version: Literal[1, 2] = VERSION  # 1: drawn by the rules of before, `ldm.pipeline.before`
 
     @property
+    def is_old(self) -> bool:
+        """Whether it is of a picture that was drawn by the rules of version 1 (`ldm.pipeline.before`)."""
+        return self.version == 1
+
+    @property
     def num_images(self) -> int:
         return len(self.seeds)
 

@@ -163,7 +163,7 @@ class Finite(Generic[M]):
         """`call` of the network. Raises FloatingPointError if fp32 does not help."""
         with torch.no_grad():
             out = tuple(each.float() for each in call(self.module))
-            if _all_finite(out):
+            if all(bool(each.isfinite().all()) for each in out):
                 return out
             dtype = next(self.module.parameters()).dtype
             if dtype is not torch.float32:
@@ -171,7 +171,7 @@ class Finite(Generic[M]):
                 warnings.warn(f"{self.what} gave NaN or Inf in {name}: done again in float32", stacklevel=2)
                 self.module = copy.deepcopy(self.module).float()
                 out = call(self.module)
-                if _all_finite(out):
+                if all(bool(each.isfinite().all()) for each in out):
                     return out
         raise FloatingPointError(
             f"{self.what} gives NaN or Inf, in float32 too: its weights or its input are damaged"
@@ -181,10 +181,6 @@ class Finite(Generic[M]):
 def finite(module: M, call: Callable[[M], tuple[Tensor, ...]], what: str) -> tuple[Tensor, ...]:
     """`Finite` of a single call."""
     return Finite(module, what)(call)
-
-
-def _all_finite(tensors: tuple[Tensor, ...]) -> bool:
-    return all(bool(each.isfinite().all()) for each in tensors)
 
 
 def _free_memory(device: torch.device) -> int:

@@ -40,7 +40,7 @@ class Noise:
             if not isinstance(seed, torch.Generator):
                 if not 0 <= seed < SEED_LIMIT:
                     raise UserError(f"seed {seed} is out of range: give a number from 0 to {SEED_LIMIT - 1}")
-                seed = torch.Generator("cpu").manual_seed(torch_seed(seed))
+                seed = torch.Generator("cpu").manual_seed(seed if seed < 2**32 else torch_seed(seed))
             if seed.device.type != "cpu":
                 raise UserError(f"generator is on {seed.device}: noise is drawn on the CPU, give one there")
             self.generators.append(seed)

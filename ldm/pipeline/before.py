@@ -20,12 +20,6 @@ import numpy as np
 
 from ldm.diffusion.samplers import Sampler
 from ldm.diffusion.schedule import AYS, Grid, Schedule
-from ldm.request import Request
-
-
-def is_old(request: Request) -> bool:
-    """Whether the rules of before hold."""
-    return request.version == 1
 
 
 def align_your_steps(schedule: Schedule, sampler: Sampler, n: int) -> Grid:

@@ -52,7 +52,11 @@ class Inputs:
         return tuple(name for name in self.given if not (as_seeds and name == "generator"))
 
 
-_ARGUMENTS = {"generators": "generator", "solver": "sampler", "image_latents": "image"}  # where the call names them otherwise
+_ARGUMENTS = {
+    "generators": "generator",
+    "solver": "sampler",
+    "image_latents": "image",
+}  # where the call names them otherwise
 
 
 NOTHING = Inputs()

@@ -35,6 +35,7 @@ from ldm.pipeline.resolve import Images, meaningless_eta, resolve
 from ldm.pipeline.start import Edit, Enlarge, FromImage, FromLatents, FromNoise, Inpaint
 from ldm.request import Request
 
+LCM = "LatentConsistencyModelPipeline"  # as diffusers names it
 # What the requests of one job may differ in: their texts, and what follows from those.
 OWN = {"prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "seeds", "embeddings"}
 
@@ -119,7 +120,16 @@ def prepare(
     sampler, _ = resolve_sampler(inputs.solver or str(first.sampler))
     if asked[0].eta and not sampler.takes_eta:
         raise meaningless_eta(asked[0].eta, sampler.name)
-    grid = grid_of(model, first, sampler)
+    n, spacing = first.num_inference_steps, first.spacing
+    if first.timesteps or first.sigmas:
+        n = spacing = None
+    # As in diffusers: its pipeline for LCMs makes all steps within the strength, the others their last share.
+    spread = spacing == "lcm" and not first.is_old and pipeline_class(model.parts) == LCM
+    strength = 1.0 if first.strength is None or not spread else first.strength
+    grid = model.schedule.grid(n, spacing, sampler, first.timesteps, first.sigmas, strength)
+    if first.is_old and spacing == "ays" and n is not None:
+        grid = before.align_your_steps(model.schedule, sampler, n)
+    grid = grid if spread else trim_to_strength(grid, first)
     start = start_of(model, first, grid, images, inputs.image_latents)
     kept = requests if inputs is NOTHING and not first.not_kept else as_kept(requests, inputs)
     pictures = list_pictures(kept, inputs, start.shape)
@@ -189,7 +199,7 @@ def read_images(request: Request, inputs: Inputs, downscale: int = 1) -> Images:
         image, digests["image_sha256"] = read_file(request.image, request.image_sha256)
     if request.mask_image is not None:
         mask, digests["mask_image_sha256"] = read_file(
-            request.mask_image, request.mask_image_sha256, to_rgb if before.is_old(request) else to_mask
+            request.mask_image, request.mask_image_sha256, to_rgb if request.is_old else to_mask
         )
     if image is not None and mask is not None and not same_shape(size_of(image), size_of(mask)):
         shapes = [f"{width}x{height}" for height, width in (size_of(mask), size_of(image))]
@@ -202,27 +212,12 @@ def read_images(request: Request, inputs: Inputs, downscale: int = 1) -> Images:
     return Images(image, mask, digests)
 
 
-def grid_of(model: Model, request: Request, sampler: Sampler) -> Grid:
-    """The part of the grid that a resolved request draws. Raises UserError where there is none."""
-    given, is_old = bool(request.timesteps or request.sigmas), before.is_old(request)
-    n, spacing = (None, None) if given else (request.num_inference_steps, request.spacing)
-    if spacing == "ays" and is_old and n is not None:
-        return trim_to_strength(before.align_your_steps(model.schedule, sampler, n), request)
-    # As in diffusers: its pipeline for LCMs makes all steps within the strength, the others their last share.
-    is_lcm = pipeline_class(model.parts) == "LatentConsistencyModelPipeline"
-    if spacing == "lcm" and is_lcm and not is_old:
-        strength = 1.0 if request.strength is None else request.strength
-        return model.schedule.grid(n, spacing, sampler, strength=strength)
-    whole = model.schedule.grid(n, spacing, sampler, timesteps=request.timesteps, sigmas=request.sigmas)
-    return trim_to_strength(whole, request)
-
-
 def options_of(request: Request, sampler: Sampler, grid: Grid) -> dict[str, Any]:
     """Keyword arguments of the sampler's solver."""
     options: dict[str, Any] = {}
     if sampler.takes_eta and request.eta is not None:
         options["eta"] = request.eta
-    if grid.orders and not before.is_old(request):
+    if grid.orders and not request.is_old:
         options["orders"] = grid.orders
     return options
 
@@ -259,7 +254,7 @@ def start_of(
         low_res = 2 * fit_image(images.image, small, bicubic=True).to(device) - 1
         levels = noise_levels(model.parts.low_res_scheduler or {})
         return Enlarge(shape, grid, device, low_res, float(levels[request.noise_level or 0]))
-    pixels, samples = fit_image(images.image, size), vae.is_variational or before.is_old(request)
+    pixels, samples = fit_image(images.image, size), vae.is_variational or request.is_old
     if model.kind is Kind.PIX2PIX:
         return Edit(shape, grid, device, vae, pixels)
     if images.mask is not None:
@@ -271,7 +266,7 @@ def start_of(
 def list_pictures(requests: Sequence[Request], inputs: Inputs, shape: tuple[int, int, int]) -> list[Picture]:
     """Every picture of resolved requests, in order. Raises UserError for latents of another shape."""
     pictures = [
-        Picture(p, each, seed, seed % 2**32 if before.is_old(each) else seed)
+        Picture(p, each, seed, seed % 2**32 if each.is_old else seed)
         for p, each in enumerate(requests)
         for seed in each.seeds
     ]
@@ -306,8 +301,9 @@ def cut_into_batches(
     lengths = dict.fromkeys(prompts, 1)  # given embeddings have one length, and so has one prompt
     if inputs.prompt_embeds is None and len(prompts) > 1:
         lengths = {p: model.text.count_windows(*request.texts) for p, request in prompts.items()}
-    at_once = model.images_at_once(*pictures[0].prompt_request.size)
-    size = at_once if size is None else min(size, at_once)
+    if size != 1:
+        at_once = model.runtime.images_at_once(*pictures[0].prompt_request.size, model.bytes_per_pixel)
+        size = at_once if size is None else min(size, at_once)
     for _, alike in itertools.groupby(pictures, key=lambda picture: lengths[picture.prompt]):
         group = tuple(alike)
         yield from (group[i : i + size] for i in range(0, len(group), size))

@@ -111,10 +111,10 @@ class Model:
             digest = hashlib.sha256("\n".join([digest, *lines]).encode()).hexdigest()
         return digest[:10]
 
-    def images_at_once(self, height: int, width: int) -> int:
-        """How many pictures of this size (in pixels) to draw in one batch, at least 1."""
-        numbers, weight = self.vae.full_size_channels, next(self.vae.parameters())
-        return self.runtime.images_at_once(height, width, numbers * weight.element_size())
+    @property
+    def bytes_per_pixel(self) -> int:
+        """Of the VAE's widest features at full size: by them memory says how many pictures to draw at once."""
+        return self.vae.full_size_channels * next(self.vae.parameters()).element_size()
 
     def unknown_words(self, prompt: str) -> list[str]:
         """The prompt's words that the model has never seen; none where the model does not list its words."""

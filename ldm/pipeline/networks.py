@@ -47,14 +47,14 @@ def _unet(unet: UNet, grid: Grid, x: Tensor, sigma: Tensor, cond: Conditioning) 
 
     All conditioning is cast too, but for sizes and noise levels, which 16 bits cannot hold.
     """
-    dtype = unet.conv_in.weight.dtype
+    dtype, timestep = unet.conv_in.weight.dtype, grid.t(sigma)
     sample = (x * c_in(sigma)).repeat(len(cond) // len(x), 1, 1, 1)
     if cond.concat is not None:
         sample = torch.cat([sample, cond.concat], dim=1)
     out: Tensor = unet(
         sample.to(dtype, memory_format=memory_format(sample.device)),
         # A tensor, as torch.compile takes a number for a constant and compiles again for each.
-        grid.t(sigma).float().to(sample.device),
+        timestep.float().to(sample.device),
         cond.tokens.to(dtype),
         pooled=None if cond.pooled is None else cond.pooled.to(dtype),
         time_ids=cond.time_ids,

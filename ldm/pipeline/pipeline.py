@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -378,10 +378,12 @@ class Pipeline(Model):
 
     # --- other names of diffusers -------------------------------------------------------------------------
 
-    def __getattr__(self, name: str) -> Any:
-        if (line := lookup(name)) is not None:
-            raise NoSuchName(line)
-        return object.__getattribute__(self, name)  # raises what it raised before
+    if not TYPE_CHECKING:  # which is to know the names that there are
+
+        def __getattr__(self, name: str) -> Any:
+            if (line := lookup(name)) is not None:
+                raise NoSuchName(line)
+            return object.__getattribute__(self, name)  # raises what it raised before
 
     def __setattr__(self, name: str, value: object) -> None:
         raise assignment(name, value)

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ldm.diffusion.guidance import Guidance
-from ldm.diffusion.solvers import Denoise, Denoised, Step
+from ldm.diffusion.guidance import Exchangeable, Guidance
+from ldm.diffusion.solvers import Step
 from ldm.models.conditioning import Conditioning
 from ldm.pipeline import networks
 from ldm.pipeline.inputs import Inputs
@@ -72,21 +72,15 @@ def sample(job: Job, batch: Batch) -> Generator[Step, Change | None, None]:
     )
     predict = networks.predict(job.model.unet, job.grid, branches)
     schedule = job.model.schedule
-
-    def guided(guidance: Guidance) -> Denoise:
-        return schedule.bounded(guidance(predict, schedule.prediction.x0), job.sampler)
-
-    current = guided(job.guidance)
-
-    def denoise(x: Tensor, sigma: Tensor) -> Denoised:
-        return current(x, sigma)
-
+    guided = Exchangeable(job.guidance(predict, schedule.prediction.x0))
+    denoise = guided if schedule.bounds is None else schedule.bounded(guided, job.sampler)
     for step in job.sampler.solver(denoise, x, job.grid.sigmas, noise, **job.options):
         change = yield step
         if change is not None:
             for name, texts in change.texts.items():
                 branches[name] = replace(texts, concat=branches[name].concat)
-            current = current if change.guidance is None else guided(change.guidance)
+            if change.guidance is not None:
+                guided.current = change.guidance(predict, schedule.prediction.x0)
 
 
 def enlarge(job: Job, batch: Batch, images: Tensor) -> Tensor:

@@ -289,8 +289,8 @@ def test_a_repository_with_single_files_only():
 
 def test_adapters_by_name(hub, tiny_folder, tmp_path, monkeypatch):
     theirs = StableDiffusionPipeline.from_pretrained(tiny_folder)
-    file = save_diffusers(theirs, hub.folder / "pytorch_lora_weights.safetensors")
-    save_file({"<cat>": torch.randn(2, 24)}, hub.folder / "learned_embeds.safetensors")
+    file = save_diffusers(theirs, hub.commits[COMMIT] / "pytorch_lora_weights.safetensors")
+    save_file({"<cat>": torch.randn(2, 24)}, hub.commits[COMMIT] / "learned_embeds.safetensors")
     pipe = ldm.load(tiny_folder, device="cpu", dtype="fp32")
     wanted = latents(pipe.with_lora(file, 0.5))
     assert torch.equal(latents(pipe.with_lora(NAME, 0.5)), wanted)

@@ -139,7 +139,7 @@ def test_a_fault_that_speaks_of_memory_is_not_taken_for_too_little_of_it(monkeyp
         raise error
 
     monkeypatch.setattr("ldm.pipeline.sample.draw_batch", fail)
-    job = SimpleNamespace(request=SimpleNamespace(num_steps=1, width=8, height=8))
+    job = SimpleNamespace(request=SimpleNamespace(width=8, height=8), grid=SimpleNamespace(timesteps=[1]))
     with pytest.raises(UserError if told else RuntimeError) as raised:
         draw_images(job, (None,), "", quiet=True)
     assert isinstance(raised.value, UserError) == told
@@ -177,7 +177,7 @@ def test_how_many_pictures_a_card_holds_follows_from_its_vae(
     asked = []
     monkeypatch.setattr(Runtime, "images_at_once", lambda self, *given: asked.append(given) or 1)
     pipe = Pipeline.from_parts(replace(load_parts(tiny_folder, None), vae=vae))
-    pipe.images_at_once(512, 512)
+    pipe.runtime.images_at_once(512, 512, pipe.bytes_per_pixel)
     assert asked == [(512, 512, numbers * dtype.itemsize)]
 
 
@@ -263,7 +263,7 @@ def upscaler_task(folder):
         Pictures(rng.integers(0, 256, (4, side, side, 3), dtype=np.uint8), [["a"]] * 4)
         for side in (2 * SIDE, SIDE)
     )
-    pairs = make_pairs(large, small, parts.vae, folder, wear=0.2)
+    pairs = make_pairs(large, small, parts.vae, folder, latent_noise=0.2)
     return UpscalerTask(parts, pairs, pairs, {"crop": 8, "pixels": 1.0})
 
 
