@@ -9,9 +9,9 @@ import torch
 
 from ldm.checkpoint.folder import IGNORED, load_folder
 from ldm.checkpoint.io import read_json
+from ldm.checkpoint.original.sections import AVERAGED
+from ldm.checkpoint.original.single import Log, read_single
 from ldm.checkpoint.save import save_model
-from ldm.checkpoint.sections import AVERAGED
-from ldm.checkpoint.single import Log, read_single
 from ldm.checkpoint.source import as_given, check_prediction, find
 from ldm.errors import UserError
 

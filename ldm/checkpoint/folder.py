@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from ldm.checkpoint.clip import check_text_encoder, check_tokenizer, load_tokenizer, make_text_encoder
-from ldm.checkpoint.component import build_stored, dtype_of, load_component, named
 from ldm.checkpoint.fill import fill
 from ldm.checkpoint.io import read_bytes, read_config, read_json
+from ldm.checkpoint.original.component import build_stored, dtype_of, load_component, named
 from ldm.checkpoint.parts import (
     EMBEDDED,
     NETWORKS,

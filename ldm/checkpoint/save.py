@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.checkpoint.detect import ARCHITECTURES, OPTIONS, OWN, PREDICTIONS
 from ldm.checkpoint.io import suffix_of, write_json, write_tensors
 from ldm.checkpoint.keymap import module_keys, text_keys, to_original
+from ldm.checkpoint.original.detect import ARCHITECTURES, OPTIONS, OWN, PREDICTIONS
+from ldm.checkpoint.original.sections import TEXT, prefixes
 from ldm.checkpoint.parts import MODEL_STEM, TEXT_STEM, TOKENIZERS, Parts
-from ldm.checkpoint.sections import TEXT, prefixes
 from ldm.checkpoint.tokenizer import bpe, describe_tokenizer
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError

@@ -90,7 +90,7 @@ def _load(
         return replace(parts, changes=_changes(overrides, prediction_type))
     if variant is not None:
         raise UserError(f"{path}: variants are files of a folder, and this is a single file; leave it out")
-    from ldm.checkpoint.single import load_single
+    from ldm.checkpoint.original.single import load_single
 
     parts = load_single(path, runtime, prediction_type=prediction_type, ema=ema, overrides=overrides, log=log)
     return replace(parts, changes=_changes(overrides, prediction_type, ema))

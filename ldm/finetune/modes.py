@@ -18,7 +18,7 @@ from torch import nn
 
 from ldm.adapters.lora import FOLDER_FILES
 from ldm.checkpoint import Parts, save_folder
-from ldm.checkpoint.component import dtype_of
+from ldm.checkpoint.original.component import dtype_of
 from ldm.errors import UserError
 from ldm.finetune.inversion import add_word, save_word
 from ldm.finetune.lora import add_lora, save_lora

@@ -113,7 +113,7 @@ class Model:
 
     @property
     def bytes_per_pixel(self) -> int:
-        """Of the VAE's widest features at full size: by them memory says how many pictures to draw at once."""
+        """Of the VAE's widest features at full size: memory says how many are drawn at once."""
         return self.vae.full_size_channels * next(self.vae.parameters()).element_size()
 
     def unknown_words(self, prompt: str) -> list[str]:

@@ -31,9 +31,9 @@ from torch import Tensor
 import ldm
 from ldm.checkpoint import Defaults, Parts, save_folder
 from ldm.checkpoint.clip import load_text_encoder, load_tokenizer
-from ldm.checkpoint.component import load_module
 from ldm.checkpoint.folder import read_words
 from ldm.checkpoint.io import read_config
+from ldm.checkpoint.original.component import load_module
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
 from ldm.images.pixels import contact_sheet

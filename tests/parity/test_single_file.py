@@ -9,10 +9,10 @@ from safetensors.torch import save_file
 from tiny_families import FAMILIES, NARROW, POOLED, TIME_IDS, WIDE
 
 from ldm.checkpoint import load_folder, save_model
-from ldm.checkpoint.detect import family_configs
 from ldm.checkpoint.keymap import module_keys, text_keys, to_original
-from ldm.checkpoint.sections import TEXT, prefixes
-from ldm.checkpoint.single import load_single
+from ldm.checkpoint.original.detect import family_configs
+from ldm.checkpoint.original.sections import TEXT, prefixes
+from ldm.checkpoint.original.single import load_single
 from ldm.models import build
 from ldm.runtime import Runtime
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from ldm.checkpoint.clip import load_tokenizer
-from ldm.checkpoint.component import dtype_of, load_component, load_section, refuse
-from ldm.checkpoint.detect import OPTIONS, Detected, detect, own_configs
 from ldm.checkpoint.io import read_json
+from ldm.checkpoint.original.component import dtype_of, load_component, load_section, refuse
+from ldm.checkpoint.original.detect import OPTIONS, Detected, detect, own_configs
+from ldm.checkpoint.original.sections import TEXT, Single, open_single, prefixes
 from ldm.checkpoint.parts import MODEL_STEM, Parts, check_fit
-from ldm.checkpoint.sections import TEXT, Single, open_single, prefixes
 from ldm.checkpoint.tokenizer import make_tokenizer
 from ldm.checkpoint.weights import find_weights
 from ldm.diffusion.schedule import Schedule

@@ -14,9 +14,9 @@ from ldm.checkpoint.clip import load_text_encoder, make_text_encoder, read_sizes
 from ldm.checkpoint.fill import check_names, fill, reshape
 from ldm.checkpoint.io import read_tensors
 from ldm.checkpoint.keymap import Key, from_original, module_keys, text_keys
+from ldm.checkpoint.original.sections import section_of
+from ldm.checkpoint.original.shapes import Tensors, is_open_clip, shape_of
 from ldm.checkpoint.parts import MODEL_STEM, TEXT_ENCODERS
-from ldm.checkpoint.sections import section_of
-from ldm.checkpoint.shapes import Tensors, is_open_clip, shape_of
 from ldm.checkpoint.weights import Stored, check_counts, open_stored
 from ldm.errors import UserError, abbreviate
 from ldm.models import Network, build

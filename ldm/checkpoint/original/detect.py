@@ -15,9 +15,9 @@ from typing import Any
 
 import yaml
 
+from ldm.checkpoint.original.sections import Single, prefixes
+from ldm.checkpoint.original.shapes import shape_of
 from ldm.checkpoint.parts import Defaults
-from ldm.checkpoint.sections import Single, prefixes
-from ldm.checkpoint.shapes import shape_of
 from ldm.errors import UserError
 from ldm.models.kind import Kind
 

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from tiny_families import make_family
 
 from ldm.checkpoint import load_folder, save_model
-from ldm.checkpoint.component import load_component
-from ldm.checkpoint.sections import _choose_average
-from ldm.checkpoint.single import load_single, read_single
+from ldm.checkpoint.original.component import load_component
+from ldm.checkpoint.original.sections import _choose_average
+from ldm.checkpoint.original.single import load_single, read_single
 from ldm.errors import UserError
 from ldm.runtime import Runtime
 

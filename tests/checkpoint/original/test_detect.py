@@ -8,8 +8,8 @@ import torch
 from original_layout import CHECKPOINTS, AutoencoderKL, Clip, OpenClip, UNetModel, checkpoint
 from safetensors.torch import save_file
 
-from ldm.checkpoint.detect import detect, family_configs, own_configs
-from ldm.checkpoint.sections import Single, open_single, prefixes
+from ldm.checkpoint.original.detect import detect, family_configs, own_configs
+from ldm.checkpoint.original.sections import Single, open_single, prefixes
 from ldm.errors import UserError
 
 # Shapes of no published model: two levels of 64 and 128 channels, two encoders of one head.

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ldm.checkpoint.io import read_metadata, read_tensors
-from ldm.checkpoint.shapes import Tensors
+from ldm.checkpoint.original.shapes import Tensors
 from ldm.errors import UserError
 
 UNET, VAE, AVERAGED = "model.diffusion_model.", "first_stage_model.", "model_ema."
