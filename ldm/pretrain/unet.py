@@ -32,6 +32,7 @@ from ldm.checkpoint import Parts, save_folder
 from ldm.diffusion.schedule import Schedule
 from ldm.images.pixels import contact_sheet
 from ldm.models import AutoencoderKL, AutoencoderTiny
+from ldm.postcards.vocabulary import COLOURS, KINDS
 from ldm.pretrain.alignment import Alignment
 from ldm.pretrain.clip import pick_captions, tokenise
 from ldm.pretrain.data import Pictures, cached, digest_of
@@ -56,7 +57,7 @@ class Latents:
     latents: fp16 [N, c, h, w]; tokens: [N, captions, length]; weights: uint8 [N, h, w], 255 on objects;
     things: uint8 [N, h / 2, w / 2], which thing is there, 0 none; vae: a hash of the weights they are from;
     repainted: as latents, of the same scenes with their things in other colours; told: bool [N, captions],
-    which captions say all colours.
+    which captions say all colours; kinds, paints: how many `things` tells apart.
     """
 
     latents: Tensor
@@ -66,9 +67,18 @@ class Latents:
     vae: str = ""
     repainted: Tensor | None = None
     told: Tensor | None = None
+    kinds: int = len(KINDS)
+    paints: int = len(COLOURS)
 
     def __len__(self) -> int:
         return len(self.latents)
+
+    def slice(self, part: slice) -> Latents:
+        """Some of the pictures, sharing memory."""
+        cut: dict[str, Any] = {
+            name: each[part] for name, each in vars(self).items() if isinstance(each, Tensor)
+        }
+        return replace(self, **cut)
 
 
 @torch.no_grad()
@@ -143,7 +153,9 @@ class UNetTask(Task):
         self.empty_prompt = torch.tensor(parts.tokenizer("", padding="max_length")["input_ids"])
         self.facts = {"model.vae": train.vae}
         known = train.things is not None  # not in a folder of somebody's pictures
-        self.alignment = Alignment(self.unet) if self.weights["align"] and known else None
+        self.alignment = (
+            Alignment(self.unet, train.kinds, train.paints) if self.weights["align"] and known else None
+        )
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         groups: list[dict[str, Any]] = [{"params": list(self.unet.parameters()), "lr": lr}]
