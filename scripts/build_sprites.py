@@ -21,9 +21,11 @@ def main() -> None:
     )
     args = parser.parse_args()
     with reported():
+        from ldm.postcards.sprites import words
         from ldm.postcards.sprites.build import build
 
         build(args.things or args.out / "things.tsv", args.out, args.packages)
+        words.build(args.out, args.packages)
 
 
 if __name__ == "__main__":

@@ -124,20 +124,20 @@ def _measure(sprite: Image.Image, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _set(style: str, packages: Path) -> Draw:
-    archive = _archive(PACKAGES[style], packages)
+    package = archive(PACKAGES[style], packages)
     if style == "3d":
-        files = dict(_members(archive, "package/assets/"))
+        files = dict(members(package, "package/assets/"))
         pictures = {_code(Path(name).stem): data for name, data in files.items()}
         return lambda code: Image.open(BytesIO(pictures[code])).convert("RGBA") if code in pictures else None
-    icons = json.loads(dict(_members(archive, "package/icons.json"))["package/icons.json"])
-    names = json.loads(dict(_members(archive, "package/chars.json"))["package/chars.json"])
+    icons = json.loads(dict(members(package, "package/icons.json"))["package/icons.json"])
+    names = json.loads(dict(members(package, "package/chars.json"))["package/chars.json"])
     by_code = {_code(key): name for key, name in names.items()}
     return lambda code: _svg(icons, by_code[code]) if code in by_code else None
 
 
-def _archive(package: str, folder: Path) -> Path:
+def archive(package: str, folder: Path) -> Path:
     """The package's file in `folder`, downloaded if it is not there. Raises UserError."""
-    name, _, version = package[1:].rpartition("@")
+    name, _, version = package.removeprefix("@").rpartition("@")
     file = folder / f"{name.replace('/', '-')}-{version}.tgz"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -150,8 +150,9 @@ def _archive(package: str, folder: Path) -> Path:
     return file
 
 
-def _members(archive: Path, prefix: str) -> Iterator[tuple[str, bytes]]:
-    with tarfile.open(archive) as opened:
+def members(file: Path, prefix: str) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of a package's files whose names begin so."""
+    with tarfile.open(file) as opened:
         for member in opened:
             data = opened.extractfile(member) if member.name.startswith(prefix) else None
             if data is not None:
