@@ -26,6 +26,7 @@ def train_all(configs: Path, run_dir: Path, old: Path | None, overrides: Mapping
     old: a model folder to begin from: its autoencoder's latents are kept, and the denoiser goes on.
     overrides: `section.key=value` for each stage. Raises UserError for a stage that there is not.
     """
+    run_dir = run_dir.resolve()  # a state knows where its data are
     for stage in overrides:
         if stage not in STAGES:
             raise UserError(f"{stage} is no stage: they are {', '.join(STAGES)}")
