@@ -60,7 +60,7 @@ def alone(thing: Thing, style: str, rng: random.Random) -> Scene:
 def retrieve(
     world: World, draw: Draw, limit: int | None = None, seed: int = 0, batch: int = 16
 ) -> list[Verdict]:
-    """Verdicts of `limit` pairs of thing and style at random (all if None) on what `draw` makes of prompts."""
+    """Verdicts on what `draw` makes of prompts: of `limit` things in a style at random, of all if None."""
     rng = random.Random(seed)
     pairs = [
         (thing, style) for thing in world.things for style in world.styles if unseen_style(thing) != style
@@ -82,7 +82,7 @@ def retrieve(
 
 
 def thumbnail(picture: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """What is not background in a picture [H, W, 3], cut out, on grey: [24, 24, 3]; all grey if nothing is."""
+    """What is not background in a picture [H, W, 3], on grey: [24, 24, 3]; all grey if nothing is."""
     pixels = picture.astype(np.int16)
     edge = np.concatenate([pixels[[0, 1, -2, -1]].reshape(-1, 3), pixels[:, [0, 1, -2, -1]].reshape(-1, 3)])
     away = np.abs(pixels - np.median(edge, 0)).sum(-1) > _APART
