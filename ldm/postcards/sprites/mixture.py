@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldm import postcards
+from ldm.postcards.captions import split
 from ldm.postcards.sprites import captions, phrases
 from ldm.postcards.sprites.labels import AnyScene
 from ldm.postcards.sprites.scene import Group, Scene, World, sample_scene, unseen_colour
@@ -75,4 +76,5 @@ def _repainted(group: Group, rng: random.Random) -> Group:
 
 def names_colours(scene: AnyScene, text: str) -> bool:
     """Whether a caption says what colour each painted thing has, in the usual word."""
-    return all(group.colour is None or group.colour in text.lower() for group in scene.groups)
+    words = set(split(text))  # "coloured" has "red" in it
+    return all(group.colour is None or group.colour in words for group in scene.groups)

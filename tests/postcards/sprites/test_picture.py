@@ -75,6 +75,17 @@ def test_a_mirrored_thing_is_its_mirror_image(scenes):
     assert np.abs(pair[0][:, ::-1].astype(int) - pair[1]).mean() < 1.5
 
 
+def test_a_colour_is_told_by_its_word_alone():
+    rng, world = random.Random(1), make_world(60, ("flat",))
+    scene = next(
+        each
+        for each in (sample_scene(world, rng, compositions={"one": 1}) for _ in range(999))
+        if each.groups[0].colour == "red"
+    )
+    assert mixture.names_colours(scene, "A Red car")
+    assert not mixture.names_colours(scene, "a crimson coloured car")
+
+
 def test_another_paint_changes_only_the_thing():
     rng = random.Random(8)
     mixed = mixture.Mixture(make_world(400, ("flat",)), postcards=0.2)
