@@ -75,8 +75,10 @@ class Pictures:
 def load_pictures(data: DataSection, repainted: bool = False) -> tuple[Pictures, Pictures]:
     """Training and held-out pictures; postcards with repainted ones, if asked for.
 
-    Raises UserError when a folder has too few usable images.
+    Raises UserError when a folder has too few usable images, and for sprites.
     """
+    if data.sprites is not None:
+        raise UserError("data.sprites is for scripts/train_sprites.py: this trainer renders postcards")
     pictures = _postcards(data, repainted) if data.folder is None else _folder(data.folder, data.size)
     if len(pictures) <= data.held_out:
         raise UserError(

@@ -38,6 +38,7 @@ from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
 from ldm.images.pixels import contact_sheet
 from ldm.models import AutoencoderKL, AutoencoderTiny, UNet, build
+from ldm.postcards.vocabulary import COLOURS, KINDS
 from ldm.pretrain.alignment import Alignment
 from ldm.pretrain.clip import pick_captions, tokenise
 from ldm.pretrain.data import Pictures, cached, digest_of
@@ -63,7 +64,7 @@ class LatentDataset:
     latents: fp16 [N, c, h, w]; token_ids: int16 [N, captions, length]; weights: uint8 [N, h, w], 255 on
     objects; things: uint8 [N, h / 2, w / 2], which thing is there, 0 none; vae: a hash of the weights they
     are from; repainted: as latents, of the same scenes with their things in other colours; names_colours:
-    bool [N, captions], which captions say all colours.
+    bool [N, captions], which captions say all colours; kinds, paints: how many `things` tells apart.
     """
 
     latents: Tensor
@@ -73,9 +74,18 @@ class LatentDataset:
     vae: str = ""
     repainted: Tensor | None = None
     names_colours: Tensor | None = None
+    kinds: int = len(KINDS)
+    paints: int = len(COLOURS)
 
     def __len__(self) -> int:
         return len(self.latents)
+
+    def slice(self, part: slice) -> LatentDataset:
+        """Some of the pictures, sharing memory."""
+        cut: dict[str, Any] = {
+            name: each[part] for name, each in vars(self).items() if isinstance(each, Tensor)
+        }
+        return replace(self, **cut)
 
 
 @torch.no_grad()
@@ -186,7 +196,9 @@ class UNetTask(Task):
         self.empty_prompt = torch.tensor(parts.tokenizer("", padding="max_length")["input_ids"])
         self.facts = {"model.vae": train.vae}
         known = train.things is not None  # not in a folder of somebody's pictures
-        self.alignment = Alignment(self.unet) if self.weights["align"] and known else None
+        self.alignment = (
+            Alignment(self.unet, train.kinds, train.paints) if self.weights["align"] and known else None
+        )
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         groups: list[dict[str, Any]] = [{"params": list(self.unet.parameters()), "lr": lr}]

@@ -26,11 +26,12 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def train(task: Task, recipe: Trainable, run_dir: Path) -> None:
+def train(task: Task, recipe: Trainable, run_dir: Path) -> bool:
     """Train `task` until the recipe's end, going on from the state in run_dir if it holds one.
 
     Writes run_dir/metrics.jsonl, state-<step>/, grids/<step>.png and export/ (EMA weights, if kept). SIGINT
     and SIGTERM end the run at once, saved: a step that is under way is made again after it is resumed.
+    Returns whether it has come to the recipe's end.
 
     Raises:
         UserError: if another run is in run_dir, if its states are damaged or of another recipe, if the disk
@@ -38,10 +39,10 @@ def train(task: Task, recipe: Trainable, run_dir: Path) -> None:
     """
     accelerator = _accelerator(recipe, run_dir)
     with freed_memory_kept() if accelerator.device.type == "cpu" else nullcontext():
-        _train(task, recipe, run_dir, accelerator)
+        return _train(task, recipe, run_dir, accelerator)
 
 
-def _train(task: Task, recipe: Trainable, run_dir: Path, accelerator: Accelerator) -> None:
+def _train(task: Task, recipe: Trainable, run_dir: Path, accelerator: Accelerator) -> bool:
     with ExitStack() as stack:
         alone(accelerator, lambda: stack.enter_context(only_run(run_dir)))
         for tracker in accelerator.trackers:
@@ -67,6 +68,7 @@ def _train(task: Task, recipe: Trainable, run_dir: Path, accelerator: Accelerato
             run.export()
         if not ended:
             run.log(f"stopped at step {run.position.step}, saved: the same command goes on from there")
+        return ended
 
 
 def check_tracker(name: str) -> None:
