@@ -37,7 +37,8 @@ def main() -> None:
         for name, value in figures.items():
             print(f"{name:16} {value:.3f}")
         if args.out:
-            args.out.write_text(json.dumps(figures | {"shares": by_thing(verdicts)}, indent=1) + "\n", encoding="utf-8")
+            text = json.dumps(figures | {"shares": by_thing(verdicts)}, indent=1) + "\n"
+            args.out.write_text(text, encoding="utf-8")
 
 
 def _verdicts(args: argparse.Namespace) -> "list[Verdict]":

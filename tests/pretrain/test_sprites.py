@@ -223,7 +223,8 @@ def test_each_stage_stops_and_goes_on(configs, tmp_path, stage, monkeypatch):
     assert not train_all(configs, run_dir, None, {})
     assert {path.parent.name for path in run_dir.glob("*/ended")} == set(STAGES[: STAGES.index(stage)])
     assert train_all(configs, run_dir, None, {})
-    rows = [json.loads(line) for line in (run_dir / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    log = (run_dir / stage / "metrics.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in log.splitlines()]
     assert max(row["step"] for row in rows) == 2
 
 
