@@ -30,6 +30,9 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
+    if (name.endswith(("Pipeline", "Scheduler")) and name not in _HOME) or name.startswith("AutoPipeline"):
+        way = "ldm.load(MODEL) draws with every kind of model" if "Pipeline" in name else f'sampler="{name}"'
+        raise ImportError(f"{name} is of diffusers: here, {way}")
     if name not in _HOME:
         raise AttributeError(f"module 'ldm' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

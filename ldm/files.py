@@ -112,7 +112,8 @@ def _replace(folder: Path, new: Path) -> None:
 
 def _flush(paths: Iterable[Path]) -> None:
     for path in paths:
-        with path.open("rb") as file, contextlib.suppress(OSError):
+        # For writing too: Windows flushes no other.
+        with contextlib.suppress(OSError), path.open("r+b") as file:
             os.fsync(file.fileno())
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import operator
 import secrets
-from collections.abc import Sequence
-from typing import Annotated, Any, Self
+from collections.abc import Container, Iterable
+from typing import Annotated, Any, Literal, Self, TypeGuard
 
 from pydantic import (
     AfterValidator,
@@ -23,10 +24,10 @@ from pydantic import (
     model_validator,
 )
 
-from ldm.errors import UserError
+from ldm.errors import UserError, abbreviate
 from ldm.prompts.tags import take_tags
 
-VERSION = 1  # of the JSON form
+VERSION: Literal[2] = 2  # of the JSON form, and of the rules by which pictures are drawn
 MAX_SIDE = 4096
 MAX_STEPS = 1000
 MAX_SEED = 2**63 - 1
@@ -75,6 +76,10 @@ class _Checked(BaseModel):
         except ValidationError as error:
             raise UserError(_explain(type(self), error)) from None
 
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed, validated again."""
+        return type(self)(**{**self.model_dump(), **changes})
+
 
 class LoraUse(_Checked):
     """An adapter by its name, how strongly it acts, and which file it was."""
@@ -105,6 +110,9 @@ class Request(_Checked):
     the picture that the drawn one is to look like a crop of; None is the drawn one's own, and a negative one
     that is None is that of the prompt.
 
+    `not_kept` names the arguments of Python's call that no JSON can hold (a solver of one's own, latents, an
+    image in memory): without them, this is not the request that draws the picture again.
+
     Tags in the prompt, `<lora:name:0.8>`, leave it and become `loras`: None is those that the pipeline has.
 
     Raises `ldm.errors.UserError`, naming the field, its value and what is allowed.
@@ -128,7 +136,7 @@ class Request(_Checked):
     sigmas: Levels | None = None
     image: Text | None = None  # path
     image_sha256: Digest | None = None
-    mask_image: Text | None = None  # path; white is drawn anew
+    mask_image: Text | None = None  # path; white is drawn anew, or what is painted on a transparent layer
     mask_image_sha256: Digest | None = None
     strength: Fraction | None = None  # of the steps, the share that is drawn, from the image
     image_guidance_scale: Scale | None = None  # instruct-pix2pix
@@ -146,6 +154,13 @@ class Request(_Checked):
     model: Text | None = None  # for the record in the PNG: not used to find the model
     model_hash: Text | None = None
     upscaling: Request | None = None  # by a second model; prompt, seed and image are those of the picture
+    not_kept: Annotated[tuple[Text, ...], Field(description="a list of names")] = ()
+    version: Literal[1, 2] = VERSION  # 1: drawn by the rules of before, `ldm.pipeline.before`
+
+    @property
+    def is_old(self) -> bool:
+        """Whether it is of a picture that was drawn by the rules of version 1 (`ldm.pipeline.before`)."""
+        return self.version == 1
 
     @property
     def num_images(self) -> int:
@@ -174,34 +189,56 @@ class Request(_Checked):
 
     @property
     def num_steps(self) -> int:
-        """Steps that are drawn: the last `strength` of the grid's, rounded down; 0 if not known."""
+        """Steps of the last `strength` of the grid, rounded down; 0 if not known."""
         steps = self.num_grid_steps or 0
         return steps if self.strength is None else int(steps * self.strength)
 
-    def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed, validated again."""
-        return type(self)(**{**self.model_dump(), **changes})
+    def check_given(self, given: Container[str]) -> None:
+        """Raise UserError if this request is of a picture that more was `given` to than now."""
+        lost = [name for name in self.not_kept if name not in given]
+        if lost:
+            files = " (images also by -i and --mask)" if {*lost} & {"image", "mask_image"} else ""
+            raise UserError(
+                f"this was drawn in Python with {abbreviate(lost, 4)} from memory, which is not kept: "
+                f"it cannot be drawn again without the same{files}"
+            )
 
     def to_json(self) -> str:
-        """One JSON object with a `version`, without the fields that are None."""
-        fields = self.model_dump(mode="json", exclude_none=True)
-        return json.dumps({"version": VERSION, **fields}, ensure_ascii=False)
+        """One JSON object with a `version`, without the fields that are None or hold nothing."""
+        return json.dumps({"version": self.version, **self.filled_in("json")}, ensure_ascii=False)
+
+    def filled_in(self, mode: str = "python") -> dict[str, Any]:
+        """The fields that say something, as Python's values or JSON's."""
+        fields = self.model_dump(mode=mode, exclude_none=True)
+        for each in (fields, fields.get("upscaling", {})):
+            if not each.get("not_kept"):
+                each.pop("not_kept", None)
+        return fields
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """The inverse of `to_json`. Raises UserError on damaged text and on a newer version."""
+        """The inverse of `to_json`, of any version. Raises UserError on damaged text and on a newer one."""
         try:
             fields = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"this request is not valid JSON: {error}") from None
-        version = fields.pop("version", None) if isinstance(fields, dict) else None
-        if version != VERSION:
-            raise UserError(f"this request has version {version!r}; this ldm reads version {VERSION}")
-        return cls(**fields)
+        version = fields.get("version") if isinstance(fields, dict) else None
+        if version not in range(1, VERSION + 1):
+            raise UserError(
+                f"this request has version {_short(version)}; this ldm reads versions 1 to {VERSION}"
+            )
+        if isinstance(fields.get("upscaling"), dict):
+            fields["upscaling"] = {"version": version, **fields["upscaling"]}
+        try:
+            return cls(**fields)
+        except RecursionError:
+            raise UserError("this request holds one in one in one, too deep to be read") from None
 
     @model_validator(mode="before")
     @classmethod
-    def _canonical_names(cls, fields: dict[str, Any]) -> dict[str, Any]:
+    def _canonical_names(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict | BaseModel):
+            return fields  # no fields at all: pydantic says so
         fields = dict(fields)
         names = {name: fields.get(name) for name in ("sampler", "spacing")}
         for name, value in names.items():
@@ -222,14 +259,16 @@ class Request(_Checked):
 
     @model_validator(mode="before")
     @classmethod
-    def _tags_are_loras(cls, fields: dict[str, Any]) -> dict[str, Any]:
+    def _tags_are_loras(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
         texts = {name: fields[name] for name in _PROMPTS if isinstance(fields.get(name), str)}
         taken = {name: take_tags(text) for name, text in texts.items()}
         for name, (_, uses) in taken.items():
             if uses and name != "prompt":
                 raise UserError(f"{name} has a <lora:...> tag: write it in the prompt, or give it by --lora")
         text, uses = taken.get("prompt", ("", []))
-        if not uses:
+        if not uses or not isinstance(fields.get("loras") or (), list | tuple):
             return fields
         return {**fields, "prompt": text, "loras": [*(fields.get("loras") or ()), *uses]}
 
@@ -259,18 +298,35 @@ class Request(_Checked):
 _PROMPTS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2")
 
 
-def consecutive_seeds(seed: int | Sequence[int] | None, count: int = 1) -> tuple[int, ...]:
+def consecutive_seeds(seed: int | Iterable[int] | None, count: int = 1) -> tuple[int, ...]:
     """The seeds of `count` pictures: seed, seed + 1, ...; None or a negative seed starts at a random one.
 
-    A sequence is taken as it is and must hold `count` seeds (any number when `count` is 1).
+    Several are taken as they are and must be `count` seeds (any number when `count` is 1). Whole numbers of
+    numpy and torch are as good as Python's. Raises UserError for what is none.
     """
-    if seed is not None and not isinstance(seed, int):
-        if count not in (1, len(seed)):
-            raise UserError(f"{len(seed)} seeds for {count} pictures: give one seed, or one per picture")
-        return tuple(seed)
-    if seed is None or seed < 0:
-        seed = secrets.randbelow(2**32)
-    return tuple(range(seed, seed + count))
+    first = None if seed is None else _whole(seed)
+    if seed is not None and first is None:
+        seeds = None if isinstance(seed, str | float) or not _is_several(seed) else [*map(_whole, seed)]
+        if seeds is None or None in seeds:
+            raise UserError(f"seed {_short(seed)} is not allowed: give a whole number, or one per picture")
+        if count not in (1, len(seeds)):
+            raise UserError(f"{len(seeds)} seeds for {count} pictures: give one seed, or one per picture")
+        return tuple(each for each in seeds if each is not None)
+    if first is None or first < 0:
+        first = secrets.randbelow(2**32)
+    return tuple(range(first, first + count))
+
+
+def _whole(number: Any) -> int | None:
+    """A whole number of any library as Python's; None for what is none."""
+    try:
+        return operator.index(number)
+    except TypeError:
+        return None
+
+
+def _is_several(seed: Any) -> TypeGuard[Iterable[int]]:
+    return isinstance(seed, Iterable) and getattr(seed, "ndim", 1) > 0
 
 
 def _explain(model: type[BaseModel], error: ValidationError) -> str:

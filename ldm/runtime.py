@@ -1,4 +1,8 @@
-"""Device, dtype, memory, threads: the only file that knows the hardware."""
+"""What the hardware asks for: device, dtype, layout, memory, threads.
+
+Which kernel is the fastest for given tensors is known where it is called: attention in `models/attention.py`,
+group norm in `models/layers.py`, a convolution's gradient in `models/convolution.py`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +34,18 @@ DTYPES = {
 
 # Pixels drawn in one batch on a CPU: 32 pictures of 128 x 128, two of 512 x 512. More is not faster there.
 CPU_PIXELS = 2**19
-# Bytes that a GPU needs per pixel of a batch with guidance, mostly while the VAE decodes (SD 1.5, fp16).
-GPU_BYTES_PER_PIXEL = 8192
+# Numbers that a GPU holds per pixel of a batch, and per channel of the VAE at full size, while it decodes.
+GPU_COPIES = 16
+# Architectures of AMD's cards that multiply matrices in bf16: CDNA, and RDNA from its third generation on.
+AMD_BF16 = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
+# How running out of memory is told where torch has no exception of its own for it.
+OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "not enough memory: you tried to allocate",  # the same on Windows
+    "MPS backend out of memory",
+    "CUDA error: out of memory",
+    "_STATUS_ALLOC_FAILED",  # of cuBLAS and cuDNN
+)
 
 
 @dataclass(frozen=True)
@@ -45,36 +59,74 @@ class Runtime:
         """The VAE's dtype: `force_upcast` marks a VAE that overflows in fp16, which bf16 and fp32 do not."""
         if self.dtype is not torch.float16 or not force_upcast:
             return self.dtype
-        has_bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if has_bf16 else torch.float32
+        on_gpu = self.device.type == "cuda"
+        return torch.bfloat16 if on_gpu and has_bf16(self.device) else torch.float32
 
     def place(self, module: M, dtype: torch.dtype | None = None) -> M:
-        """Move a module here, ready to draw: evaluation mode, no gradients, convolutions channels_last."""
+        """Move a module here, ready to draw: evaluation mode, no gradients, laid out as `memory_format`."""
         module.eval().requires_grad_(False)
         module.to(self.device, dtype or self.dtype)
-        layout = torch.contiguous_format if self.device.type == "mps" else torch.channels_last
+        layout = memory_format(self.device)
         module.to(memory_format=layout)  # type: ignore[call-overload]  # torch's stubs lack it
         return module
 
-    def images_at_once(self, height: int, width: int) -> int:
-        """How many pictures of this size (in pixels) to draw in one batch, at least 1."""
+    def images_at_once(self, height: int, width: int, bytes_per_pixel: int = 512) -> int:
+        """How many pictures of this size (in pixels) to draw in one batch, at least 1.
+
+        Args:
+            bytes_per_pixel: of the VAE's widest features at full size; of SD 1.5 in fp16 256 numbers.
+        """
         pixels = CPU_PIXELS
         if self.device.type == "cuda":
-            pixels = torch.cuda.mem_get_info(self.device)[0] // GPU_BYTES_PER_PIXEL
+            pixels = _free_memory(self.device) // (GPU_COPIES * bytes_per_pixel)
         return max(1, pixels // (height * width))
 
 
 def choose(device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> Runtime:
     """The runtime asked for, or the best there is: CUDA, then MPS, then the CPU.
 
-    bf16 is the default on a CPU with AMX or AVX512-BF16 and on a GPU that has it, fp16 on other GPUs, fp32
-    on other CPUs.
+    bf16 is the default where `has_bf16` finds it, fp16 on other GPUs, fp32 on other CPUs.
 
     Raises:
         UserError: for a device that is not there, and for an unknown device or dtype.
     """
     chosen = _device(device)
     return Runtime(chosen, _default_dtype(chosen) if dtype is None else _dtype(dtype))
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether networks are fast in bf16 there. torch also counts cards that only imitate it.
+
+    NVIDIA's have it from compute capability 8.0 on (A100, RTX 30): before, cuDNN has no convolutions in bf16.
+    Processors have it with AMX or AVX512-BF16.
+    """
+    if device.type == "cuda":
+        if torch.version.hip:
+            return torch.cuda.get_device_properties(device).gcnArchName.startswith(AMD_BF16)
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and _cpu_has_bf16()
+
+
+def half_dtype(device: torch.device) -> torch.dtype:
+    """16 bits for what is only looked at there: bf16, but fp16 on cards without it."""
+    return torch.float16 if device.type == "cuda" and not has_bf16(device) else torch.bfloat16
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """How networks want pictures and the weights of convolutions: channels_last, but as they are on MPS."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory was not enough, and not only speaks of memory."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(each in str(error) for each in OUT_OF_MEMORY)
+
+
+def local_cores() -> int:
+    """Processor cores for this process: those of the machine, shared with the run's other processes on it."""
+    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
 
 
 def peak_memory(device: torch.device) -> int:
@@ -96,23 +148,45 @@ def set_threads(count: int) -> None:
     torch.set_num_threads(count)
 
 
-def finite(module: M, call: Callable[[M], tuple[Tensor, ...]], what: str) -> tuple[Tensor, ...]:
-    """`call(module)` as fp32 without NaN or Inf; if there are some, made again with an fp32 copy.
+class Finite(Generic[M]):
+    """A network whose answers are fp32 without NaN or Inf.
 
-    Raises:
-        FloatingPointError: if fp32 does not help. `what` names the network in messages.
+    If there are some, the answer is made again with an fp32 copy, which answers from then on: what overflowed
+    in one step of a drawing would do so in the next. So one is made for each drawing, and forgotten with it.
     """
-    with torch.no_grad():
-        out = tuple(each.float() for each in call(module))
-        if all(bool(each.isfinite().all()) for each in out):
-            return out
-        dtype = next(module.parameters()).dtype
-        if dtype is not torch.float32:
-            warnings.warn(f"{what} gave NaN or Inf in {str(dtype)[6:]}: done again in float32", stacklevel=2)
-            out = call(copy.deepcopy(module).float())
+
+    def __init__(self, module: M, what: str) -> None:
+        """`what` names the network in messages."""
+        self.module, self.what = module, what
+
+    def __call__(self, call: Callable[[M], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """`call` of the network. Raises FloatingPointError if fp32 does not help."""
+        with torch.no_grad():
+            out = tuple(each.float() for each in call(self.module))
             if all(bool(each.isfinite().all()) for each in out):
                 return out
-    raise FloatingPointError(f"{what} gives NaN or Inf, in float32 too: its weights or its input are damaged")
+            dtype = next(self.module.parameters()).dtype
+            if dtype is not torch.float32:
+                name = str(dtype)[6:]
+                warnings.warn(f"{self.what} gave NaN or Inf in {name}: done again in float32", stacklevel=2)
+                self.module = copy.deepcopy(self.module).float()
+                out = call(self.module)
+                if all(bool(each.isfinite().all()) for each in out):
+                    return out
+        raise FloatingPointError(
+            f"{self.what} gives NaN or Inf, in float32 too: its weights or its input are damaged"
+        )
+
+
+def finite(module: M, call: Callable[[M], tuple[Tensor, ...]], what: str) -> tuple[Tensor, ...]:
+    """`Finite` of a single call."""
+    return Finite(module, what)(call)
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes: what the driver has, and what torch keeps of it for itself without using it."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def _device(device: str | torch.device | None) -> torch.device:
@@ -139,8 +213,16 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def _default_dtype(device: torch.device) -> torch.dtype:
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    if device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
+    if has_bf16(device):
         return torch.bfloat16
-    return torch.float16 if device.type == "mps" else torch.float32
+    return torch.float32 if device.type == "cpu" else torch.float16
+
+
+def _cpu_has_bf16() -> bool:
+    """torch tells by functions that are its own: a version may lack them."""
+    own = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("amx_tile", "avx512_bf16"))
+    tests = [test for test in own if test is not None]
+    if tests:
+        return any(test() for test in tests)
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))

@@ -8,11 +8,13 @@ The tables give medians and their ratio. `cold` is a whole `txt2img` in a new pr
 written PNG. Loading is measured from after the imports on, the files being in the page cache; memory is
 Linux's (/proc): anonymous when the model is there, resident at the peak, both beyond what the imports took.
 `bench_train.py` says what is trained.
+
+The benchmarks are programs, not entry points: what they do is of use to nobody who installs ldm, so it lies
+here and not in the package.
 """
 
 import argparse
 import json
-import re
 import statistics
 import subprocess
 import sys
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_train
+from bench_common import in_new_process, resident
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -69,11 +72,8 @@ def load(args: argparse.Namespace) -> None:
     found: dict[str, list[dict[str, float]]] = {"ldm": [], "diffusers": []}
     for _ in range(args.repeats):
         for peer in found:
-            command = [sys.executable, __file__, "load", "--peer", peer, "--dtype", args.dtype]
-            shown = subprocess.run(
-                [*command, "--model", str(args.model)], check=True, capture_output=True, text=True
-            )
-            found[peer].append(json.loads(shown.stdout.splitlines()[-1]))
+            figures = in_new_process("load", peer, "--dtype", args.dtype, "--model", args.model)
+            found[peer].append(figures)
     size = found["ldm"][0]["weights_mib"]
     print(f"weights in {args.dtype}: {size:.0f} MiB\n")
     print("| load | ldm | diffusers | ratio | best ratio |\n|---|---|---|---|---|")
@@ -93,7 +93,7 @@ def load_once(args: argparse.Namespace) -> None:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.dtype]
     pipe: Any
     if args.peer == "ldm":
-        import transformers.models.clip.modeling_clip
+        import transformers.models.clip.modeling_clip  # noqa: F401
         import transformers.models.clip.tokenization_clip  # noqa: F401
 
         import ldm.pipeline
@@ -117,12 +117,6 @@ def load_once(args: argparse.Namespace) -> None:
         "weights_mib": size / 2**20,
     }
     print(json.dumps(figures))
-
-
-def resident() -> dict[str, float]:
-    """MiB by the names in /proc/self/status."""
-    status = Path("/proc/self/status").read_text()
-    return {name: int(kib) / 1024 for name, kib in re.findall(r"^(\w+):\s+(\d+) kB$", status, re.M)}
 
 
 def main() -> None:

@@ -3,18 +3,18 @@
 Weights have the shapes of Stable Diffusion 1.5 and are random, pictures are of 256 x 256 pixels. diffusers'
 loop is that of examples/text_to_image/train_text_to_image.py and train_text_to_image_lora.py, once without
 options (fp32, contiguous, the VAE in the loop, AdamW of single tensors) and once with bf16, channels_last and
-cached latents. Ours is the same in both rows.
+cached latents. Ours is the same in both rows. A program, as `bench.py` is, not an entry point.
 """
 
 import json
-import subprocess
-import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from pathlib import Path
+from contextlib import nullcontext
 from statistics import median
 from typing import Any
+
+from bench_common import in_new_process, resident
 
 ROWS = ("full, defaults", "full, bf16", "lora, defaults", "lora, bf16")
 RANK = 4
@@ -30,27 +30,26 @@ def compare(args: Namespace) -> None:
     for row in args.rows:
         found = {}
         for peer in ("ldm", "diffusers"):
-            command = [sys.executable, str(Path(__file__).with_name("bench.py")), "train", "--peer", peer]
-            command += ["--rows", row, "--batch", str(args.batch), "--repeats", str(args.repeats)]
-            shown = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            found[peer] = json.loads(shown.stdout.splitlines()[-1])
+            sizes = ["--batch", args.batch, "--repeats", args.repeats]
+            found[peer] = in_new_process("train", peer, "--rows", row, *sizes)
         (a, peak_a), (b, peak_b) = found.values()
-        shown_peaks = f"{peak_a:.2f} | {peak_b:.2f} | {peak_a / peak_b:.3f}"
-        print(f"| {row} | {a:.3f} | {b:.3f} | {a / b:.2f} | {shown_peaks} |", flush=True)
+        peaks = f"{peak_a:.2f} | {peak_b:.2f} | {peak_a / peak_b:.3f}"
+        print(f"| {row} | {a:.3f} | {b:.3f} | {a / b:.2f} | {peaks} |", flush=True)
 
 
 def measure(args: Namespace) -> None:
     """Print images per second and the peak of resident memory in GiB, of one peer, as JSON."""
-    from bench import resident
+    from ldm.train.memory import freed_memory_kept
 
     (row,) = args.rows
     lora, defaults = row.startswith("lora"), row.endswith("defaults")
     step = ours(lora, args.batch) if args.peer == "ldm" else theirs(lora, defaults, args.batch)
     times = []
-    for _ in range(WARM_UP + args.repeats):
-        start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
+    with freed_memory_kept() if args.peer == "ldm" else nullcontext():  # as the training loop does
+        for _ in range(WARM_UP + args.repeats):
+            start = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - start)
     print(json.dumps([args.batch / median(times[WARM_UP:]), resident()["VmHWM"] / 1024]))
 
 
@@ -62,19 +61,17 @@ def ours(lora: bool, batch: int) -> Callable[[], None]:
     from ldm.models.config import UNetConfig
     from ldm.models.unet import UNet
     from ldm.train.loss import (
+        Levels,
         draw_noise,
         draw_timesteps,
         noisy_latents,
         pixel_losses,
-        sample_weights,
         timestep_probabilities,
         training_target,
     )
-    from ldm.train.memory import keep_freed_memory
     from ldm.train.optimiser import make_optimiser
     from ldm.train.recipe import LossSection, OptimiserSection
 
-    keep_freed_memory()
     dtype = torch.bfloat16 if lora else torch.float32
     unet: Any = filled(lambda: UNet(UNetConfig(cross_attention_dim=768)), dtype)
     unet.to(memory_format=torch.channels_last)
@@ -83,19 +80,19 @@ def ours(lora: bool, batch: int) -> Callable[[], None]:
     trained = [p for p in unet.parameters() if p.requires_grad]
     options, settings = LossSection(), OptimiserSection()
     optimiser = make_optimiser(trained, settings)
-    schedule = Schedule.from_config(BETAS)
-    probabilities = timestep_probabilities(options, len(schedule.alphas_cumprod))
+    levels = Levels(Schedule.from_config(BETAS), options)
+    probabilities = timestep_probabilities(options, len(levels.sigma))
     rng = torch.Generator().manual_seed(0)
     x0, tokens = torch.randn(batch, 4, 32, 32), torch.randn(batch, 77, 768)
 
     def step() -> None:
         t = draw_timesteps(probabilities, batch, rng)
         noise, input_noise = draw_noise(x0.shape, options, rng)
-        sample = noisy_latents(x0, input_noise, t, schedule)
+        sample = noisy_latents(x0, input_noise, t, levels)
         with torch.autocast("cpu", torch.bfloat16):
             output = unet(sample.to(dtype, memory_format=torch.channels_last), t, tokens.to(dtype))
-            losses = pixel_losses(output, training_target(x0, noise, t, schedule), options).mean((1, 2))
-            loss = (sample_weights(t, schedule, options) * losses).mean()
+            losses = pixel_losses(output, training_target(x0, noise, t, levels), options).mean((1, 2))
+            loss = (levels.weight[t] * losses).mean()
         loss.backward()  # type: ignore[no-untyped-call]
         float(torch.nn.utils.clip_grad_norm_(trained, 1.0))
         optimiser.step()

@@ -39,7 +39,7 @@ def _render(args: argparse.Namespace) -> None:
         rng = random.Random(f"windmill {args.seed} {k}")
         postcard = sample_postcard(rng, PARTICULAR if args.particular else None)
         Image.fromarray(postcard.render(args.size)).save(args.folder / f"{k:03d}.png")
-        (args.folder / f"{k:03d}.txt").write_text(postcard.caption(rng, args.noun) + "\n")
+        (args.folder / f"{k:03d}.txt").write_text(postcard.caption(rng, args.noun) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ files between the loaded model and the PNG. Networks are left out; what a reader
 its own: comprehensions, lambdas, properties, and the methods that Python calls by itself.
 """
 
-import ast
 import sys
 import tempfile
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from types import FrameType
@@ -37,11 +37,12 @@ def visits(stops: list[Stop]) -> list[tuple[str, list[str]]]:
 def walk(argv: list[str]) -> list[Stop]:
     """The functions that `txt2img` calls for the first time between the loaded model and the PNG."""
     calls: dict[Stop, None] = {}
-    in_place = properties()
 
     def note(frame: FrameType, event: str, _: object) -> None:
         file, name = frame.f_code.co_filename, frame.f_code.co_qualname.replace(".<locals>", "")
-        if event == "call" and file.startswith(PACKAGE) and not name.endswith((">", "__")):
+        if event != "call" or not file.startswith(PACKAGE) or name.endswith((">", "__")):
+            return
+        if not is_property(frame):
             calls.setdefault((file.removeprefix(PACKAGE), name))
 
     from ldm.cli import txt2img
@@ -52,23 +53,15 @@ def walk(argv: list[str]) -> list[Stop]:
     finally:
         sys.setprofile(None)
     assert code == 0
-    order = [stop for stop in calls if not stop[0].startswith(NETWORKS) and stop[1] not in in_place]
+    order = [stop for stop in calls if not stop[0].startswith(NETWORKS)]
     first, last = order.index(("cli/draw.py", "check_latents")), order.index(("files.py", "temporary_file"))
     return order[first : last + 1]
 
 
-def properties() -> set[str]:
-    """Class.name of every property in the package."""
-    found = set()
-    for path in (ROOT / "ldm").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            methods = node.body if isinstance(node, ast.ClassDef) else []
-            for each in methods:
-                if isinstance(each, ast.FunctionDef):
-                    decorators = {getattr(name, "id", "") for name in each.decorator_list}
-                    if decorators & {"property", "cached_property"}:
-                        found.add(f"{getattr(node, 'name', '')}.{each.name}")
-    return found
+def is_property(frame: FrameType) -> bool:
+    """Whether a call is that of a property of a class of the called function's module."""
+    owner, _, name = frame.f_code.co_qualname.rpartition(".")
+    return isinstance(vars(frame.f_globals.get(owner, object)).get(name), property | cached_property)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def vae_errors(reference, vae, size=(64, 64)):
         pairs = {"mean": (moments.mean, theirs.mean), "logvar": (moments.logvar, theirs.logvar)}
     latents = torch.randn(vae.encode_latents(images).shape)
     z = latents / reference.config.scaling_factor
-    pairs["decoded"] = (vae.decode(latents), reference.decode(z).sample)
+    pairs["decoded"] = (vae.decode_latents(latents), reference.decode(z).sample)
     return {name: relative_error(*each) for name, each in pairs.items()}
 
 

@@ -39,6 +39,13 @@ def test_every_proof_is_a_test_that_is_there():
     assert {first or second for first, second in used} <= {label for label, _, _ in proofs}
 
 
+def test_scripts_are_thin_entry_points():
+    """As README says; the benchmarks are programs, and say so."""
+    lines = {path.name: len(path.read_text("utf-8").splitlines()) for path in (ROOT / "scripts").glob("*.py")}
+    assert {name: n for name, n in lines.items() if n > 70 and not name.startswith("bench")} == {}
+    assert max(lines.values()) < 200
+
+
 def test_the_gallery_has_all_prompts_with_all_seeds(families, tmp_path, monkeypatch):
     model = families("sd1")[0]
     (tmp_path / "prompts.txt").write_text("a red boat\na blue house\n")

@@ -5,7 +5,9 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
 
 from ldm.errors import UserError
 from ldm.request import MAX_SEED, Request, consecutive_seeds
@@ -53,12 +55,12 @@ def test_json_round_trip_keeps_every_field():
     assert {name for name in Request.model_fields if getattr(WHOLE, name) is None} == NOT_IN_WHOLE
     given = Request(timesteps=[999, 500.5, 1])
     assert Request.from_json(given.to_json()) == given
-    assert json.loads(WHOLE.to_json())["version"] == 1
+    assert json.loads(WHOLE.to_json())["version"] == 2
 
 
 def test_json_leaves_out_what_the_model_decides():
     assert json.loads(Request(prompt="a boat").to_json()) == {
-        "version": 1,
+        "version": 2,
         "prompt": "a boat",
         "guidance_rescale": 0.0,
         "seeds": [0],
@@ -176,16 +178,64 @@ def test_all_bad_fields_are_told_at_once():
         Request(height=1, num_inference_steps=0)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"version": 2}', '{"prompt": "no version"}'])
+def test_json_of_before_keeps_its_version():
+    old = Request.from_json('{"version": 1, "prompt": "a boat", "upscaling": {"num_inference_steps": 3}}')
+    assert (old.version, old.upscaling.version) == (1, 1)
+    assert old.replace(seeds=(5,)).version == 1
+    assert Request.from_json(old.to_json()) == old
+    assert Request.from_json('{"version": 2, "upscaling": {}}').upscaling.version == 2
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", '{"version": 3}', '{"version": "2"}', '{"prompt": "no version"}']
+)
 def test_damaged_and_newer_json_is_refused(text):
     with pytest.raises(UserError, match="this request"):
         Request.from_json(text)
+
+
+def test_what_is_not_kept_is_written_only_where_there_is_some():
+    lacking = WHOLE.replace(not_kept=("latents",))
+    assert "not_kept" not in WHOLE.to_json()
+    assert Request.from_json(lacking.to_json()) == lacking
+    lacking.check_given(["latents", "image"])
+    with pytest.raises(UserError, match="drawn in Python with latents from memory, which is not kept"):
+        lacking.check_given(["image"])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        '"upscaling": 5',
+        '"upscaling": [{"prompt": "a"}]',
+        '"loras": 5, "prompt": "<lora:a>"',
+        '"loras": {"a": 1}, "prompt": "<lora:a>"',
+        '"seeds": {"a": 1}',
+        '"not_kept": 3',
+        '"prompt": ' + "[" * 300 + "]" * 300,
+        '"upscaling": ' + '{"upscaling": ' * 400 + "5" + "}" * 400,
+        '"version": 1, "upscaling": ' + "[" * 100_000,
+    ],
+)
+def test_any_json_is_a_request_or_a_clear_error(fields):
+    with pytest.raises(UserError) as caught:
+        Request.from_json(f'{{"version": 1, {fields}}}')
+    assert len(str(caught.value)) < 500
 
 
 def test_consecutive_seeds():
     assert consecutive_seeds(42, 3) == (42, 43, 44)
     assert consecutive_seeds([7, 9], 2) == (7, 9)
     assert consecutive_seeds(0) == (0,)
+    for whole in (np.int64(3), np.array(3), torch.tensor(3)):
+        assert consecutive_seeds(whole, 2) == (3, 4)
+    for several in (np.array([7, 9]), torch.tensor([7, 9]), (np.uint8(7), torch.tensor(9)), iter([7, 9])):
+        seeds = consecutive_seeds(several, 2)
+        assert seeds == (7, 9)
+        assert {type(seed) for seed in seeds} == {int}
+    for none in (3.0, "3", [1, "a"], torch.tensor(3.5), np.array(1.5), {"a": 1}):
+        with pytest.raises(UserError, match="whole number"):
+            consecutive_seeds(none)
     with pytest.raises(UserError, match="2 seeds for 3 pictures"):
         consecutive_seeds([7, 9], 3)
 

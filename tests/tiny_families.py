@@ -94,6 +94,9 @@ FAMILIES = {
         "StableDiffusionInstructPix2PixPipeline", unet={"in_channels": 8},
         scheduler="EulerAncestralDiscreteScheduler", schedule=EULER,
     ),
+    "shifted": Family(
+        "StableDiffusionInstructPix2PixPipeline", unet={"in_channels": 8}, vae={"shift_factor": 0.3}
+    ),
     "upscaler": Family("StableDiffusionUpscalePipeline", "open_clip", UPSCALER, F4, schedule=V),
     "sd_turbo": Family(
         text="open_clip", unet=OPEN_CLIP, scheduler="EulerDiscreteScheduler", schedule=TRAILING

@@ -135,7 +135,7 @@ def note_and_interrupt(names: Path, call: int) -> None:
 
     def noted(task, rng, size, number):
         batch = batch_of(task, rng, size, number)
-        with names.open("a") as file:
+        with names.open("a", encoding="utf-8") as file:
             file.write(f"{number} {' '.join(Path(name).name for name in task.names(batch))}\n")
         return batch
 

@@ -4,7 +4,9 @@ import multiprocessing
 import os
 import signal
 import socket
+import time
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -76,6 +78,8 @@ def tiny_recipe(
 
 def forked() -> multiprocessing.context.BaseContext:
     """Processes that start in milliseconds, from one that has everything imported."""
+    if os.name == "nt":  # it has no other way
+        return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     # torch._dynamo is what making an optimizer imports.
     context.set_forkserver_preload(["accelerate", "torch._dynamo", "ldm.train.loop", "ldm.train.lock"])
@@ -106,6 +110,18 @@ def largest_file(size):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def slow_look(patience, seconds):
+    """Looks take `seconds`, and torch waits for so many of `patience` where it is not told otherwise."""
+    evaluate = Line.evaluate
+
+    def slow(task):
+        time.sleep(seconds)
+        return evaluate(task)
+
+    Line.evaluate = slow
+    torch.distributed.distributed_c10d.default_pg_timeout = timedelta(seconds=patience)
 
 
 def child(run_dir, ready=None, rank=0, port=0, sabotage=None, interrupt=0, **recipe):

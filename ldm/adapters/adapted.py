@@ -38,22 +38,24 @@ def adapt(original: Parts, adapted: Adapted) -> tuple[Parts, Adapted]:
     Raises:
         UserError: if one does not belong to this model; the message says which and why.
     """
-    parts = add_words(original, adapted.embeddings)
     changes: dict[str, dict[str, list[Weighted]]] = {}
     reports = []
     for lora in adapted.loras:
-        deltas, report = match(lora, parts)
+        deltas, report = match(lora, original)
         reports.append(report)
         for (part, path), delta in deltas.items():
             weight = lora.weight if part == UNET else lora.text_weight
             if weight:
                 changes.setdefault(part, {}).setdefault(path, []).append((delta, weight))
     modules: dict[str, Any] = {
-        part: adapt_module(getattr(parts, part), changes[part], adapted.fused)
+        part: adapt_module(getattr(original, part), changes[part], adapted.fused)
         for part in (UNET, *ENCODERS)
         if part in changes
     }
-    return replace(parts, **modules), replace(adapted, original=original, reports=tuple(reports))
+    # Words come last: they make a table of tokens longer, which a difference may change.
+    bundled = [word for lora in adapted.loras for word in lora.file.words]
+    parts = add_words(replace(original, **modules), (*bundled, *adapted.embeddings))
+    return parts, replace(adapted, original=original, reports=tuple(reports))
 
 
 # --- as requests name them -------------------------------------------------------------------------------
@@ -103,7 +105,11 @@ def used_embeddings(request: Request, held: Sequence[Embedding]) -> tuple[Embedd
 def find_lora(name: str, folder: Path) -> Path:
     """The adapter of that name in `folder` or below. Raises UserError if there is none, or more than one."""
     # Names come from prompts and pictures: they are compared with what is there, never joined to a path.
-    found = [path for path in sorted(folder.rglob("*")) if path.suffix in SUFFIXES and name_of(path) == name]
+    found = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in SUFFIXES and name_of(path) == name
+    ]
     if len(found) == 1:
         return found[0]
     if found:

@@ -1,4 +1,4 @@
-"""What an adapter adds to the weight of one layer, in closed form, fp32.
+"""What an adapter adds to the weight and the bias of one layer, in closed form, fp32.
 
     LoRA    dW = B A                            Hu et al. 2021, https://arxiv.org/abs/2106.09685
     LoCon   dW = B (M) A, convolutions          LyCORIS, Yeh et al. 2023, https://arxiv.org/abs/2309.14859
@@ -6,7 +6,8 @@
     LoKr    dW = C (x) (B A)                    Edalati et al. 2022, https://arxiv.org/abs/2212.10650
     DoRA    W' = m (W + dW) / ||W + dW||        Liu et al. 2024, https://arxiv.org/abs/2402.09353
 
-each dW times alpha / rank.
+each dW times alpha / rank. A difference is dW itself, of norms too (LyCORIS: full, norm; ComfyUI), and db can
+stand beside each kind; peft's bias of B is scaled as B is.
 """
 
 from __future__ import annotations
@@ -15,17 +16,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.errors import UserError
 
 # Which tensors must be there, and which may be. The first row that is begun decides the kind.
 KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "LoRA": (("down", "up"), ("mid",)),
+    "LoRA": (("down", "up"), ("mid", "up_bias")),
     "LoHa": (("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), ("hada_t1", "hada_t2")),
     "LoKr": ((), ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")),
+    "difference": ((), ("diff", "diff_b")),
 }
 MAGNITUDES = ("magnitude", "dora_scale")
+BIASES = ("up_bias", "diff_b")
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +49,30 @@ class Delta:
         """DoRA's m, if there is one."""
         return next((self.tensors[name] for name in MAGNITUDES if name in self.tensors), None)
 
+    @property
+    def has_weight(self) -> bool:
+        """Whether it changes the weight, and not only the bias."""
+        return self.kind != "difference" or "diff" in self.tensors
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether it changes the bias."""
+        return any(role in self.tensors for role in BIASES)
+
+    def check(self, layer: nn.Module) -> None:
+        """Raises UserError if it does not fit a layer. Nothing is computed but shapes."""
+        if self.has_weight:
+            if self.kind != "difference" and not isinstance(layer, nn.Linear | nn.Conv2d):
+                raise UserError(
+                    f"a {self.kind} changes linear layers and convolutions, not {type(layer).__name__}"
+                )
+            self.change(torch.empty_like(layer.get_parameter("weight"), device="meta").float())
+        if self.has_bias:
+            bias = dict(layer.named_parameters(recurse=False)).get("bias")
+            if bias is None:
+                raise UserError("it changes a bias, and this layer has none")
+            self.change_bias(torch.empty_like(bias, device="meta").float())
+
     def factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """LoRA's (down [r, in, ...], scaled up [out, r]) for a layer's `weight` [out, in, ...], fp32.
 
@@ -55,7 +82,7 @@ class Delta:
         return down.reshape(-1, *weight.shape[1:]), self.scale * up
 
     def change(self, weight: Tensor) -> Tensor:
-        """What to add to `weight` [out, in, ...] (fp32). Raises UserError if it does not fit."""
+        """What to add to `weight` [out, in, ...], or [C] (fp32). Raises UserError if it does not fit."""
         made = self._product(weight)
         magnitude = self.magnitude
         if magnitude is None:
@@ -73,7 +100,22 @@ class Delta:
         whole: Tensor = magnitude.to(weight).reshape(shape) / norm * adapted
         return whole - weight
 
+    def change_bias(self, bias: Tensor) -> Tensor:
+        """What to add to `bias` [out] (fp32). Raises UserError if it does not fit."""
+        total = torch.zeros_like(bias)
+        for role, scale in zip(BIASES, (self.scale, 1.0), strict=True):
+            if role in self.tensors:
+                if self.tensors[role].numel() != bias.numel():
+                    given = list(self.tensors[role].shape)
+                    raise UserError(f"it changes a bias of {given}, this one is {list(bias.shape)}")
+                total += scale * self._get(role, bias).reshape(bias.shape)
+        return total
+
     def _product(self, weight: Tensor) -> Tensor:
+        if self.kind == "difference":
+            made = self._get("diff", weight)
+            _check_shape(tuple(made[:, None].flatten(1).shape), weight)
+            return made.reshape(weight.shape)
         try:
             made = {"LoRA": self._lora, "LoHa": self._loha, "LoKr": self._lokr}[self.kind](weight)
         except RuntimeError:
@@ -129,13 +171,15 @@ def make_delta(tensors: Mapping[str, Tensor], scale: float | None) -> Delta:
     if not kind:
         raise UserError(f"has {', '.join(tensors)} but no LoRA, LoHa or LoKr tensors")
     for role, tensor in tensors.items():
-        if tensor.numel() != 1 if role == "alpha" else role not in MAGNITUDES and tensor.ndim < 2:
+        least = 0 if role in MAGNITUDES else 1 if role in ("diff", *BIASES) else 2  # dimensions
+        if tensor.numel() != 1 if role == "alpha" else tensor.ndim < least:
             raise UserError(f"its {role} has the shape {list(tensor.shape)}")
     must, may = KINDS[kind]
     if kind == "LoKr":
         must = tuple(f"lokr_w{k}{end}" for k in (1, 2) for end in _endings(tensors, k))
     lost = [role for role in must if role not in tensors]
-    strange = [role for role in tensors if role not in (*must, *may, "alpha", *MAGNITUDES)]
+    common = ("alpha", "diff_b", *MAGNITUDES * (kind != "difference"))
+    strange = [role for role in tensors if role not in (*must, *may, *common)]
     if lost or strange:
         fault = f"has no {', '.join(lost)}" if lost else f"has {', '.join(strange)} beside those of a {kind}"
         raise UserError(fault)
@@ -148,7 +192,7 @@ def _endings(tensors: Mapping[str, Tensor], k: int) -> tuple[str, ...]:
 
 def _own_scale(tensors: Mapping[str, Tensor], kind: str) -> float:
     """alpha / rank; 1 without alpha, and for a LoKr of two whole matrices, which has no rank."""
-    sizes = {"LoRA": ("down",), "LoHa": ("hada_w1_b",), "LoKr": ("lokr_w1_b", "lokr_w2_b")}[kind]
+    sizes = {"LoRA": ("down",), "LoHa": ("hada_w1_b",), "LoKr": ("lokr_w1_b", "lokr_w2_b")}.get(kind, ())
     rank = next((tensors[name].shape[0] for name in sizes if name in tensors), None)
     if "alpha" not in tensors or not rank:
         return 1.0

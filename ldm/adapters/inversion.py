@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ldm.adapters.layers import share
 from ldm.adapters.names import ENCODERS, TEXT, TEXT_2
 from ldm.checkpoint import Parts
+from ldm.checkpoint.fill import is_finite, widen
 from ldm.checkpoint.io import read_bytes, read_metadata, read_tensors
 from ldm.checkpoint.pickles import check_whole, read_pickle
 from ldm.errors import UserError
@@ -26,7 +27,8 @@ from ldm.files import sha256
 
 XL_KEYS = {"clip_l": TEXT, "clip_g": TEXT_2}
 WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 1280: "SDXL's second encoder"}
-NAMELESS = ("emb_params", "*")  # keys that are no words
+# Keys that are no words: those of A1111, of the paper's own code, and of ComfyUI for each text encoder.
+NAMELESS = ("emb_params", "string_to_param.*", "*", "clip_l", "clip_g", "clip_h")
 WORD = "word"  # in the header of our SDXL files, whose keys say nothing of it
 
 
@@ -38,6 +40,7 @@ class Embedding:
     sha256: str
     name: str
     vectors: Mapping[str, Tensor]  # {"": one} or {"text_encoder": ..., "text_encoder_2": ...}
+    bundled: bool = False  # in the file of a LoRA
 
     def __str__(self) -> str:
         count = len(next(iter(self.vectors.values())))
@@ -69,18 +72,29 @@ def read_embedding(path: str | Path, name: str | None = None) -> Embedding:
 @lru_cache(maxsize=32)
 def _read(path: Path, _mtime_ns: int, _size: int) -> tuple[str | None, Mapping[str, Tensor]]:
     content = _content(path)
-    word = None
     if isinstance(content, dict) and "string_to_param" in content:  # AUTOMATIC1111, and the paper's own code
         params = content["string_to_param"]
         content = dict(params.items()) if isinstance(params, dict | nn.ParameterDict) else {}
     if isinstance(content, Tensor):
         content = {"*": content}
+    if isinstance(content, dict) and content.keys() == XL_KEYS.keys():
+        return read_metadata(path).get(WORD), _vectors(content, path)[1]
+    return _vectors(content, path)
+
+
+def read_bundled(path: Path, name: str, content: Mapping[str, Tensor]) -> Embedding:
+    """The word `name` in a LoRA's file; its tensors are called as in a file of its own. Raises UserError."""
+    return Embedding(path, sha256(path), name, _vectors(content, path)[1], bundled=True)
+
+
+def _vectors(content: Any, path: Path) -> tuple[str | None, Mapping[str, Tensor]]:
+    """A word, if the keys tell it, and its vectors [n, D] by text encoder."""
+    word = None
     if isinstance(content, dict) and len(content) == 1:
         ((key, tensor),) = content.items()
         word = key if isinstance(key, str) and key not in NAMELESS else None
         content = {"": tensor}
     elif isinstance(content, dict) and content.keys() == XL_KEYS.keys():
-        word = read_metadata(path).get(WORD)
         content = {part: content[key] for key, part in XL_KEYS.items()}
     else:
         raise UserError(f"{path}: not a textual inversion: one tensor, or clip_l and clip_g, are expected")
@@ -91,7 +105,7 @@ def _read(path: Path, _mtime_ns: int, _size: int) -> tuple[str | None, Mapping[s
 
 
 def _content(path: Path) -> Any:
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         return read_tensors(path)
     with torch.serialization.safe_globals([nn.ParameterDict]):  # of the paper's own code
         return read_pickle(path)
@@ -102,9 +116,11 @@ def _rows(tensor: Any, path: Path) -> Tensor:
     if not isinstance(tensor, Tensor) or tensor.ndim not in (1, 2) or not tensor.is_floating_point():
         raise UserError(f"{path}: not a textual inversion: it should hold vectors [n, width]")
     check_whole("*", tensor, path)
-    if not bool(tensor.isfinite().all()) or not tensor.numel():
+    tensor = widen(tensor)
+    if not is_finite(tensor) or not tensor.numel():
         raise UserError(f"{path}: its vectors are empty or hold NaN; this file is damaged, fetch it again")
-    return tensor.detach().reshape(-1, tensor.shape[-1])
+    rows: Tensor = tensor.detach().reshape(-1, tensor.shape[-1])
+    return rows
 
 
 # --- giving them to a model ------------------------------------------------------------------------------
@@ -154,9 +170,9 @@ def _add_tokens(tokenizer: Any, embeddings: Sequence[Embedding]) -> Any:
     for each in embeddings:
         count = len(next(iter(each.vectors.values())))
         if taken := taken_token(extended, each.name, count):
-            raise UserError(
-                f"{each.path}: the model has {taken!r} already; choose a name: --embedding name=file"
-            )
+            within = f"rename the tensors bundle_emb.{each.name}.* in the file"
+            way_out = within if each.bundled else "choose a name: --embedding name=file"
+            raise UserError(f"{each.path}: the model has {taken!r} already; {way_out}")
         add_tokens(extended, each.name, count)
     return extended
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.adapters.deltas import Delta
+from ldm.runtime import memory_format
 
 M = TypeVar("M", bound=nn.Module)
 Weighted = tuple[Delta, float]  # and how strongly
@@ -77,15 +78,20 @@ def adapt_module(module: M, changes: Mapping[str, Sequence[Weighted]], fused: bo
     """A module that shares all tensors of `module` but has `changes`, by a layer's path.
 
     Low-rank changes are computed beside the layer, as long as it has no others; with `fused`, and for the
-    other kinds, the layer gets a weight of its own, computed in fp32 and cast once. The changes must fit:
-    `Delta.change` says whether they do.
+    other kinds, the layer gets a weight of its own, computed in fp32 and cast once. So does a bias that is
+    changed. The changes must fit: `Delta.check` says whether they do.
     """
     adapted = share(module)
     for path, deltas in changes.items():
         parent, _, name = path.rpartition(".")
-        layer = adapted.get_submodule(path)
-        beside = not fused and all(delta.is_low_rank for delta, _ in deltas)
-        setattr(adapted.get_submodule(parent), name, (_beside if beside else _inside)(layer, deltas))
+        layer = adapted.get_submodule(path)  # a private copy, made by `share`
+        if any(delta.has_bias for delta, _ in deltas):
+            layer.bias = _own_bias(layer, deltas)
+        weights = [(delta, weight) for delta, weight in deltas if delta.has_weight]
+        if weights and not fused and all(delta.is_low_rank for delta, _ in weights):
+            setattr(adapted.get_submodule(parent), name, _beside(layer, weights))
+        elif weights:
+            layer.weight = _own_weight(layer, weights)
     return adapted
 
 
@@ -97,19 +103,31 @@ def _beside(layer: nn.Module, deltas: Sequence[Weighted]) -> nn.Module:
     up = torch.cat([weight * up for (_, up), weight in factors], dim=1).to(layer.weight.dtype)
     if isinstance(layer, nn.Linear):
         return AdaptedLinear(layer, down, up)
-    return AdaptedConv2d(layer, down.contiguous(memory_format=torch.channels_last), up)
+    return AdaptedConv2d(layer, down.contiguous(memory_format=memory_format(down.device)), up)
 
 
-def _inside(layer: nn.Module, deltas: Sequence[Weighted]) -> nn.Module:
-    """The layer with a weight of its own; it is a private copy, made by `share`."""
-    old = layer.get_parameter("weight").detach()
-    new = old.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+def _own_weight(layer: nn.Module, deltas: Sequence[Weighted]) -> nn.Parameter:
+    """The layer's weight with the changes."""
+    old = layer.get_parameter("weight")
+    new = old.detach().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     for delta, weight in deltas:
         if delta.is_low_rank:
             down, up = delta.factors(new)
             new.flatten(1).addmm_(up, down.flatten(1), alpha=weight)
         else:
-            new += weight * delta.change(old.float())
-    weights = torch.empty_like(old).copy_(new)
-    layer.weight = nn.Parameter(weights, requires_grad=layer.get_parameter("weight").requires_grad)
-    return layer
+            new += weight * delta.change(old.detach().float())
+    return _like(old, new)
+
+
+def _own_bias(layer: nn.Module, deltas: Sequence[Weighted]) -> nn.Parameter:
+    """The layer's bias with the changes."""
+    old = layer.get_parameter("bias")
+    new = old.detach().float()
+    for delta, weight in deltas:
+        new = new + weight * delta.change_bias(new)
+    return _like(old, new)
+
+
+def _like(old: nn.Parameter, new: Tensor) -> nn.Parameter:
+    """`new` [...] (fp32) in the dtype and memory format of `old`."""
+    return nn.Parameter(torch.empty_like(old.detach()).copy_(new), requires_grad=old.requires_grad)

@@ -18,13 +18,25 @@ import torch
 from torch import Tensor
 
 from ldm.adapters.deltas import Delta, make_delta
-from ldm.adapters.names import UNET, Layer, is_text, list_layers, spell_layers, split_name, width_of_text
+from ldm.adapters.inversion import Embedding, read_bundled
+from ldm.adapters.names import (
+    UNET,
+    Layer,
+    find_layers,
+    is_text,
+    list_layers,
+    other_kind,
+    split_name,
+    split_word,
+    width_of_text,
+)
 from ldm.checkpoint import Parts
+from ldm.checkpoint.fill import is_finite, widen
 from ldm.checkpoint.io import read_json, read_metadata, read_tensors
 from ldm.errors import UserError, abbreviate
 from ldm.files import sha256
 
-SUFFIXES = (".safetensors", ".pt", ".bin", ".ckpt")
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 FOLDER_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL", 1280: "the SDXL refiner"}
 
@@ -37,6 +49,7 @@ class LoraFile:
     sha256: str
     layers: Mapping[str, Mapping[str, Tensor]]  # by stem, then by role
     settings: Mapping[str, Any]  # peft's config, where the file or its folder has one
+    words: tuple[Embedding, ...] = ()  # textual inversions that were trained with it
 
     @property
     def name(self) -> str:
@@ -65,13 +78,15 @@ class Report:
     layers: int  # changed, in all parts
     weight: float
     text_weight: float
+    words: tuple[str, ...] = ()  # that it brings, as prompts write them
 
     def __str__(self) -> str:
         parts = (("U-Net", self.unet, self.weight), ("text", self.text, self.text_weight))
         parts_matched = [
             f"{part} {n} of {m} tensors (weight {weight:g})" for part, (n, m), weight in parts if m
         ]
-        return f"{self.name}: {' and '.join(self.kinds)}, matched {', '.join(parts_matched)}"
+        words = f"; for what it learnt, write {', '.join(self.words)} in the prompt" if self.words else ""
+        return f"{self.name}: {' and '.join(self.kinds)}, matched {', '.join(parts_matched)}{words}"
 
 
 def name_of(path: Path) -> str:
@@ -100,23 +115,45 @@ def read_lora(path: str | Path) -> LoraFile:
 @lru_cache(maxsize=32)
 def _read(_key: Path, path: Path, _mtime_ns: int, _size: int) -> LoraFile:
     layers: dict[str, dict[str, Tensor]] = {}
+    words: dict[str, dict[str, Tensor]] = {}
+    adapters: dict[str, None] = {}  # peft's names, in order
     strange = []
-    for name, tensor in read_tensors(path).items():
-        if (split := split_name(name)) is None:
-            strange.append(name)
-        elif not bool(tensor.isfinite().all()):
-            raise UserError(f"{path}: tensor {name} has NaN or Inf; this file is damaged, fetch it again")
+    for key, stored in read_tensors(path).items():
+        tensor = widen(stored)
+        if not is_finite(tensor):
+            raise UserError(f"{path}: tensor {key} has NaN or Inf; this file is damaged, fetch it again")
+        if word := split_word(key):
+            words.setdefault(word[0], {})[word[1]] = tensor
+        elif (name := split_name(key)) is None:
+            strange.append(key)
         else:
-            layers.setdefault(split[0], {})[split[1]] = tensor
-    if strange and not layers:
+            layers.setdefault(name.stem, {})[name.role] = tensor
+            adapters |= {name.adapter: None} if name.adapter else {}
+    if strange or not layers:
+        raise UserError(f"{path}: {_fault(strange, layers)}")
+    if len(adapters) > 1:
         raise UserError(
-            f"{path}: has no LoRA, LoHa, LoKr or DoRA tensors ({abbreviate(strange)}): "
-            "a LoRA is expected here,\n"
-            "not a whole model, a ControlNet or a textual inversion (give those by --embedding)"
+            f"{path}: holds {len(adapters)} adapters, {' and '.join(adapters)}, and does not say which is "
+            "meant:\nsave each to a file of its own"
         )
-    if strange:
-        raise UserError(f"{path}: has tensors that no LoRA, LoHa, LoKr or DoRA has: {abbreviate(strange)}")
-    return LoraFile(path, sha256(path), layers, _read_settings(path))
+    bundled = tuple(read_bundled(path, word, content) for word, content in words.items())
+    return LoraFile(path, sha256(path), layers, _read_settings(path), bundled)
+
+
+def _fault(strange: list[str], layers: Mapping[str, Mapping[str, Tensor]]) -> str:
+    """Why a file is not read: names that none of its tensors should have, or no layers."""
+    if kind := other_kind(strange):
+        return (
+            f"has tensors of {kind} ({abbreviate(strange)}), which is not supported:\n"
+            "LoRA, LoHa, LoKr, DoRA and differences are; programs that draw with it can merge it into a model"
+        )
+    if layers:
+        return f"has tensors that no LoRA, LoHa, LoKr or DoRA has: {abbreviate(strange)}"
+    return (
+        f"has no LoRA, LoHa, LoKr or DoRA tensors ({abbreviate(strange) or 'it changes no layer'}): "
+        "a LoRA is expected here,\n"
+        "not a whole model, a ControlNet or a textual inversion (give those by --embedding)"
+    )
 
 
 def _read_settings(path: Path) -> Mapping[str, Any]:
@@ -144,25 +181,45 @@ def match(lora: Lora, parts: Parts) -> tuple[dict[Layer, Delta], Report]:
         UserError: if it was made for another family, if no or not all tensors belong to this model, if
             tensors of a layer are missing or of different ranks, or if they do not fit the layer.
     """
-    file, spelt = lora.file, spell_layers(parts)
-    _check_family(file, parts, spelt)
-    layers = {stem: spelt[stem] for stem in file.layers if stem in spelt}
+    file = lora.file
+    layers = find_layers(parts, file.layers)
+    _check_family(file, parts)
     report = _report(lora, layers)
     if len(layers) < len(file.layers):
         _complain(file, layers, report)
     modules, deltas = list_layers(parts), {}
-    for stem, layer in layers.items():
-        if layer in deltas:
-            raise UserError(f"{file.path}: has {layer} twice, in two spellings")
+    for layer, (stem, tensors) in _by_layer(file, layers).items():
         try:
-            delta = make_delta(file.layers[stem], _scale(file.settings, layer))
-            # On the meta device only shapes are computed.
-            delta.change(torch.empty_like(modules[layer].get_parameter("weight"), device="meta").float())
+            deltas[layer] = make_delta(tensors, _scale(file.settings, layer))
+            deltas[layer].check(modules[layer])
         except UserError as error:
             raise UserError(f"{file.path}: {stem}: {error}") from None
-        deltas[layer] = delta
     kinds = {("DoRA" if delta.magnitude is not None else "") or delta.kind for delta in deltas.values()}
     return deltas, Report(kinds=tuple(sorted(kinds)), **report)
+
+
+def _by_layer(file: LoraFile, layers: Mapping[str, Layer]) -> dict[Layer, tuple[str, Mapping[str, Tensor]]]:
+    """The tensors of each layer by role, and a stem that means it.
+
+    Some files have a layer in two spellings, so that every program finds one: that is the same twice. Raises
+    UserError if it is not the same.
+    """
+    found: dict[Layer, tuple[str, Mapping[str, Tensor]]] = {}
+    for stem, layer in layers.items():
+        tensors = file.layers[stem]
+        first, known = found.get(layer, (stem, {}))
+        if known.keys() & tensors.keys() and not _are_same(known, tensors):
+            raise UserError(
+                f"{file.path}: has {layer} twice, in two spellings, and not the same: {first} and {stem}"
+            )
+        found[layer] = (first, {**known, **tensors})
+    return found
+
+
+def _are_same(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> bool:
+    return one.keys() == two.keys() and all(
+        torch.equal(tensor.flatten(), two[role].flatten()) for role, tensor in one.items()
+    )
 
 
 def _report(lora: Lora, layers: Mapping[str, Layer]) -> dict[str, Any]:
@@ -175,9 +232,10 @@ def _report(lora: Lora, layers: Mapping[str, Layer]) -> dict[str, Any]:
         "name": lora.name,
         "unet": tuple(counts[False]),
         "text": tuple(counts[True]),
-        "layers": len(layers),
+        "layers": len({*layers.values()}),
         "weight": lora.weight,
         "text_weight": lora.text_weight,
+        "words": tuple(word.name for word in lora.file.words),
     }
 
 
@@ -190,12 +248,12 @@ def _complain(file: LoraFile, layers: Mapping[str, Layer], report: Mapping[str, 
     )
 
 
-def _check_family(file: LoraFile, parts: Parts, spelt: Mapping[str, Layer]) -> None:
+def _check_family(file: LoraFile, parts: Parts) -> None:
     """Cross-attention's keys and values take text: their input's width tells what a file was trained on."""
     ours = width_of_text(parts)
     for stem, tensors in file.layers.items():
         if re.search(r"attn2[._](processor\.)?to[._][kv]$", stem):
-            first = next((tensors[role] for role in ("down", "hada_w1_b") if role in tensors), None)
+            first = next((tensors[role] for role in ("down", "hada_w1_b", "diff") if role in tensors), None)
             if first is not None and first.ndim > 1 and first.shape[1] != ours:
                 raise UserError(
                     f"{file.path}: made for {_family(first.shape[1])}; this model is {_family(ours)}.\n"

@@ -1,18 +1,22 @@
-"""Names in adapter files: one table of spellings, made from the model's own module names.
+"""Names in adapter files: what can stand for a tensor's role, and what for a layer.
 
 A tensor's name is a stem, which says the layer, and an ending, which says the tensor's role there:
 
-    unet.down_blocks.0.attentions.0...attn1.to_q . lora_A.weight        diffusers, peft
-    unet.down_blocks.0...attn1.processor.to_q    _ lora.down.weight     diffusers before 0.20
-    lora_unet_down_blocks_0_attentions_0_..._to_q . lora_down.weight    kohya, LyCORIS
-    lora_unet_input_blocks_1_1_..._to_q          . lora_down.weight     the same, of the original U-Net (SDXL)
+    unet.down_blocks.0.attentions.0...attn1.to_q . lora_A.weight          diffusers, peft
+    base_model.model.down_blocks.0...attn1.to_q  . lora_A.default.weight  peft's own, with the adapter's name
+    unet.down_blocks.0...attn1.processor.to_q    _ lora.down.weight       diffusers before 0.20
+    lora_unet_down_blocks_0_attentions_0_..._to_q . lora_down.weight      kohya, LyCORIS
+    lora_unet_input_blocks_1_1_..._to_q          . lora_down.weight       the same, of the original U-Net
+    diffusion_model.input_blocks.1.1...norm1     . diff                   ComfyUI
 
-kohya's underscores cannot be read backwards (`to_q`), so stems are written from the modules and looked up.
+kohya's underscores cannot be read backwards (`to_q`), so the names of layers are written from the modules and
+looked up. In both tables order means nothing: no ending and no spelling can be read in two ways.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -24,31 +28,56 @@ from ldm.errors import UserError
 UNET, TEXT, TEXT_2 = "unet", "text_encoder", "text_encoder_2"
 ENCODERS = (TEXT, TEXT_2)
 ADAPTABLE = (nn.Linear, nn.Conv2d)
+SUMMED = (nn.GroupNorm, nn.LayerNorm, nn.Embedding)  # that only a difference can change
 
+# What a tensor is called -> its role in the layer.
 ROLES = {
-    ".lora_A.weight": "down",
-    ".lora_B.weight": "up",
-    ".lora_down.weight": "down",
-    ".lora_up.weight": "up",
-    ".lora_mid.weight": "mid",
-    ".lora.down.weight": "down",
-    ".lora.up.weight": "up",
-    "_lora.down.weight": "down",
-    "_lora.up.weight": "up",
-    ".lora_linear_layer.down.weight": "down",
-    ".lora_linear_layer.up.weight": "up",
-    ".alpha": "alpha",
-    "_lora.alpha": "alpha",
-    ".lora_magnitude_vector": "magnitude",
-    ".lora_magnitude_vector.weight": "magnitude",
-    ".dora_scale": "dora_scale",
-    **{f".hada_{name}": f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
-    **{f".lokr_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+    **dict.fromkeys(("lora_A", "lora_down", "lora.down", "lora_linear_layer.down"), "down"),
+    **dict.fromkeys(("lora_B", "lora_up", "lora.up", "lora_linear_layer.up"), "up"),
+    "lora_mid": "mid",
+    **dict.fromkeys(("alpha", "lora.alpha", "lora_linear_layer.alpha"), "alpha"),
+    "lora_magnitude_vector": "magnitude",
+    "dora_scale": "dora_scale",
+    **{f"hada_{name}": f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
+    **{f"lokr_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+    **dict.fromkeys(("diff", "w_norm"), "diff"),
+    **dict.fromkeys(("diff_b", "b_norm"), "diff_b"),
 }
-# Before a module's name with dots, and before the same with underscores.
-DOTTED = {UNET: ("unet.", ""), TEXT: ("text_encoder.",), TEXT_2: ("text_encoder_2.",)}
-UNDERSCORED = {UNET: ("lora_unet_",), TEXT: ("lora_te_", "lora_te1_"), TEXT_2: ("lora_te2_",)}
-PEFT = "base_model.model."  # peft's own prefix: it says nothing of the part
+# The stem is as short as can be, so that the whole of `_lora.alpha` is the ending. peft puts the name of the
+# adapter after its own.
+_NAME = re.compile(
+    rf"(?P<stem>.+?)(?:\.|_(?=lora\.))(?P<called>{'|'.join(map(re.escape, ROLES))})"
+    r"(?:\.(?!(?:weight|bias)$)(?P<adapter>[^.]+))?(?P<end>\.weight|\.bias)?"
+)
+# Adapters that are not read, by what their tensors are called.
+_OTHERS = {
+    "GLoRA": r"a1|a2|b1|b2|bm|glora_\w+",
+    "OFT or BOFT": r"oft_\w+|boft_\w+|rescale",
+    "(IA)3": r"on_input|ia3_\w+",
+    "AdaLoRA": r"lora_E|ranknum",
+    "VeRA": r"vera_\w+",
+    "a LoRA of token embeddings": r"lora_embedding_[AB]",
+    "weights in place of the model's": r"set_weight|reshape_weight",
+    "OneTrainer's words after the text encoder": r"clip_[lg]_out|string_to_param_out",
+}
+# OneTrainer and AUTOMATIC1111: a textual inversion within a LoRA's file.
+_BUNDLED = re.compile(r"bundle_emb\.(.+)\.(string_to_param\.\*|clip_[lg])")
+
+UNDERSCORED = {UNET: ("lora_unet_",), TEXT: ("lora_te_", "lora_te1_"), TEXT_2: ("lora_te2_",)}  # kohya's
+# What can stand before a layer's name: diffusers' and kohya's, SimpleTuner's, ComfyUI's, that of checkpoints.
+PREFIXES = {
+    UNET: ("", "unet.", "lycoris_", "diffusion_model.", "model.diffusion_model.", *UNDERSCORED[UNET]),
+    TEXT: (
+        "text_encoder.",
+        "text_encoders.clip_l.transformer.",
+        "text_encoders.clip_h.transformer.",
+        "cond_stage_model.transformer.",
+        "conditioner.embedders.0.transformer.",
+        *UNDERSCORED[TEXT],
+    ),
+    TEXT_2: ("text_encoder_2.", "text_encoders.clip_g.transformer.", *UNDERSCORED[TEXT_2]),
+}
+PEFT = "base_model.model."  # peft's own prefix, alone or after another: it says nothing of the part
 OLD_ATTENTION = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 
@@ -62,17 +91,44 @@ class Layer(NamedTuple):
         return f"{self.part}.{self.path}"
 
 
-def split_name(name: str) -> tuple[str, str] | None:
-    """(stem, role) of a tensor in an adapter file, None for an ending that no adapter has."""
-    for ending, role in ROLES.items():
-        if name.endswith(ending):
-            return name.removesuffix(ending), role
+class Name(NamedTuple):
+    """A tensor's name, taken apart."""
+
+    stem: str
+    role: str
+    adapter: str | None = None  # what peft called it
+
+
+def split_name(name: str) -> Name | None:
+    """A tensor's name in an adapter file, None for one that no adapter has which is read here."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        return None
+    role = ROLES[match["called"]]
+    if match["end"] == ".bias":
+        if role != "up":
+            return None
+        role = "up_bias"
+    return Name(match["stem"], role, match["adapter"])
+
+
+def split_word(name: str) -> tuple[str, str] | None:
+    """(word, key in the file of a textual inversion) of a tensor that is bundled with a LoRA."""
+    match = _BUNDLED.fullmatch(name)
+    return None if match is None else (match[1], match[2])
+
+
+def other_kind(names: Iterable[str]) -> str | None:
+    """What an adapter is called that is known by these names, but not read."""
+    for kind, called in _OTHERS.items():
+        if any(re.search(rf"\.(?:{called})(?:\.[^.]+)*$", name) for name in names):
+            return kind
     return None
 
 
 def is_text(stem: str) -> bool:
     """Whether a stem speaks of a text encoder."""
-    return stem.startswith(("text_encoder", "lora_te", f"{PEFT}text_model", "text_model"))
+    return stem.removeprefix(PEFT).startswith(("text_model", *PREFIXES[TEXT], *PREFIXES[TEXT_2]))
 
 
 def list_layers(parts: Parts) -> dict[Layer, nn.Module]:
@@ -83,27 +139,42 @@ def list_layers(parts: Parts) -> dict[Layer, nn.Module]:
         for part, whole in modules.items()
         if whole is not None
         for path, module in whole.named_modules()
-        if isinstance(module, ADAPTABLE)
+        if isinstance(module, (*ADAPTABLE, *SUMMED)) and module.weight is not None
     }
 
 
-def spell_layers(parts: Parts) -> dict[str, Layer]:
-    """Every stem that a file may use for a layer of this model -> that layer."""
-    spelt: dict[str, Layer] = {}
+def find_layers(parts: Parts, stems: Iterable[str]) -> dict[str, Layer]:
+    """The layer that each stem means; those that mean none of this model are left out."""
+    names = name_layers(parts)
+    prefixes = [(part, prefix) for part in names for prefix in _prefixes(part, parts)]
+    found = {}
+    for stem in stems:
+        for part, prefix in prefixes:
+            if stem.startswith(prefix):
+                layer = names[part].get(stem.removeprefix(prefix).removeprefix(PEFT))
+                if layer is not None:
+                    found[stem] = layer
+    return found
+
+
+def name_layers(parts: Parts) -> dict[str, dict[str, Layer]]:
+    """By part, every name that a layer of this model can have, with dots and with underscores."""
     layers = list_layers(parts)
+    named: dict[str, dict[str, Layer]] = {layer.part: {} for layer in layers}
     original = _original_names(parts, [layer.path for layer in layers if layer.part == UNET])
     for layer in layers:
-        names = _text_names(layer.path)
-        if layer.part == UNET:
-            names = _unet_names(layer.path, original.get(layer.path))
-        # peft's prefix means the one model that was trained: of two text encoders it cannot say which.
-        one = layer.part == UNET or None in (parts.text_encoder, parts.text_encoder_2)
-        for name in names:
-            for prefix in (*DOTTED[layer.part], *(PEFT,) * one, f"{layer.part}.{PEFT}"):
-                spelt.setdefault(prefix + name, layer)
-            for prefix in UNDERSCORED[layer.part]:
-                spelt.setdefault(prefix + name.replace(".", "_"), layer)
-    return spelt
+        unet = layer.part == UNET
+        for name in _unet_names(layer.path, original.get(layer.path)) if unet else _text_names(layer.path):
+            named[layer.part] |= {name: layer, name.replace(".", "_"): layer}
+    return named
+
+
+def _prefixes(part: str, parts: Parts) -> Iterator[str]:
+    yield from PREFIXES[part]
+    if part != UNET and None in (parts.text_encoder, parts.text_encoder_2):
+        yield PEFT  # of two text encoders it cannot say which
+        if part == TEXT_2:  # the refiner's only one is the first to those who count
+            yield from PREFIXES[TEXT]
 
 
 def _original_names(parts: Parts, paths: list[str]) -> dict[str, str]:
@@ -116,13 +187,14 @@ def _original_names(parts: Parts, paths: list[str]) -> dict[str, str]:
 
 
 def _unet_names(path: str, original: str | None) -> Iterator[str]:
+    short = path.removesuffix(".0") if path.endswith("to_out.0") else path
+    before, _, last = short.rpartition(".")
     yield path
-    before, _, last = path.removesuffix(".0").rpartition(".")
     if last in OLD_ATTENTION:  # to_out.0 was to_out
+        yield short
         yield f"{before}.processor.{last}"
     if original is not None:
         yield original
-        yield f"diffusion_model.{original}"
 
 
 def _text_names(path: str) -> Iterator[str]:

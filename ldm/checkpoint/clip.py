@@ -80,16 +80,24 @@ def check_text_encoder(config: Mapping[str, Any], tensors: Mapping[str, Tensor],
     Raises:
         UserError: for another class, sizes that cannot be, and tensors that are not those of the config.
     """
+    name, wanted = wanted_tensors(config, tensors, path)
+    stored = {key: tensor for key, tensor in tensors.items() if not key.endswith("position_ids")}
+    if not any(key.startswith("text_model.") for key in stored):
+        wanted = {key.removeprefix("text_model."): tensor for key, tensor in wanted.items()}
+    check_names(wanted, stored, path)
+    return name
+
+
+def wanted_tensors(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path
+) -> tuple[str, dict[str, Tensor]]:
+    """A text encoder's class, and its tensors by their names, on the meta device. Raises UserError."""
     name: str = (config.get("architectures") or [CLASSES["text_projection.weight" in tensors]])[0]
     if name not in CLASSES:
         raise UserError(f"{_config_of(path)}: a {name}; only {' or '.join(CLASSES)} can be read")
     sizes = read_sizes(config, _config_of(path))
-    stored = {key: tensor for key, tensor in tensors.items() if not key.endswith("position_ids")}
-    bare = not any(key.startswith("text_model.") for key in stored)
-    names = [key.original for key in text_keys({**config, "architectures": [name]}, open_clip=False)]
-    wanted = {key.removeprefix("text_model.") if bare else key: _empty(key, sizes) for key in names}
-    check_names(wanted, stored, path)
-    return name
+    keys = text_keys({**config, "architectures": [name]}, open_clip=False)
+    return name, {key.original: _empty(key.original, sizes) for key in keys}
 
 
 def read_sizes(config: Mapping[str, Any], path: Path) -> dict[str, int]:

@@ -9,10 +9,10 @@ import torch
 
 from ldm.checkpoint.folder import IGNORED, load_folder
 from ldm.checkpoint.io import read_json
+from ldm.checkpoint.original.sections import AVERAGED
+from ldm.checkpoint.original.single import Log, read_single
 from ldm.checkpoint.save import save_model
-from ldm.checkpoint.sections import AVERAGED
-from ldm.checkpoint.single import Log, read_single
-from ldm.checkpoint.source import find
+from ldm.checkpoint.source import as_given, check_prediction, find
 from ldm.errors import UserError
 
 
@@ -42,6 +42,7 @@ def convert(
     Raises:
         UserError: if the source cannot be read, and for a target that is there. Nothing is half-written.
     """
+    check_prediction(prediction_type)
     if target.exists() and not force:
         raise UserError(f"{target}: is there already; choose another name, or replace it with --force")
     path = find(source)
@@ -50,7 +51,9 @@ def convert(
             raise UserError(
                 f"{path}: --ema, --config and --prediction-type are for single files; leave them out"
             )
-        parts, unused = load_folder(path, None, overrides=overrides), _unused_in_folder(path)
+        with as_given({path: source}) as in_their_words:
+            parts = load_folder(path, None, overrides=overrides, log=lambda line: log(in_their_words(line)))
+        unused = _unused_in_folder(path)
     else:
         parts, unused = read_single(
             path,

@@ -54,10 +54,17 @@ def fill(module: M, tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtyp
     return module
 
 
-def check_names(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Raises UserError unless the tensors, read from `path`, have the names and shapes of those wanted."""
+def check_names(
+    wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path, *, has_config: bool = True
+) -> None:
+    """Raises UserError unless the tensors, read from `path`, have the names and shapes of those wanted.
+
+    Args:
+        has_config: they are wanted by the config.json beside `path`; else by what kind of model it seems.
+    """
     misshaped = [
-        f"{name} is {list(tensors[name].shape)}, config.json says {list(wanted[name].shape)}"
+        f"{name} is {list(tensors[name].shape)}, {'config.json says ' if has_config else 'not '}"
+        f"{list(wanted[name].shape)}"
         for name in wanted
         if name in tensors and tensors[name].shape != wanted[name].shape
     ]
@@ -67,9 +74,35 @@ def check_names(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], pat
         *_named("of the wrong shape", misshaped),
     ]
     if faults:
-        raise UserError(
-            f"{path}: tensors {'; '.join(faults)}.\nWeights and config.json belong to different models."
+        why = (
+            "Weights and config.json belong to different models."
+            if has_config
+            else "The file is damaged, or of another kind than it seems: fetch or convert it again."
         )
+        raise UserError(f"{path}: tensors {'; '.join(faults)}.\n{why}")
+
+
+def reshape(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The tensors of a file without a config.json, in the shapes of those wanted.
+
+    Some tools store a linear layer as a convolution of 1 x 1, its bias too, or a matrix as that: where shapes
+    differ in nothing but 1s, the numbers are the same and in the same order.
+
+    Raises:
+        UserError: naming tensors that are missing, extra or of another shape.
+    """
+    ready = {
+        name: tensor.reshape(wanted[name].shape)
+        if name in wanted and _without_ones(tensor) == _without_ones(wanted[name])
+        else tensor
+        for name, tensor in tensors.items()
+    }
+    check_names(wanted, ready, path, has_config=False)
+    return ready
+
+
+def _without_ones(tensor: Tensor) -> list[int]:
+    return [size for size in tensor.shape if size != 1]
 
 
 def _named(fault: str, names: list[str]) -> list[str]:
@@ -140,13 +173,23 @@ def _in_threads(make: Callable[[str, Tensor], Tensor], names: Collection[str], s
         return list(made)
 
 
+def widen(tensor: Tensor) -> Tensor:
+    """Floats of one byte in fp32, exactly: torch has hardly a function for them. Others as they are."""
+    return tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor of any dtype holds neither NaN nor Inf."""
+    return bool(widen(tensor).isfinite().all())
+
+
 def _check_finite(name: str, ready: Tensor, stored: Tensor, path: Path) -> None:
     # NaN and Inf survive in a sum, and one sum costs little. It may overflow by itself: then look closer.
-    if not ready.is_floating_point() or ready.dtype.itemsize == 1 or ready.sum().isfinite():
+    if not ready.is_floating_point() or widen(ready).sum().isfinite():
         return
-    if not stored.isfinite().all():
+    if not is_finite(stored):
         raise UserError(f"{path}: tensor {name} holds NaN or Inf: the model is damaged; fetch it again")
-    if not ready.isfinite().all():
+    if not is_finite(ready):
         raise UserError(f"{path}: tensor {name} is too large for {str(ready.dtype)[6:]}; give another dtype")
 
 

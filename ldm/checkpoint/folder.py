@@ -11,15 +11,15 @@ words.txt                   ours, optional: the words the model has seen, one in
 from __future__ import annotations
 
 import importlib.resources
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ldm.checkpoint.clip import check_text_encoder, check_tokenizer, load_tokenizer, make_text_encoder
-from ldm.checkpoint.component import build_stored, dtype_of, load_component, named
 from ldm.checkpoint.fill import fill
 from ldm.checkpoint.io import read_bytes, read_config, read_json
+from ldm.checkpoint.original.component import build_stored, dtype_of, load_component, named
 from ldm.checkpoint.parts import (
     EMBEDDED,
     NETWORKS,
@@ -30,7 +30,7 @@ from ldm.checkpoint.parts import (
     Parts,
     check_fit,
 )
-from ldm.checkpoint.weights import Stored, open_stored
+from ldm.checkpoint.weights import Stored, open_stored, warn
 from ldm.diffusion.schedule import Schedule
 from ldm.diffusion.scheduler_config import noise_levels
 from ldm.errors import UserError
@@ -54,7 +54,7 @@ PIPELINES = (
 # None: any, as its config is read by us.
 CLASSES: dict[str, tuple[str, ...] | None] = {
     "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL", "AutoencoderTiny"),
+    "vae": ("AutoencoderKL", "AutoencoderTiny", "AsymmetricAutoencoderKL"),
     "scheduler": None,
     "text_encoder": ("CLIPTextModel",),
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),  # the slow one and the fast are one since 5.0
@@ -64,6 +64,13 @@ CLASSES: dict[str, tuple[str, ...] | None] = {
 }
 # Drawing does without them.
 IGNORED = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")
+# What training programs leave beside the parts, and how it is drawn with.
+BESIDE = {
+    "pytorch_lora_weights.*": "give it with --lora",
+    "learned_embeds*.*": "give it with --embedding",
+    "unet_ema": "give it with --unet",
+}
+
 # --- reading ---------------------------------------------------------------------------------------------
 
 
@@ -84,6 +91,7 @@ def load_folder(
     *,
     variant: str | None = None,
     overrides: Mapping[str, Path] | None = None,
+    log: Callable[[str], object] = warn,
 ) -> Parts:
     """All parts, each on the runtime's device in its dtype. Nothing is returned unless everything is sound.
 
@@ -91,6 +99,7 @@ def load_folder(
         runtime: None leaves all on the CPU and in the dtypes of the files.
         variant: such as "fp16": files named `model.fp16.safetensors` are read where there are any.
         overrides: by part ("unet", "vae", "text_encoder", "text_encoder_2"), a folder or file instead.
+        log: is given a line for what is not read although it looks as if it were.
 
     Raises:
         UserError: naming the file that is missing, damaged or does not belong, and what to do.
@@ -102,11 +111,15 @@ def load_folder(
     # What can be checked without reading weights comes first: most damage shows there, and at once.
     # What comes from elsewhere has no variants.
     stored = {
-        part: open_stored(folder / part, STEMS[part], variant, needed=part == "unet")
+        part: open_stored(folder / part, STEMS[part], variant, needed=part == "unet", log=log)
         for part in networks
         if part not in overrides
     }
-    stored |= {part: open_stored(place, STEMS[part]) for part, place in overrides.items() if place.is_dir()}
+    stored |= {
+        part: open_stored(place, STEMS[part], log=log) for part, place in overrides.items() if place.is_dir()
+    }
+    for line in _beside(folder):
+        log(line)
     weights = stored["unet"].path if "unet" in stored else overrides["unet"]
     small = _load_small_parts(folder, index)
     sources = {part: overrides.get(part, folder / part) for part in networks}
@@ -125,6 +138,12 @@ def load_folder(
     parts = Parts(**{**nothing, **modules, **tokenizers, **small}, weights=weights)
     check_fit(parts, sources)
     return parts
+
+
+def _beside(folder: Path) -> Iterator[str]:
+    for pattern, advice in BESIDE.items():
+        for path in sorted(folder.glob(pattern)):
+            yield f"{folder}: {path.name} is not read by itself: {advice}"
 
 
 def _load_small_parts(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,7 +237,9 @@ def _read_index(folder: Path) -> dict[str, Any]:
             _check_class(path, part, value)
     wanted = ["unet", "vae", "scheduler"]
     pairs = zip(TEXT_ENCODERS, TOKENIZERS, strict=True)
-    wanted += [tokenizer for encoder, tokenizer in pairs if encoder in index] or ["text_encoder"]
+    wanted += [
+        tokenizer for encoder, tokenizer in pairs if encoder in index
+    ]  # without any: drawn from embeddings
     wanted += ["low_res_scheduler"] if name == "StableDiffusionUpscalePipeline" else []
     for part in wanted:
         if not isinstance(index.get(part), list):

@@ -1,7 +1,8 @@
-"""Models by their name on the Hugging Face hub: only the files that are read, once, into its own cache."""
+"""Models and adapters by name on the Hugging Face hub: only the files that are read, once, into its cache."""
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -10,9 +11,19 @@ from typing import Any
 from ldm.checkpoint.folder import CLASSES
 from ldm.checkpoint.parts import STEMS
 from ldm.checkpoint.weights import choose_weights
-from ldm.errors import UserError
+from ldm.errors import UserError, abbreviate
+from ldm.files import whole_file
 
 PIPELINE_FILES = ("model_index.json", "ldm.json", "words.txt")
+MODEL_CONFIGS = ("model_index.json", "config.json")
+# What diffusers and peft call adapters.
+ADAPTER_FILES = (
+    "pytorch_lora_weights.safetensors",
+    "adapter_model.safetensors",
+    "learned_embeds.safetensors",
+    "pytorch_lora_weights.bin",
+    "learned_embeds.bin",
+)
 CONFIG_FILES = ("config.json", "scheduler_config.json")
 TOKENIZER_FILES = (
     "vocab.json",
@@ -20,6 +31,7 @@ TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
 )
 
 
@@ -42,7 +54,10 @@ def fetch(
     try:
         info = HfApi().model_info(name, revision=revision)
         wanted = needed_files([file.rfilename for file in info.siblings or ()], name, variant, part)
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+        # All of one commit, the one whose files were listed, whatever is pushed meanwhile.
+        path = Path(snapshot_download(name, revision=info.sha or revision, allow_patterns=wanted))
+        _remember(path, revision)
+        return path
     except UserError:
         raise
     except Exception as error:  # what the hub refuses, and whatever a broken network raises
@@ -51,7 +66,66 @@ def fetch(
         return _cached(name, revision, error)
 
 
-def _cached(name: str, revision: str | None, error: Exception) -> Path:
+def _remember(snapshot: Path, revision: str | None) -> None:
+    """Note in the cache which commit a branch or tag was, as huggingface_hub does: it is found by that later.
+
+    snapshot: .../models--owner--model/snapshots/<commit>. Where it cannot be noted, only that is lost.
+    """
+    ref = snapshot.parents[1] / "refs" / (revision or "main")
+    with contextlib.suppress(UserError, OSError):
+        if revision != snapshot.name and not (
+            ref.is_file() and ref.read_text(encoding="utf-8") == snapshot.name
+        ):
+            with whole_file(ref) as aside:
+                aside.write_text(snapshot.name, encoding="utf-8")
+
+
+def fetch_adapter(name: str, weight_name: str | None = None) -> Path:
+    """The file of a LoRA or textual inversion in the cache, fetched where it is not there yet.
+
+    Args:
+        name: "owner/model".
+        weight_name: of several files the one that is meant.
+
+    Raises:
+        UserError: in one line, how to get it where the hub does not give it, or what to choose from.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    try:
+        files = [file.rfilename for file in HfApi().model_info(name).siblings or ()]
+        wanted = adapter_file(files, name, weight_name)
+        return Path(snapshot_download(name, allow_patterns=[wanted, "adapter_config.json"])) / wanted
+    except UserError:
+        raise
+    except Exception as error:
+        if (reason := _refused(error, name, None)) is not None:
+            raise UserError(f"{name}: no such file here, and {reason}") from None
+        folder = _cached(name, None, error, ("adapter_config.json",))
+    files = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    return folder / adapter_file(files, name, weight_name)
+
+
+def adapter_file(files: Iterable[str], name: str, weight_name: str | None = None) -> str:
+    """Which of a repository's files holds its adapter. Raises UserError where that is not plain."""
+    weights = sorted(file for file in files if file.endswith((".safetensors", ".bin", ".pt")))
+    if weight_name is not None:
+        if weight_name in weights:
+            return weight_name
+        raise UserError(f"{name}: has no {weight_name}; it has {abbreviate(weights) or 'no weights'}")
+    usual = [file for file in ADAPTER_FILES if file in weights]
+    safe = [file for file in weights if file.endswith(".safetensors")]
+    for found in (usual[:1], safe, weights):
+        if len(found) == 1:
+            return found[0]
+    if not weights:
+        raise UserError(f"{name}: has no weights of an adapter")
+    raise UserError(f"{name}: has {abbreviate(weights)}: choose one by weight_name=")
+
+
+def _cached(
+    name: str, revision: str | None, error: Exception, patterns: Iterable[str] = MODEL_CONFIGS
+) -> Path:
     """What an earlier download has left, without network. Its reader names files that it lacks."""
     from huggingface_hub import snapshot_download
 
@@ -62,7 +136,7 @@ def _cached(name: str, revision: str | None, error: Exception) -> Path:
                 name,
                 revision=revision,
                 local_files_only=True,
-                allow_patterns=["model_index.json", "config.json"],
+                allow_patterns=list(patterns),
             )
         )
     except Exception:
@@ -107,7 +181,7 @@ def needed_files(
     if part is not None and "model_index.json" not in top and "config.json" in top:
         return _part_files(top, name, "", part, variant)
     if "model_index.json" not in top:
-        single = sorted(file for file in top if file.endswith((".safetensors", ".ckpt")))
+        single = sorted(file for file in top if file.lower().endswith((".safetensors", ".ckpt")))
         get = f": `hf download {name} {single[0]}`, and give the file's path" if single else ""
         raise UserError(f"{name}: not a diffusers pipeline (no model_index.json){get}")
     if part is not None and part not in folders:
@@ -123,7 +197,7 @@ def _part_files(names: set[str], name: str, prefix: str, part: str, variant: str
     """The files of one part, with the folder before them."""
     wanted = names.intersection((*CONFIG_FILES, *TOKENIZER_FILES))
     if part in STEMS:
-        folder = Path(name) / part if prefix else Path(name)
+        folder = PurePosixPath(name, part) if prefix else PurePosixPath(name)  # as the hub writes it
         weights = choose_weights(names, folder, STEMS[part], variant, needed=part == "unet")
         wanted |= {weights, *_shards(weights, names)}
     return sorted(prefix + file for file in wanted)

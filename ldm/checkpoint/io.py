@@ -24,6 +24,7 @@ __all__ = [
     "read_json",
     "read_metadata",
     "read_tensors",
+    "suffix_of",
     "weight_files",
     "write_json",
     "write_tensors",
@@ -49,6 +50,11 @@ DTYPES = {
 
 
 # --- reading ---------------------------------------------------------------------------------------------
+
+
+def suffix_of(path: Path) -> str:
+    """Of a file's name, in lower case: MODEL.SAFETENSORS is what model.safetensors is."""
+    return path.suffix.lower()
 
 
 def read_bytes(path: Path, limit: int = -1) -> bytes:
@@ -102,16 +108,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: naming the file that is damaged, holds code or is not what its name says.
     """
-    if path.suffix == ".json":
+    if suffix_of(path) == ".json":
         return _read_shards(path)
     start = read_bytes(path, limit=max(9, len(LFS_POINTER)))
     if not start:
         raise UserError(f"{path}: empty; fetch it again")
-    if path.suffix == ".safetensors":
+    if suffix_of(path) == ".safetensors":
         if start.startswith((b"PK\x03\x04", b"\x80\x02")):
             raise UserError(f"{path}: a pickle by another name; rename it to .ckpt to have it read as one")
         return _map_safetensors(path)
-    if path.suffix not in PICKLES:
+    if suffix_of(path) not in PICKLES:
         raise UserError(f"{path}: not a file of weights; .safetensors and {', '.join(PICKLES)} are read")
     if start[8:9] == b"{":
         raise UserError(f"{path}: a safetensors file by another name; rename it to .safetensors")
@@ -120,12 +126,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def read_metadata(path: Path) -> dict[str, str]:
     """What the header of a safetensors file says of it; nothing for other files. Raises UserError."""
-    return _open_safetensors(path)[1] if path.suffix == ".safetensors" else {}
+    return _open_safetensors(path)[1] if suffix_of(path) == ".safetensors" else {}
 
 
 def weight_files(path: Path) -> list[Path]:
     """The file itself, or the files that an index names. Raises UserError for one outside its folder."""
-    if path.suffix != ".json":
+    if suffix_of(path) != ".json":
         return [path]
     names = sorted(set(_weight_map(path).values()))
     for name in names:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import UserError
-from ldm.models import AutoencoderKL, Network, UNet
+from ldm.models import AsymmetricAutoencoderKL, AutoencoderKL, Network, UNet
 from ldm.models.config import KLConfig, UNetConfig
 
 Form = Literal["same", "conv", "transposed", "stacked"]
@@ -71,9 +71,9 @@ def module_keys(module: Network) -> list[Key]:
     """The tensors of a U-Net or VAE. Raises UserError for one that has no name in the original layout."""
     if isinstance(module, UNet):
         return unet_keys(module.config, module.state_dict())
-    if isinstance(module, AutoencoderKL):
+    if isinstance(module, AutoencoderKL) and not isinstance(module, AsymmetricAutoencoderKL):
         return vae_keys(module.config, module.state_dict())
-    raise UserError("the single-file layout has no AutoencoderTiny: save a folder instead")
+    raise UserError(f"the single-file layout has no {type(module).__name__}: save a folder instead")
 
 
 # --- the U-Net -------------------------------------------------------------------------------------------
@@ -198,9 +198,9 @@ def from_original(keys: Iterable[Key], tensors: Mapping[str, Tensor]) -> dict[st
     renamed: dict[str, Tensor] = {}
     for key in keys:
         tensor = tensors[key.original]
-        if key.form == "conv" and tensor.ndim > 2:  # some tools write it as a linear layer
+        if key.form in ("conv", "transposed") and tensor.ndim > 2:  # some tools write the first as a matrix
             tensor = tensor.flatten(1)
-        elif key.form == "transposed":
+        if key.form == "transposed":
             tensor = tensor.T
         parts = tensor.chunk(3) if key.form == "stacked" else (tensor,)
         renamed |= zip(key.names, parts, strict=True)

@@ -22,7 +22,7 @@ STEMS = {part: TEXT_STEM if part in TEXT_ENCODERS else MODEL_STEM for part in NE
 
 @dataclass(frozen=True)
 class Defaults:
-    """What `ldm.json` may log: how to draw with this model when the caller does not."""
+    """What `ldm.json` may say: how to draw with this model when the caller does not."""
 
     num_inference_steps: int | None = None  # None: what its kind is drawn with (ldm/pipeline/resolve.py)
     guidance_scale: float | None = None
@@ -39,7 +39,7 @@ class Parts:
 
     unet: UNet
     vae: VAE
-    text_encoder: Any  # transformers' CLIPTextModel; None in the SDXL refiner
+    text_encoder: Any  # transformers' CLIPTextModel; None in the SDXL refiner, and where embeddings are given
     tokenizer: Any  # transformers' CLIPTokenizer; None where text_encoder is
     scheduler: Mapping[str, Any]  # scheduler_config.json
     defaults: Defaults = field(default_factory=Defaults)
@@ -80,6 +80,8 @@ def check_fit(parts: Parts, sources: Mapping[str, Path]) -> None:
         ) from None
     encoders = {part: getattr(parts, part) for part in ("text_encoder", "text_encoder_2")}
     encoders = {part: encoder for part, encoder in encoders.items() if encoder is not None}
+    if not encoders:  # embeddings are given with each prompt
+        return
     for part, encoder in encoders.items():
         tokens = len(getattr(parts, part.replace("text_encoder", "tokenizer")))
         if tokens > (rows := encoder.config.vocab_size):

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.checkpoint.detect import ARCHITECTURES, OPTIONS, OWN, PREDICTIONS
-from ldm.checkpoint.io import write_json, write_tensors
+from ldm.checkpoint.io import suffix_of, write_json, write_tensors
 from ldm.checkpoint.keymap import module_keys, text_keys, to_original
+from ldm.checkpoint.original.detect import ARCHITECTURES, OPTIONS, OWN, PREDICTIONS
+from ldm.checkpoint.original.sections import TEXT, prefixes
 from ldm.checkpoint.parts import MODEL_STEM, TEXT_STEM, TOKENIZERS, Parts
-from ldm.checkpoint.sections import TEXT, prefixes
 from ldm.checkpoint.tokenizer import bpe, describe_tokenizer
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
@@ -45,11 +45,11 @@ def save_model(
     Raises:
         UserError: if `path` cannot be written to, or a single file cannot hold this model.
     """
-    if path.suffix == ".safetensors" and max_shard_size is not None:
+    if suffix_of(path) == ".safetensors" and max_shard_size is not None:
         raise UserError(f"{path}: a single file has no shards: leave max_shard_size out or save a folder")
-    if path.suffix in (".ckpt", ".pt", ".bin"):
+    if suffix_of(path) in (".ckpt", ".pt", ".bin"):
         raise UserError(f"{path}: pickles are not written, as they can carry code: use .safetensors")
-    if path.suffix == ".safetensors":
+    if suffix_of(path) == ".safetensors":
         save_single(path, parts, dtype)
     else:
         save_folder(path, parts, dtype, max_shard_size)
@@ -129,8 +129,9 @@ def _learnt_words(tokenizer: Any) -> list[str]:
 def pipeline_class(parts: Parts) -> str:
     """The name of diffusers' pipeline for a model, which its configs tell."""
     kind = PIPELINE_KINDS[parts.kind]
-    if parts.text_encoder_2 is not None:
-        return f"StableDiffusionXL{'Img2Img' if parts.text_encoder is None and not kind else kind}Pipeline"
+    if "time_ids" in parts.unet.config.conditioning:
+        is_refiner = parts.text_encoder is None and parts.text_encoder_2 is not None and not kind
+        return f"StableDiffusionXL{'Img2Img' if is_refiner else kind}Pipeline"
     if parts.unet.config.time_cond_proj_dim is not None and not kind:
         return "LatentConsistencyModelPipeline"
     return f"StableDiffusion{kind}Pipeline"

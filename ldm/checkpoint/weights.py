@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from torch import Tensor
 
 from ldm.checkpoint.io import read_config, read_tensors
-from ldm.errors import UserError
+from ldm.errors import UserError, abbreviate
 
 # What weights are called, by the library that writes them: as safetensors and as a pickle.
 STEMS = {
     "diffusion_pytorch_model": "diffusion_pytorch_model",  # diffusers: U-Net and VAE
     "model": "pytorch_model",  # transformers: text encoders
 }
+
+
+WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".ema")
+# Of other frameworks, and of training: they lie in many folders, and nobody expects them to be read.
+ELSEWHERE = re.compile(r"(flax_model|tf_model|openvino_|training_args|optimizer|scheduler|random_states).*")
+
+
+def warn(line: str) -> None:
+    warnings.warn(line, stacklevel=2)
 
 
 @dataclass(frozen=True)
@@ -30,10 +39,25 @@ class Stored:
     path: Path  # of the weights: a file, or the index of several
 
 
-def open_stored(folder: Path, stem: str, variant: str | None = None, *, needed: bool = False) -> Stored:
-    """The network in `folder`. Arguments as in `choose_weights`. Raises UserError."""
+def open_stored(
+    folder: Path,
+    stem: str,
+    variant: str | None = None,
+    *,
+    needed: bool = False,
+    log: Callable[[str], object] = warn,
+) -> Stored:
+    """The network in `folder`. Arguments as in `choose_weights`; `log` is given what may surprise.
+
+    Raises UserError.
+    """
     config = read_config(folder / "config.json")
-    path = find_weights(folder, stem, variant, needed=needed)
+    path = find_weights(folder, stem, variant, needed=needed, log=log)
+    if unread := unread_weights((each.name for each in folder.iterdir()), stem, path.name):
+        log(
+            f"{folder}: not read: {abbreviate(unread)}, since {path.name} holds the weights: rename the one "
+            "that is meant, or move the others away"
+        )
     tensors = read_tensors(path)
     check_counts(config, tensors, folder / "config.json")
     return Stored(config, tensors, path)
@@ -57,18 +81,43 @@ def _numbers(value: Any) -> Iterator[float]:
         yield value
 
 
-def find_weights(folder: Path, stem: str, variant: str | None = None, *, needed: bool = False) -> Path:
-    """The weights in `folder`, as `choose_weights` says; a warning where another variant is taken."""
+def find_weights(
+    folder: Path,
+    stem: str,
+    variant: str | None = None,
+    *,
+    needed: bool = False,
+    log: Callable[[str], object] = warn,
+) -> Path:
+    """The weights in `folder`, as `choose_weights` says; it is said where another variant is taken."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     chosen = choose_weights(names, folder, stem, variant, needed=needed)
     if list_weights(names, stem).get(variant or "") != chosen:
         missing = f"no variant {variant!r}" if variant else "no plain file"
-        warnings.warn(f"{folder}: {missing}, so {chosen} is read", stacklevel=2)
+        log(f"{folder}: {missing}, so {chosen} is read")
     return folder / chosen
 
 
+def unread_weights(names: Iterable[str], stem: str, chosen: str) -> list[str]:
+    """Files of weights that someone may believe to be read.
+
+    Not those that are another form or variant of the chosen ones, as most folders on the hub have them; but
+    averages are, which some programs write beside them.
+    """
+    shard = r"(-\d+-of-\d+)?"
+    same = re.compile(rf"({stem}|{STEMS[stem]}){shard}(\.(?!ema\b)\w+{shard})?\.(safetensors|bin)")
+    return sorted(
+        name
+        for name in names
+        if name.lower().endswith(WEIGHTS)
+        and name != chosen
+        and not same.fullmatch(name)
+        and not ELSEWHERE.match(name)
+    )
+
+
 def choose_weights(
-    names: Iterable[str], folder: Path, stem: str, variant: str | None = None, *, needed: bool = False
+    names: Iterable[str], folder: PurePath, stem: str, variant: str | None = None, *, needed: bool = False
 ) -> str:
     """The file of weights among all that are in a folder: safetensors before a pickle.
 
@@ -106,5 +155,5 @@ def list_weights(names: Iterable[str], stem: str) -> dict[str, str]:
 def _instead(names: Iterable[str], found: dict[str, str]) -> str:
     if len(found) > 1 and "" not in found:
         return f", only the variants {', '.join(sorted(found))}: say which (--variant)"
-    others = [name for name in names if name.endswith((".bin", ".safetensors", ".msgpack", ".onnx"))]
+    others = [name for name in names if name.lower().endswith((".bin", ".safetensors", ".msgpack", ".onnx"))]
     return f"; found only {', '.join(others)}" if others else "; is the download complete?"

@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 our fault (`redraw`: the pixels differ); 2 something the u
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 import traceback
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from ldm.cli import convert, diffuse, draw, finetune, folder, redraw
 from ldm.cli.flags import FLAGS
 from ldm.cli.parser import Parser, dashes
-from ldm.errors import UserError
+from ldm.errors import NEWLINE, UserError, printable
 
 SPELLING = "Flags may be spelt with dashes or underscores."
 # name -> (its flags, what runs it, what it does)
@@ -62,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(parser: Parser, argv: Sequence[str] | None) -> int:
     """Parse and run the command; an exception becomes one line on stderr and an exit code."""
     args = parser.parse_args(dashes(sys.argv[1:] if argv is None else argv))
+    show_all_letters()
     try:
         with warnings_in_one_line(parser.prog):
             return int(args.command(args))
@@ -71,12 +73,18 @@ def run(parser: Parser, argv: Sequence[str] | None) -> int:
         return 130
     except Exception as error:
         if args.debug:
-            traceback.print_exc()
+            print(printable(traceback.format_exc(), keep=NEWLINE), end="", file=sys.stderr)
         line, code = verdict(error)
         if args.command is draw.draw:
             line = in_flags(line)
-        print(f"{parser.prog}: {line}", file=sys.stderr)
+        print(f"{parser.prog}: {printable(line, keep=NEWLINE)}", file=sys.stderr)
         return code
+
+
+def show_all_letters() -> None:
+    """A name that the terminal's encoding lacks is shown with escapes; it is no error to print it."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def verdict(error: Exception) -> tuple[str, int]:
@@ -108,7 +116,7 @@ def warnings_in_one_line(program: str) -> Iterator[None]:
 
     def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
         if issubclass(category, UserWarning):
-            print(f"{program}: warning: {message}", file=sys.stderr)
+            print(f"{program}: warning: {printable(message, keep=NEWLINE)}", file=sys.stderr)
 
     with warnings.catch_warnings():
         warnings.showwarning = show

@@ -6,6 +6,7 @@ import argparse
 import itertools
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from ldm.cli.models import load
 from ldm.cli.parser import count
 from ldm.cli.terminal import bar, echo
 from ldm.errors import UserError
+from ldm.files import reason
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -38,6 +40,7 @@ def draw(args: argparse.Namespace) -> int:
     """Parse -> Requests -> load -> prepare -> for each batch: draw -> save."""
     requests = make_requests(args)
     check_output(args, sum(request.num_images for request in requests))
+    warn_of_weights(requests)
     pipe = load(args)
     check_latents(pipe, args)
     warn_of_unknown_words(pipe, args, requests)
@@ -104,15 +107,16 @@ def draw_images(job: Job, batch: Batch, title: str, quiet: bool) -> list[Image]:
     """The pictures of one batch, with a bar; running out of memory becomes a UserError."""
     from ldm.images.pixels import to_pil
     from ldm.pipeline.sample import draw_batch
+    from ldm.runtime import is_out_of_memory
 
-    steps = job.request.num_steps
+    steps = len(job.grid.timesteps)
     try:
         if quiet:
             return to_pil(draw_batch(job, batch))
         with bar(title, "it/s", quiet, steps) as on_progress:
             return to_pil(draw_batch(job, batch, lambda step: on_progress(step.i + 1, steps)))
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or "memory" in str(error):
+        if is_out_of_memory(error):
             size = f"{len(batch)} pictures of {job.request.width}x{job.request.height}"
             raise UserError(
                 f"not enough memory for {size}: ask for smaller ones, or fewer at once"
@@ -124,14 +128,20 @@ def draw_images(job: Job, batch: Batch, title: str, quiet: bool) -> list[Image]:
 
 
 def read_prompts(source: str) -> list[str]:
-    """One prompt per line of a file, or of stdin for `-`; blank lines are skipped."""
+    r"""One prompt per line of a file, or of stdin for `-`; blank lines are skipped.
+
+    Lines end at \n and \r\n only: whatever else Unicode ends a line with is part of a prompt.
+    """
     try:
-        text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8-sig")
+        # Python's own reading of text would take a lone \r for the end of a line, too.
+        stdin = getattr(sys.stdin, "buffer", sys.stdin)
+        data = stdin.read() if source == "-" else Path(source).read_bytes()
+        text = data if isinstance(data, str) else data.decode("utf-8-sig")
     except OSError as error:
-        raise UserError(f"cannot read prompts from {source}: {error.strerror}") from None
+        raise UserError(f"cannot read prompts from {source}: {reason(error)}") from None
     except UnicodeDecodeError:
         raise UserError(f"cannot read prompts from {source}: it is not UTF-8 text") from None
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    prompts = [line.strip(" \t\r") for line in text.split("\n") if line.strip()]
     if not prompts:
         raise UserError(f"no prompts in {source}: write one per line")
     return prompts
@@ -175,6 +185,19 @@ def check_batch(request: Request, count: int) -> None:
         raise UserError(
             f"{count} pictures of {shape} are too many for one batch: "
             f"ask for at most {most // size} at once, and for more batches with --n_iter"
+        )
+
+
+def warn_of_weights(requests: Sequence[Request]) -> None:
+    """Say once that the weights in brackets of other programs are read as they stand."""
+    from ldm.prompts.weights import find_weight
+
+    texts = (text for request in requests for pair in request.texts for text in pair)
+    found = next(filter(None, map(find_weight, texts)), None)
+    if found is not None:
+        warnings.warn(
+            f"{found}: weights in brackets and BREAK are read as plain text",
+            stacklevel=2,
         )
 
 

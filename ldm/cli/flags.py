@@ -23,7 +23,10 @@ def add_input_flags(parser: argparse.ArgumentParser, title: str) -> argparse._Ar
     group = parser.add_argument_group(title)
     group.add_argument("-i", "--init-image", dest="image", metavar="FILE", help="the picture to draw from")
     group.add_argument(
-        "--mask", dest="mask_image", metavar="FILE", help="white where an inpainting model draws anew"
+        "--mask",
+        dest="mask_image",
+        metavar="FILE",
+        help="where an inpainting model draws anew: white, or what is painted on a transparent layer",
     )
     return group
 

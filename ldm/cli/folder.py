@@ -24,6 +24,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default="error",
         help="of a picture without a caption: stop, train it on an empty one, leave it out (default: error)",
     )
+    add("--image-column", metavar="NAME", help="of a table: the pictures' files (default: file_name)")
+    add("--caption-column", metavar="NAME", help="of a table: the captions (default: text)")
     add("--resolution", type=count, default=512, metavar="PIXELS", help="of the training (default: 512)")
     add("--sheet", type=Path, metavar="FILE", help="write a PNG of the crops that training will see")
     add("--json", action="store_true", help="everything, as JSON")
@@ -46,6 +48,8 @@ def folder(args: argparse.Namespace) -> int:
             missing_caption=args.missing_caption,
             count_tokens=clip_counter(),
             resolution=args.resolution,
+            image_column=args.image_column,
+            caption_column=args.caption_column,
             on_progress=on_progress,
         )
     if args.json:

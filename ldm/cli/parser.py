@@ -15,7 +15,13 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
-        self.add_argument("--version", action=ShowVersion, nargs=0, help="show the version and exit")
+        self.add_argument(
+            "--version",
+            action=ShowVersion,
+            nargs=0,
+            default=argparse.SUPPRESS,  # it leaves no value: a request has a version of its own
+            help="show the version and exit",
+        )
         self.add_flags: list[Callable[[Parser], object]] = []  # called when this command is the one asked for
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:

@@ -1,4 +1,4 @@
-"""`ldm info` and `ldm redraw`: what a PNG says of how it was drawn, and whether that draws it again."""
+"""`ldm info` and `ldm redraw`: what a picture says of how it was drawn, and whether that draws it again."""
 
 from __future__ import annotations
 
@@ -7,25 +7,32 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.cli.draw import check_output, draw_images
-from ldm.cli.flags import add_common_flags, add_input_flags, add_model_flags
+from ldm.cli.draw import check_output, draw_images, warn_of_weights
+from ldm.cli.flags import FLAGS, add_common_flags, add_input_flags, add_model_flags
 from ldm.cli.models import load
-from ldm.errors import UserError
+from ldm.errors import UserError, printable
 
 if TYPE_CHECKING:
-    from ldm.pipeline import Pipeline
+    import numpy as np
+    from numpy.typing import NDArray
+    from PIL.Image import Image
+
+    from ldm.pipeline import Job, Pipeline
+    from ldm.pipeline.job import Picture
     from ldm.pipeline.model import Model
     from ldm.request import Request
 
 
 def add_info_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, metavar="FILE", help="a PNG that was drawn by this program")
+    parser.add_argument(
+        "file", type=Path, metavar="FILE", help="a PNG, JPEG or WebP of this program or another"
+    )
     add_common_flags(parser)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "file", type=Path, metavar="FILE", help="a PNG; give its model and LoRAs as when drawn"
+        "file", type=Path, metavar="FILE", help="a picture; give its model and LoRAs as when drawn"
     )
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="keep the new picture here")
     add_input_flags(parser, "where the pictures that it was drawn from lie now, if they were moved")
@@ -34,41 +41,94 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def info(args: argparse.Namespace) -> int:
-    """Print the request in a PNG, one field per line."""
-    from ldm.images.png import read_request
+    """Print all that a picture says of how it was drawn, one field per line, even if it cannot be drawn."""
+    from ldm.images.png import read_fields, read_request
 
-    for name, value in read_request(args.file).model_dump(exclude_none=True).items():
-        print(f"{name}: {value}")
+    fault = None
+    try:
+        read_request(args.file)
+    except UserError as error:
+        fault = error
+    for name, value in read_fields(args.file):
+        print(printable(f"{name}: {value}" if name else value))
+    if fault is not None:
+        print(f"note: {printable(fault)}", file=sys.stderr)
     return 0
 
 
 def redraw(args: argparse.Namespace) -> int:
-    """Draw a PNG again from its own metadata; say whether the pixels are equal."""
-    import numpy as np
-
+    """Draw a picture again from its own metadata; say whether the pixels are equal."""
     from ldm.images.opening import open_picture
-    from ldm.images.png import read_request, save_png
+    from ldm.images.png import CHUNK, read_request, save_png
+    from ldm.images.texts import read_texts
 
     request, old = read_request(args.file), open_picture(args.file)
     if args.output is not None:
         check_output(args, 1)
+    inputs = find_inputs(args, request)
+    if CHUNK not in read_texts(args.file):
+        warn_of_weights([request])
     pipe = load(args)
     warn_of_other_models(pipe, request, args.file)
-    inputs = {"image": args.image or request.image, "mask_image": args.mask_image or request.mask_image}
     upscaling = request.upscaling if pipe.upscaler else None
-    job = pipe.prepare(request.replace(model=None, model_hash=None, upscaling=upscaling, **inputs))
-    (new,) = draw_images(job, job.pictures, "redraw", args.quiet)
+    job = pipe.prepare(
+        request.replace(model=None, model_hash=None, upscaling=upscaling, not_kept=(), **inputs)
+    )
+    new, seed, levels = nearest(job, old, args)
     if args.output is not None:
-        save_png(new, args.output, job.request)
-    if new.size != old.size:
-        raise UserError(f"{args.file} has {old.size} pixels, but its request draws {new.size}")
-    levels = np.abs(np.asarray(new, dtype=np.int16) - np.asarray(old, dtype=np.int16)).max(axis=2)
+        save_png(new, args.output, job.request.replace(seeds=(seed,)))
+    several = "" if len(request.seeds) == 1 else f" (seed {seed}, the nearest of {len(request.seeds)})"
     if not levels.any():
-        print("equal: every pixel")
+        print(f"equal: every pixel{several}")
         return 0
-    changed = np.count_nonzero(levels)
-    print(f"different: {changed} of {levels.size} pixels, by up to {levels.max()} of 255 levels")
+    changed = (levels > 0).sum()
+    print(f"different: {changed} of {levels.size} pixels, by up to {levels.max()} of 255 levels{several}")
+    if args.file.suffix.lower() != ".png":
+        print(f"note: only PNGs surely keep every pixel, and {printable(args.file)} is none", file=sys.stderr)
     return 1
+
+
+def find_inputs(args: argparse.Namespace, request: Request) -> dict[str, str | None]:
+    """The image and mask that a picture was drawn from: those of flags, or those that it names itself.
+
+    A stranger may have written those names, and to open one on another computer would tell who looks.
+    Raises UserError.
+    """
+    from ldm.images.opening import is_remote
+
+    inputs = {name: getattr(args, name) or getattr(request, name) for name in ("image", "mask_image")}
+    request.check_given([name for name, path in inputs.items() if path is not None])
+    for name, path in inputs.items():
+        if getattr(args, name) is None and path is not None and is_remote(path):
+            raise UserError(
+                f"{args.file} names {path!r}, on another computer, which is not opened for a picture's word: "
+                f"give the file by {FLAGS[name]}"
+            )
+    return inputs
+
+
+def nearest(job: Job, old: Image, args: argparse.Namespace) -> tuple[Image, int, NDArray[np.int16]]:
+    """The picture of a job that is equal to `old`, or else the nearest; its seed; and by how much it differs.
+
+    Several seeds are of a request kept in Python, which does not say whose picture it lies in. The
+    differences are levels [H, W], of the channel that differs most.
+    """
+    import numpy as np
+
+    def draw(picture: Picture) -> tuple[Image, int, NDArray[np.int16]]:
+        (new,) = draw_images(job, (picture,), "redraw", args.quiet)
+        if new.size != old.size:
+            sizes = [f"{width}x{height}" for width, height in (old.size, new.size)]
+            raise UserError(f"{args.file} has {sizes[0]} pixels, but its request draws {sizes[1]}")
+        levels = np.abs(np.asarray(new, dtype=np.int16) - np.asarray(old, dtype=np.int16)).max(axis=2)
+        return new, picture.seed, levels
+
+    best = draw(job.pictures[0])
+    for picture in job.pictures[1:]:
+        if not best[2].any():
+            break
+        best = min(best, draw(picture), key=lambda drawn: int(drawn[2].sum()))
+    return best
 
 
 def warn_of_other_models(pipe: Pipeline, request: Request, file: Path) -> None:
@@ -81,4 +141,4 @@ def warn_of_other_models(pipe: Pipeline, request: Request, file: Path) -> None:
         if model is None or asked.model_hash not in (None, model.model_hash):
             other = "" if model is None else f", not {model.name} ({model.model_hash})"
             line = f"note: {file} was {done} by {asked.model} ({asked.model_hash}){other}; {advice}"
-            print(line, file=sys.stderr)
+            print(printable(line), file=sys.stderr)

@@ -3,7 +3,7 @@
 Pictures of any shape are trained on without distortion: each goes to the bucket whose aspect ratio is
 nearest, is resized until it covers that, and what is over is cut off. A batch is of one bucket.
 
-    make_buckets -> Batches.at(step, rank) -> Row(example, crop, caption) -> cut
+    make_buckets -> Batches.at(step, rank) -> Sample(example, crop, caption) -> apply_crop
 
 Nothing here keeps state: a batch is a pure function of (seed, step, rank, world size, batch size), so a run
 resumes exactly, and any step is at hand at once.
@@ -111,16 +111,16 @@ def make_crop(
     return Crop(size, resized, top, left, original, flipped)
 
 
-def cut(image: Image.Image, crop: Crop) -> Tensor:
+def apply_crop(image: Image.Image, crop: Crop) -> Tensor:
     """A picture -> what `crop` shows of it, float32 [3, H, W] in -1..1, antialiased (Lanczos).
 
     Only what is shown is computed, so a long strip costs no more than a square. Raises UserError if the
     picture is not of the size that the crop was made for.
     """
     if (image.height, image.width) != crop.original:
-        told = "{1} x {0}".format(*crop.original)
+        examined = "{1} x {0}".format(*crop.original)
         raise UserError(
-            f"a picture is {image.width} x {image.height} pixels, not {told} as when it was examined"
+            f"a picture is {image.width} x {image.height} pixels, not {examined} as when it was examined"
         )
     (height, width), (resized_height, resized_width) = crop.size, crop.resized
     left = resized_width - width - crop.left if crop.flipped else crop.left
@@ -148,8 +148,8 @@ class Variation:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One picture of a batch, with its caption as the text encoder is to read it."""
+class Sample:
+    """One picture of a batch, its crop and its caption as the text encoder is to read it."""
 
     example: Example
     crop: Crop
@@ -196,16 +196,17 @@ class Batches:
 
     @property
     def filled(self) -> int:
-        """Rows of an epoch that are there only to complete a batch."""
+        """Samples of an epoch that are there only to complete a batch."""
         return len(self) * self.batch_size - sum(len(shown) for shown in self.members.values())
 
-    def at(self, step: int, rank: int = 0, world_size: int = 1) -> tuple[Row, ...]:
-        """The `batch_size` rows that process `rank` of `world_size` is shown in `step`."""
+    def at(self, step: int, rank: int = 0, world_size: int = 1) -> tuple[Sample, ...]:
+        """The `batch_size` samples that process `rank` of `world_size` is shown in `step`."""
         number = step * world_size + rank
         epoch, place = divmod(number, len(self))
         bucket, first = self._starts[_order(len(self), f"{self.seed} {epoch}")[place]]
-        rows = enumerate(self._examples(bucket, first, epoch))
-        return tuple(self._row(example, bucket, f"{self.seed} {number} row {row}") for row, example in rows)
+        examples = enumerate(self._examples(bucket, first, epoch))
+        name = f"{self.seed} {number} row"
+        return tuple(self._sample(example, bucket, f"{name} {i}") for i, example in examples)
 
     def crops(self) -> Iterator[tuple[Example, Crop]]:
         """All that the epochs show, bucket by bucket: what a cache has to hold. Crops at the centre only."""
@@ -226,7 +227,7 @@ class Batches:
             batch += islice(cycle(others + batch), missing)
         return batch
 
-    def _row(self, example: Example, bucket: Size, name: str) -> Row:
+    def _sample(self, example: Example, bucket: Size, name: str) -> Sample:
         rng, vary = random.Random(name), self.variation
         # All are drawn in any case, so that one choice does not change what another leads to.
         down, across, flip, drop = (rng.random() for _ in range(4))
@@ -235,7 +236,7 @@ class Batches:
         caption = "" if drop < vary.caption_dropout else example.caption or ""
         if vary.shuffle_tags:
             caption = shuffle_tags(caption, rng, vary.keep_tags)
-        return Row(example, crop, caption)
+        return Sample(example, crop, caption)
 
 
 def shuffle_tags(caption: str, rng: random.Random, keep: int = 0) -> str:

@@ -33,7 +33,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from ldm.checkpoint.io import write_tensors
-from ldm.dataset.buckets import Crop, cut
+from ldm.dataset.buckets import Crop, apply_crop
 from ldm.errors import UserError
 from ldm.files import reason, temporary_file
 from ldm.images.opening import open_picture
@@ -41,16 +41,17 @@ from ldm.models import VAE, LatentDist
 from ldm.models.conditioning import Conditioning
 from ldm.pipeline.networks import encode
 from ldm.prompts.text_encoder import Clip, TextEncoder
+from ldm.runtime import local_cores
 
 if TYPE_CHECKING:
     from ldm.dataset.findings import Example
 
-FORMAT = 1  # to be raised when `cut` changes, or what an entry holds
+FORMAT = 1  # to be raised when `apply_crop` changes, or what an entry holds
 LEFT_BEHIND = 3600  # seconds after which an unfinished file is a killed process's
 PIXELS_AT_ONCE = 2**16  # one picture of 256 x 256, and of larger ones: a GPU is busy, and a CPU is fastest
 TEXTS_AT_ONCE = 8
 
-Shown: TypeAlias = "tuple[Example, Crop]"
+Cropped: TypeAlias = "tuple[Example, Crop]"
 Entry = dict[str, Tensor]
 T = TypeVar("T")
 Shapes = Mapping[str, tuple[int, ...]]
@@ -78,11 +79,11 @@ class Store:
         try:
             raw = self.path(of).read_bytes()
             entry = load(raw)
-            told = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["__metadata__"]
+            header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["__metadata__"]
         except (OSError, SafetensorError, ValueError, KeyError):
             return None
         fits = {name: tuple(tensor.shape) for name, tensor in entry.items()} == dict(shapes)
-        sound = fits and told == {"format": "pt", "of": of, "sha256": _checksum(entry)}
+        sound = fits and header == {"format": "pt", "of": of, "sha256": _checksum(entry)}
         sound = sound and all(t.dtype is dtype and bool(t.isfinite().all()) for t in entry.values())
         return entry if sound else None
 
@@ -126,10 +127,10 @@ def _describe(**of: Any) -> str:
 
 def _batches(items: Iterable[T], kind: Callable[[T], Any], at_once: Callable[[T], int]) -> Iterator[list[T]]:
     """Batches of up to `at_once` items, each of one kind."""
-    for _, group in groupby(sorted(items, key=kind), kind):
-        alike = list(group)
-        step = at_once(alike[0])
-        yield from (alike[first : first + step] for first in range(0, len(alike), step))
+    for _, same in groupby(sorted(items, key=kind), kind):
+        group = list(same)
+        step = at_once(group[0])
+        yield from (group[first : first + step] for first in range(0, len(group), step))
 
 
 def _filled(items: Sequence[T], count: int) -> list[T]:
@@ -140,7 +141,7 @@ def _filled(items: Sequence[T], count: int) -> list[T]:
 # --- latents ---------------------------------------------------------------------------------------------
 
 
-class Latents:
+class LatentCache:
     """The latents of pictures, made by `vae` in its own dtype, in which they are kept too."""
 
     def __init__(self, folder: Path, vae: VAE) -> None:
@@ -148,21 +149,21 @@ class Latents:
         self.dtype = next(vae.parameters()).dtype
         self.digest = module_digest(vae, vae.to_config())
 
-    def read(self, shown: Sequence[Shown]) -> LatentDist:
+    def read(self, crops: Sequence[Cropped]) -> LatentDist:
         """Mean and std, fp32 [B, c, h, w] each, of crops of one size; what is not there or damaged is made.
 
         Raises UserError where a picture cannot be read.
         """
-        entries = [self._load(*each) or self._make([each], [open_and_cut(*each)])[0] for each in shown]
+        entries = [self._load(*each) or self._make([each], [open_and_crop(*each)])[0] for each in crops]
         mean, std = (torch.stack([entry[name] for entry in entries]).float() for name in ("mean", "std"))
         return LatentDist(mean, std)
 
-    def fill(self, shown: Iterable[Shown], done: Callable[[int], object] = lambda count: None) -> int:
+    def fill(self, crops: Iterable[Cropped], done: Callable[[int], object] = lambda count: None) -> int:
         """Make what is not there or damaged, in batches; `done` is told the size of each. Returns how many.
 
-        Pictures are read while the ones before are encoded. Several processes each take a share of `shown`.
+        Pictures are read while the ones before are encoded. Several processes each take a share of `crops`.
         """
-        missing = [each for each in shown if self._load(*each) is None]
+        missing = [each for each in crops if self._load(*each) is None]
         made = 0
         batches = _batches(missing, lambda each: each[1].size, lambda each: _at_once(each[1].size))
         for batch, pictures in _opened(batches):
@@ -170,14 +171,14 @@ class Latents:
             done(len(batch))
         return made
 
-    def _make(self, shown: Sequence[Shown], pictures: Sequence[Tensor]) -> list[Entry]:
-        images = torch.stack(_filled(pictures, _at_once(shown[0][1].size)))
+    def _make(self, crops: Sequence[Cropped], pictures: Sequence[Tensor]) -> list[Entry]:
+        images = torch.stack(_filled(pictures, _at_once(crops[0][1].size)))
         encoded = encode(self.vae, images / 2 + 0.5)
         both = torch.stack([encoded.mean, encoded.std], 1).to("cpu", self.dtype)
         entries = [{"mean": mean.clone(), "std": std.clone()} for mean, std in both]
-        for each, entry in zip(shown, entries, strict=False):  # the rest only filled up
+        for each, entry in zip(crops, entries, strict=False):  # the rest only filled up
             self.store.write(self._of(*each), entry)
-        return entries[: len(shown)]
+        return entries[: len(crops)]
 
     def _load(self, example: Example, crop: Crop) -> Entry | None:
         shape = (self.vae.latent_channels, *(side // self.vae.downscale for side in crop.size))
@@ -191,21 +192,21 @@ def _at_once(size: tuple[int, int]) -> int:
     return max(1, PIXELS_AT_ONCE // (size[0] * size[1]))
 
 
-def open_and_cut(example: Example, crop: Crop) -> Tensor:
+def open_and_crop(example: Example, crop: Crop) -> Tensor:
     """What `crop` shows of an example's picture: float32 [3, H, W] in -1..1. Raises UserError, naming it."""
     image = open_picture(example.path)
     try:
-        return cut(image, crop)
+        return apply_crop(image, crop)
     except UserError as error:
         raise UserError(f"{example.path}: {error}") from None
 
 
-def _opened(batches: Iterable[list[Shown]]) -> Iterator[tuple[list[Shown], list[Tensor]]]:
+def _opened(batches: Iterable[list[Cropped]]) -> Iterator[tuple[list[Cropped], list[Tensor]]]:
     """Each batch with its pictures, those of the next being read in the meantime."""
-    with ThreadPoolExecutor() as pool:
-        coming: deque[tuple[list[Shown], list[Future[Tensor]]]] = deque()
+    with ThreadPoolExecutor(local_cores() + 4) as pool:
+        coming: deque[tuple[list[Cropped], list[Future[Tensor]]]] = deque()
         for batch in batches:
-            coming.append((batch, [pool.submit(open_and_cut, *each) for each in batch]))
+            coming.append((batch, [pool.submit(open_and_crop, *each) for each in batch]))
             if len(coming) > 1:
                 ready, pictures = coming.popleft()
                 yield ready, [picture.result() for picture in pictures]
@@ -216,7 +217,7 @@ def _opened(batches: Iterable[list[Shown]]) -> Iterator[tuple[list[Shown], list[
 # --- texts -----------------------------------------------------------------------------------------------
 
 
-class Texts:
+class TextCache:
     """The embeddings of texts, made by one or two encoders, kept in the dtype that they were made in.
 
     Each text is kept in as many windows as it needs itself. Windows are encoded by themselves, so those that

@@ -10,7 +10,7 @@ LEVELS = 4.0  # of 255: mean difference of the thumbnails' colours
 ROWS = 128  # compared with all others at once
 
 
-def find_alike(thumbs: NDArray[np.uint8]) -> list[tuple[int, int]]:
+def find_near_duplicates(thumbs: NDArray[np.uint8]) -> list[tuple[int, int]]:
     """(i, j) for each picture i that looks like an earlier one; j is the first of those.
 
     Args:

@@ -1,13 +1,12 @@
 """A folder of someone's own pictures, examined before training: everything that is wrong with it, at once.
 
-    list_files -> look at every picture -> read_tables, captions -> Examples to train on, Findings to tell
+    list_files -> inspect every picture -> read_tables, captions -> Examples to train on, Findings to tell
 
 Nothing in the folder is ever written to, moved or deleted. No torch here: it answers before any model loads.
 """
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,11 +16,23 @@ from typing import Literal
 
 import numpy as np
 
-from ldm.dataset.captions import Listing, from_name, kohya, list_files, read_beside, read_tables
-from ldm.dataset.duplicates import find_alike
+from ldm.dataset.captions import (
+    BESIDE,
+    COLUMNS,
+    Columns,
+    Listing,
+    from_name,
+    kohya,
+    list_files,
+    read_beside,
+    read_tables,
+    same_name,
+)
+from ldm.dataset.duplicates import find_near_duplicates
 from ldm.dataset.findings import EFFECTS, Effect, Examined, Example, Finding
-from ldm.dataset.picture import Fault, Look, look
+from ldm.dataset.picture import Fault, PictureInfo, inspect_picture
 from ldm.errors import UserError
+from ldm.runtime import local_cores
 
 MAX_ASPECT = 3.0  # of the longer side to the shorter
 MISSING: dict[str, tuple[Effect, str]] = {
@@ -41,6 +52,8 @@ def examine(
     count_tokens: Callable[[str], int] | None = None,
     window: int = 77,
     resolution: int = 512,
+    image_column: str | None = None,
+    caption_column: str | None = None,
     on_progress: Progress | None = None,
 ) -> Examined:
     """Find out what can be trained on, reading every file whole.
@@ -51,6 +64,7 @@ def examine(
         count_tokens: tokens of a caption, start and end not counted; without it, none is called too long.
         window: tokens that the text encoder sees, start and end counted.
         resolution: pixels; pictures whose shorter side is below half of it are told.
+        image_column, caption_column: of tables; by default file_name and text.
         on_progress: called after each picture.
 
     Raises:
@@ -62,33 +76,37 @@ def examine(
     if missing_caption not in MISSING:
         raise UserError(f"missing_caption {missing_caption!r} is not one of {', '.join(MISSING)}")
     listing = list_files(folder)
-    tables = {} if instance_prompt is not None else read_tables(listing)
-    looks = _look_at_all(listing.pictures, on_progress)
-    readable = {path: seen for path, seen in looks.items() if isinstance(seen, Look)}
+    columns = Columns(image_column or COLUMNS[0], caption_column or COLUMNS[1])
+    tables = {} if instance_prompt is not None else read_tables(listing, columns)
+    inspected = _inspect_all(listing.pictures, on_progress)
+    readable = {path: info for path, info in inspected.items() if isinstance(info, PictureInfo)}
     findings = listing.findings
-    findings += [_tell_fault(path, seen) for path, seen in looks.items() if isinstance(seen, Fault)]
+    if (image_column or caption_column) and not listing.tables:
+        text = f"the columns {columns.image} and {columns.caption} were asked for, but there is no table"
+        findings.append(Finding(None, "no table", text, "note"))
+    findings += [_fault_finding(path, info) for path, info in inspected.items() if isinstance(info, Fault)]
     captioner = _Captioner(listing, tables, instance_prompt, missing_caption)
     examples = captioner.examples(readable)
     findings += captioner.findings
     examples, copies = _drop_copies(examples)
-    findings += copies + _tell_alike(examples, readable)
+    findings += copies + _near_duplicates(examples, readable)
     for example in examples:
-        findings += _tell_picture(example, readable[example.path], resolution)
+        findings += _picture_findings(example, readable[example.path], resolution)
     if count_tokens is not None:
         captions = [(example.path, example.caption) for example in examples]
         one = [(None, instance_prompt)]
-        findings += _tell_long(captions if instance_prompt is None else one, count_tokens, window - 2)
+        findings += _long_captions(captions if instance_prompt is None else one, count_tokens, window - 2)
     if not examples:
         findings.append(Finding(None, "no pictures", f"no picture to train on in {folder}", "stops"))
     findings.sort(key=lambda found: (EFFECTS.index(found.effect), found.kind, str(found.path), found.text))
     return Examined(folder, captioner.layout(examples), tuple(examples), tuple(findings))
 
 
-def _look_at_all(pictures: Sequence[Path], on_progress: Progress | None) -> dict[Path, Look | Fault]:
+def _inspect_all(pictures: Sequence[Path], on_progress: Progress | None) -> dict[Path, PictureInfo | Fault]:
     """Threads, since decoding and hashing release the interpreter's lock: as fast as processes here."""
-    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(local_cores()) as pool:
         warnings.simplefilter("ignore")  # of odd metadata, and of sizes that are large but not too large
-        jobs = {pool.submit(look, path): path for path in pictures}
+        jobs = {pool.submit(inspect_picture, path): path for path in pictures}
         try:
             for done, _ in enumerate(as_completed(jobs), 1):
                 if on_progress is not None:
@@ -109,23 +127,23 @@ class _Captioner:
         self, listing: Listing, tables: dict[Path, str], prompt: str | None, missing: MissingCaption
     ) -> None:
         self.folder, self.tables, self.prompt, self.missing = listing.folder, tables, prompt, missing
-        self.beside = frozenset(listing.beside)
+        self.beside = listing.beside_by_name()
         self.table_names = " and ".join(sorted({table.name for table in listing.tables}))
         self.findings: list[Finding] = []
         self.sources: dict[Path, str] = {}
         pictures = listing.pictures
-        stems = {path.with_suffix("") for path in pictures}
-        self.paired = [path for path in listing.beside if path.with_suffix("") in stems]
-        self._tell_unread(listing, [path for path in listing.beside if path.with_suffix("") not in stems])
+        stems = {_stem(path) for path in pictures}
+        self.paired = [path for path in listing.beside if _stem(path) in stems]
+        self._note_unread(listing, [path for path in listing.beside if _stem(path) not in stems])
         nothing_else = not (listing.tables or self.paired)
         self.names_speak = nothing_else and 2 * sum(from_name(path) is not None for path in pictures) > len(
             pictures
         )
 
-    def examples(self, readable: dict[Path, Look]) -> list[Example]:
+    def examples(self, readable: dict[Path, PictureInfo]) -> list[Example]:
         """The pictures with their captions; those that are skipped for want of one are left out."""
         found = []
-        for path, seen in readable.items():
+        for path, info in readable.items():
             caption = self._caption(path)
             if not caption:
                 effect, _ = MISSING[self.missing]
@@ -133,8 +151,8 @@ class _Captioner:
                     continue
                 caption = "" if effect == "fixed" else None
             repeats, _ = kohya(path, self.folder) or (1, "")
-            found.append(Example(path, caption, seen.size, seen.digest, repeats))
-        self._tell_repeats(found)
+            found.append(Example(path, caption, info.size, info.digest, repeats))
+        self._note_repeats(found)
         return found
 
     def layout(self, examples: Sequence[Example]) -> str:
@@ -150,16 +168,16 @@ class _Captioner:
             caption, source = self._first(path)
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            self._tell_missing(path, "unreadable caption", f"its caption cannot be read ({reason})")
+            self._note_missing(path, "unreadable caption", f"its caption cannot be read ({reason})")
             return None
         if caption:
             self.sources[path] = source
         elif caption is not None:
-            self._tell_missing(path, "empty caption", f"its caption (from {source}) is empty")
+            self._note_missing(path, "empty caption", f"its caption (from {source}) is empty")
         elif self.table_names:
-            self._tell_missing(path, "file without a row", f"no row of {self.table_names} names it")
+            self._note_missing(path, "file without a row", f"no row of {self.table_names} names it")
         else:
-            self._tell_missing(path, "missing caption", "it has no caption")
+            self._note_missing(path, "missing caption", "it has no caption")
         return caption
 
     def _first(self, path: Path) -> tuple[str | None, str]:
@@ -168,16 +186,16 @@ class _Captioner:
         if path in self.tables:
             return self.tables[path], self.table_names
         if (read := read_beside(path, self.beside)) is not None:
-            return read[0], f"{read[1].suffix} files"
+            return read[0], f"{read[1].suffix.lower()} files"
         if not self.table_names and (repeated := kohya(path, self.folder)):
             return repeated[1], "names of folders"
         return (from_name(path) if self.names_speak else None), "names of files"
 
-    def _tell_missing(self, path: Path, kind: str, text: str) -> None:
+    def _note_missing(self, path: Path, kind: str, text: str) -> None:
         effect, then = MISSING[self.missing]
         self.findings.append(Finding(path, kind, f"{text}: {then}", effect))
 
-    def _tell_unread(self, listing: Listing, orphans: Sequence[Path]) -> None:
+    def _note_unread(self, listing: Listing, orphans: Sequence[Path]) -> None:
         """Captions that lie there and are not used, silently in most trainers."""
         for path in orphans:
             text = "no picture has its name: it is not read"
@@ -186,18 +204,14 @@ class _Captioner:
             unread = [*listing.tables, *self.paired]
             why = "every picture's caption is the instance prompt"
         else:
-            twice = {path.with_suffix("") for path in self.paired if path.suffix == ".txt"}
-            rows = {path.with_suffix("") for path in self.tables}
-            unread = [
-                path
-                for path in self.paired
-                if path.with_suffix("") in rows or (path.suffix != ".txt" and path.with_suffix("") in twice)
-            ]
+            rows = {_stem(path) for path in self.tables}
+            first = {name: min(files.items(), key=_rank)[1] for name, files in self.beside.items()}
+            unread = [path for path in self.paired if _stem(path) in rows or first[_stem(path)] is not path]
             why = "a row or a .txt file goes before it"
         for path in unread:
             self.findings.append(Finding(path, "unread captions", f"it is not read: {why}", "note"))
 
-    def _tell_repeats(self, examples: Sequence[Example]) -> None:
+    def _note_repeats(self, examples: Sequence[Example]) -> None:
         repeated = Counter((example.path.parent, example.repeats) for example in examples)
         for (parent, repeats), number in repeated.items():
             if repeats > 1:
@@ -205,10 +219,18 @@ class _Captioner:
                 self.findings.append(Finding(parent, "repeats", text, "note"))
 
 
+def _stem(path: Path) -> str:
+    return same_name(path.with_suffix(""))
+
+
+def _rank(found: tuple[str, Path]) -> int:
+    return BESIDE.index(found[0])
+
+
 # --- pictures ----------------------------------------------------------------------------------------------
 
 
-def _tell_fault(path: Path, fault: Fault) -> Finding:
+def _fault_finding(path: Path, fault: Fault) -> Finding:
     return Finding(path, fault.kind, f"{fault.text}: it is skipped", "skipped")
 
 
@@ -228,32 +250,32 @@ def _drop_copies(examples: Sequence[Example]) -> tuple[list[Example], list[Findi
     return list(kept.values()), findings
 
 
-def _tell_alike(examples: Sequence[Example], looks: dict[Path, Look]) -> list[Finding]:
+def _near_duplicates(examples: Sequence[Example], readable: dict[Path, PictureInfo]) -> list[Finding]:
     if not examples:
         return []
     findings = []
-    for i, j in find_alike(np.stack([looks[example.path].thumb for example in examples])):
+    for i, j in find_near_duplicates(np.stack([readable[example.path].thumb for example in examples])):
         if examples[i].digest != examples[j].digest:
             text = f"looks the same as {examples[j].path}: both are trained on"
             findings.append(Finding(examples[i].path, "near duplicate", text, "note"))
     return findings
 
 
-def _tell_picture(example: Example, seen: Look, resolution: int) -> list[Finding]:
+def _picture_findings(example: Example, info: PictureInfo, resolution: int) -> list[Finding]:
     """What is odd about one picture that is trained on."""
-    found = [Finding(example.path, kind, text, "fixed") for kind, text in seen.oddities]
-    (height, width), short = seen.size, min(seen.size)
+    found = [Finding(example.path, kind, text, "fixed") for kind, text in info.oddities]
+    (height, width), short = info.size, min(info.size)
     if 2 * short < resolution:
         enlarged = f"{resolution / short:.1f} times for {resolution} pixels"
         text = f"{width} x {height}: its shorter side is enlarged {enlarged}"
         found.append(Finding(example.path, "tiny", text, "note"))
-    if max(seen.size) > MAX_ASPECT * short:
-        text = f"{width} x {height} is {max(seen.size) / short:.1f} : 1: most of it is cut off"
+    if max(info.size) > MAX_ASPECT * short:
+        text = f"{width} x {height} is {max(info.size) / short:.1f} : 1: most of it is cut off"
         found.append(Finding(example.path, "extreme aspect", text, "note"))
     return found
 
 
-def _tell_long(
+def _long_captions(
     captions: Sequence[tuple[Path | None, str | None]], count: Callable[[str], int], room: int
 ) -> list[Finding]:
     findings = []

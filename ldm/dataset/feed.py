@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.dataset.buckets import Row
-from ldm.dataset.cache import Latents, Texts, open_and_cut
+from ldm.dataset.buckets import Sample
+from ldm.dataset.cache import LatentCache, TextCache, open_and_crop
 from ldm.dataset.masks import masked_pictures, random_masks
 from ldm.models import VAE
 from ldm.models.conditioning import Conditioning
@@ -31,12 +31,12 @@ class Feed:
     text: TextEncoder
     takes: frozenset[str]
     zeros_for_empty: bool = False
-    latents: Latents | None = None
-    texts: Texts | None = None
+    latents: LatentCache | None = None
+    texts: TextCache | None = None
     trains_text: bool = False
     masks: MaskSection | None = None
 
-    def tensors(self, rows: Sequence[Row], rng: torch.Generator) -> dict[str, Tensor]:
+    def tensors(self, rows: Sequence[Sample], rng: torch.Generator) -> dict[str, Tensor]:
         """What B rows of one size give, on the CPU in fp32; noise is drawn from `rng`.
 
         x0 [B, c, h, w]: latents, scaled as the U-Net has them; tokens [B, N, D] or ids.<i> [B * windows, N];
@@ -45,7 +45,7 @@ class Feed:
         """
         shown = [(row.example, row.crop) for row in rows]
         whole = self.latents is None or self.masks is not None
-        pictures = torch.stack([open_and_cut(*each) for each in shown]) if whole else torch.empty(0)
+        pictures = torch.stack([open_and_crop(*each) for each in shown]) if whole else torch.empty(0)
         encoded = encode(self.vae, pictures / 2 + 0.5) if self.latents is None else self.latents.read(shown)
         batch = {"x0": encoded.sample(torch.randn(encoded.mean.shape, generator=rng)).cpu()}
         batch |= self._text([row.caption for row in rows])

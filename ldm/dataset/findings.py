@@ -9,6 +9,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
+from ldm.errors import printable
+
 Effect = Literal["stops", "skipped", "fixed", "note"]
 EFFECTS: tuple[Effect, ...] = ("stops", "skipped", "fixed", "note")
 TITLES: dict[Effect, str] = {
@@ -101,12 +103,12 @@ def as_json(examined: Examined) -> dict[str, Any]:
 
 
 def _line(finding: Finding, examined: Examined) -> str:
-    """`name: text` in one line, whatever characters a name holds: terminals obey some of them."""
+    """`name: text` in one line, whatever characters a name holds."""
     path, text = finding.path, finding.text
     if path is not None:
         path = path.relative_to(examined.folder) if path.is_relative_to(examined.folder) else path
         text = f"{path}: {text}"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return printable(text)
 
 
 def _count(number: int, noun: str) -> str:

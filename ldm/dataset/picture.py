@@ -22,7 +22,7 @@ FaultKind = Literal["not an image", "truncated", "unreadable", "too large"]
 
 
 @dataclass(frozen=True)
-class Look:
+class PictureInfo:
     """A file that can be trained on."""
 
     digest: str  # SHA-256 of the file's bytes, hex
@@ -39,7 +39,7 @@ class Fault:
     text: str
 
 
-def look(path: Path) -> Look | Fault:
+def inspect_picture(path: Path) -> PictureInfo | Fault:
     """Read one file whole: first its header, then its digest, then every pixel. Never raises.
 
     JPEGs are decoded at a fraction of their size: all their data is read and checked, but most of the
@@ -63,7 +63,7 @@ def look(path: Path) -> Look | Fault:
         return _damaged(error)
 
 
-def _decode(image: Image.Image, digest: str) -> Look | Fault:
+def _decode(image: Image.Image, digest: str) -> PictureInfo | Fault:
     deep = image.mode.startswith(("I", "F")) or any(";16" in str(tile[3]) for tile in _tiles(image))
     whole = image.size
     image.draft(None, (128, 128))
@@ -92,8 +92,8 @@ def _decode(image: Image.Image, digest: str) -> Look | Fault:
         and getattr(image, "is_animated", False)
         and "several frames or pages: the first is taken",
     }
-    told = tuple((kind, str(text)) for kind, text in oddities.items() if text)
-    return Look(digest, (height, width), told, np.asarray(small.resize(THUMB, Image.Resampling.BOX)))
+    found = tuple((kind, str(text)) for kind, text in oddities.items() if text)
+    return PictureInfo(digest, (height, width), found, np.asarray(small.resize(THUMB, Image.Resampling.BOX)))
 
 
 def _see_through(image: Image.Image) -> bool:

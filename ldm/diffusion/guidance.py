@@ -17,6 +17,16 @@ ToX0 = Callable[[Tensor, Tensor, Tensor], Tensor]
 Guidance = Callable[[Predict, ToX0], Denoise]
 
 
+class Exchangeable:
+    """A denoiser whose `current` one may be exchanged between two steps: a solver keeps what it was given."""
+
+    def __init__(self, denoise: Denoise) -> None:
+        self.current = denoise
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Denoised:
+        return self.current(x, sigma)
+
+
 def rescale_to(output: Tensor, cond: Tensor, amount: float) -> Tensor:
     """Bring each image's standard deviation `amount` of the way back to that of `cond`.
 

@@ -4,6 +4,7 @@ Noise is drawn on the CPU in fp32 whatever the device and dtype of the run, so t
 everywhere, and image by image, so that image k of a batch equals the image drawn alone with its seed.
 """
 
+import hashlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,11 +17,21 @@ from ldm.errors import UserError
 SEED_LIMIT = 2**63
 
 
+def torch_seed(seed: int) -> int:
+    """What torch's generator on the CPU is seeded with: the seed itself up to 32 bits, else a hash of it.
+
+    The generator takes in the lower 32 bits and drops the others: 2**32 + 1 would draw what 1 draws.
+    """
+    if 0 <= seed < 2**32:
+        return seed
+    return int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "big")
+
+
 class Noise:
     """Independent unit noise, image by image.
 
     One image's draws equal those of diffusers with ``generator=torch.Generator().manual_seed(seed)``, and a
-    batch's those of diffusers with the list of such generators.
+    batch's those of diffusers with the list of such generators, for seeds of up to 32 bits (`torch_seed`).
     """
 
     def __init__(self, seeds: Sequence[int | torch.Generator]) -> None:
@@ -29,7 +40,7 @@ class Noise:
             if not isinstance(seed, torch.Generator):
                 if not 0 <= seed < SEED_LIMIT:
                     raise UserError(f"seed {seed} is out of range: give a number from 0 to {SEED_LIMIT - 1}")
-                seed = torch.Generator("cpu").manual_seed(seed)
+                seed = torch.Generator("cpu").manual_seed(seed if seed < 2**32 else torch_seed(seed))
             if seed.device.type != "cpu":
                 raise UserError(f"generator is on {seed.device}: noise is drawn on the CPU, give one there")
             self.generators.append(seed)

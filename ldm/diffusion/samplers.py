@@ -9,7 +9,7 @@ diffusers each round, count and offset it in their own way. `family` tells them 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -24,9 +24,13 @@ from ldm.diffusion.solvers import (
     heun,
     lcm,
     lms,
+    multistep_orders,
     pndm,
+    singlestep_orders,
     unipc,
+    unipc_orders,
 )
+from ldm.errors import UserError
 from ldm.spelling import squash, unknown
 
 SIGMA_SPACINGS = ("karras", "exponential", "beta")
@@ -36,8 +40,11 @@ _ALIASES = {
     "alignyoursteps": "ays",
     "uniform": "linspace",
     "normal": "linspace",
+    "discrete": "linspace",
     "sgm": "sgm_uniform",
 }
+# What else a sampler's name may end in: Karras is "_ka" in A1111's k_dpmpp_2m_ka and "_k" in InvokeAI's.
+_ENDINGS = {"ka": "karras", "k": "karras", "exp": "exponential"}
 
 # diffusers' Euler, DPM++ and UniPC put alphas_cumprod = 2^-24 in the place of 0.
 CLAMPED = math.sqrt(2**24 - 1)
@@ -66,7 +73,9 @@ class Sampler:
     """A solver with its names, its grid and its noise.
 
     options: keyword arguments of the solver that a caller may change, with their defaults. noise: the kind of
-    noise that it is given.
+    noise that it is given. orders: (steps, whether they end at 0, diffusers' `lower_order_final`, its
+    `euler_at_final`) to the order of each step, where the solver takes `orders`. bounds: those of the
+    config's "clip_sample" and "thresholding" that act on x0. keeps_noise: not on the noise that x0 tells.
     """
 
     name: str
@@ -76,6 +85,9 @@ class Sampler:
     options: Mapping[str, float] = field(default_factory=dict)
     noise: type[Noise] = Noise
     rules: GridRules = GridRules()
+    orders: Callable[[int, bool, bool | None, bool], tuple[int, ...]] | None = None
+    bounds: tuple[str, ...] = ()
+    keeps_noise: bool = False
 
     @property
     def takes_eta(self) -> bool:
@@ -83,6 +95,7 @@ class Sampler:
         return "eta" in self.options
 
 
+_BOTH = ("clip_sample", "thresholding")
 _DDIM = GridRules(family="vp", spacing="leading", end_key="set_alpha_to_one")
 _PNDM = GridRules(family="vp", spacing="leading", ends_at_zero=False, end_key="set_alpha_to_one")
 _EULER = GridRules(pure_noise=CLAMPED, end_key="final_sigmas_type")
@@ -94,14 +107,19 @@ _CATALOGUE = (
         name="ddpm",
         label="DDPM",
         solver=partial(ancestral, eta=1.0),
+        aliases=("ddpmparallel",),
         rules=GridRules(family="vp", spacing="leading"),
+        bounds=_BOTH,
     ),
     Sampler(
         name="ddim",
         label="DDIM",
         solver=partial(ancestral, eta=0.0),
+        aliases=("ddimparallel",),
         options={"eta": 0.0},
         rules=_DDIM,
+        bounds=_BOTH,
+        keeps_noise=True,
     ),
     Sampler(name="pndm", label="PNDM", solver=pndm, aliases=("plms",), rules=_PNDM),
     Sampler(
@@ -119,7 +137,7 @@ _CATALOGUE = (
         options={"eta": 1.0},
         rules=GridRules(pure_noise=CLAMPED),
     ),
-    Sampler(name="heun", label="Heun", solver=heun, aliases=("heundiscrete",)),
+    Sampler(name="heun", label="Heun", solver=heun, aliases=("heundiscrete",), bounds=("clip_sample",)),
     Sampler(name="lms", label="LMS", solver=lms, aliases=("lmsdiscrete",)),
     Sampler(
         name="dpmpp_2m",
@@ -127,13 +145,23 @@ _CATALOGUE = (
         solver=dpmpp_2m,
         aliases=("dpmsolvermultistep", "dpmsolver", "dpmsolverpp"),
         rules=_DPM_CLAMPED,
+        orders=multistep_orders,
+        bounds=("thresholding",),
     ),
-    Sampler(name="dpmpp_2s", label="DPM++ 2S", solver=dpmpp_2s, aliases=("dpmsolversinglestep",), rules=_DPM),
+    Sampler(
+        name="dpmpp_2s",
+        label="DPM++ 2S",
+        solver=dpmpp_2s,
+        aliases=("dpmsolversinglestep",),
+        rules=_DPM,
+        orders=singlestep_orders,
+        bounds=("thresholding",),
+    ),
     Sampler(
         name="dpmpp_sde",
         label="DPM++ SDE",
         solver=dpmpp_sde,
-        aliases=("dpmsolversde",),
+        aliases=("dpmsolversde", "dpmppsdegpu"),
         options={"eta": 1.0},
         noise=BrownianNoise,
     ),
@@ -141,9 +169,12 @@ _CATALOGUE = (
         name="dpmpp_2m_sde",
         label="DPM++ 2M SDE",
         solver=partial(dpmpp_2m, eta=1.0),
+        aliases=("dpmpp2msdegpu", "dpmpp2msdebt"),
         options={"eta": 1.0},
         noise=BrownianNoise,
         rules=_DPM_CLAMPED,
+        orders=multistep_orders,
+        bounds=("thresholding",),
     ),
     Sampler(
         name="unipc",
@@ -151,8 +182,10 @@ _CATALOGUE = (
         solver=unipc,
         aliases=("unipcmultistep", "unipcbh2"),
         rules=_DPM_CLAMPED,
+        orders=unipc_orders,
+        bounds=("thresholding",),
     ),
-    Sampler(name="lcm", label="LCM", solver=lcm, rules=GridRules(family="lcm", spacing="lcm")),
+    Sampler(name="lcm", label="LCM", solver=lcm, rules=GridRules(family="lcm", spacing="lcm"), bounds=_BOTH),
 )
 
 SAMPLERS = {sampler.name: sampler for sampler in _CATALOGUE}
@@ -181,7 +214,7 @@ def resolve_sampler(name: str | Solver) -> tuple[Sampler, str | None]:
         return SAMPLERS[name], None
     plain = squash(name).removesuffix("scheduler")
     plain = plain if plain in _SPELLINGS else plain.removeprefix("k")
-    for ending, spacing in ({"": None} | _SPACING_NAMES).items():
+    for ending, spacing in ({"": None} | _SPACING_NAMES | _ENDINGS).items():
         if plain.endswith(ending) and (found := _SPELLINGS.get(plain.removesuffix(ending))):
             return found, spacing
     raise unknown("sampler", name, SAMPLERS)
@@ -194,6 +227,12 @@ def resolve_spacing(name: str) -> str:
         UserError: if there is none of that name; the message holds the nearest ones.
     """
     found = _SPACING_NAMES.get(squash(name))
-    if found is None:
-        raise unknown("spacing", name, SPACINGS)
-    return found
+    if found is not None:
+        return found
+    try:
+        sampler, _ = resolve_sampler(name)
+    except UserError:
+        raise unknown("spacing", name, SPACINGS) from None
+    raise UserError(
+        f"{name} is a sampler, and no spacing: for a sampler use --sampler {sampler.name} (sampler=)"
+    )

@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ldm.diffusion.bounds import Bounds
 from ldm.diffusion.prediction import Prediction
 from ldm.diffusion.samplers import (
     CLAMPED,
@@ -22,13 +23,16 @@ from ldm.diffusion.samplers import (
     resolve_spacing,
 )
 from ldm.diffusion.scheduler_config import read_config
-from ldm.diffusion.solvers import PURE_NOISE
+from ldm.diffusion.solvers import PURE_NOISE, Denoise
 from ldm.errors import UserError
 
 Array = npt.NDArray[np.float64]
 
-# Sabour et al. 2024, "Align Your Steps", table of Stable Diffusion 1.5 for T = 1000.
-_AYS = (999, 850, 736, 645, 545, 455, 343, 233, 124, 24, 0)
+# Sabour et al. 2024, "Align Your Steps": timesteps of ten steps for Stable Diffusion 1.5 and XL, T = 1000.
+AYS = {
+    "sd": (999, 850, 736, 645, 545, 455, 343, 233, 124, 24, 0),
+    "xl": (999, 845, 730, 587, 443, 310, 193, 116, 53, 13, 0),
+}
 # Where our grids in sigma go on after one step from pure noise: below the last 2 % of the timesteps.
 _AFTER_PURE_NOISE = 0.98
 
@@ -40,7 +44,7 @@ class Grid:
     sigmas: noise levels [n + 1], falling, float64. timesteps: what the network is told at the first n of
     them, float64. schedule: for the levels between. initial_scale: the first state is this times unit noise.
     final_scale: what the last state is multiplied by: ``1 / sqrt(sigma^2 + 1)`` (1 in Euler's family), and so
-    1 unless the run stops above sigma = 0.
+    1 unless the run stops above sigma = 0. orders: of each step, where the sampler has such; else empty.
     """
 
     sigmas: Tensor
@@ -48,6 +52,13 @@ class Grid:
     schedule: "Schedule"
     initial_scale: float
     final_scale: float = 1.0
+    orders: tuple[int, ...] = ()
+
+    def last(self, n: int) -> "Grid":
+        """Its last n steps, which go on as they would have."""
+        return replace(
+            self, sigmas=self.sigmas[-n - 1 :], timesteps=self.timesteps[-n:], orders=self.orders[-n:]
+        )
 
     def t(self, sigma: Tensor | float) -> Tensor:
         """The listed timestep of a listed `sigma`, else the schedule's; a float64 scalar."""
@@ -61,7 +72,8 @@ class Schedule:
 
     alphas_cumprod: signal power at each training timestep, float64 [T]; 0 at the end with zero terminal SNR.
     The fields after `prediction` are what diffusers' scheduler config says about sampling: None where it is
-    silent, and each sampler then has its own default, as in diffusers.
+    silent, and each sampler then has its own default, as in diffusers. is_xl: whether the model is a Stable
+    Diffusion XL, which has an Align Your Steps of its own.
     """
 
     alphas_cumprod: Tensor
@@ -72,7 +84,11 @@ class Schedule:
     steps_offset: int = 0
     set_alpha_to_one: bool | None = None
     final_sigmas_type: str = "zero"
+    lower_order_final: bool | None = None
+    euler_at_final: bool = False
+    bounds: Bounds | None = None
     lcm_steps: int = 50
+    is_xl: bool = False
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Schedule":
@@ -99,6 +115,14 @@ class Schedule:
         """Timestep of noise levels of any shape, float64: interpolated in log sigma, within [0, T - 1]."""
         return torch.as_tensor(_t_at(_array(sigma), self._table()))
 
+    def bounded(self, denoise: Denoise, sampler: Sampler) -> Denoise:
+        """`denoise` with the bounds on x0 that the config asks for and diffusers heeds with that sampler."""
+        if self.bounds is None:
+            return denoise
+        asked = {name: False for name in ("clip_sample", "thresholding") if name not in sampler.bounds}
+        bounds = replace(self.bounds, **asked)
+        return bounds.around(denoise, keeps_noise=sampler.keeps_noise)
+
     def grid(
         self,
         n: int | None,
@@ -106,12 +130,14 @@ class Schedule:
         sampler: str | Sampler = "ddim",
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
+        strength: float = 1.0,
     ) -> Grid:
         """The noise levels and timesteps of an n-step run of `sampler`.
 
         `timesteps` (falling, n of them) or `sigmas` (falling, n + 1 of them: the last is where the run ends,
-        usually 0) replace n and the spacing, as in diffusers. Warns where the grid hardly starts, or leaves
-        out the pure noise that a zero-terminal-SNR model is trained to start from.
+        usually 0) replace n and the spacing, as in diffusers. `strength` is the share of its timesteps that
+        the lcm spacing spreads the n steps over. Warns where the grid hardly starts, or leaves out the pure
+        noise that a zero-terminal-SNR model is trained to start from.
 
         Raises:
             UserError: for a number of steps, a spacing or a list that makes no grid.
@@ -133,14 +159,16 @@ class Schedule:
         else:
             name = self.spacing_for(chosen, spacing)
             base = base if name in SIGMA_SPACINGS else name
-            levels, t = self._spaced(self._count(n), name, base, rules.family, table)
+            levels, t = self._spaced(self._count(n), name, base, rules.family, table, strength)
         self._check(levels, t, last)
+        ends = last == 0, self.lower_order_final, self.euler_at_final
         return Grid(
             sigmas=torch.from_numpy(np.append(levels, min(last, levels[-1]))),
             timesteps=torch.from_numpy(t),
             schedule=self,
             initial_scale=_initial_scale(float(levels[0]), rules.family, base),
             final_scale=1.0 if rules.family == "k" else 1 / math.hypot(last, 1),
+            orders=chosen.orders(len(levels), *ends) if chosen.orders else (),
         )
 
     def _table(self, infinity: float = PURE_NOISE) -> Array:
@@ -172,11 +200,16 @@ class Schedule:
             raise UserError(f"{n} steps: give a number of steps from 1 to {len(self.alphas_cumprod)}")
         return n
 
-    def _spaced(self, n: int, name: str, base: str, family: str, table: Array) -> tuple[Array, Array]:
+    def _spaced(
+        self, n: int, name: str, base: str, family: str, table: Array, strength: float
+    ) -> tuple[Array, Array]:
         """(sigmas, timesteps), [n] each, of a named spacing."""
-        if name == "lcm" and n > self.lcm_steps:
-            raise UserError(f"{n} steps: the lcm spacing has at most {self.lcm_steps}")
-        t = spaced_timesteps(base, n, family, len(table), self.steps_offset, self.lcm_steps)
+        if name == "ays":
+            return self._aligned(n, table)
+        if name == "lcm":
+            t = self._distilled(n, strength)
+            return _sigma_at(t, table), t
+        t = spaced_timesteps(base, n, family, len(table), self.steps_offset)
         if name not in SIGMA_SPACINGS:
             return _sigma_at(t, table), t
         if self.zero_terminal_snr and name == "beta":
@@ -195,6 +228,29 @@ class Schedule:
         # diffusers cuts these to whole numbers, and in fp32 the first falls to one side or the other.
         t = _t_at(levels, table.astype(np.float32))
         return levels, t.round() if name == "karras" else np.floor(t)
+
+    def _aligned(self, n: int, table: Array) -> tuple[Array, Array]:
+        """Align Your Steps: even steps along the list of ten, in the log of sigma between its entries.
+
+        NVIDIA's ``loglinear_interp`` to n + 1 levels, the last of which is where the run ends.
+        """
+        listed = _array(AYS["xl" if self.is_xl else "sd"]) * ((len(table) - 1) / 999)
+        places, at = np.arange(11), np.arange(n) * 10 / n
+        if self.zero_terminal_snr:  # over timesteps: between infinity and 6 is no log of sigma
+            t = np.interp(at, places, listed)
+            return _sigma_at(t, table), t
+        levels = np.exp(np.interp(at, places, np.log(_sigma_at(listed, table))))
+        return levels, _t_at(levels, table).round(6)  # the list's own to the last bit
+
+    def _distilled(self, n: int, strength: float) -> Array:
+        """The lcm spacing: evenly many of the timesteps that the model was distilled on, or of their last."""
+        most = int(self.lcm_steps * strength)
+        if n > most:
+            of = "" if strength == 1 else f" at strength {strength:g}"
+            raise UserError(f"{n} steps: the lcm spacing has at most {most}{of}")
+        distilled = np.arange(most, 0.0, -1) * (len(self.alphas_cumprod) // self.lcm_steps) - 1
+        t: Array = distilled[np.floor(np.linspace(0, most, n, endpoint=False)).astype(np.int64)]
+        return t
 
     def _check(self, levels: Array, t: Array, last: float) -> None:
         top = len(self.alphas_cumprod) - 1
@@ -237,12 +293,12 @@ def _initial_scale(sigma: float, family: str, base: str) -> float:
 # --- spacings --------------------------------------------------------------------------------------------
 
 
-def spaced_timesteps(spacing: str, n: int, family: str, steps: int, offset: int, lcm_steps: int) -> Array:
+def spaced_timesteps(spacing: str, n: int, family: str, steps: int, offset: int) -> Array:
     """Timesteps [n], falling, of the spacings that are defined on timesteps.
 
-    `steps` is T, the number of training timesteps; `offset` is diffusers' ``steps_offset`` (leading only);
-    `lcm_steps` its ``original_inference_steps`` (lcm only). Lin et al. 2023, "Common Diffusion Noise
-    Schedules and Sample Steps are Flawed", table 2, names leading, linspace and trailing.
+    `steps` is T, the number of training timesteps; `offset` is diffusers' ``steps_offset`` (leading only).
+    Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed", table 2, names leading,
+    linspace and trailing.
     """
     i = np.arange(n, dtype=np.float64)
     t: Array
@@ -260,15 +316,10 @@ def spaced_timesteps(spacing: str, n: int, family: str, steps: int, offset: int,
         case "linspace":
             t = np.linspace(0, steps - 1, n)[::-1].copy()
             t = t.round() if family == "vp" else t
-        case "ays":
-            t = np.interp(i * 10 / n, np.arange(11), _AYS) * ((steps - 1) / 999)
         case "sgm_uniform":
             t = np.linspace(steps - 1, 0, n + 1)[:-1]
-        case "simple":
+        case _:  # "simple"
             t = steps - 1 - np.floor(i * steps / n)
-        case _:  # "lcm": every so many of the timesteps that the model was distilled on
-            distilled = np.arange(lcm_steps, 0.0, -1) * (steps // lcm_steps) - 1
-            t = distilled[np.floor(np.linspace(0, lcm_steps, n, endpoint=False)).astype(np.int64)]
     return t
 
 

@@ -1,12 +1,14 @@
 """diffusers' ``scheduler_config.json``: every key is honoured, known to be harmless, or refused by name."""
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ldm.diffusion.bounds import Bounds
 from ldm.diffusion.prediction import Prediction
 from ldm.diffusion.samplers import resolve_sampler
 from ldm.errors import UserError
@@ -26,31 +28,41 @@ _CLASSES = {
     "DPMSolverSDEScheduler": _STABLE_DIFFUSION,
     "UniPCMultistepScheduler": _LINEAR,
     "LCMScheduler": (0.00085, 0.012, "scaled_linear"),
+    "DDIMParallelScheduler": _LINEAR,
+    "DDPMParallelScheduler": _LINEAR,
 }
 _DEFAULT_CLASS = "DDIMScheduler"
 
 _HONOURED = {
-    "_class_name", "algorithm_type", "beta_end", "beta_schedule", "beta_start", "final_sigmas_type",
-    "num_train_timesteps", "original_inference_steps", "prediction_type", "rescale_betas_zero_snr",
-    "set_alpha_to_one", "steps_offset", "timestep_spacing", "trained_betas", "use_beta_sigmas",
-    "use_exponential_sigmas", "use_karras_sigmas",
+    "_class_name", "algorithm_type", "beta_end", "beta_schedule", "beta_start", "clip_sample",
+    "clip_sample_range", "dynamic_thresholding_ratio", "euler_at_final", "final_sigmas_type",
+    "lower_order_final", "num_train_timesteps", "original_inference_steps", "prediction_type",
+    "rescale_betas_zero_snr", "sample_max_value", "set_alpha_to_one", "steps_offset", "thresholding",
+    "timestep_spacing", "trained_betas", "use_beta_sigmas", "use_exponential_sigmas", "use_karras_sigmas",
 }  # fmt: skip
 
 # Versions, details of features that are refused below, and:
-# `euler_at_final` and `lower_order_final` are what we do anyway where a run ends at 0;
 # `timestep_scaling` is in LCM's boundary condition, which is below 1e-5;
 # `noise_sampler_seed` is the request's seed here;
 # `skip_prk_steps` chooses PNDM's warm-up: ours is always PLMS's, as in every Stable Diffusion.
 _HARMLESS = {
-    "_diffusers_version", "_use_default_values", "clip_sample_range", "dynamic_thresholding_ratio",
-    "euler_at_final", "flow_shift", "lower_order_final", "noise_sampler_seed", "sample_max_value",
-    "skip_prk_steps", "tensor_format", "time_shift_type", "timestep_scaling",
+    "_diffusers_version", "_use_default_values", "flow_shift", "noise_sampler_seed", "skip_prk_steps",
+    "tensor_format", "time_shift_type", "timestep_scaling",
 }  # fmt: skip
 
-# Keys that may only say that a feature is off. An absent `clip_sample` counts as off: pixels are bounded,
-# latents are not.
+# Settings of diffusers' pipelines and of its schedulers for other models, which its `from_config` passes on
+# and the classes above leave unread: so do we, and say it.
+_FOREIGN = {
+    "add_watermarker", "base_image_seq_len", "base_shift", "clip_denoised", "corrector_order", "eta",
+    "feature_extractor", "force_zeros_for_empty_prompt", "image_encoder", "invert_sigmas",
+    "low_res_scheduler", "max_image_seq_len", "max_shift", "predictor_order", "requires_aesthetics_score",
+    "requires_safety_checker", "rho", "s_churn", "s_max", "s_min", "s_noise", "safety_checker", "scheduler",
+    "shift", "sigma_data", "sigma_schedule", "snr", "snr_shift_scale", "stochastic_sampling", "tau_func",
+    "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae", "watermarker",
+}  # fmt: skip
+
+# Keys that may only say that a feature is off.
 _OFF: dict[str, tuple[Any, ...]] = {
-    "clip_sample": (False,),
     "disable_corrector": ([], ()),
     "interpolation_type": ("linear",),
     "lambda_min_clipped": (-math.inf, "-inf", "-Infinity"),
@@ -62,7 +74,6 @@ _OFF: dict[str, tuple[Any, ...]] = {
     "solver_order": (2,),
     "solver_p": (None,),
     "solver_type": ("midpoint", "bh2"),
-    "thresholding": (False,),
     "timestep_type": ("discrete",),
     "use_dynamic_shifting": (False,),
     "use_flow_sigmas": (False,),
@@ -96,6 +107,9 @@ def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "steps_offset": config.get("steps_offset", 0),
         "set_alpha_to_one": config.get("set_alpha_to_one"),
         "final_sigmas_type": _choice(config, "final_sigmas_type", "zero", _FINAL),
+        "bounds": _bounds(config),
+        "lower_order_final": config.get("lower_order_final"),
+        "euler_at_final": bool(config.get("euler_at_final")),
         "lcm_steps": config.get("original_inference_steps", 50),
     }
 
@@ -103,15 +117,20 @@ def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def noise_levels(config: Mapping[str, Any]) -> Tensor:
     """alphas_cumprod [T] in fp64: all that noising wants of a scheduler config, as of `low_res_scheduler`.
 
-    Keys that only matter for the way back, such as `clip_sample`, may have any value.
+    Keys that only matter for the way back, such as `solver_order`, may have any value. Warns of keys that
+    diffusers has elsewhere and does not read here.
 
     Raises:
         UserError: for a class or key that is not known, and for betas that are not supported.
     """
-    for key in config:
-        if key not in _OFF and key not in _HONOURED and key not in _HARMLESS:
-            raise UserError(f"scheduler_config.json: unknown key {key!r}; remove it if it does not matter")
     class_name = config.get("_class_name", _DEFAULT_CLASS)
+    for key in sorted(config.keys() - _OFF.keys() - _HONOURED - _HARMLESS):
+        if key not in _FOREIGN:
+            raise UserError(f"scheduler_config.json: unknown key {key!r}; remove it if it does not matter")
+        warnings.warn(
+            f"scheduler_config.json: {key} is no setting of {class_name}, and ignored as in diffusers",
+            stacklevel=2,
+        )
     if class_name not in _CLASSES:
         raise UserError(
             f"scheduler_config.json: {class_name} is not supported; one of {', '.join(_CLASSES)} is"
@@ -159,6 +178,17 @@ def _choice(config: Mapping[str, Any], key: str, default: str | None, table: Map
         known = ", ".join(each for each in table if each)
         raise UserError(f"scheduler_config.json: {key}={value!r} is not supported; one of {known} is")
     return table[value]
+
+
+def _bounds(config: Mapping[str, Any]) -> Bounds | None:
+    """None where nothing is bounded: also where `clip_sample` is absent, as latents are not pixels."""
+    names = Bounds.__dataclass_fields__.keys()
+    bounds = Bounds(**{name: config[name] for name in names if config.get(name) is not None})
+    for name in names:
+        value = getattr(bounds, name)
+        if not isinstance(value, bool if name in ("clip_sample", "thresholding") else int | float):
+            raise UserError(f"scheduler_config.json: {name}={value!r} is not supported; a number is")
+    return bounds if bounds.clip_sample or bounds.thresholding else None
 
 
 def _algorithm(config: Mapping[str, Any], class_name: str) -> str:

@@ -9,7 +9,7 @@ the first ends in exactly x0 at sigma' = 0, and loses nothing in fp32 when sigma
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -177,22 +177,51 @@ def _lagrange_integral(nodes: list[float], k: int, start: float, end: float) -> 
     return half * sum(polynomial(middle + side * half / math.sqrt(3)) for side in (-1, 1))
 
 
+# --- solvers of DPM-Solver++'s kind: each step has an order, and the grid may say which ---------------------
+
+
+def multistep_orders(
+    n: int, to_zero: bool, lower_order_final: bool | None = None, euler_at_final: bool = False
+) -> tuple[int, ...]:
+    """The order of each of DPM++ 2M's steps on a grid of n, as diffusers' keys of these names ask.
+
+    The last is of first order if it ends at 0, where log sigma is infinite, and by default below 15 steps.
+    """
+    low = to_zero or euler_at_final or (lower_order_final is not False and n < 15)
+    return (1, *[2] * (n - 2), 1 if low else 2)[:n]
+
+
+def singlestep_orders(
+    n: int, to_zero: bool, lower_order_final: bool | None = None, euler_at_final: bool = False
+) -> tuple[int, ...]:
+    """As `multistep_orders`, of DPM++ 2S: pairs of a first step and a second over both."""
+    low = to_zero or bool(lower_order_final)
+    return (*((1, 2) * n)[: n - 1], 1 if low or n % 2 else 2)
+
+
+def unipc_orders(
+    n: int, to_zero: bool, lower_order_final: bool | None = None, euler_at_final: bool = False
+) -> tuple[int, ...]:
+    """As `multistep_orders`, of UniPC: by default the last is of first order on every grid."""
+    return (1, *[2] * (n - 2), 1 if to_zero or lower_order_final is not False else 2)[:n]
+
+
 def dpmpp_2m(
-    denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, *, eta: float = 0.0
+    denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, *, eta: float = 0.0, orders: Sequence[int] = ()
 ) -> Iterator[Step]:
     """DPM-Solver++(2M), and with eta > 0 its SDE form.
 
     With ``h = log(sigma / sigma')`` and ``D = x0 + h / (2 h_before) (x0 - x0_before)``:
     ``x' = D + exp(-h (1 + eta)) (x - D) + sigma' sqrt(1 - exp(-2 eta h)) noise``; Lu et al. 2022,
-    "DPM-Solver++", algorithm 2 and, for the SDE, section 5. A last step to 0, and the last step of a run of
-    fewer than 15, is of first order.
+    "DPM-Solver++", algorithm 2 and, for the SDE, section 5. Without `orders`, those of `multistep_orders`.
     """
-    n, h_before, before = len(sigmas) - 1, 0.0, x
+    orders = orders or multistep_orders(len(sigmas) - 1, bool(sigmas[-1] == 0))
+    h_before, before = 0.0, x
     for i, sigma, sigma_next in _steps(sigmas):
         d = denoise(x, sigmas[i])
         ratio = sigma_next / sigma
         target, h = d.x0, -math.log(ratio) if ratio else math.inf
-        if i > 0 and ratio and not (i == n - 1 and n < 15):
+        if i > 0 and orders[i] == 2:
             target = d.x0 + h / (2 * h_before) * (d.x0 - before)
         x = _move(_anchored(x, d), target, ratio ** (1 + eta))
         if eta:
@@ -201,27 +230,26 @@ def dpmpp_2m(
         yield Step(i, sigma_next, x, d.x0)
 
 
-def dpmpp_2s(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise) -> Iterator[Step]:
+def dpmpp_2s(
+    denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, *, orders: Sequence[int] = ()
+) -> Iterator[Step]:
     """DPM-Solver++(2S), whose midpoint is a level of the grid; Lu et al. 2022, "DPM-Solver++", algorithm 1.
 
     Steps go in pairs: first order to the next level, an evaluation there, then second order over both. With
     ``h`` the log-sigma length of the pair and ``h_1`` of its first half, ``D = x0 + h / (2 h_1) (x0_1 - x0)``
-    and ``x'' = D + (sigma'' / sigma) (x - D)``. What cannot be paired, or ends at 0, is of first order.
+    and ``x'' = D + (sigma'' / sigma) (x - D)``. Without `orders`, those of `singlestep_orders`.
     """
-    levels = sigmas.tolist()
-    start: tuple[Tensor, Tensor] | None = None
+    orders = orders or singlestep_orders(len(sigmas) - 1, bool(sigmas[-1] == 0))
+    base, first, start = x, x, 0.0
     for i, sigma, sigma_next in _steps(sigmas):
         d = denoise(x, sigmas[i])
-        if start is None:
-            base = _anchored(x, d)
-            x = _move(base, d.x0, sigma_next / sigma)
-            if i + 2 < len(levels) and levels[i + 2]:
-                start = base, d.x0
-        else:
-            base, first = start
-            ratio = sigma_next / levels[i - 1]
-            target = first + math.log(ratio) / (2 * math.log(sigma / levels[i - 1])) * (d.x0 - first)
-            x, start = _move(base, target, ratio), None
+        if i > 0 and orders[i] == 2:
+            ratio = sigma_next / start
+            target = first + math.log(ratio) / (2 * math.log(sigma / start)) * (d.x0 - first)
+            x = _move(base, target, ratio)
+        else:  # a run that begins within a pair begins with a step of its own
+            base, first, start = _anchored(x, d), d.x0, sigma
+            x = _move(base, first, sigma_next / sigma)
         yield Step(i, sigma_next, x, d.x0)
 
 
@@ -246,12 +274,15 @@ def dpmpp_sde(
         yield Step(i, sigma_next, x, d.x0)
 
 
-def unipc(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise) -> Iterator[Step]:
+def unipc(
+    denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, *, orders: Sequence[int] = ()
+) -> Iterator[Step]:
     """UniPC of order 2 with B(h) = exp(-h) - 1 ("bh2"), x0 prediction; Zhao et al. 2023, algorithms 5 to 8.
 
     Each evaluation first corrects the state that it was made at (UniC), then predicts the next one (UniP,
-    which at order 2 is DPM++ 2M). The first and the last prediction are of first order.
+    which at order 2 is DPM++ 2M). Without `orders`, those of `unipc_orders`.
     """
+    orders = orders or unipc_orders(len(sigmas) - 1, bool(sigmas[-1] == 0))
     levels, old = sigmas.tolist(), x
     x0s: list[Tensor] = []  # newest first: as many as the last prediction used
     for i, sigma, sigma_next in _steps(sigmas):
@@ -260,7 +291,7 @@ def unipc(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise) -> Iterator
             x = _unic(old, [d.x0, *x0s], levels[i::-1])
         old = _anchored(x, d)
         target, used = d.x0, [d.x0]
-        if 0 < i < len(levels) - 2:
+        if i > 0 and orders[i] == 2:
             h_before, h = math.log(levels[i - 1] / sigma), math.log(sigma / sigma_next)
             target, used = d.x0 + h / (2 * h_before) * (d.x0 - x0s[0]), [d.x0, x0s[0]]
         x, x0s = _move(old, target, sigma_next / sigma), used

@@ -71,7 +71,7 @@ def write_json(path: Path, table: Table, facts: Mapping[str, object]) -> None:
         for column, cells in table.items()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**facts, "following": rates}, indent=2) + "\n")
+    path.write_text(json.dumps({**facts, "following": rates}, indent=2) + "\n", encoding="utf-8")
 
 
 def write_pictures(

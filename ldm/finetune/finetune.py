@@ -19,8 +19,8 @@ import torch
 
 from ldm.checkpoint import Parts, embedded, load_parts
 from ldm.checkpoint.io import read_json
-from ldm.dataset.buckets import Batches, Row, Variation, make_buckets, make_crop, nearest_bucket
-from ldm.dataset.cache import Latents, Texts
+from ldm.dataset.buckets import Batches, Sample, Variation, make_buckets, make_crop, nearest_bucket
+from ldm.dataset.cache import LatentCache, TextCache
 from ldm.dataset.captions import clip_counter
 from ldm.dataset.examine import examine
 from ldm.dataset.feed import Feed
@@ -31,21 +31,22 @@ from ldm.finetune.modes import PARTS, Mode, make_mode
 from ldm.finetune.prior import class_examples, draw_class
 from ldm.finetune.recipe import FinetuneRecipe
 from ldm.finetune.report import write_report
-from ldm.finetune.task import DTYPES, FinetuneTask, Shows
+from ldm.finetune.task import DTYPES, FinetuneTask, Splits
 from ldm.models.kind import Kind
 from ldm.pipeline import Pipeline
 from ldm.pipeline.resolve import native_size
 from ldm.runtime import Runtime, choose
-from ldm.train.loop import check_tracker, train
+from ldm.train.loop import check_precision, check_tracker, train
 from ldm.train.memory import checkpoint_blocks
+from ldm.train.processes import partial_state
 from ldm.train.state import check_recipe, damage, flat, newest_state
 
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-Say = Callable[[str], object]
-SHOWN = 5  # findings of each kind
-MOST_HELD_OUT = 64  # pictures: the held-out loss is steady by then, and each look at it takes its time
+Log = Callable[[str], object]
+MOST_FINDINGS = 5  # of each kind that are listed
+MOST_HELD_OUT = 64  # pictures: the held-out loss is steady by then, and each validation takes its time
 MOST_PROMPTS = 4  # captions that are drawn where the recipe has no prompts
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -56,34 +57,30 @@ def finetune(recipe: FinetuneRecipe) -> None:
     Raises:
         UserError: for a folder, model or recipe that cannot be trained with: what, where, what to do.
     """
-    from accelerate import PartialState
-    from accelerate.utils import parse_flag_from_env
-
-    # As Accelerator, which follows, does by itself: else processes on a CPU would not know of each other.
-    processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    say = print if processes.is_main_process else _silent
+    processes = partial_state()
+    log = print if processes.is_main_process else _silent
     _check(recipe, processes.device)
-    trained, held_out = _pictures(recipe, say)
+    trained, held_out = _pictures(recipe, log)
     mode = make_mode(recipe, [example.caption or "" for example in trained])
     parts = _load(recipe)
     recipe = _complete(recipe, parts, trained, processes)
     _check_state(recipe)
-    shows = _shows(recipe, trained, held_out)
+    splits = _splits(recipe, trained, held_out)
     runtime = Runtime(processes.device, DTYPES[recipe.mixed_precision or "no"])
     parts = mode.prepare(parts, runtime)
-    for line in _plan(recipe, parts, shows, runtime, processes.num_processes):
-        say(line)
+    for line in _plan(recipe, parts, splits, runtime, processes.num_processes):
+        log(line)
     if recipe.dry_run:
         return
     if recipe.class_prompt:
-        shows = replace(shows, prior=_prior(recipe, runtime, processes, say))
+        splits = replace(splits, prior=_prior(recipe, runtime, processes, log))
     if recipe.gradient_checkpointing:
         checkpoint_blocks(parts.unet)
     feed = _feed(recipe, parts)
-    _fill(feed, shows, processes, say)
-    train(FinetuneTask(parts, mode, recipe, feed, shows), recipe, recipe.output_dir)
+    _fill(feed, splits, processes, log)
+    train(FinetuneTask(parts, mode, recipe, feed, splits), recipe, recipe.output_dir)
     if processes.is_main_process:
-        say(f"report: {_report(recipe, mode, shows)}")
+        log(f"report: {_report(recipe, mode, splits)}")
 
 
 def _silent(*_: object, **__: object) -> None:
@@ -98,8 +95,7 @@ def _check(recipe: FinetuneRecipe, device: torch.device) -> None:
             raise UserError(f"{name} {place} lies in the folder of pictures, and would be trained on")
     if recipe.output_dir.exists() and not recipe.output_dir.is_dir():
         raise UserError(f"output_dir {recipe.output_dir} is a file: name a folder")
-    if recipe.mixed_precision == "fp16" and device.type == "cpu":
-        raise UserError("mixed_precision fp16 needs a GPU: give bf16 or no, or leave it out")
+    check_precision(recipe.mixed_precision or "no", device)
     check_tracker(recipe.report_to)
 
 
@@ -109,23 +105,25 @@ def _check_state(recipe: FinetuneRecipe) -> None:
     if state is not None and damage(state) is None:
         before = read_json(state / "recipe.json")
         now = dict(flat(recipe.model_dump(mode="json")))
-        check_recipe(state, before | now, recipe.force, say=_silent)
+        check_recipe(state, before | now, recipe.changes(), recipe.force, log=_silent)
 
 
 # --- pictures --------------------------------------------------------------------------------------------
 
 
-def _pictures(recipe: FinetuneRecipe, say: Say) -> tuple[list[Example], list[Example]]:
+def _pictures(recipe: FinetuneRecipe, log: Log) -> tuple[list[Example], list[Example]]:
     """To train on, and held out. Raises UserError, after the report, where training could not start."""
     folder = recipe.train_data_dir
     examined = examine(
         folder,
         instance_prompt=recipe.instance_prompt,
         missing_caption=recipe.missing_caption,
+        image_column=recipe.image_column,
+        caption_column=recipe.caption_column,
         count_tokens=clip_counter(),
         resolution=recipe.resolution or 0,
     )
-    say("\n".join(report(examined, SHOWN)))
+    log("\n".join(report(examined, MOST_FINDINGS)))
     if not examined.can_train:
         raise UserError(f"{folder} cannot be trained on as it is: see above, and `ldm folder {folder} --all`")
     return split(examined.examples, recipe.held_out, recipe.seed)
@@ -146,7 +144,7 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _shows(recipe: FinetuneRecipe, trained: Sequence[Example], held_out: Sequence[Example]) -> Shows:
+def _splits(recipe: FinetuneRecipe, trained: Sequence[Example], held_out: Sequence[Example]) -> Splits:
     buckets = make_buckets(recipe.resolution or 0)
     variation = Variation(
         random_crop=not recipe.center_crop,
@@ -155,16 +153,16 @@ def _shows(recipe: FinetuneRecipe, trained: Sequence[Example], held_out: Sequenc
         shuffle_tags=recipe.shuffle_tags,
         keep_tags=recipe.keep_tags,
     )
-    rows = [
-        Row(each, make_crop(each.size, nearest_bucket(each.size, buckets)), each.caption or "")
+    samples = [
+        Sample(each, make_crop(each.size, nearest_bucket(each.size, buckets)), each.caption or "")
         for each in held_out
     ]
-    return Shows(
-        Batches(trained, buckets, recipe.train_batch_size, recipe.seed, variation), None, tuple(rows)
+    return Splits(
+        Batches(trained, buckets, recipe.train_batch_size, recipe.seed, variation), None, tuple(samples)
     )
 
 
-def _prior(recipe: FinetuneRecipe, runtime: Runtime, processes: PartialState, say: Say) -> Batches:
+def _prior(recipe: FinetuneRecipe, runtime: Runtime, processes: PartialState, log: Log) -> Batches:
     """The pictures of the class, drawn where they are not there."""
     folder, prompts = recipe.class_data_dir or recipe.output_dir / "class", recipe.class_prompt
     size = recipe.resolution or 0
@@ -174,9 +172,9 @@ def _prior(recipe: FinetuneRecipe, runtime: Runtime, processes: PartialState, sa
         return Pipeline.from_parts(_load(recipe, runtime), runtime, Path(place).name)
 
     def progress(done: int, total: int) -> None:
-        say(f"{done} of {total} drawn")
+        log(f"{done} of {total} drawn")
 
-    say(f"pictures of the class: {recipe.num_class_images} of {abbreviate(prompts)} in {folder}")
+    log(f"pictures of the class: {recipe.num_class_images} of {abbreviate(prompts)} in {folder}")
     share = (processes.process_index, processes.num_processes)
     draw_class(load, prompts, folder, recipe.num_class_images, size=size, share=share, on_progress=progress)
     processes.wait_for_everyone()
@@ -229,7 +227,7 @@ def _complete(
     }
     recipe = recipe.model_copy(update=changes)
     if recipe.max_train_steps is None and recipe.max_minutes is None:
-        batches = len(_shows(recipe, trained, ()).train)
+        batches = len(_splits(recipe, trained, ()).train)
         a_step = processes.num_processes * recipe.gradient_accumulation_steps
         steps = math.ceil(batches / a_step) * recipe.num_train_epochs
         recipe = recipe.model_copy(update={"max_train_steps": steps})
@@ -244,27 +242,27 @@ def _feed(recipe: FinetuneRecipe, parts: Parts) -> Feed:
         text,
         frozenset(parts.unet.config.conditioning),
         zeros_for_empty=parts.force_zeros_for_empty_prompt,
-        latents=Latents(cache / "latents", parts.vae) if recipe.center_crop else None,
-        texts=None if trains_text or recipe.shuffle_tags else Texts(cache / "texts", text),
+        latents=LatentCache(cache / "latents", parts.vae) if recipe.center_crop else None,
+        texts=None if trains_text or recipe.shuffle_tags else TextCache(cache / "texts", text),
         trains_text=trains_text,
         masks=recipe.masks if recipe.inpainting else None,
     )
 
 
-def _fill(feed: Feed, shows: Shows, processes: PartialState, say: Say) -> None:
+def _fill(feed: Feed, splits: Splits, processes: PartialState, log: Log) -> None:
     """Make what the caches lack, each process a share."""
-    batches = [each for each in (shows.train, shows.prior) if each is not None]
-    held_out = [(row.example, row.crop) for row in shows.held_out]
+    batches = [each for each in (splits.train, splits.prior) if each is not None]
+    held_out = [(sample.example, sample.crop) for sample in splits.held_out]
     if feed.latents is not None:
-        shown = [each for every in batches for each in every.crops()] + held_out
-        made = feed.latents.fill(shown[processes.process_index :: processes.num_processes])
-        say(f"latents: {len(shown)}, {made} of them made now")
+        crops = [each for every in batches for each in every.crops()] + held_out
+        made = feed.latents.fill(crops[processes.process_index :: processes.num_processes])
+        log(f"latents: {len(crops)}, {made} of them made now")
     if feed.texts is not None:
         texts = ["", *(each.caption or "" for every in batches for each in every.examples)]
-        texts += [row.caption for row in shows.held_out]
+        texts += [sample.caption for sample in splits.held_out]
         unique = list(dict.fromkeys(texts))
         made = feed.texts.fill(unique[processes.process_index :: processes.num_processes])
-        say(f"captions: {len(unique)}, {made} of them made now")
+        log(f"captions: {len(unique)}, {made} of them made now")
     processes.wait_for_everyone()
 
 
@@ -272,9 +270,9 @@ def _fill(feed: Feed, shows: Shows, processes: PartialState, say: Say) -> None:
 
 
 def _plan(
-    recipe: FinetuneRecipe, parts: Parts, shows: Shows, runtime: Runtime, processes: int
+    recipe: FinetuneRecipe, parts: Parts, splits: Splits, runtime: Runtime, processes: int
 ) -> Iterator[str]:
-    batches = shows.train
+    batches = splits.train
     yield ""
     modules = [module for name in PARTS if (module := getattr(parts, name)) is not None]
     trained = sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad)
@@ -282,8 +280,9 @@ def _plan(
     computed = f"computed in {str(runtime.dtype)[6:]} on {runtime.device}"
     yield f"trains: {recipe.mode}, {trained:,} parameters, {computed}"
     sizes = ", ".join(f"{w} x {h} ({len(shown)})" for (h, w), shown in batches.members.items())
-    yield f"pictures: {len(batches.examples)} to train on, {len(shows.held_out)} held out; trained as {sizes}"
-    if not shows.held_out:
+    held_out = len(splits.held_out)
+    yield f"pictures: {len(batches.examples)} to train on, {held_out} held out; trained as {sizes}"
+    if not held_out:
         yield "no held-out loss: too few pictures for the share that is held out (--held-out)"
     if batches.filled:
         yield f"{batches.filled} showings in each epoch only fill a bucket's last batch"
@@ -296,9 +295,9 @@ def _plan(
     yield f"output: {recipe.output_dir}"
 
 
-def _report(recipe: FinetuneRecipe, mode: Mode, shows: Shows) -> Path:
+def _report(recipe: FinetuneRecipe, mode: Mode, splits: Splits) -> Path:
     given = {name: getattr(recipe, name) for name in sorted(recipe.model_fields_set)}
-    facts = {"pictures": f"{len(shows.train.examples)}, {len(shows.held_out)} held out", **given}
+    facts = {"pictures": f"{len(splits.train.examples)}, {len(splits.held_out)} held out", **given}
     return write_report(
         recipe.output_dir,
         title=f"{recipe.mode} on {recipe.train_data_dir.name}",

@@ -24,6 +24,7 @@ from ldm.checkpoint import Parts
 from ldm.checkpoint.io import write_tensors
 from ldm.checkpoint.keymap import unet_keys
 from ldm.checkpoint.save import family_of_parts
+from ldm.diffusion.noise import torch_seed
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
 from ldm.files import whole_folder
@@ -98,7 +99,7 @@ def add_lora(
     chosen = _choose_targets({part: getattr(parts, part) for part in trained}, targets, conv)
     modules: dict[str, Any] = {}
     with torch.random.fork_rng(devices=[]):  # peft draws on the CPU
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(torch_seed(seed))
         for part in trained:
             config = LoraConfig(
                 r=rank,
@@ -156,7 +157,7 @@ def _inject(module: nn.Module, config: Any) -> nn.Module:
         layer.lora_B.float()
         if config.use_dora:
             _measure(layer)
-        else:
+        elif hasattr(layer, "_cast_input_dtype"):  # private to peft: without it the same, but slower
             layer._cast_input_dtype = _cast
     return adapted.train(module.training)
 

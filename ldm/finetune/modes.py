@@ -18,7 +18,7 @@ from torch import nn
 
 from ldm.adapters.lora import FOLDER_FILES
 from ldm.checkpoint import Parts, save_folder
-from ldm.checkpoint.component import dtype_of
+from ldm.checkpoint.original.component import dtype_of
 from ldm.errors import UserError
 from ldm.finetune.inversion import add_word, save_word
 from ldm.finetune.lora import add_lora, save_lora
@@ -46,14 +46,14 @@ def make_mode(recipe: FinetuneRecipe, captions: Iterable[str]) -> Mode:
     """The mode of a recipe; `captions` are those that will be trained on."""
     match recipe.mode:
         case "full":
-            return Full(recipe.train_text_encoder, captions)
+            return FullMode(recipe.train_text_encoder, captions)
         case "lora":
-            return Lora(recipe)
+            return LoraMode(recipe)
         case _:
-            return Inversion(recipe, captions)
+            return InversionMode(recipe, captions)
 
 
-class Full:
+class FullMode:
     """All weights of the U-Net, and of the text encoders if they are trained; a pipeline folder comes out."""
 
     def __init__(self, text: bool, captions: Iterable[str]) -> None:
@@ -86,7 +86,7 @@ class Full:
         return [(folder, f'txt2img --model {folder} -p "..."')]
 
 
-class Lora:
+class LoraMode:
     """Low-rank matrices beside the layers of the U-Net, and of the text encoders if they are trained."""
 
     def __init__(self, recipe: FinetuneRecipe) -> None:
@@ -121,7 +121,7 @@ class Lora:
         ]
 
 
-class Inversion:
+class InversionMode:
     """A new word: rows of the token embedding, everything else as it is."""
 
     def __init__(self, recipe: FinetuneRecipe, captions: Iterable[str]) -> None:

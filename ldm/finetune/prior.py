@@ -67,7 +67,10 @@ def draw_class(
     for k, path in sorted(drawn.items()):
         _check(path, request.replace(prompt=prompts[k % len(prompts)]), pipe)
     check_writable(folder)
-    inputs, at_once = _inputs(pipe, size), min(MOST_AT_ONCE, pipe.runtime.images_at_once(size, size))
+    inputs, at_once = (
+        _inputs(pipe, size),
+        min(MOST_AT_ONCE, pipe.runtime.images_at_once(size, size, pipe.bytes_per_pixel)),
+    )
     for start in range(0, len(missing), at_once):
         numbers = missing[start : start + at_once]
         requests = [request.replace(prompt=prompts[k % len(prompts)], seeds=(k,)) for k in numbers]

@@ -18,11 +18,13 @@ from pydantic.fields import FieldInfo
 
 from ldm.errors import UserError
 from ldm.train.recipe import (
+    Fixed,
     LossSection,
     MaskSection,
     OptimiserSection,
     RunSection,
     Section,
+    Shape,
     read_yaml,
     validate,
 )
@@ -33,15 +35,15 @@ Mode = Literal["lora", "full", "textual_inversion"]
 class ModelSection(Section):
     """The model to begin with."""
 
-    model: str | None = None
+    model: Fixed[str | None] = None
     """a pipeline folder, a single file or a name on the hub; by default the embedded model"""
-    revision: str | None = None
+    revision: Fixed[str | None] = None
     """of a model on the hub: a branch, tag or commit"""
     variant: str | None = None
     """of the weights in a folder or on the hub, such as fp16"""
-    vae: str | None = None
+    vae: Fixed[str | None] = None
     """the VAE from another folder, file or hub name"""
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
+    prediction_type: Fixed[Literal["epsilon", "v_prediction", "sample"] | None] = None
     """where the model does not say it or is wrong"""
 
 
@@ -54,7 +56,11 @@ class FolderSection(Section):
     """one caption for all pictures; captions in the folder are not read"""
     missing_caption: Literal["error", "empty", "skip"] = "error"
     """what to do with a picture that has no caption"""
-    resolution: int | None = Field(None, ge=64, multiple_of=8)
+    image_column: str | None = None
+    """of a table of captions: the pictures' files; by default file_name"""
+    caption_column: str | None = None
+    """of a table of captions: the captions; by default text"""
+    resolution: Fixed[int | None] = Field(None, ge=64, multiple_of=8)
     """pixels: the square whose area no picture exceeds; by default the model's own size"""
     center_crop: bool = True
     """cut off what does not fit on both sides alike; else at random, and latents are not cached"""
@@ -75,31 +81,31 @@ class FolderSection(Section):
 class ModeSection(Section):
     """What is trained."""
 
-    mode: Mode = "lora"
+    mode: Shape[Mode] = "lora"
     """lora: small matrices beside the layers; full: the U-Net; textual_inversion: a new word"""
-    train_text_encoder: bool = False
+    train_text_encoder: Shape[bool] = False
     """lora, full: train the text encoder too"""
     text_encoder_lr: float | None = Field(None, gt=0)
     """its learning rate; by default that of the U-Net"""
-    rank: int = Field(4, ge=1)
+    rank: Shape[int] = Field(4, ge=1)
     """lora: of the matrices"""
-    lora_alpha: float | None = Field(None, gt=0)
+    lora_alpha: Fixed[float | None] = Field(None, gt=0)
     """lora: what they add counts alpha / rank; by default the rank, so 1"""
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     """lora: share of their inputs that is dropped"""
-    lora_targets: tuple[str, ...] = ()
+    lora_targets: Shape[tuple[str, ...]] = ()
     """lora: ends of the names of layers that get them; by default to_q to_k to_v to_out.0, the attentions"""
-    lora_conv: bool = False
+    lora_conv: Shape[bool] = False
     """lora: all other layers get them too: convolutions, feed-forward, projections (LoCon)"""
-    use_dora: bool = False
+    use_dora: Shape[bool] = False
     """lora: learn magnitudes apart (DoRA)"""
-    placeholder_token: str | None = None
+    placeholder_token: Shape[str | None] = None
     """textual_inversion: the new word, as it stands in the captions"""
-    initializer_token: str | None = None
+    initializer_token: Fixed[str | None] = None
     """textual_inversion: the words that it begins as"""
-    num_vectors: int = Field(1, ge=1)
+    num_vectors: Shape[int] = Field(1, ge=1)
     """textual_inversion: how many tokens the word has"""
-    class_prompt: tuple[str, ...] = ()
+    class_prompt: Fixed[tuple[str, ...]] = ()
     """prior preservation (DreamBooth): what the model already knows it as, such as "a photo of a
     dog"; several for all that it should not forget"""
     class_data_dir: Path | None = None
@@ -108,7 +114,7 @@ class ModeSection(Section):
     """how many there should be"""
     prior_loss_weight: float = Field(1.0, ge=0)
     """how much they count"""
-    inpainting: bool = False
+    inpainting: Shape[bool] = False
     """train on random masks; a U-Net of 4 channels is widened to 9"""
     masks: MaskSection = MaskSection()
     gradient_checkpointing: bool = False

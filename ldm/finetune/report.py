@@ -75,7 +75,7 @@ def write_report(
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl, without those that are cut short; none where there is no such file."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             row = json.loads(line)
         except ValueError:
@@ -154,9 +154,9 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     trained = [row for row in rows if "samples_per_s" in row]
     held_out = [row for row in rows if "samples_per_s" not in row]
     figures = {name: _figure(name, points, dots=False) for name, points in _series(trained)}
-    looks = {name: _figure(name, points, dots=True) for name, points in _series(held_out)}
+    validated = {name: _figure(name, points, dots=True) for name, points in _series(held_out)}
     loss = [figures.pop("loss")] if "loss" in figures else []
-    shown = [*loss, *looks.values(), *figures.values()]
+    shown = [*loss, *validated.values(), *figures.values()]
     yield f'<div class="pair">{"".join(shown)}</div>' if shown else "<p>Nothing was logged.</p>"
 
 
@@ -167,14 +167,14 @@ def _series(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[Point
 
 
 def _figure(name: str, points: Sequence[Point], dots: bool) -> str:
-    """A curve below its name and last value: dots for what is looked at now and then, else smoothed."""
+    """A curve below its name and last value: dots for what is measured now and then, else smoothed."""
     step, value = points[-1]
-    told = f"{value:.5g} at step {step:.10g}"
+    values = f"{value:.5g} at step {step:.10g}"
     if dots:
         best, lowest = min(points, key=lambda point: point[1])
-        told += f", lowest {lowest:.5g} at step {best:.10g}"
+        values += f", lowest {lowest:.5g} at step {best:.10g}"
     label = escape(LABELS.get(name, name.replace("_", " ")))
-    return f"<figure><figcaption><b>{label}</b> {told}</figcaption>{chart(points, dots, label)}</figure>"
+    return f"<figure><figcaption><b>{label}</b> {values}</figcaption>{chart(points, dots, label)}</figure>"
 
 
 PAGE = Template("""\

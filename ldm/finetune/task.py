@@ -1,10 +1,11 @@
-"""What a step of fine-tuning is: a batch of pictures, its loss, and what one looks at on the way."""
+"""What a step of fine-tuning is: a batch of pictures, its loss, and its validation on the way."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.checkpoint import Parts
-from ldm.dataset.buckets import Batches, Row
-from ldm.dataset.cache import open_and_cut
+from ldm.dataset.buckets import Batches, Sample
+from ldm.dataset.cache import open_and_crop
 from ldm.dataset.feed import Feed
 from ldm.dataset.findings import Example
 from ldm.diffusion.schedule import Schedule
@@ -23,43 +24,41 @@ from ldm.finetune.modes import TEXT_ENCODERS, Mode
 from ldm.finetune.recipe import FinetuneRecipe
 from ldm.images.pixels import contact_sheet, to_pil
 from ldm.pipeline import Pipeline
-from ldm.runtime import Runtime
+from ldm.runtime import Runtime, memory_format
 from ldm.train.loss import (
+    PLAIN_LOSS,
+    Levels,
+    denoising_losses,
     draw_noise,
     draw_timesteps,
-    noisy_latents,
-    pixel_losses,
     prior_preservation_loss,
-    sample_weights,
     timestep_probabilities,
-    training_target,
 )
 from ldm.train.recipe import LossSection
 from ldm.train.task import Batch, Task
 
-LEVELS = 8  # noise levels at which each held-out picture is looked at
-PLAIN = LossSection()  # of the held-out loss, so that runs can be compared whatever they are trained with
+LEVELS = 8  # noise levels at which each held-out picture is tried
 PRIOR = "prior."  # before the names of what is of the class's pictures, in a batch
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Shows:
-    """Which pictures are shown: to train on, of the class beside them, and held out."""
+class Splits:
+    """The pictures of a run: to train on, of the class beside them, and held out."""
 
     train: Batches
     prior: Batches | None
-    held_out: tuple[Row, ...]
+    held_out: tuple[Sample, ...]
 
 
 class FinetuneTask(Task):
     """Trains what of `parts` has gradients."""
 
-    looks_first, draws_from_export = True, False
+    validates_first, draws_from_export = True, False
 
-    def __init__(self, parts: Parts, mode: Mode, recipe: FinetuneRecipe, feed: Feed, shows: Shows) -> None:
+    def __init__(self, parts: Parts, mode: Mode, recipe: FinetuneRecipe, feed: Feed, splits: Splits) -> None:
         super().__init__()
-        self.parts, self.mode, self.recipe, self.feed, self.shows = parts, mode, recipe, feed, shows
+        self.parts, self.mode, self.recipe, self.feed, self.splits = parts, mode, recipe, feed, splits
         self.unet, self.text_encoder, self.text_encoder_2 = (
             parts.unet,
             parts.text_encoder,
@@ -67,8 +66,9 @@ class FinetuneTask(Task):
         )
         self.schedule = Schedule.from_config(dict(parts.scheduler))
         self.steps = len(self.schedule.alphas_cumprod)
+        self.levels = Levels(self.schedule, recipe)
         self.probabilities = timestep_probabilities(recipe, self.steps)
-        self.examples = [*shows.train.examples, *(shows.prior.examples if shows.prior else ())]
+        self.examples = [*splits.train.examples, *(splits.prior.examples if splits.prior else ())]
         self.number = {example: i for i, example in enumerate(self.examples)}
         self.facts = {"pictures": _fingerprint(self.examples)}
 
@@ -84,17 +84,17 @@ class FinetuneTask(Task):
         return groups
 
     def batch(self, rng: torch.Generator, size: int, number: int) -> Batch:
-        batch = self._noised(self.shows.train.at(number), rng)
-        if self.shows.prior is not None:
-            prior = self._noised(self.shows.prior.at(number), rng)
+        batch = self._noised(self.splits.train.at(number), rng)
+        if self.splits.prior is not None:
+            prior = self._noised(self.splits.prior.at(number), rng)
             batch |= {PRIOR + name: value for name, value in prior.items()}
         return batch
 
-    def _noised(self, rows: Sequence[Row], rng: torch.Generator) -> Batch:
-        batch = self.feed.tensors(rows, rng)
-        batch["t"] = draw_timesteps(self.probabilities, len(rows), rng)
+    def _noised(self, samples: Sequence[Sample], rng: torch.Generator) -> Batch:
+        batch = self.feed.tensors(samples, rng)
+        batch["t"] = draw_timesteps(self.probabilities, len(samples), rng)
         batch["noise"], batch["input_noise"] = draw_noise(batch["x0"].shape, self.recipe, rng)
-        batch["example"] = torch.tensor([self.number[row.example] for row in rows])
+        batch["example"] = torch.tensor([self.number[sample.example] for sample in samples])
         return batch
 
     def names(self, batch: Batch) -> list[str]:
@@ -105,7 +105,7 @@ class FinetuneTask(Task):
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         losses = self._losses(batch)
-        if self.shows.prior is None:
+        if self.splits.prior is None:
             return losses.mean(), {}
         prior = self._losses({k.removeprefix(PRIOR): v for k, v in batch.items() if k.startswith(PRIOR)})
         loss = prior_preservation_loss(torch.cat([losses, prior]), self.recipe.prior_loss_weight)
@@ -113,48 +113,56 @@ class FinetuneTask(Task):
 
     def _losses(self, batch: Batch) -> Tensor:
         """Of each picture, weighted: [B]."""
-        return sample_weights(batch["t"], self.schedule, self.recipe) * self._errors(batch, self.recipe)
+        return self.levels.weight[batch["t"]] * self._unweighted(batch, self.recipe)
 
-    def _errors(self, batch: Batch, options: LossSection) -> Tensor:
-        x0, t = batch["x0"], batch["t"]
-        sample = noisy_latents(x0, batch["input_noise"], t, self.schedule)
+    def _unweighted(self, batch: Batch, options: LossSection) -> Tensor:
+        """Of each picture: [B]."""
+        x0, noise, input_noise = (batch[name] for name in ("x0", "noise", "input_noise"))
+        predict = partial(self._predict, batch)
+        losses = denoising_losses(predict, x0, noise, batch["t"], self.levels, options, input_noise)
+        return losses.mean((1, 2))
+
+    def _predict(self, batch: Batch, sample: Tensor, t: Tensor) -> Tensor:
+        """What the U-Net answers to noisy latents [B, c, h, w], on the conditioning of `batch`."""
         if "mask" in batch:
             sample = inpainting_input(sample, batch["mask"], batch["masked"])
-        told, dtype = self.feed.conditioning(batch), self.unet.conv_in.weight.dtype
-        output = self.unet(
-            sample.to(dtype, memory_format=torch.channels_last),
+        cond, dtype = self.feed.conditioning(batch), self.unet.conv_in.weight.dtype
+        output: Tensor = self.unet(
+            sample.to(dtype, memory_format=memory_format(sample.device)),
             t,
-            told.tokens.to(dtype),
-            pooled=None if told.pooled is None else told.pooled.to(dtype),
-            time_ids=told.time_ids,
+            cond.tokens.to(dtype),
+            pooled=None if cond.pooled is None else cond.pooled.to(dtype),
+            time_ids=cond.time_ids,
         )
-        target = training_target(x0, batch["noise"], t, self.schedule)
-        return pixel_losses(output, target, options).mean((1, 2))
+        return output
 
-    # --- looking ------------------------------------------------------------------------------------------
+    # --- validation ---------------------------------------------------------------------------------------
 
     def evaluate(self) -> dict[str, float]:
-        """The plain loss of held-out pictures, each at the same noise and noise levels every time."""
-        if not self.shows.held_out:
-            return {}
-        total = sum(self._held_out_loss(row) for row in self.shows.held_out)
-        return {"held_out_loss": total / len(self.shows.held_out)}
+        """The plain loss of held-out pictures, each at the same noise and noise levels every time.
 
-    def _held_out_loss(self, row: Row) -> float:
-        rng = torch.Generator().manual_seed(int(row.example.digest[:15], 16))
+        Plain, so that runs can be compared whatever they are trained with.
+        """
+        if not self.splits.held_out:
+            return {}
+        total = sum(self._held_out_loss(sample) for sample in self.splits.held_out)
+        return {"held_out_loss": total / len(self.splits.held_out)}
+
+    def _held_out_loss(self, sample: Sample) -> float:
+        rng = torch.Generator().manual_seed(int(sample.example.digest[:15], 16))
         levels = ((torch.arange(LEVELS) + 0.5) / LEVELS * self.steps).long()
         # One by one, so that what is drawn does not depend on the size of batches.
-        looks = [self._look(row, t, rng) for t in levels[:, None]]
+        batches = [self._noised_at(sample, t, rng) for t in levels[:, None]]
         total, size = 0.0, self.recipe.train_batch_size
-        for some in (looks[first : first + size] for first in range(0, LEVELS, size)):
-            batch = {name: torch.cat([look[name] for look in some]).to(self.device) for name in some[0]}
+        for some in (batches[first : first + size] for first in range(0, LEVELS, size)):
+            batch = {name: torch.cat([each[name] for each in some]).to(self.device) for name in some[0]}
             with self._autocast():
-                total += float(self._errors(batch, PLAIN).sum())
+                total += float(self._unweighted(batch, PLAIN_LOSS).sum())
         return total / LEVELS
 
-    def _look(self, row: Row, t: Tensor, rng: torch.Generator) -> Batch:
-        batch = self.feed.tensors([row], rng)
-        noise, _ = draw_noise(batch["x0"].shape, PLAIN, rng)
+    def _noised_at(self, sample: Sample, t: Tensor, rng: torch.Generator) -> Batch:
+        batch = self.feed.tensors([sample], rng)
+        noise, _ = draw_noise(batch["x0"].shape, PLAIN_LOSS, rng)
         return batch | {"t": t, "noise": noise, "input_noise": noise}
 
     def picture(self, folder: Path) -> Image.Image | None:
@@ -179,9 +187,9 @@ class FinetuneTask(Task):
 
     def _to_fill(self, i: int) -> dict[str, Any]:
         """A picture of the folder whose middle is to be drawn anew."""
-        rows = self.shows.held_out or self.shows.train.at(0)
-        row = rows[i % len(rows)]
-        image = to_pil(open_and_cut(row.example, row.crop)[None] / 2 + 0.5)[0]
+        samples = self.splits.held_out or self.splits.train.at(0)
+        sample = samples[i % len(samples)]
+        image = to_pil(open_and_crop(sample.example, sample.crop)[None] / 2 + 0.5)[0]
         mask = Image.new("L", image.size)
         mask.paste(255, (image.width // 4, image.height // 4, image.width * 3 // 4, image.height * 3 // 4))
         return {"image": image, "mask_image": mask}
@@ -205,5 +213,5 @@ class FinetuneTask(Task):
 
 def _fingerprint(examples: Sequence[Example]) -> str:
     """Of the pictures and captions that are trained on: a folder that has changed is told on resuming."""
-    told = [(each.digest, each.caption, each.repeats) for each in examples]
-    return f"{len(told)} {hashlib.sha256(repr(told).encode()).hexdigest()[:12]}"
+    facts = [(each.digest, each.caption, each.repeats) for each in examples]
+    return f"{len(facts)} {hashlib.sha256(repr(facts).encode()).hexdigest()[:12]}"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-from pathlib import Path
+import re
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -12,43 +13,55 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldm.errors import UserError
+from ldm.errors import UserError, printable
 from ldm.files import reason
-from ldm.images.opening import open_picture, to_rgb
+from ldm.images.opening import open_picture, read_bytes, to_mask, to_rgb
 from ldm.images.pixels import to_tensor
 
-# A tensor is [3, H, W] or [1, 3, H, W] in 0..1; of a mask [H, W], [1, H, W] or [1, 1, H, W].
-InMemory = Image.Image | Tensor
+# A tensor is [3, H, W] or [1, 3, H, W] in 0..1; of a mask [H, W], [1, H, W] or [1, 1, H, W]. Several of them
+# are one for each prompt.
+OneInMemory = Image.Image | Tensor
+InMemory = OneInMemory | tuple[OneInMemory, ...]
 
 
-def read_file(path: str, sha256: str | None = None) -> tuple[Image.Image, str]:
-    """An upright RGB image and the SHA-256 of the file's bytes.
+def read_file(
+    path: str, sha256: str | None = None, convert: Callable[[Image.Image], Image.Image] = to_rgb
+) -> tuple[Image.Image, str]:
+    """An upright image, RGB or by `to_mask` grey, and the SHA-256 of the file's bytes.
 
     Raises:
         UserError: if the file is not a picture, or its SHA-256 is not the one given.
     """
-    try:
-        data = Path(path).read_bytes()
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the picture {path}: {reason(error)}") from None
-    image, digest = open_picture(path, io.BytesIO(data)), hashlib.sha256(data).hexdigest()
+    if re.match("https?://", str(path)):
+        raise UserError(f"{path}: addresses are not fetched: save the picture, and give its path")
+    data = read_bytes(path)
+    image, digest = open_picture(path, io.BytesIO(data), convert), hashlib.sha256(data).hexdigest()
     if sha256 not in (None, digest):
         raise UserError(
-            f"{path} has changed: its SHA-256 begins with {digest[:10]}, but the request asks for the file "
-            f"with {str(sha256)[:10]}"
+            f"{printable(path)} has changed: its SHA-256 begins with {digest[:10]}, but the request asks for "
+            f"the file with {str(sha256)[:10]}"
         )
     return image, digest
 
 
 def take(image: InMemory | None, channels: int) -> InMemory | None:
-    """A PIL image as RGB, a tensor as [1, channels, H, W]. Raises UserError for another shape or range."""
+    """A tensor as [1, channels, H, W]; a PIL image as RGB, or with one channel as a mask (`to_mask`).
+
+    Raises UserError for another shape or range.
+    """
     if image is None:
         return None
+    if isinstance(image, tuple):
+        return tuple(_take(each, channels) for each in image)
+    return _take(image, channels)
+
+
+def _take(image: OneInMemory, channels: int) -> OneInMemory:
     if isinstance(image, Image.Image):
         try:
-            return to_rgb(image)
-        except ValueError as error:
-            raise UserError(f"an image cannot be used: {error}") from None
+            return to_mask(image) if channels == 1 else to_rgb(image)
+        except Exception as error:  # decoders raise anything: an image of Image.open is read only now
+            raise UserError(f"an image cannot be used: {reason(error)}") from None
     batch = image.reshape((1,) * (4 - image.ndim) + image.shape)
     if batch.shape[:2] != (1, channels) or batch.ndim != 4:
         raise UserError(
@@ -60,14 +73,26 @@ def take(image: InMemory | None, channels: int) -> InMemory | None:
 
 
 def size_of(image: InMemory) -> tuple[int, int]:
-    """(height, width) in pixels."""
+    """(height, width) in pixels; of several the first's, to which all are fitted."""
+    if isinstance(image, tuple):
+        return size_of(image[0])
     if isinstance(image, Tensor):
         return image.shape[-2], image.shape[-1]
     return image.height, image.width
 
 
+def same_shape(a: tuple[int, int], b: tuple[int, int]) -> bool:
+    """Whether one (height, width) is the other at another size, up to a pixel of rounding."""
+    return abs(a[0] * b[1] - a[1] * b[0]) <= max(*a, *b)
+
+
 def fit_image(image: InMemory, size: tuple[int, int], bicubic: bool = False) -> Tensor:
-    """[1, 3, H, W] in 0..1, resized as diffusers does: PIL images by Lanczos, tensors to the nearest."""
+    """[1, 3, H, W] in 0..1, resized as diffusers does: PIL images by Lanczos, tensors to the nearest.
+
+    Of several images a row each.
+    """
+    if isinstance(image, tuple):
+        return torch.cat([fit_image(each, size, bicubic) for each in image])
     if isinstance(image, Tensor):
         return F.interpolate(image, size)
     resample = Image.Resampling.BICUBIC if bicubic else Image.Resampling.LANCZOS
@@ -75,7 +100,12 @@ def fit_image(image: InMemory, size: tuple[int, int], bicubic: bool = False) -> 
 
 
 def fit_mask(mask: InMemory, size: tuple[int, int]) -> Tensor:
-    """[1, 1, H, W]: 1 where a picture is drawn anew (where the mask is at least half white), else 0."""
+    """[1, 1, H, W]: 1 where a picture is drawn anew (where the mask is at least half white), else 0.
+
+    Of several masks a row each.
+    """
+    if isinstance(mask, tuple):
+        return torch.cat([fit_mask(each, size) for each in mask])
     if isinstance(mask, Tensor):
         values = F.interpolate(mask, size)
     else:

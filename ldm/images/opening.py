@@ -1,10 +1,12 @@
-"""The one way in for pictures: safe formats only, upright, RGB of 8 bits.
+"""The one way in for pictures: ordinary files of safe formats, upright, RGB of 8 bits; and for masks.
 
 No torch here: folders are examined without it.
 """
 
 from __future__ import annotations
 
+import stat
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import IO
@@ -12,7 +14,7 @@ from typing import IO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from ldm.errors import UserError
+from ldm.errors import UserError, printable
 from ldm.files import reason
 
 # Pillow reads more than these: none that starts another program, none that takes any bytes for a picture.
@@ -27,15 +29,46 @@ TURNS = {  # EXIF orientation -> what makes the picture upright
     8: Image.Transpose.ROTATE_90,
 }
 ORIENTATION = 0x0112
+MAX_BYTES = 2**28  # of a file; Pillow has a limit of its own for pixels
 
 
-def open_picture(path: str | Path, file: IO[bytes] | None = None) -> Image.Image:
+def read_bytes(path: str | Path) -> bytes:
+    """A picture's file, whole. Its name may come from a stranger: no device, no pipe, nothing without end.
+
+    Raises UserError.
+    """
+    try:
+        if not stat.S_ISREG(Path(path).stat().st_mode):  # even to open some would wait, or do something
+            raise OSError("it is not an ordinary file")
+        with Path(path).open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the picture {printable(path)}: {reason(error)}") from None
+    if len(data) > MAX_BYTES:
+        most = f"{MAX_BYTES // 2**20} MiB"
+        raise UserError(
+            f"cannot read the picture {printable(path)}: it has more than {most}; save it smaller"
+        )
+    return data
+
+
+def is_remote(path: str) -> bool:
+    r"""Whether a name leads to another computer: \\host\share, //host/share and mixtures of them."""
+    return len(path) > 1 and all(c in "/\\" for c in path[:2])
+
+
+def open_picture(
+    path: str | Path,
+    file: IO[bytes] | None = None,
+    convert: Callable[[Image.Image], Image.Image] | None = None,
+) -> Image.Image:
     """A picture as RGB of 8 bits, turned as its EXIF says, transparent parts on white.
 
     Grey, palette, CMYK and 16-bit pictures are converted; of animations and pages, the first is taken.
 
     Args:
         path: where it lies, or the name for messages if `file` holds its bytes.
+        convert: `to_mask` for a mask; by default `to_rgb`.
 
     Raises:
         UserError: on what cannot be read or fully decoded.
@@ -44,12 +77,14 @@ def open_picture(path: str | Path, file: IO[bytes] | None = None) -> Image.Image
         with Image.open(path if file is None else file, formats=formats()) as image:
             image.load()
             turn = TURNS.get(orientation(image))
-            rgb = to_rgb(image)
+            converted = (convert or to_rgb)(image)
     except UnidentifiedImageError:
-        raise UserError(f"cannot read the picture {path}: it is not a picture, or a damaged one") from None
+        raise UserError(
+            f"cannot read the picture {printable(path)}: it is not a picture, or a damaged one"
+        ) from None
     except Exception as error:  # broken files make decoders raise anything
-        raise UserError(f"cannot read the picture {path}: {reason(error)}") from None
-    return rgb if turn is None else rgb.transpose(turn)
+        raise UserError(f"cannot read the picture {printable(path)}: {reason(error)}") from None
+    return converted if turn is None else converted.transpose(turn)
 
 
 def orientation(image: Image.Image) -> int:
@@ -80,6 +115,31 @@ def to_rgb(image: Image.Image) -> Image.Image:
         # Pillow's own conversion cuts everything above 255 off.
         return Image.fromarray(((levels.astype(np.uint32) + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
-        rgba = image.convert("RGBA")
+        rgba = _to_rgba(image)
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def to_mask(image: Image.Image) -> Image.Image:
+    """A mask of 8 bits, grey: white where a picture is drawn anew.
+
+    Alpha says what is painted: of a mask with transparent parts it is the alpha, whatever the colours. One
+    that is opaque everywhere is read by its luminance. Raises ValueError as `to_rgb` does.
+    """
+    if image.has_transparency_data:
+        alpha = _alpha(image)
+        if alpha.getextrema() != (255, 255):
+            return alpha
+    return to_rgb(image).convert("L")
+
+
+def _alpha(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # of 16 bits, with one level that is transparent
+        painted = np.asarray(image) != image.info["transparency"]
+        return Image.fromarray(painted.astype(np.uint8) * 255)
+    return _to_rgba(image).getchannel("A")
+
+
+def _to_rgba(image: Image.Image) -> Image.Image:
+    # Pillow has no way from premultiplied grey to RGBA in one.
+    return (image.convert("LA") if image.mode == "La" else image).convert("RGBA")

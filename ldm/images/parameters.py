@@ -46,15 +46,9 @@ def parse_parameters(text: str) -> Request:
 
     Settings that `ldm` does not know are passed over. Raises UserError on values it cannot draw with.
     """
-    head, _, last = text.rstrip().rpartition("\n")
-    settings = {key: _unquoted(value) for key, value in _SETTING.findall(last)}
-    if "Steps" not in settings:
-        head, settings = text, {}
-    prompt, _, negative = f"\n{head}".partition("\nNegative prompt:")
-    fields: dict[str, Any] = {
-        "prompt": prompt.removeprefix("\n"),
-        "negative_prompt": negative.strip() or None,
-    }
+    prompt, negative, found = split_parameters(text)
+    settings = dict(reversed(found))  # of a key, the first counts: what others add comes later
+    fields: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative}
     for key, name in _FIELDS.items():
         if key in settings:
             fields[name] = settings[key]
@@ -64,12 +58,64 @@ def parse_parameters(text: str) -> Request:
         fields["seeds"] = (settings["Seed"],)
     if "Size" in settings:
         fields["width"], _, fields["height"] = settings["Size"].partition("x")
-    if settings.get("Clip skip", "").isdecimal():
-        fields["clip_skip"] = max(0, int(settings["Clip skip"]) - 1)
+    if "Clip skip" in settings:
+        skipped = settings["Clip skip"]
+        fields["clip_skip"] = max(0, int(skipped) - 1) if re.fullmatch(r"\d{1,4}", skipped) else skipped
     return Request(**fields)
 
 
-_SETTING = re.compile(r'\s*(\w[\w \-/]*):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+def split_parameters(text: str) -> tuple[str, str | None, list[tuple[str, str]]]:
+    """Prompt, negative prompt and settings as written, whether `ldm` could draw them or not.
+
+    Settings are (key, value); a piece without a key has "". They reach from a line that begins with
+    "Steps: 20" to the end, maybe over several lines: some tools wrap them, or add lines of their own. A text
+    without them is all prompt. Takes any text, in linear time.
+    """
+    text = text.replace("\r\n", "\n")
+    start, settings = _find_settings(text.rstrip())
+    head = text if not settings else text[:start].removesuffix("\n")
+    prompt, _, negative = f"\n{head}".partition("\nNegative prompt:")
+    return prompt.removeprefix("\n"), negative.strip() or None, settings
+
+
+def _find_settings(text: str) -> tuple[int, list[tuple[str, str]]]:
+    """Where the settings begin, and what they are; none if the text has no line of them."""
+    found = _FIRST.search(text)
+    while found is not None:
+        settings, again = _scan(text, found.start())
+        if again is None:
+            return found.start(), settings
+        found = _FIRST.search(text, again)
+    # In another order of settings, the last line has them all.
+    last = text.rfind("\n") + 1
+    settings, _ = _scan(text, last)
+    return last, settings if any(key == "Steps" and value for key, value in settings) else []
+
+
+def _scan(text: str, position: int) -> tuple[list[tuple[str, str]], int | None]:
+    """The settings from `position` to the end; or where a line shows that they only begin later."""
+    settings, first = list[tuple[str, str]](), position
+    while position < len(text):
+        if position > first and text[position - 1] == "\n" and _LATER.match(text, position):
+            return settings, position
+        key = _KEY.match(text, position)
+        position = position if key is None else key.end()
+        quoted = _QUOTED.match(text, position) if key else None
+        found = quoted or _PLAIN.match(text, position)
+        assert found is not None  # it matches nothing, too
+        value = _unquoted(found[0]) if quoted else found[0].strip()
+        if key or value:
+            settings.append((key[1].rstrip() if key else "", value))
+        position = found.end() + 1
+    return settings, None
+
+
+# Possessive (*+): what was read once is not read again.
+_FIRST = re.compile(r"^Steps:[ \t]*+\d++[ \t]*+(?:,|$)", re.MULTILINE)
+_LATER = re.compile(r"Steps:[ \t]*+\d++[ \t]*+(?:[,\n]|\Z)|Negative prompt:")
+_KEY = re.compile(r'[ \t]*+(\w[^,:"\n]*+):[ \t]*+')
+_QUOTED = re.compile(r'"(?:\\.|[^\\"])*+"[ \t]*+(?=[,\n]|\Z)', re.DOTALL)
+_PLAIN = re.compile(r"[^,\n]*+")
 _FIELDS = {
     "Steps": "num_inference_steps",
     "Sampler": "sampler",
@@ -95,7 +141,6 @@ def _quoted(value: str | float) -> str:
 
 
 def _unquoted(text: str) -> str:
-    if text.startswith('"'):
-        with contextlib.suppress(ValueError):
-            return str(json.loads(text))
+    with contextlib.suppress(ValueError):
+        return str(json.loads(text, strict=False))  # others leave newlines as they are
     return text.strip()

@@ -6,10 +6,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from ldm.errors import UserError
+from ldm.models.asymmetric import AsymmetricAutoencoderKL
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE, AutoencoderKL, AutoencoderTiny, LatentDist
 
-__all__ = ["MODELS", "VAE", "AutoencoderKL", "AutoencoderTiny", "LatentDist", "Network", "UNet", "build"]
+__all__ = [
+    "MODELS",
+    "VAE",
+    "AsymmetricAutoencoderKL",
+    "AutoencoderKL",
+    "AutoencoderTiny",
+    "LatentDist",
+    "Network",
+    "UNet",
+    "build",
+]
 
 Network = UNet | AutoencoderKL | AutoencoderTiny
 
@@ -18,6 +29,7 @@ MODELS: dict[str, type[UNet] | type[AutoencoderKL] | type[AutoencoderTiny]] = {
     "UNet2DConditionModel": UNet,
     "AutoencoderKL": AutoencoderKL,
     "AutoencoderTiny": AutoencoderTiny,
+    "AsymmetricAutoencoderKL": AsymmetricAutoencoderKL,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
@@ -28,9 +29,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Returns:
         [B, heads, N, d].
     """
-    if q.is_cuda and (efficient := _xformers()) is not None:
-        out: Tensor = efficient(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        return out.transpose(1, 2)
+    if q.is_cuda and (out := _by_xformers(q, k, v)) is not None:
+        return out
     # On CPU the backward of SDPA is slow for the few tokens of small latents; without a gradient SDPA wins.
     wants_gradient = torch.is_grad_enabled() and q.requires_grad
     few = q.shape[2] * k.shape[2] <= PLAIN_SCORES.get(q.element_size(), 0)
@@ -40,13 +40,49 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
+def _by_xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+    """What xformers makes of it, or None where it cannot: its kernels are for some cards, shapes and dtypes.
+
+    Which ones is its own affair, so each is tried once. With a gradient it is not asked, as it would fail
+    only in the backward pass; nor by torch.compile, which knows SDPA.
+    """
+    gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if gradient or torch.compiler.is_compiling() or (efficient := _xformers()) is None:
+        return None
+    asked = (q.shape, k.shape, v.shape, q.dtype, q.device)
+    if asked in _REFUSED:
+        return None
+    try:
+        out: Tensor = efficient(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        if not _REFUSED:
+            _warn(f"no kernel for queries {list(q.shape)} in {str(q.dtype)[6:]}", error)
+        _REFUSED.add(asked)
+        return None
+    return out.transpose(1, 2)
+
+
+_REFUSED: set[tuple[object, ...]] = set()  # what xformers has failed with, in this process
+
+
 @cache
 def _xformers() -> Callable[..., Tensor] | None:
-    """xformers' kernel, which takes [B, N, heads, d], or None where it is not installed."""
+    """xformers' kernel, which takes [B, N, heads, d], or None where it is not installed or does not load."""
     if find_spec("xformers") is None:
         return None
-    kernel: Callable[..., Tensor] = import_module("xformers.ops").memory_efficient_attention
+    try:
+        kernel: Callable[..., Tensor] = import_module("xformers.ops").memory_efficient_attention
+    except Exception as error:  # made for another torch, say
+        _warn("it does not load", error)
+        return None
     return kernel
+
+
+def _warn(what: str, error: Exception) -> None:
+    first = str(error).strip().partition("\n")[0]
+    warnings.warn(f"xformers: {what}, so torch's own attention is used ({first})", stacklevel=4)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +30,24 @@ class LatentDist:
     mean: Tensor
     std: Tensor  # 0 where an autoencoder has no distribution
 
-    def sample(self, noise: Tensor) -> Tensor:
-        """mean + std * noise, with unit noise of the same shape."""
+    def sample(self, noise: Tensor | torch.Generator | None = None) -> Tensor:
+        """mean + std * noise, with unit noise of the same shape; drawn on the CPU where it is not given."""
+        if not isinstance(noise, Tensor):
+            noise = torch.randn(self.mean.shape, generator=noise)
         return self.mean + self.std * noise.to(self.mean)
 
     def scaled(self, vae: VAE) -> LatentDist:
         """The same, as the U-Net has latents: (z - shift) * scale."""
         return LatentDist((self.mean - vae.shift_factor) * vae.scaling_factor, self.std * vae.scaling_factor)
+
+    @property
+    def latent_dist(self) -> LatentDist:
+        """Itself: diffusers' encoders give theirs inside an output."""
+        return self
+
+    def mode(self) -> Tensor:
+        """The mean."""
+        return self.mean
 
     @property
     def logvar(self) -> Tensor:
@@ -46,6 +57,12 @@ class LatentDist:
     def kl(self) -> Tensor:
         """KL(N(mean, std^2) || N(0, 1)) summed over each image: [B] (Kingma & Welling 2014, appendix B)."""
         return 0.5 * (self.mean**2 + self.std**2 - 1 - self.logvar).sum(dim=(1, 2, 3))
+
+
+class Decoded(NamedTuple):
+    """What diffusers' decoders give: `.sample` and `[0]` are the images [B, 3, H, W], about [-1, 1]."""
+
+    sample: Tensor
 
 
 class _Middle(nn.Module):
@@ -134,11 +151,14 @@ class Decoder(nn.Module):
 class AutoencoderKL(nn.Module):
     """The VAE of Stable Diffusion (Rombach et al. 2022, appendix G). Names as in diffusers' AutoencoderKL."""
 
+    is_variational = True  # pictures encode to a distribution
+
     def __init__(self, config: KLConfig) -> None:
         super().__init__()
         self.config = config
         self.latent_channels = config.latent_channels
         self.downscale = 2 ** (len(config.block_out_channels) - 1)
+        self.full_size_channels = max(config.block_out_channels[:2])  # of the widest features at H x W
         self.scaling_factor = config.scaling_factor
         self.shift_factor = config.shift_factor or 0.0
         self.force_upcast = config.force_upcast
@@ -171,13 +191,15 @@ class AutoencoderKL(nn.Module):
         z = latents.mean if noise is None else latents.sample(noise)
         return (z - self.shift_factor) * self.scaling_factor
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode_latents(self, latents: Tensor) -> Tensor:
         """Scaled latents [B, c, h, w] -> images [B, 3, H, W], about [-1, 1], not clamped."""
-        z = latents / self.scaling_factor + self.shift_factor
+        return self.decode(latents / self.scaling_factor + self.shift_factor).sample
+
+    def decode(self, z: Tensor, return_dict: bool = True) -> Decoded:
+        """Unscaled latents [B, c, h, w], as in diffusers; both values of `return_dict` give the same."""
         if self.post_quant_conv is not None:
             z = self.post_quant_conv(z)
-        images: Tensor = self.decoder(z)
-        return images
+        return Decoded(self.decoder(z))
 
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -249,11 +271,14 @@ class _TinyDecoder(nn.Module):
 class AutoencoderTiny(nn.Module):
     """TAESD: a small deterministic autoencoder without norms. Names as in diffusers' AutoencoderTiny."""
 
+    is_variational = False
+
     def __init__(self, config: TinyConfig) -> None:
         super().__init__()
         self.config = config
         self.latent_channels = config.latent_channels
         self.downscale = 2 ** (len(config.num_encoder_blocks) - 1)
+        self.full_size_channels = config.decoder_block_out_channels[0]
         self.scaling_factor = config.scaling_factor
         self.shift_factor = config.shift_factor
         self.force_upcast = config.force_upcast
@@ -278,10 +303,13 @@ class AutoencoderTiny(nn.Module):
         """(z - shift) * scale; `noise` is there for the common interface only, as nothing is random here."""
         return (self.encode(images).mean - self.shift_factor) * self.scaling_factor
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode_latents(self, latents: Tensor) -> Tensor:
         """Scaled latents [B, c, h, w] -> images [B, 3, H, W], about [-1, 1], not clamped."""
-        images: Tensor = self.decoder(latents / self.scaling_factor + self.shift_factor)
-        return images
+        return self.decode(latents / self.scaling_factor + self.shift_factor).sample
+
+    def decode(self, z: Tensor, return_dict: bool = True) -> Decoded:
+        """Unscaled latents [B, c, h, w], as in diffusers; both values of `return_dict` give the same."""
+        return Decoded(self.decoder(z))
 
 
 VAE = AutoencoderKL | AutoencoderTiny

@@ -13,7 +13,6 @@ from ldm.models.conditioning import Conditioning
 from ldm.models.layers import timestep_features
 from ldm.pipeline.inputs import Inputs
 from ldm.pipeline.model import Model
-from ldm.prompts.text_encoder import TextEncoder
 from ldm.request import Request
 
 
@@ -22,38 +21,41 @@ def encode_texts(model: Model, request: Request, inputs: Inputs, p: int) -> tupl
 
     Raises UserError for embeddings that do not fit the model or each other.
     """
-    extra, negative_extra = _extra(request, model.parts, model.text.device)
+    extra, negative_extra = _extra(request, model.parts, model.runtime.device)
     cond, uncond = _read(model, request, inputs, p)
     return replace(cond, **extra), replace(uncond, **negative_extra)
 
 
 def _read(model: Model, request: Request, inputs: Inputs, p: int) -> tuple[Conditioning, Conditioning]:
     """(cond, uncond): embeddings that are given, and the others of their texts."""
-    text, (texts, texts_2) = model.text, request.texts
-    cond = _given(p, text, inputs.prompt_embeds, inputs.pooled_prompt_embeds)
-    uncond = _given(p, text, inputs.negative_prompt_embeds, inputs.negative_pooled_prompt_embeds)
+    text, (texts, texts_2), device = model.text, request.texts, model.runtime.device
+    cond = _given(p, device, inputs.prompt_embeds, inputs.pooled_prompt_embeds)
+    uncond = _given(p, device, inputs.negative_prompt_embeds, inputs.negative_pooled_prompt_embeds)
     given = cond is not None or uncond is not None
     if cond is None:
         both = text.encode(texts, request.clip_skip, prompts_2=texts_2)
         cond, encoded = both[:1], both[1:]
+    absent = request.negative_prompt is None and request.negative_prompt_2 is None
+    unused = not text.clips and (request.guidance_scale or 0) <= 1
+    if uncond is None and absent and (model.parts.force_zeros_for_empty_prompt or unused):
+        uncond = cond.zeros()
+    elif uncond is None and inputs.prompt_embeds is not None:
+        windows = max(1, cond.tokens.shape[1] // text.window) if text.clips else 1
+        uncond = text.encode(texts[1:], request.clip_skip, windows, texts_2[1:])
     elif uncond is None:
-        windows = max(1, cond.tokens.shape[1] // text.window)
-        encoded = text.encode(texts[1:], request.clip_skip, windows, texts_2[1:])
-    if uncond is None:
-        absent = request.negative_prompt is None and request.negative_prompt_2 is None
-        uncond = encoded.zeros() if absent and model.parts.force_zeros_for_empty_prompt else encoded
+        uncond = encoded
     if given:
-        _check(cond, uncond, text)
+        _check(cond, uncond, model.parts)
     return cond, uncond
 
 
-def _given(p: int, text: TextEncoder, tokens: Tensor | None, pooled: Tensor | None) -> Conditioning | None:
+def _given(p: int, device: torch.device, tokens: Tensor | None, pooled: Tensor | None) -> Conditioning | None:
     """Row `p` of the embeddings that are given, or their only row."""
     if tokens is None:
         return None
     row = slice(p, p + 1) if len(tokens) > 1 else slice(1)
-    pooled = None if pooled is None else pooled[row].float().to(text.device)
-    return Conditioning(tokens[row].float().to(text.device), pooled)
+    pooled = None if pooled is None else pooled[row].float().to(device)
+    return Conditioning(tokens[row].float().to(device), pooled)
 
 
 def _extra(request: Request, parts: Parts, device: torch.device) -> list[dict[str, Tensor]]:
@@ -72,17 +74,19 @@ def _extra(request: Request, parts: Parts, device: torch.device) -> list[dict[st
     return both
 
 
-def _check(cond: Conditioning, uncond: Conditioning, text: TextEncoder) -> None:
+def _check(cond: Conditioning, uncond: Conditioning, parts: Parts) -> None:
+    config = parts.unet.config
     if cond.tokens.shape != uncond.tokens.shape:
         raise UserError(
             f"the embeddings of prompt {list(cond.tokens.shape[1:])} and negative prompt "
             f"{list(uncond.tokens.shape[1:])} differ in shape: give both, alike"
         )
     width = cond.tokens.shape[-1]
-    if width != text.width:
-        raise UserError(f"an embedding of {width} channels does not fit this model's {text.width}")
+    wanted = config.per_level("cross_attention_dim")[0]
+    if width != wanted:
+        raise UserError(f"an embedding of {width} channels does not fit this model's {wanted}")
     for name, each in (("pooled_prompt_embeds", cond), ("negative_pooled_prompt_embeds", uncond)):
-        if (each.pooled is not None) != text.pools:
+        if (each.pooled is not None) != ("pooled" in config.conditioning):
             raise UserError(f"{name} must be given beside the embeddings to SDXL models, and to them only")
 
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ldm.diffusion.guidance import Guidance
+from ldm.diffusion.noise import torch_seed
 from ldm.diffusion.solvers import Solver
 from ldm.errors import UserError
-from ldm.images.fitting import InMemory
+from ldm.images.fitting import InMemory, OneInMemory, read_file
+from ldm.images.opening import to_mask, to_rgb
 from ldm.images.pixels import to_numpy, to_pil
-from ldm.request import Request
+from ldm.request import LoraUse, Request, consecutive_seeds
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -29,10 +34,29 @@ class Inputs:
     negative_prompt_embeds: Tensor | None = None
     pooled_prompt_embeds: Tensor | None = None  # [prompts, P], with those (SDXL)
     negative_pooled_prompt_embeds: Tensor | None = None
-    image: InMemory | None = None  # to draw from, instead of the request's file
+    image: InMemory | None = None  # to draw from, instead of the request's file; a tuple: one for each prompt
     mask_image: InMemory | None = None
+    image_latents: Tensor | None = None  # [1 or prompts, C, h, w] scaled, instead of an image
     solver: Solver | None = None  # the user's own, instead of the sampler
     guidance: Guidance | None = None
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """What is given, by the names of the call's arguments."""
+        names = [each.name for each in fields(self) if getattr(self, each.name) is not None]
+        return tuple(_ARGUMENTS.get(name, name) for name in names)
+
+    def not_kept(self, seeds: Sequence[int]) -> tuple[str, ...]:
+        """What of it no request of these seeds keeps: all but generators that give what the seeds give."""
+        as_seeds = self.generators is not None and all_new(self.generators, seeds)
+        return tuple(name for name in self.given if not (as_seeds and name == "generator"))
+
+
+_ARGUMENTS = {
+    "generators": "generator",
+    "solver": "sampler",
+    "image_latents": "image",
+}  # where the call names them otherwise
 
 
 NOTHING = Inputs()
@@ -44,6 +68,12 @@ class Result:
 
     images: Any
     requests: tuple[Request, ...]
+
+    nsfw_content_detected: None = None  # diffusers' name; nothing is checked here
+
+    def __getitem__(self, key: int | str) -> Any:
+        """`[0]` and `["images"]` are the images, as in diffusers."""
+        return (self.images,)[key] if isinstance(key, int) else getattr(self, key)
 
     @property
     def request(self) -> Request:
@@ -70,21 +100,141 @@ def as_output(images: Tensor, output_type: str) -> Any:
 
 
 def one_each(text: str | Sequence[str] | None, count: int, name: str) -> list[str | None]:
-    """One text for each of `count` prompts; for "prompt" as many as there are."""
+    """One text for each of `count` prompts; for "prompt" as many as there are. Raises UserError."""
     if text is None or isinstance(text, str):
         return [text] * count
-    if not text or (name != "prompt" and len(text) != count):
+    if not isinstance(text, list | tuple | np.ndarray):
+        raise UserError(f"{name} {text!r:.60} is not allowed: give a text, or a list of texts")
+    if len(text) == 0 or (name != "prompt" and len(text) != count):
         raise UserError(f"{name} has {len(text)} texts for {count} prompts: give one, or one for each")
     return list(text)
+
+
+def all_new(generators: Sequence[torch.Generator], seeds: Sequence[int]) -> bool:
+    """Whether they give what these seeds give: none was drawn from yet, and none is there twice."""
+    if len({id(each) for each in generators}) < len(generators) or len(generators) != len(seeds):
+        return False
+    new = [torch.Generator().manual_seed(torch_seed(seed)) for seed in seeds]
+    return all(torch.equal(_draws(a), _draws(b)) for a, b in zip(generators, new, strict=True))
+
+
+def _draws(generator: torch.Generator) -> Tensor:
+    """The first of what a generator would give; it stays where it is."""
+    return torch.rand(8, generator=torch.Generator().set_state(generator.get_state()))
 
 
 def own_generators(
     generator: torch.Generator | Sequence[torch.Generator] | None, count: int
 ) -> list[torch.Generator] | None:
-    """One per picture; one alone is drawn from by each picture in turn."""
+    """One per picture; one alone is drawn from by each picture in turn. Raises UserError."""
     if generator is None:
         return None
-    generators = [generator] * count if isinstance(generator, torch.Generator) else list(generator)
-    if len(generators) != count:
-        raise UserError(f"{len(generators)} generators for {count} pictures: give one, or one per picture")
-    return generators
+    given: list[Any] = list(generator) if isinstance(generator, list | tuple) else [generator] * count
+    for each in given:
+        if not isinstance(each, torch.Generator):
+            raise UserError(f"generator {each!r:.60} is not a torch.Generator: give those, or a seed")
+    if len(given) != count:
+        raise UserError(f"{len(given)} generators for {count} pictures: give one, or one per picture")
+    return given
+
+
+def seeds_of(
+    seed: int | Iterable[int] | None, generators: Sequence[torch.Generator] | None, count: int
+) -> tuple[int, ...]:
+    """One per picture."""
+    if generators is not None:
+        return tuple(each.initial_seed() % 2**32 for each in generators)  # all of it that they take in
+    seeds = consecutive_seeds(seed, count)
+    if len(seeds) != count:
+        raise UserError(f"{len(seeds)} seeds for {count} pictures: give one, or one per picture")
+    return seeds
+
+
+def scaled_loras(uses: Sequence[LoraUse], attention: Mapping[str, Any] | None) -> tuple[LoraUse, ...] | None:
+    """A pipeline's LoRAs with their weights times the "scale" of diffusers' cross_attention_kwargs.
+
+    None for as they are. Raises UserError for anything else in it.
+    """
+    given = dict(attention or {})
+    scale = given.pop("scale", 1.0)
+    for name in given:
+        raise UserError(f"cross_attention_kwargs has {name!r}: only scale, of the LoRAs' weights, is taken")
+    if scale == 1 or not uses:
+        return None
+    return tuple(
+        use.replace(
+            weight=use.weight * scale,
+            text_weight=None if use.text_weight is None else use.text_weight * scale,
+        )
+        for use in uses
+    )
+
+
+# --- images, as Python has them --------------------------------------------------------------------------
+
+
+def count_images(*images: InMemory | Tensor | None) -> int:
+    """How many prompts they are for: 1 where there is but one."""
+    several = [len(each) for each in images if isinstance(each, tuple)]
+    several += [len(each) for each in images if isinstance(each, Tensor) and each.ndim == 4]
+    return max(several, default=1)
+
+
+def as_latents(image: Any, channels: int) -> Tensor | None:
+    """Latents [B, channels, h, w] that are given in place of an image; None for what is an image."""
+    if not isinstance(image, Tensor) or image.ndim not in (3, 4) or image.shape[-3] != channels:
+        return None
+    if channels in (1, 3):  # no telling them from pictures
+        return None
+    return image.detach().float().reshape(-1, *image.shape[-3:])
+
+
+def as_image(image: Any, name: str) -> tuple[str | None, InMemory | None]:
+    """What a request can hold of an image, its path, and what it cannot. Raises UserError.
+
+    Args:
+        image: a path, a PIL image, an array [H, W, 3] or [B, H, W, 3] of 8 bits or in 0..1, a tensor
+            [3, H, W] or [B, 3, H, W] in 0..1, or several of these; of a mask one channel, or no axis for it.
+    """
+    if isinstance(image, str | Path):
+        return str(image), None
+    if image is None:
+        return None, None
+    images = tuple(_each(image, name))
+    if not images:
+        raise UserError(f"{name} has no pictures: give one, or one for each prompt")
+    return None, images[0] if len(images) == 1 else images
+
+
+def _each(image: Any, name: str) -> Iterator[OneInMemory]:
+    match image:
+        case str() | Path():
+            yield read_file(str(image), convert=to_mask if name == "mask_image" else to_rgb)[0]
+        case Image.Image():
+            yield image
+        case Tensor():
+            is_batch = image.ndim == 4 or (image.ndim == 3 and name == "mask_image")
+            yield from image if is_batch and len(image) > 1 else [image]
+        case np.ndarray():
+            is_batch = image.ndim == 4 or (image.ndim == 3 and image.shape[-1] not in (1, 3, 4))
+            yield from map(_of_array, image if is_batch else [image])
+        case Iterable():
+            for one in image:
+                yield from _each(one, name)
+        case _:
+            raise UserError(
+                f"{name} {image!r:.60} is not an image: give a path, a PIL image, array or tensor"
+            )
+
+
+def _of_array(array: np.ndarray[Any, Any]) -> OneInMemory:
+    """A PIL image of whole numbers, a tensor [C, H, W] of others."""
+    if array.dtype == bool:
+        array = array.astype(np.uint8) * 255
+    if np.issubdtype(array.dtype, np.integer):
+        if array.size and not 0 <= array.min() <= array.max() <= 255:
+            raise UserError(f"an image of {array.dtype} is not allowed beyond 0..255: give 8 bits, or 0..1")
+        array = array.astype(np.uint8)
+        return Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array)
+    tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+    return tensor.movedim(-1, 0) if tensor.ndim == 3 else tensor[None]

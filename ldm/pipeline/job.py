@@ -7,31 +7,43 @@ What is wrong with a request is said here, before anything is drawn. `ldm.pipeli
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ldm.checkpoint import Parts
+from ldm.checkpoint.save import pipeline_class
 from ldm.diffusion.guidance import CFG, Guidance, InstructPix2Pix
 from ldm.diffusion.samplers import Sampler, resolve_sampler
 from ldm.diffusion.schedule import Grid
 from ldm.diffusion.scheduler_config import noise_levels
-from ldm.errors import UserError
-from ldm.images.fitting import fit_image, fit_mask, read_file, take
+from ldm.errors import UserError, printable
+from ldm.images.fitting import fit_image, fit_mask, read_file, same_shape, size_of, take
+from ldm.images.opening import to_mask, to_rgb
 from ldm.models.conditioning import Conditioning
 from ldm.models.kind import Kind
+from ldm.pipeline import before
 from ldm.pipeline.conditioning import encode_texts
-from ldm.pipeline.inputs import NOTHING, Inputs
+from ldm.pipeline.inputs import NOTHING, Inputs, count_images
 from ldm.pipeline.model import Model
-from ldm.pipeline.resolve import Images, resolve
-from ldm.pipeline.start import Edit, Enlarge, FromImage, FromNoise, Inpaint
+from ldm.pipeline.resolve import Images, meaningless_eta, resolve
+from ldm.pipeline.start import Edit, Enlarge, FromImage, FromLatents, FromNoise, Inpaint
 from ldm.request import Request
 
+LCM = "LatentConsistencyModelPipeline"  # as diffusers names it
 # What the requests of one job may differ in: their texts, and what follows from those.
 OWN = {"prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "seeds", "embeddings"}
+
+# An argument of the call that no request keeps -> what of a request means nothing beside it.
+INSTEAD: dict[str, dict[str, Any]] = {
+    "sampler": {"sampler": None, "eta": None},
+    "guidance": {"guidance_scale": None, "guidance_rescale": 0.0, "image_guidance_scale": None},
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +75,7 @@ class Job:
         [int], tuple[Conditioning, Conditioning]
     ]  # prompt number -> (cond, uncond), one row each
     sampler: Sampler
-    options: Mapping[str, float]  # of the sampler's solver
+    options: Mapping[str, Any]  # of the sampler's solver
     grid: Grid
     guidance: Guidance
     start: FromNoise
@@ -97,32 +109,51 @@ def prepare(
     """
     asked = (request,) if isinstance(request, Request) else tuple(request)
     check_alike(asked)
-    images = read_images(asked[0], inputs)
+    check_images(model, asked, inputs)
+    images = read_images(asked[0], inputs, model.vae.downscale)
     requests = tuple(resolve(model, each, images) for each in asked)
     first = requests[0]
+    if first.not_kept:
+        files = [name for name in ("image", "mask_image") if getattr(first, name) is not None]
+        first.check_given([*inputs.given, *files])
     model = model.for_request(first) if first.loras else model
     sampler, _ = resolve_sampler(inputs.solver or str(first.sampler))
-    given = first.timesteps or first.sigmas
-    grid = model.schedule.grid(
-        None if given else first.num_inference_steps,
-        None if given else first.spacing,
-        sampler,
-        timesteps=first.timesteps,
-        sigmas=first.sigmas,
-    )
-    start = start_of(model, first, trim_to_strength(grid, first), images)
-    pictures = list_pictures(requests, inputs, start.shape)
+    if asked[0].eta and not sampler.takes_eta:
+        raise meaningless_eta(asked[0].eta, sampler.name)
+    n, spacing = first.num_inference_steps, first.spacing
+    if first.timesteps or first.sigmas:
+        n = spacing = None
+    # As in diffusers: its pipeline for LCMs makes all steps within the strength, the others their last share.
+    spread = spacing == "lcm" and not first.is_old and pipeline_class(model.parts) == LCM
+    strength = 1.0 if first.strength is None or not spread else first.strength
+    grid = model.schedule.grid(n, spacing, sampler, first.timesteps, first.sigmas, strength)
+    if first.is_old and spacing == "ays" and n is not None:
+        grid = before.align_your_steps(model.schedule, sampler, n)
+    grid = grid if spread else trim_to_strength(grid, first)
+    start = start_of(model, first, grid, images, inputs.image_latents)
+    kept = requests if inputs is NOTHING and not first.not_kept else as_kept(requests, inputs)
+    pictures = list_pictures(kept, inputs, start.shape)
     return Job(
         model=model,
-        requests=requests,
+        requests=kept,
         encode=lru_cache(maxsize=1)(lambda p: encode_texts(model, requests[p], inputs, p)),
         sampler=sampler,
-        options={"eta": first.eta} if sampler.takes_eta and first.eta is not None else {},
-        grid=start.grid,
+        options=options_of(first, sampler, grid),
+        grid=grid,
         guidance=inputs.guidance or guidance_of(first, model.parts),
         start=start,
         batches=tuple(cut_into_batches(model, pictures, inputs, batch_size)),
     )
+
+
+def requests_of(job: Job, pictures: Sequence[Picture]) -> tuple[Request, ...]:
+    """The requests that draw these pictures: all of the job's, unless it was stopped."""
+    if len(pictures) == len(job.pictures):
+        return job.requests
+    seeds: dict[int, tuple[int, ...]] = {}
+    for picture in pictures:
+        seeds[picture.prompt] = (*seeds.get(picture.prompt, ()), picture.seed)
+    return tuple(job.requests[p].replace(seeds=own) for p, own in seeds.items())
 
 
 def check_alike(requests: Sequence[Request]) -> None:
@@ -134,15 +165,61 @@ def check_alike(requests: Sequence[Request]) -> None:
             raise UserError(f"prompts of one call have the same {name}: give others to another call")
 
 
-def read_images(request: Request, inputs: Inputs) -> Images:
-    """The image and mask of a request, from memory or its files. Raises UserError, also if one changed."""
+def as_kept(requests: Sequence[Request], inputs: Inputs) -> tuple[Request, ...]:
+    """The requests as pictures keep them: they say what they lack, and nothing that was not so."""
+    lacks = inputs.not_kept([seed for each in requests for seed in each.seeds])
+    blank = {name: value for argument in lacks for name, value in INSTEAD.get(argument, {}).items()}
+    return tuple(each.replace(**blank, not_kept=lacks) for each in requests)
+
+
+def check_images(model: Model, requests: Sequence[Request], inputs: Inputs) -> None:
+    """Raise UserError for another number of images than one, or one for each prompt."""
+    for name in ("image", "mask_image", "image_latents"):
+        given = getattr(inputs, name)
+        if given is not None and (count := count_images(given)) not in (1, len(requests)):
+            raise UserError(
+                f"{count} pictures as {name} for {len(requests)} prompts: give one, or one for each"
+            )
+    if inputs.image_latents is not None and (model.kind is not Kind.TEXT or inputs.mask_image is not None):
+        raise UserError("latents as the image are for drawing from an image alone: give the picture itself")
+
+
+def read_images(request: Request, inputs: Inputs, downscale: int = 1) -> Images:
+    """The image and mask of a request, from memory or its files. Raises UserError, also if one changed.
+
+    Alpha means another thing in each: an image is laid on white; of a mask it is what is painted. In place of
+    latents an image without pixels stands, `downscale` times as large.
+    """
+    if inputs.image_latents is not None:
+        height, width = (downscale * side for side in inputs.image_latents.shape[-2:])
+        return Images(torch.empty(1, 3, height, width, device="meta"), None, {})
     image, mask, digests = inputs.image, inputs.mask_image, dict[str, str]()
     image, mask = image if image is None else take(image, 3), mask if mask is None else take(mask, 1)
     if request.image is not None:
         image, digests["image_sha256"] = read_file(request.image, request.image_sha256)
     if request.mask_image is not None:
-        mask, digests["mask_image_sha256"] = read_file(request.mask_image, request.mask_image_sha256)
+        mask, digests["mask_image_sha256"] = read_file(
+            request.mask_image, request.mask_image_sha256, to_rgb if request.is_old else to_mask
+        )
+    if image is not None and mask is not None and not same_shape(size_of(image), size_of(mask)):
+        shapes = [f"{width}x{height}" for height, width in (size_of(mask), size_of(image))]
+        name = printable(request.mask_image or "mask_image")
+        warnings.warn(
+            f"{name} has {shapes[0]} pixels and the picture it masks {shapes[1]}: "
+            "it is stretched to fit; give one of the same shape",
+            stacklevel=3,
+        )
     return Images(image, mask, digests)
+
+
+def options_of(request: Request, sampler: Sampler, grid: Grid) -> dict[str, Any]:
+    """Keyword arguments of the sampler's solver."""
+    options: dict[str, Any] = {}
+    if sampler.takes_eta and request.eta is not None:
+        options["eta"] = request.eta
+    if grid.orders and not request.is_old:
+        options["orders"] = grid.orders
+    return options
 
 
 def trim_to_strength(grid: Grid, request: Request) -> Grid:
@@ -154,32 +231,45 @@ def trim_to_strength(grid: Grid, request: Request) -> Grid:
         raise UserError(
             f"strength {request.strength:g} of {len(grid.timesteps)} steps leaves none: give more of either"
         )
-    return replace(grid, sigmas=grid.sigmas[skipped:], timesteps=grid.timesteps[skipped:])
+    return grid.last(request.num_steps)
 
 
-def start_of(model: Model, request: Request, grid: Grid, images: Images) -> FromNoise:
+def start_of(
+    model: Model, request: Request, grid: Grid, images: Images, latents: Tensor | None = None
+) -> FromNoise:
     """How the pictures of a resolved request begin, with its images resized."""
     size, factor, vae = request.size, model.vae.downscale, model.vae
     small = (size[0] // factor, size[1] // factor)
     shape, device = (vae.latent_channels, *small), model.runtime.device
+    if latents is not None:
+        if latents.shape[-2:] != small:
+            raise UserError(
+                f"latents of {list(latents.shape[-2:])} as the image do not fit pictures of {list(size)}, "
+                f"which have {list(small)}: leave height and width out"
+            )
+        return FromLatents(shape, grid, device, latents)
     if images.image is None:
         return FromNoise(shape, grid, device)
     if model.kind is Kind.UPSCALE:
         low_res = 2 * fit_image(images.image, small, bicubic=True).to(device) - 1
         levels = noise_levels(model.parts.low_res_scheduler or {})
         return Enlarge(shape, grid, device, low_res, float(levels[request.noise_level or 0]))
-    pixels = fit_image(images.image, size)
+    pixels, samples = fit_image(images.image, size), vae.is_variational or request.is_old
     if model.kind is Kind.PIX2PIX:
         return Edit(shape, grid, device, vae, pixels)
     if images.mask is not None:
-        mask = fit_mask(images.mask, size)
-        return Inpaint(shape, grid, device, vae, pixels, mask, keeps_image=request.strength != 1)
-    return FromImage(shape, grid, device, vae, pixels)
+        mask, keeps = fit_mask(images.mask, size), request.strength != 1
+        return Inpaint(shape, grid, device, vae, pixels, mask, keeps_image=keeps, samples=samples)
+    return FromImage(shape, grid, device, vae, pixels, samples=samples)
 
 
 def list_pictures(requests: Sequence[Request], inputs: Inputs, shape: tuple[int, int, int]) -> list[Picture]:
     """Every picture of resolved requests, in order. Raises UserError for latents of another shape."""
-    pictures = [Picture(p, each, seed, seed) for p, each in enumerate(requests) for seed in each.seeds]
+    pictures = [
+        Picture(p, each, seed, seed % 2**32 if each.is_old else seed)
+        for p, each in enumerate(requests)
+        for seed in each.seeds
+    ]
     if inputs.generators is not None:
         pictures = [replace(each, source=g) for each, g in zip(pictures, inputs.generators, strict=True)]
     if inputs.latents is not None:
@@ -211,8 +301,9 @@ def cut_into_batches(
     lengths = dict.fromkeys(prompts, 1)  # given embeddings have one length, and so has one prompt
     if inputs.prompt_embeds is None and len(prompts) > 1:
         lengths = {p: model.text.count_windows(*request.texts) for p, request in prompts.items()}
-    at_once = model.runtime.images_at_once(*pictures[0].prompt_request.size)
-    size = at_once if size is None else min(size, at_once)
+    if size != 1:
+        at_once = model.runtime.images_at_once(*pictures[0].prompt_request.size, model.bytes_per_pixel)
+        size = at_once if size is None else min(size, at_once)
     for _, alike in itertools.groupby(pictures, key=lambda picture: lengths[picture.prompt]):
         group = tuple(alike)
         yield from (group[i : i + size] for i in range(0, len(group), size))

@@ -6,22 +6,28 @@ Nothing changes after construction: adapters give a new model, which shares the 
 from __future__ import annotations
 
 import hashlib
+import warnings
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
+
+import torch
 
 from ldm.adapters import Adapted, Lora, LoraFile, adapt, read_embedding, read_lora, wanted_loras
 from ldm.checkpoint import Parts
 from ldm.checkpoint.io import weight_files
+from ldm.checkpoint.save import pipeline_class
+from ldm.checkpoint.source import find_adapter
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
 from ldm.files import sha256
 from ldm.models import VAE, UNet
 from ldm.models.kind import Kind
+from ldm.pipeline.moving import move, move_parts, read_target
 from ldm.prompts.text_encoder import Clip, TextEncoder
 from ldm.request import LoraUse, Request
-from ldm.runtime import Runtime
+from ldm.runtime import Runtime, choose
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +50,7 @@ class Model:
         if runtime is None:
             weight = next(parts.unet.parameters())
             runtime = Runtime(weight.device, weight.dtype)
-        return cls(parts, Schedule.from_config(dict(parts.scheduler)), runtime, name)
+        return cls(parts, schedule_of(parts), runtime, name)
 
     @property
     def unet(self) -> UNet:
@@ -55,9 +61,35 @@ class Model:
         return self.parts.vae
 
     @property
+    def tokenizer(self) -> Any:
+        return self.parts.tokenizer
+
+    @property
+    def tokenizer_2(self) -> Any:
+        return self.parts.tokenizer_2
+
+    @property
+    def text_encoder(self) -> Any:
+        return self.parts.text_encoder
+
+    @property
+    def text_encoder_2(self) -> Any:
+        return self.parts.text_encoder_2
+
+    @property
     def kind(self) -> Kind:
         """What it draws from."""
         return self.parts.kind
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return self.runtime.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What they run in."""
+        return self.runtime.dtype
 
     @property
     def text(self) -> TextEncoder:
@@ -79,6 +111,11 @@ class Model:
             digest = hashlib.sha256("\n".join([digest, *lines]).encode()).hexdigest()
         return digest[:10]
 
+    @property
+    def bytes_per_pixel(self) -> int:
+        """Of the VAE's widest features at full size: memory says how many are drawn at once."""
+        return self.vae.full_size_channels * next(self.vae.parameters()).element_size()
+
     def unknown_words(self, prompt: str) -> list[str]:
         """The prompt's words that the model has never seen; none where the model does not list its words."""
         if self.adapted.loras:  # which may have taught it any
@@ -87,22 +124,59 @@ class Model:
             prompt = prompt.replace(embedding.name, " ")
         return self.parts.unknown_words(prompt)
 
+    # --- elsewhere: each gives a new model that shares what is the same with this one ----------------------
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """This model on another device or in another dtype: `.to("cuda")`, `.to("cpu", torch.bfloat16)`.
+
+        Adapters go along. Networks that are there already are shared. Raises UserError.
+        """
+        device, dtype = read_target(*args, **kwargs)
+        runtime = choose(self.device if device is None else device, dtype or self.dtype)
+        parts = move_parts(self.base.parts, runtime, cast=dtype is not None)
+        upscaler = None if self.upscaler is None else self.upscaler.to(*args, **kwargs)
+        moved = replace(self, parts=parts, runtime=runtime, adapted=Adapted(), upscaler=upscaler)
+        return moved if self.adapted.original is None else moved._with(self.adapted)
+
+    def cuda(self, device: int | str | torch.device = "cuda") -> Self:
+        """This model on a GPU. Raises UserError if there is none."""
+        return self.to(device)
+
+    def compiled(self, **options: Any) -> Self:
+        """This model with a U-Net that torch.compile makes quicker, at its first steps slower.
+
+        It shares all tensors. Adapters go before: `with_lora` and `to` give a model that is not compiled.
+
+        Args:
+            options: of `torch.compile`, such as mode="max-autotune".
+        """
+        unet = move(self.unet, self.device, None)
+        unet.compile(**options)
+        return replace(self, parts=replace(self.parts, unet=unet))
+
     # --- adapters: each gives a new model that shares the tensors of this one ------------------------------
 
     def with_lora(
-        self, file: str | Path | LoraFile, weight: float = 1.0, text_weight: float | None = None
+        self,
+        file: str | Path | LoraFile,
+        weight: float = 1.0,
+        text_weight: float | None = None,
+        *,
+        weight_name: str | None = None,
     ) -> Self:
         """This model with a LoRA (or LoHa, LoKr, DoRA) beside those it has; its name is the file's.
 
         Args:
-            file: in the names of diffusers, peft or kohya; one that is there already gets the new weight.
+            file: in the names of diffusers, peft or kohya, a folder that has one, or a hub name; one that is
+                there already gets the new weight.
             weight: on the U-Net; 0 is none, 1 as trained.
             text_weight: on the text encoders; by default the same.
+            weight_name: of several files of a folder or hub name, the one that is meant.
 
         Raises:
             UserError: if the file is damaged, or does not belong to this model wholly: says which and why.
         """
-        read = file if isinstance(file, LoraFile) else read_lora(file)
+        read = file if isinstance(file, LoraFile) else read_lora(find_adapter(file, weight_name))
         lora = Lora(read, read.name, weight, weight if text_weight is None else text_weight)
         others = {each.name: each for each in self.adapted.loras}
         if lora.name in others and others[lora.name].file.sha256 != read.sha256:
@@ -110,8 +184,12 @@ class Model:
         return self._with(replace(self.adapted, loras=tuple({**others, lora.name: lora}.values())))
 
     def with_embedding(self, file: str | Path, name: str | None = None) -> Self:
-        """This model with a textual inversion, written as `name` in prompts. Raises UserError."""
-        words = (*self.adapted.embeddings, read_embedding(file, name))
+        """This model with a textual inversion, written as `name` in prompts. Raises UserError.
+
+        Args:
+            file: or a folder that has one, or a hub name.
+        """
+        words = (*self.adapted.embeddings, read_embedding(find_adapter(file), name))
         return self._with(replace(self.adapted, embeddings=words))
 
     def fuse(self) -> Self:
@@ -143,3 +221,19 @@ class Model:
     def _with(self, adapted: Adapted) -> Self:
         parts, adapted = adapt(self.base.parts, adapted)
         return replace(self, parts=parts, adapted=adapted)
+
+
+def schedule_of(parts: Parts) -> Schedule:
+    """The schedule of a model's parts.
+
+    As diffusers' pipelines for Stable Diffusion 1 and 2 do, it takes `clip_sample` there for a mistake.
+    """
+    schedule = Schedule.from_config(dict(parts.scheduler))
+    bounds, is_xl = schedule.bounds, "time_ids" in parts.unet.config.conditioning
+    if bounds is not None and bounds.clip_sample and pipeline_class(parts) == "StableDiffusionPipeline":
+        warnings.warn(
+            "scheduler_config.json: clip_sample=True is for pixels, and ignored as in diffusers: say False",
+            stacklevel=2,
+        )
+        bounds = replace(bounds, clip_sample=False)
+    return replace(schedule, bounds=bounds, is_xl=is_xl)

@@ -15,15 +15,16 @@ from ldm.diffusion.prediction import c_in
 from ldm.diffusion.schedule import Grid
 from ldm.models import VAE, LatentDist, UNet
 from ldm.models.conditioning import Conditioning
-from ldm.runtime import finite
+from ldm.runtime import Finite, finite, memory_format
 
 
 def predict(unet: UNet, grid: Grid, branches: Mapping[str, Conditioning]) -> Predict:
     """The U-Net's raw output, fp32, for the branches that a guidance asks for, in one call."""
+    network = Finite(unet, "the U-Net")
 
     def call(x: Tensor, sigma: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
         cond = Conditioning.cat([branches[name] for name in names])
-        (out,) = finite(unet, lambda unet: (_unet(unet, grid, x, sigma, cond),), "the U-Net")
+        (out,) = network(lambda unet: (_unet(unet, grid, x, sigma, cond),))
         return dict(zip(names, out.chunk(len(names)), strict=True))
 
     return call
@@ -46,13 +47,14 @@ def _unet(unet: UNet, grid: Grid, x: Tensor, sigma: Tensor, cond: Conditioning) 
 
     All conditioning is cast too, but for sizes and noise levels, which 16 bits cannot hold.
     """
-    dtype, timestep = unet.conv_in.weight.dtype, float(grid.t(sigma))
+    dtype, timestep = unet.conv_in.weight.dtype, grid.t(sigma)
     sample = (x * c_in(sigma)).repeat(len(cond) // len(x), 1, 1, 1)
     if cond.concat is not None:
         sample = torch.cat([sample, cond.concat], dim=1)
     out: Tensor = unet(
-        sample.to(dtype, memory_format=torch.channels_last),
-        timestep,
+        sample.to(dtype, memory_format=memory_format(sample.device)),
+        # A tensor, as torch.compile takes a number for a constant and compiles again for each.
+        timestep.float().to(sample.device),
         cond.tokens.to(dtype),
         pooled=None if cond.pooled is None else cond.pooled.to(dtype),
         time_ids=cond.time_ids,
@@ -64,11 +66,15 @@ def _unet(unet: UNet, grid: Grid, x: Tensor, sigma: Tensor, cond: Conditioning) 
 
 def _encode(vae: VAE, images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation [B, c, h, w], unscaled."""
-    weight = next(vae.parameters())
-    latents = vae.encode(images.to(weight.device, weight.dtype, memory_format=torch.channels_last))
+    latents = vae.encode(_as_taken(vae, images))
     return latents.mean, latents.std
 
 
 def _decode(vae: VAE, latents: Tensor) -> Tensor:
+    return vae.decode_latents(_as_taken(vae, latents))
+
+
+def _as_taken(vae: VAE, x: Tensor) -> Tensor:
+    """Images or latents where the VAE is, in its dtype and layout."""
     weight = next(vae.parameters())
-    return vae.decode(latents.to(weight.device, weight.dtype, memory_format=torch.channels_last))
+    return x.to(weight.device, weight.dtype, memory_format=memory_format(weight.device))

@@ -7,10 +7,11 @@ Nothing here changes after construction, so threads may share a pipeline.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -18,28 +19,31 @@ from torch import Tensor
 from ldm.checkpoint import embedded, load_parts, save_model
 from ldm.diffusion.guidance import Guidance
 from ldm.diffusion.solvers import Solver, Step
-from ldm.errors import UserError
-from ldm.images.fitting import InMemory
+from ldm.errors import NoSuchName, UserError
 from ldm.models import LatentDist
 from ldm.pipeline import networks
+from ldm.pipeline.callback import Callback, Watch, check_names
+from ldm.pipeline.diffusers_names import assignment, lookup, refuse_arguments, refuse_loading, refuse_modules
 from ldm.pipeline.inputs import (
     NOTHING,
     Inputs,
     Result,
+    as_image,
+    as_latents,
     as_output,
     check_output_type,
+    count_images,
     one_each,
     own_generators,
+    scaled_loras,
+    seeds_of,
 )
-from ldm.pipeline.job import Job, prepare
+from ldm.pipeline.job import Batch, Job, Picture, prepare, requests_of
 from ldm.pipeline.model import Model
 from ldm.pipeline.resolve import check_upscaler
 from ldm.pipeline.sample import OnStep, draw_batch, draw_latents, sample
-from ldm.request import Request, consecutive_seeds
+from ldm.request import Request
 from ldm.runtime import choose
-
-# (pipeline, step, timestep, {"latents": ...}) -> None or {"latents": ...}
-Callback = Callable[["Pipeline", int, float, dict[str, Any]], dict[str, Any] | None]
 
 
 def load(
@@ -55,6 +59,8 @@ def load(
     text_encoder_2: str | Path | None = None,
     prediction_type: str | None = None,
     ema: bool | None = None,
+    torch_dtype: str | torch.dtype | None = None,
+    **others: Any,
 ) -> Pipeline:
     """The pipeline in a diffusers folder, a single file or on the hub; without a path the embedded model.
 
@@ -68,11 +74,18 @@ def load(
         unet, vae, text_encoder, text_encoder_2: taken from another folder, file or hub name.
         prediction_type: "epsilon" or "v_prediction", where the model does not say it or is wrong.
         ema: of a single file that holds both, the averaged weights (True) or the plain ones (False).
+        torch_dtype: diffusers' name of dtype.
+        others: what diffusers' loaders take and changes nothing here: safety_checker=None, ...
 
     Raises:
-        UserError: naming the file that is missing or damaged, and what to do.
+        UserError: naming the file that is missing or damaged, or the argument, and what to do.
     """
-    runtime, model = choose(device, dtype), embedded() if path is None else path
+    refuse_loading(others, LOAD_ARGUMENTS)
+    refuse_modules(unet=unet, vae=vae, text_encoder=text_encoder, text_encoder_2=text_encoder_2)
+    if None not in (dtype, torch_dtype) and dtype != torch_dtype:
+        raise UserError(f"dtype {dtype} and torch_dtype {torch_dtype} are one argument: give dtype alone")
+    dtype = torch_dtype if dtype is None else dtype
+    runtime, model = choose(device, None if dtype == "auto" else dtype), embedded() if path is None else path
     parts = load_parts(
         model,
         runtime,
@@ -89,8 +102,14 @@ def load(
     return Pipeline.from_parts(parts, runtime, place.stem if place.is_file() else place.name)
 
 
+LOAD_ARGUMENTS = tuple(inspect.signature(load).parameters)[:-1]
+
+
 class Pipeline(Model):
-    """A model that draws. Made by `ldm.load`."""
+    """A model that draws. Made by `ldm.load`, which `from_pretrained` and `from_single_file` are too."""
+
+    from_pretrained = staticmethod(load)
+    from_single_file = staticmethod(load)
 
     def __call__(
         self,
@@ -112,13 +131,14 @@ class Pipeline(Model):
         guidance_rescale: float = 0.0,
         clip_skip: int | None = None,
         callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         *,
-        seed: int | Sequence[int] | None = None,
+        seed: int | Iterable[int] | None = None,
         sampler: str | Solver | None = None,
         spacing: str | None = None,
         guidance: Guidance | None = None,
-        image: str | Path | InMemory | None = None,
-        mask_image: str | Path | InMemory | None = None,
+        image: Any = None,
+        mask_image: Any = None,
         strength: float | None = None,
         image_guidance_scale: float | None = None,
         noise_level: int | None = None,
@@ -134,6 +154,9 @@ class Pipeline(Model):
         negative_target_size: tuple[int, int] | None = None,
         aesthetic_score: float | None = None,
         negative_aesthetic_score: float | None = None,
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
+        return_dict: bool = True,
+        **others: Any,
     ) -> Result:
         """Draw. Names and meanings are those of diffusers; None is the model's default.
 
@@ -145,25 +168,39 @@ class Pipeline(Model):
             sampler: a name in any spelling, or a function like those in `ldm/diffusion/solvers.py`.
             spacing: where the sampler's steps lie ("karras", "trailing", ...).
             guidance: a function like `ldm.diffusion.guidance.CFG`, in place of guidance_scale and _rescale.
-            image: to draw from: a path, a PIL image, or [3, H, W] in 0..1; resized as in diffusers.
-            mask_image: white where an inpainting model draws anew; the rest keeps the image's own pixels.
+            image: to draw from: a path, a PIL image, an array [H, W, 3] of 8 bits or in 0..1, a tensor
+                [3, H, W] in 0..1, or its latents; resized as in diffusers. One, or one for each prompt.
+            mask_image: white where an inpainting model draws anew, or where it has transparent parts, what is
+                not; the rest keeps the image's own pixels.
             strength: the share of the steps that is drawn, from the image with as much noise.
             output_type: "pil" (list), "np" [B, H, W, 3] in 0..1, "pt" [B, 3, H, W] in 0..1, or "latent".
             callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}) with the latents at
-                the network's scale, x / sqrt(sigma^2 + 1); what it returns under "latents" replaces them.
+                the network's scale, x / sqrt(sigma^2 + 1). What it returns under a name replaces that from
+                the next step on; {"stop": True}, or StopIteration, ends the call with what is drawn so far.
+                Several pictures are drawn batch by batch: steps begin at 0 in each, with its rows only.
+            callback_on_step_end_tensor_inputs: what it sees: latents, prompt_embeds, negative_prompt_embeds,
+                add_text_embeds, negative_pooled_prompt_embeds, add_time_ids, guidance_scale.
+            cross_attention_kwargs: {"scale": 0.5} multiplies the weights of the LoRAs.
+            return_dict: either value; a Result has `.images` and is a tuple's like, `[0]`.
+            others: not taken; the error says what to write instead.
 
         Raises:
             UserError: naming the argument that is not allowed, its value and what is.
         """
+        refuse_arguments(others, CALL_ARGUMENTS)
+        check_output_type(output_type)
+        check_names(callback_on_step_end_tensor_inputs)
         each = num_images_per_prompt
         if each < 1:
             raise UserError(f"num_images_per_prompt {each} is not allowed: give at least 1")
-        prompts = one_each(prompt, 1 if prompt_embeds is None else len(prompt_embeds), "prompt")
+        image_latents = as_latents(image, self.vae.latent_channels)
+        image_file, image = as_image(image if image_latents is None else None, "image")
+        mask_file, mask_image = as_image(mask_image, "mask_image")
+        several = 1 if prompt_embeds is None else len(prompt_embeds)
+        prompts = one_each(prompt, max(several, count_images(image, mask_image, image_latents)), "prompt")
         count = len(prompts) * each
         generators = own_generators(generator, count)
-        seeds = _seeds(seed, generators, count)
-        image_file, image = _file_or_memory(image)
-        mask_file, mask_image = _file_or_memory(mask_image)
+        seeds = seeds_of(seed, generators, count)
         shared = Request(
             height=height,
             width=width,
@@ -189,6 +226,7 @@ class Pipeline(Model):
             negative_target_size=negative_target_size,
             aesthetic_score=aesthetic_score,
             negative_aesthetic_score=negative_aesthetic_score,
+            loras=scaled_loras(self.adapted.uses, cross_attention_kwargs),
         )
         inputs = Inputs(
             generators=generators,
@@ -199,6 +237,7 @@ class Pipeline(Model):
             negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
             image=image,
             mask_image=mask_image,
+            image_latents=image_latents,
             solver=sampler if callable(sampler) else None,
             guidance=guidance,
         )
@@ -219,10 +258,11 @@ class Pipeline(Model):
             )
             for p, (text, negative, text_2, negative_2) in enumerate(texts)
         ]
-        check_output_type(output_type)
         job = self.prepare(requests, inputs)
-        on_step = None if callback_on_step_end is None else self._on_step(callback_on_step_end, job)
-        return self.draw(job, on_step, output_type)
+        if callback_on_step_end is None:
+            return self.draw(job, None, output_type)
+        callback, names = callback_on_step_end, callback_on_step_end_tensor_inputs
+        return self._draw(job, lambda batch: Watch(self, job, batch, callback, names), output_type)
 
     def prepare(
         self,
@@ -244,12 +284,22 @@ class Pipeline(Model):
     def draw(self, job: Job, on_step: OnStep | None = None, output_type: str = "pil") -> Result:
         """Draw a job; `on_step` sees each step of each batch. Raises UserError for an unknown output type."""
         check_output_type(output_type)
-        drawn = draw_latents if output_type == "latent" else draw_batch
-        images = torch.cat([drawn(job, batch, on_step) for batch in job.batches])
-        requests = job.requests
+        return self._draw(job, lambda batch: on_step, output_type)
+
+    def _draw(self, job: Job, watch: Callable[[Batch], OnStep | None], output_type: str) -> Result:
+        """Draw a job, each batch with a watcher of its own, until one of them stops."""
+        draw = draw_latents if output_type == "latent" else draw_batch
+        drawn, pictures = list[Tensor](), list[Picture]()
+        for batch in job.batches:
+            on_step = watch(batch)
+            drawn.append(draw(job, batch, on_step))
+            pictures += batch
+            if isinstance(on_step, Watch) and on_step.stopped:
+                break
+        requests = requests_of(job, pictures)
         if output_type == "latent":
             requests = tuple(each.replace(upscaling=None) for each in requests)
-        return Result(as_output(images, output_type), requests)
+        return Result(as_output(torch.cat(drawn), output_type), requests)
 
     def generate(
         self,
@@ -316,29 +366,27 @@ class Pipeline(Model):
 
         return to_diffusers(self.fuse().parts)
 
-    def _on_step(self, callback: Callback, job: Job) -> OnStep:
-        def on_step(step: Step) -> None:
-            scale = (step.sigma**2 + 1) ** 0.5
-            latents = step.x / scale
-            answer = callback(self, step.i, float(job.grid.timesteps[step.i]), {"latents": latents})
-            if answer and answer.get("latents", latents) is not latents:
-                step.x.copy_(answer["latents"] * scale)
+    def save_pretrained(self, path: str | Path, safe_serialization: bool = True, **options: Any) -> None:
+        """diffusers' name of `save`, to a folder."""
+        variant = options.pop("variant", None)
+        if not safe_serialization or variant is not None:
+            raise UserError("save_pretrained writes safetensors without a variant: leave the argument out")
+        self.save(path, **options)
 
-        return on_step
+    def set_progress_bar_config(self, **_: object) -> None:
+        """Nothing to set: Python draws no bar."""
+
+    # --- other names of diffusers -------------------------------------------------------------------------
+
+    if not TYPE_CHECKING:  # which is to know the names that there are
+
+        def __getattr__(self, name: str) -> Any:
+            if (line := lookup(name)) is not None:
+                raise NoSuchName(line)
+            return object.__getattribute__(self, name)  # raises what it raised before
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise assignment(name, value)
 
 
-def _file_or_memory(image: str | Path | InMemory | None) -> tuple[str | None, InMemory | None]:
-    """What a request can hold of an image, its path, and what it cannot."""
-    return (str(image), None) if isinstance(image, str | Path) else (None, image)
-
-
-def _seeds(
-    seed: int | Sequence[int] | None, generators: Sequence[torch.Generator] | None, count: int
-) -> tuple[int, ...]:
-    """One per picture."""
-    if generators is not None:
-        return tuple(each.initial_seed() % 2**63 for each in generators)
-    seeds = consecutive_seeds(seed, count)
-    if len(seeds) != count:
-        raise UserError(f"{len(seeds)} seeds for {count} pictures: give one, or one per picture")
-    return seeds
+CALL_ARGUMENTS = tuple(inspect.signature(Pipeline.__call__).parameters)[1:-1]

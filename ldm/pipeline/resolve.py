@@ -15,8 +15,8 @@ import torch
 
 from ldm.adapters import used_embeddings, wanted_loras
 from ldm.checkpoint import Parts
-from ldm.diffusion.samplers import resolve_sampler
-from ldm.errors import UserError
+from ldm.diffusion.samplers import SAMPLERS, resolve_sampler
+from ldm.errors import UserError, printable
 from ldm.images.fitting import InMemory, size_of
 from ldm.models.kind import Kind
 from ldm.pipeline.model import Model
@@ -44,13 +44,16 @@ def resolve(model: Model, request: Request, images: Images) -> Request:
     """
     request = request.replace(**images.digests) if images.digests else request
     check(request, images.image is not None, images.mask is not None, model.parts)
+    check_image_size(request, images, model.parts)
     values = _adapters(model, request)
     if request.num_grid_steps is not None:  # a grid of its own counts for itself
         values["num_inference_steps"] = request.num_grid_steps
     for name, value in _defaults(model, request, images).items():
         if getattr(request, name) is None:
             values.setdefault(name, value)
-    request, factor = request.replace(**values), model.vae.downscale
+    eta, request, factor = request.eta, request.replace(**values), model.vae.downscale
+    if eta and not SAMPLERS[str(request.sampler)].takes_eta:
+        raise meaningless_eta(eta, str(request.sampler))
     for side in ("height", "width"):
         pixels = getattr(request, side)
         if pixels % factor:
@@ -97,6 +100,28 @@ def check(request: Request, has_image: bool, has_mask: bool, parts: Parts) -> No
         )
 
 
+def meaningless_eta(eta: float, sampler: str) -> UserError:
+    """For a sampler that takes none. 0 is no fault anywhere: CompVis's commands give it to all."""
+    takers = ", ".join(each.name for each in SAMPLERS.values() if each.takes_eta)
+    return UserError(f"eta {eta:g} is not allowed here: {sampler} has none, only {takers} do")
+
+
+def check_image_size(request: Request, images: Images, parts: Parts) -> None:
+    """Raise UserError for an image too small or too large for a picture of its own size, if that is asked."""
+    if images.size is None or None not in (request.height, request.width):
+        return
+    height, width = size_from(images.size, parts.kind, parts.vae.downscale)
+    sides = [own for own, asked in ((height, request.height), (width, request.width)) if asked is None]
+    if min(sides) >= 8 and max(sides) <= MAX_SIDE:
+        return
+    fault = "too small" if min(sides) < 8 else "too large"
+    name, size = printable(request.image or "the image"), f"{images.size[1]}x{images.size[0]} pixels"
+    raise UserError(
+        f"{name} has {size}, {fault} for a picture of its own size, of 8 to {MAX_SIDE} pixels a side "
+        f"(here {width}x{height}): give another, or the size to draw (width and height; -W and -H)"
+    )
+
+
 def _defaults(model: Model, request: Request, images: Images) -> dict[str, Any]:
     """Fields of a Request -> what they are if it does not say: as ldm.json has them, or else the kind."""
     parts, schedule = model.parts, model.schedule
@@ -118,7 +143,7 @@ def _defaults(model: Model, request: Request, images: Images) -> dict[str, Any]:
 
 def _kind_defaults(parts: Parts, has_image: bool) -> dict[str, Any]:
     """Fields of a Request -> what they are where neither the caller nor ldm.json says, as in diffusers."""
-    is_xl = parts.text_encoder_2 is not None
+    is_xl = "time_ids" in parts.unet.config.conditioning
     values = {"num_inference_steps": 50, "guidance_scale": 7.5}
     match parts.kind:
         case Kind.TEXT:

@@ -6,46 +6,81 @@ U-Net is called (`ldm.pipeline.networks`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from ldm.diffusion.guidance import Exchangeable, Guidance
 from ldm.diffusion.solvers import Step
 from ldm.models.conditioning import Conditioning
 from ldm.pipeline import networks
 from ldm.pipeline.inputs import Inputs
 from ldm.pipeline.job import Batch, Job, prepare
 
-OnStep = Callable[[Step], object]
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """What whoever watches a batch wants to be other from the next step on."""
+
+    texts: Mapping[str, Conditioning] = field(default_factory=dict)  # by branch
+    guidance: Guidance | None = None  # None: as it is
+    stop: bool = False  # keep what is drawn so far
+
+
+OnStep = Callable[[Step], object]  # what it gives means nothing, unless it is a Change
 
 
 def draw_batch(job: Job, batch: Batch, on_step: OnStep | None = None) -> Tensor:
     """The images [B, 3, H, W] in 0..1 of one batch, enlarged where the model has an upscaler."""
     latents = draw_latents(job, batch, on_step)
-    images = job.start.finish(networks.decode(job.model.vae, latents))
+    start = job.start.rows([picture.prompt for picture in batch])
+    images = start.finish(networks.decode(job.model.vae, latents))
     return images if job.model.upscaler is None else enlarge(job, batch, images)
 
 
 def draw_latents(job: Job, batch: Batch, on_step: OnStep | None = None) -> Tensor:
-    """The latents [B, C, h, w] at the end of one batch, as the VAE decodes them; `on_step` sees each step."""
-    for step in sample(job, batch):
-        if on_step is not None:
-            on_step(step)
-    return step.x * job.grid.final_scale
+    """The latents [B, C, h, w] at the end of one batch, as the VAE decodes them; `on_step` sees each step.
+
+    If it stops the batch, they are those of that step at the network's scale, x / sqrt(sigma^2 + 1).
+    """
+    steps, change = sample(job, batch), None
+    try:
+        while True:
+            step = steps.send(change)
+            answer = None if on_step is None else on_step(step)
+            change = answer if isinstance(answer, Change) else None
+            if change is not None and change.stop:
+                return step.x / math.hypot(step.sigma, 1)
+    except StopIteration:
+        return step.x * job.grid.final_scale
 
 
-def sample(job: Job, batch: Batch) -> Iterator[Step]:
-    """The steps of one batch: the first state, then whatever the solver does with it."""
+def sample(job: Job, batch: Batch) -> Generator[Step, Change | None, None]:
+    """The steps of one batch: the first state, then whatever the solver does with it.
+
+    A Change that is sent to it holds from the next step on.
+    """
     noise = job.sampler.noise([picture.source for picture in batch])
     given = [picture.latents for picture in batch if picture.latents is not None]
-    cond, uncond = zip(*(job.encode(picture.prompt) for picture in batch), strict=True)
-    x, branches = job.start.begin(
+    prompts = [picture.prompt for picture in batch]
+    cond, uncond = zip(*map(job.encode, prompts), strict=True)
+    x, branches = job.start.rows(prompts).begin(
         noise, torch.stack(given) if given else None, Conditioning.cat(cond), Conditioning.cat(uncond)
     )
     predict = networks.predict(job.model.unet, job.grid, branches)
-    denoise = job.guidance(predict, job.model.schedule.prediction.x0)
-    return job.sampler.solver(denoise, x, job.grid.sigmas, noise, **job.options)
+    schedule = job.model.schedule
+    guided = Exchangeable(job.guidance(predict, schedule.prediction.x0))
+    denoise = guided if schedule.bounds is None else schedule.bounded(guided, job.sampler)
+    for step in job.sampler.solver(denoise, x, job.grid.sigmas, noise, **job.options):
+        change = yield step
+        if change is not None:
+            for name, texts in change.texts.items():
+                branches[name] = replace(texts, concat=branches[name].concat)
+            if change.guidance is not None:
+                guided.current = change.guidance(predict, schedule.prediction.x0)
 
 
 def enlarge(job: Job, batch: Batch, images: Tensor) -> Tensor:

@@ -7,8 +7,10 @@ first use, once for all batches.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -49,24 +51,50 @@ class FromNoise:
         """Finished pictures [B, 3, H, W] in 0..1 of decoded ones."""
         return images
 
+    def rows(self, prompts: Sequence[int]) -> Self:
+        """This start for pictures of these prompts: a row for each where each prompt has its own image."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        own: dict[str, Any] = {name: t[list(prompts)] for name, t in tensors.items() if len(t) > 1}
+        return replace(self, **own) if own else self
+
 
 @dataclass(frozen=True, eq=False)
 class FromImage(FromNoise):
     """Image to image: an image's latents, noised to the first level of the grid."""
 
     vae: VAE
-    pixels: Tensor  # [1, 3, H, W] in 0..1
+    pixels: Tensor  # [1 or prompts, 3, H, W] in 0..1
+    # Whether the latents of `pixels` are sampled with noise of each picture's own, as of a variational VAE.
+    samples: bool = field(default=True, kw_only=True)
 
     @cached_property
     def latents(self) -> LatentDist:
         """Of the image, [1, c, h, w] each."""
         return networks.encode(self.vae, self.pixels)
 
+    def sample(self, encoded: LatentDist, noise: Noise) -> Tensor:
+        """Latents of an encoded picture: a sample for each picture that is drawn, or for all the mean."""
+        return encoded.sample(noise.initial(self.shape)) if self.samples else encoded.mean
+
     def begin(
         self, noise: Noise, given: Tensor | None, cond: Conditioning, uncond: Conditioning
     ) -> tuple[Tensor, Branches]:
-        x0 = self.latents.sample(noise.initial(self.shape))
+        x0 = self.sample(self.latents, noise)
         x = x0 + float(self.grid.sigmas[0]) * self.unit(noise, given)
+        return x, {"cond": cond, "uncond": uncond}
+
+
+@dataclass(frozen=True, eq=False)
+class FromLatents(FromNoise):
+    """Image to image from latents that the caller has: nothing is encoded, and no noise drawn for it."""
+
+    image_latents: Tensor  # [1 or prompts, C, h, w], scaled as the U-Net has them
+
+    def begin(
+        self, noise: Noise, given: Tensor | None, cond: Conditioning, uncond: Conditioning
+    ) -> tuple[Tensor, Branches]:
+        x = self.image_latents.to(self.device) + float(self.grid.sigmas[0]) * self.unit(noise, given)
         return x, {"cond": cond, "uncond": uncond}
 
 
@@ -121,9 +149,9 @@ class Inpaint(FromImage):
     ) -> tuple[Tensor, Branches]:
         first = FromImage if self.keeps_image else FromNoise
         x, _ = first.begin(self, noise, given, cond, uncond)
-        masked = self.masked.sample(noise.initial(self.shape))
+        masked = self.sample(self.masked, noise)
         small = F.interpolate(self.mask, self.shape[1:]).to(self.device)
-        concat = torch.cat([small.expand(len(x), -1, -1, -1), masked], 1)
+        concat = torch.cat([each.expand(len(x), -1, -1, -1) for each in (small, masked)], 1)
         return x, {"cond": replace(cond, concat=concat), "uncond": replace(uncond, concat=concat)}
 
     def finish(self, images: Tensor) -> Tensor:

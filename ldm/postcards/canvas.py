@@ -13,6 +13,7 @@ Tint = Callable[[RGB], RGB]
 Point = tuple[float, float]
 
 WHITE: RGB = (255, 255, 255)
+_SMOOTH = skia.SamplingOptions(skia.FilterMode.kLinear, skia.MipmapMode.kLinear)
 
 
 def rgb(text: str) -> RGB:
@@ -74,6 +75,14 @@ class Pen:
     def oval(self, x: float, y: float, rx: float, ry: float, colour: RGB, alpha: int = 255) -> None:
         self._canvas.drawOval(_around(x, y, rx, ry), self._fill(colour, alpha))
 
+    def soft_oval(
+        self, x: float, y: float, rx: float, ry: float, colour: RGB, alpha: int, blur: float
+    ) -> None:
+        """An oval whose edge fades by a Gaussian of standard deviation `blur`."""
+        paint = self._fill(colour, alpha)
+        paint.setMaskFilter(skia.MaskFilter.MakeBlur(skia.kNormal_BlurStyle, blur))
+        self._canvas.drawOval(_around(x, y, rx, ry), paint)
+
     def dome(self, x: float, y: float, rx: float, ry: float, colour: RGB) -> None:
         """The upper half of an oval."""
         self._canvas.drawArc(_around(x, y, rx, ry), 180, 180, False, self._fill(colour))
@@ -103,6 +112,22 @@ class Pen:
             points=[(0, top), (0, bottom)], colors=[self._colour(colour) for colour in colours]
         )
         self._canvas.drawRect(skia.Rect.MakeLTRB(0, top, 1, bottom), skia.Paint(Shader=shader))
+
+    def image(
+        self, image: Any, start: Point, end: Point, *, mirrored: bool = False, light: RGB = (1, 1, 1)
+    ) -> None:
+        """A skia image between an upper left and a lower right corner, its channels multiplied by `light`."""
+        paint = skia.Paint(AntiAlias=True)
+        if light != (1, 1, 1):
+            colour = skia.Color(*(round(255 * each) for each in light))
+            paint.setColorFilter(skia.ColorFilters.Blend(colour, skia.BlendMode.kModulate))
+        self._canvas.save()
+        if mirrored:
+            self._canvas.translate(start[0] + end[0], 0)
+            self._canvas.scale(-1, 1)
+        whole, room = skia.Rect.MakeWH(image.width(), image.height()), skia.Rect.MakeLTRB(*start, *end)
+        self._canvas.drawImageRect(image, whole, room, _SMOOTH, paint)
+        self._canvas.restore()
 
     def _colour(self, colour: RGB, alpha: int = 255) -> Any:
         return skia.Color(*(max(0, min(255, round(c))) for c in self._tint(colour)), alpha)

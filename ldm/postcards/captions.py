@@ -27,7 +27,7 @@ def caption(scene: Scene, rng: random.Random) -> str:
     mentions = _sample_mentions(scene, rng)
     style = rng.random()
     if not mentions.things:
-        text = _scenery(scene, mentions, rng)
+        text = scenery(scene, mentions, rng)
     elif style < 0.1:
         text = _tags(scene, mentions, rng)
     elif style < 0.2 and mentions.place:
@@ -149,13 +149,13 @@ def _sentence(scene: Scene, mentions: Mentions, rng: random.Random) -> str:
 def _place_first(scene: Scene, mentions: Mentions, rng: random.Random) -> str:
     """ "a snowy forest at night with a red car on the left" """
     spot = [_position(scene, rng)] if mentions.position else []
-    return " ".join([_scenery(scene, mentions, rng), "with", _subject(scene, mentions, rng), *spot])
+    return " ".join([scenery(scene, mentions, rng), "with", _subject(scene, mentions, rng), *spot])
 
 
-def _scenery(scene: Scene, mentions: Mentions, rng: random.Random) -> str:
+def scenery(scene: Scene, mentions: Mentions, rng: random.Random) -> str:
     """ "a snowy forest at night" """
-    adjective, rest = _split_weather(scene, mentions, rng)
-    return " ".join([_fill(phrases.SCENERY[scene.place], adjective, scene, rng), *rest])
+    adjective, rest = split_weather(scene, mentions, rng)
+    return " ".join([fill(phrases.SCENERY[scene.place], adjective, scene, rng), *rest])
 
 
 def _tags(scene: Scene, mentions: Mentions, rng: random.Random) -> str:
@@ -236,7 +236,7 @@ def _position(scene: Scene, rng: random.Random) -> str:
 
 def _circumstances(scene: Scene, mentions: Mentions, rng: random.Random) -> list[str]:
     """Where, when and in what weather, in one order or another."""
-    adjective, rest = _split_weather(scene, mentions, rng, slot=mentions.place)
+    adjective, rest = split_weather(scene, mentions, rng, slot=mentions.place)
     where = [_where(scene, adjective, rng)] if mentions.place else []
     if rng.random() < 0.2:
         rng.shuffle(rest)
@@ -252,14 +252,14 @@ def _where(scene: Scene, adjective: str, rng: random.Random) -> str:
         templates = phrases.IN_THE_SEA
     else:
         templates = phrases.PLACES[scene.place]
-    return _fill(templates, adjective, scene, rng)
+    return fill(templates, adjective, scene, rng)
 
 
 def _realms(scene: Scene) -> set[str]:
     return {SHAPES[group.kind].realm for group in scene.groups}
 
 
-def _fill(templates: tuple[str, ...], adjective: str, scene: Scene, rng: random.Random) -> str:
+def fill(templates: tuple[str, ...], adjective: str, scene: Scene, rng: random.Random) -> str:
     """One of the templates that have room for the adjective, if there is one, and are true in the snow."""
     if adjective:
         templates = tuple(template for template in templates if "{}" in template)
@@ -268,7 +268,7 @@ def _fill(templates: tuple[str, ...], adjective: str, scene: Scene, rng: random.
     return rng.choice(templates).format(adjective)
 
 
-def _split_weather(
+def split_weather(
     scene: Scene, mentions: Mentions, rng: random.Random, *, slot: bool = True
 ) -> tuple[str, list[str]]:
     """The adjective of the place, with its space, and the phrases for time and weather."""

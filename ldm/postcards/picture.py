@@ -26,7 +26,7 @@ _SNOWY_LAND: dict[str, RGB] = {
     "sunset": (0.97, 0.84, 0.88),
     "night": (0.60, 0.67, 0.90),
 }
-_THINGS: dict[str, RGB] = {
+THING_LIGHT: dict[str, RGB] = {
     "dawn": (1, 0.98, 0.99),
     "day": (1, 1, 1),
     "sunset": (1, 0.93, 0.89),
@@ -46,14 +46,14 @@ def render(scene: Scene, size: int = 128, paints: Sequence[RGB] | None = None) -
     if len(paints) != len(scene.groups):
         raise ValueError(f"{len(paints)} paints are not one for each of {len(scene.groups)} groups")
     rng, sheet = random.Random(scene.seed), Sheet(size)
-    land = sheet.pen.with_tint(_land_tint(scene))
+    land = sheet.pen.with_tint(land_tint(scene))
     draw_sky(sheet.pen, scene, rng)
     snowy, night = scene.weather == "snow", scene.time == "night"
     places.DRAW[scene.place](places.Backdrop(land, sheet.pen, rng, snowy, night))
     draw_falling(sheet.pen, scene, rng)
     for group, paint in zip(scene.groups, paints, strict=True):
         _shadows(land, group, scene.place)
-        _draw_group(sheet.pen.with_tint(multiply(_THINGS[scene.time])), group, paint)
+        _draw_group(sheet.pen.with_tint(multiply(THING_LIGHT[scene.time])), group, paint)
     return sheet.pixels()
 
 
@@ -65,7 +65,8 @@ def object_mask(scene: Scene, size: int = 128) -> npt.NDArray[np.bool_]:
     return sheet.pixels()[..., 0] > 127
 
 
-def _land_tint(scene: Scene) -> Tint:
+def land_tint(scene: Scene) -> Tint:
+    """How the hour and the weather colour what does not shine."""
     light = (_SNOWY_LAND if scene.weather == "snow" else _LAND)[scene.time]
     dim = 0.84 if scene.weather == "rain" else 1.0
     tint = multiply((light[0] * dim, light[1] * dim, light[2] * dim))

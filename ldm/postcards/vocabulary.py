@@ -1,9 +1,6 @@
 """What the postcard world is made of: things, colours, places, times, weathers; and the hold-out rule."""
 
 from dataclasses import dataclass
-from typing import Any, TypeVar
-
-N = TypeVar("N", bound=Any)
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "white")
 PLACES = ("sea", "beach", "meadow", "mountains", "forest", "desert", "city")
@@ -71,13 +68,8 @@ def is_held_out(kind: str, colour: str) -> bool:
 
 
 def thing_number(kind: str, colour: str) -> int:
-    """A kind in a colour as a number from 1 on; 0 is nothing. `kind_and_colour` takes it apart."""
+    """A kind in a colour as a number from 1 on; 0 is nothing."""
     return 1 + KINDS.index(kind) * len(COLOURS) + COLOURS.index(colour)
-
-
-def kind_and_colour(number: N) -> tuple[N, N]:
-    """Indices into KINDS and COLOURS of a `thing_number`, or of arrays or tensors of them."""
-    return (number - 1) // len(COLOURS), (number - 1) % len(COLOURS)
 
 
 def places_for(kind: str) -> tuple[str, ...]:

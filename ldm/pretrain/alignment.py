@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.models import UNet
-from ldm.postcards.vocabulary import COLOURS, KINDS, kind_and_colour
+from ldm.postcards.vocabulary import COLOURS, KINDS
 
 _HIDDEN = 128
 
@@ -19,13 +19,12 @@ class Alignment(nn.Module):
     is, so to name it there the two must have been brought together.
     """
 
-    def __init__(self, unet: UNet) -> None:
+    def __init__(self, unet: UNet, kinds: int = len(KINDS), colours: int = len(COLOURS)) -> None:
         super().__init__()
-        kinds, colours = 1 + len(KINDS), len(COLOURS)
         width = unet.config.block_out_channels[-1]
-        self.split = (kinds, colours)
+        self.split = (1 + kinds, colours)  # no kind is one too
         self.head = nn.Sequential(
-            nn.Conv2d(width, _HIDDEN, 1), nn.SiLU(), nn.Conv2d(_HIDDEN, kinds + colours, 1)
+            nn.Conv2d(width, _HIDDEN, 1), nn.SiLU(), nn.Conv2d(_HIDDEN, sum(self.split), 1)
         )
         self._features: Tensor | None = None
         unet.up_blocks[0].register_forward_hook(self._keep)
@@ -36,7 +35,7 @@ class Alignment(nn.Module):
     def forward(self, things: Tensor) -> Tensor:
         """Cross-entropy of kinds in all cells and of colours on things, of the U-Net's last call.
 
-        things: [B, h, w], a `thing_number` in each cell, or 0.
+        things: [B, h, w], in each cell 1 + kind * colours + colour, or 0.
         """
         assert self._features is not None, "the U-Net has not been called"
         features, self._features = self._features, None
@@ -44,6 +43,7 @@ class Alignment(nn.Module):
             features = F.adaptive_avg_pool2d(features, (things.shape[1], things.shape[2]))
         kinds, colours = self.head(features).float().split(self.split, 1)
         there = things > 0
-        kind, colour = kind_and_colour(things.clamp(min=1))
+        number = things.clamp(min=1) - 1
+        kind, colour = number // self.split[1], number % self.split[1]
         wrong_colour = F.cross_entropy(colours, colour, reduction="none")
         return F.cross_entropy(kinds, torch.where(there, 1 + kind, 0)) + (wrong_colour * there).mean()

@@ -31,10 +31,10 @@ def tokenise(tokenizer: Any, captions: list[list[str]]) -> Tensor:
     return torch.from_numpy(ids.astype(np.int16)).view(len(captions), most, -1)
 
 
-def pick_captions(tokens: Tensor, index: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+def pick_captions(token_ids: Tensor, index: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """One random caption of each picture of `index` [B]: its ids [B, length], and which it is, [B]."""
-    which = torch.randint(tokens.shape[1], index.shape, generator=rng)
-    return tokens[index, which].long(), which
+    which = torch.randint(token_ids.shape[1], index.shape, generator=rng)
+    return token_ids[index, which].long(), which
 
 
 class CLIPTask(Task):
@@ -64,8 +64,8 @@ class CLIPTask(Task):
         labels = 0 if train.labels is None else train.labels.shape[1]
         self.naming = nn.Linear(config.text_config.hidden_size, labels) if labels else None
         self.train_pictures, self.held_out = train, held_out
-        self.tokens = tokenise(tokenizer, train.captions)
-        self.held_out_tokens = tokenise(tokenizer, held_out.captions)
+        self.token_ids = tokenise(tokenizer, train.captions)
+        self.held_out_token_ids = tokenise(tokenizer, held_out.captions)
         self.naming_weight = loss_settings({"naming": 1.0}, loss)["naming"]
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
@@ -75,7 +75,7 @@ class CLIPTask(Task):
 
     def batch(self, rng: torch.Generator, size: int, number: int = 0) -> Batch:
         index = torch.randint(len(self.train_pictures), (size,), generator=rng)
-        batch = {"x": self.train_pictures.tensors(index), "ids": pick_captions(self.tokens, index, rng)[0]}
+        batch = {"x": self.train_pictures.tensors(index), "ids": pick_captions(self.token_ids, index, rng)[0]}
         if self.train_pictures.labels is not None:
             batch["labels"] = torch.from_numpy(self.train_pictures.labels[index.numpy()]).float()
         return batch
@@ -105,8 +105,10 @@ class CLIPTask(Task):
     def evaluate(self) -> dict[str, float]:
         """How often the right picture is found for a held-out caption among 256."""
         index = torch.arange(min(256, len(self.held_out)))
-        image, text, _ = self._embed(self.held_out.tensors(index), self.held_out_tokens[index, 0].long())
-        found = (text @ image.T).argmax(1) == index
+        device = self.clip.logit_scale.device
+        pictures, ids = self.held_out.tensors(index), self.held_out_token_ids[index, 0].long()
+        image, text, _ = self._embed(pictures.to(device), ids.to(device))
+        found = (text @ image.T).argmax(1) == index.to(device)
         return {"held_out_retrieval": float(found.float().mean())}
 
     def picture(self, folder: Path) -> Image.Image | None:
@@ -124,4 +126,4 @@ class CLIPTask(Task):
         vision.half().save_pretrained(folder / "image_encoder")  # metrics need no more
         CLIPTokenizer.from_pretrained(self.tokenizer_dir).save_pretrained(folder / "tokenizer")
         words = known_words(caption for each in self.train_pictures.captions for caption in each)
-        (folder / "words.txt").write_text("\n".join(words) + "\n")
+        (folder / "words.txt").write_text("\n".join(words) + "\n", encoding="utf-8")

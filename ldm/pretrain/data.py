@@ -38,8 +38,8 @@ class Pictures:
     labels: multi-hot [N, L] of what is in each picture; masks: uint8 [N, H/8, W/8], 255 where an object
     covers the cell; things: uint8 [N, H/16, W/16], which thing has its room there (0: none). All only
     where the source knows them (the postcards do).
-    repainted: uint8 [N, H, W, 3], the same with the things in other colours, and told: bool [N, captions],
-    which of the captions say all colours; where they were asked for.
+    repainted: uint8 [N, H, W, 3], the same with the things in other colours, and names_colours: bool
+    [N, captions], which of the captions say all colours; where they were asked for.
     """
 
     images: NDArray[np.uint8]
@@ -48,7 +48,7 @@ class Pictures:
     masks: NDArray[np.uint8] | None = None
     things: NDArray[np.uint8] | None = None
     repainted: NDArray[np.uint8] | None = None
-    told: NDArray[np.bool_] | None = None
+    names_colours: NDArray[np.bool_] | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -75,18 +75,20 @@ class Pictures:
 def load_pictures(data: DataSection, repainted: bool = False) -> tuple[Pictures, Pictures]:
     """Training and held-out pictures; postcards with repainted ones, if asked for.
 
-    Raises UserError when a folder has too few usable images.
+    Raises UserError when a folder has too few usable images, and for sprites.
     """
+    if data.sprites is not None:
+        raise UserError("data.sprites is for scripts/train_sprites.py: this trainer renders postcards")
     pictures = _postcards(data, repainted) if data.folder is None else _folder(data.folder, data.size)
     if len(pictures) <= data.held_out:
         raise UserError(
             f"{len(pictures)} pictures found, but {data.held_out} are held out: lower data.held_out"
         )
-    cut = len(pictures) - data.held_out
-    return pictures.slice(slice(0, cut)), pictures.slice(slice(cut, None))
+    trained = len(pictures) - data.held_out
+    return pictures.slice(slice(0, trained)), pictures.slice(slice(trained, None))
 
 
-def cut(x: torch.Tensor, corners: list[list[int]], side: int) -> torch.Tensor:
+def crop_squares(x: torch.Tensor, corners: list[list[int]], side: int) -> torch.Tensor:
     """Squares [B, C, side, side] of x [B, C, H, W], each from its own corner: row and column, in pixels."""
     places = [[slice(start, start + side) for start in corner] for corner in corners]
     return torch.stack([each[:, rows, columns] for each, (rows, columns) in zip(x, places, strict=True)])
@@ -124,7 +126,7 @@ def _postcards(data: DataSection, repainted: bool) -> Pictures:
     total = data.count + data.held_out
     mix = list(data.compositions.items())
     said = f"{data.captions}-{data.reworded}"
-    painted = f"{data.shades}-repainted" if repainted else f"{data.shades}"
+    painted = f"{data.shades}-repainted-named" if repainted else f"{data.shades}"
     key = f"{_world_hash()}-{total}-{data.size}-{said}-{mix}-{painted}-{data.seed}"
     folder = data.cache / f"postcards-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -132,7 +134,7 @@ def _postcards(data: DataSection, repainted: bool) -> Pictures:
         if not (folder / "captions.json").exists():
             _render_all(folder, total, data, repainted)
     arrays = {file.stem: np.load(file, mmap_mode="r") for file in folder.glob("*.npy")}
-    return Pictures(captions=json.loads((folder / "captions.json").read_text()), **arrays)
+    return Pictures(captions=json.loads((folder / "captions.json").read_text(encoding="utf-8")), **arrays)
 
 
 def _world_hash() -> str:
@@ -191,14 +193,14 @@ def _render_all(folder: Path, total: int, data: DataSection, repainted: bool) ->
     for written in files.values():
         written.flush()
     with whole_file(folder / "captions.json") as aside:  # it says that all is there
-        aside.write_text(json.dumps(captions))
+        aside.write_text(json.dumps(captions), encoding="utf-8")
 
 
 def _render_some(job: tuple[int, int, DataSection, bool]) -> Pictures:
     from ldm import postcards
 
     start, stop, data, repainted = job
-    images, captions, labels, masks, things, others, told = [], [], [], [], [], [], []
+    images, captions, labels, masks, things, others, named = [], [], [], [], [], [], []
     cells = data.size // 8
     for number in range(start, stop):
         rng = random.Random(f"{data.seed}-{number}")
@@ -212,9 +214,13 @@ def _render_some(job: tuple[int, int, DataSection, bool]) -> Pictures:
         if repainted:
             paints = postcards.repaint(scene, random.Random(f"repainted {data.seed}-{number}"))
             others.append(postcards.render(scene, data.size, paints))
-            told.append([postcards.names_colours(scene, text) for text in captions[-1]])
+            named.append([postcards.names_colours(scene, text) for text in captions[-1]])
     rendered = Pictures(np.stack(images), captions, np.stack(labels), np.stack(masks), np.stack(things))
-    return replace(rendered, repainted=np.stack(others), told=np.array(told)) if repainted else rendered
+    return (
+        replace(rendered, repainted=np.stack(others), names_colours=np.array(named))
+        if repainted
+        else rendered
+    )
 
 
 def _paints(scene: Scene, number: int, data: DataSection) -> list[RGB] | None:

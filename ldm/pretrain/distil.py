@@ -21,8 +21,9 @@ from ldm.diffusion.prediction import Prediction
 from ldm.errors import UserError
 from ldm.models import UNet
 from ldm.pretrain.data import digest_of
-from ldm.pretrain.unet import PLAIN, Latents, UNetTask
-from ldm.train.loss import noisy_latents, pixel_losses
+from ldm.pretrain.unet import LatentDataset, UNetTask
+from ldm.runtime import memory_format
+from ldm.train.loss import PLAIN_LOSS, noisy_latents, pixel_losses
 from ldm.train.recipe import loss_settings
 from ldm.train.task import Batch
 
@@ -38,7 +39,12 @@ class DistilTask(UNetTask):
     """
 
     def __init__(
-        self, parts: Parts, train: Latents, held_out: Latents, loss: dict[str, float], prompts: list[str]
+        self,
+        parts: Parts,
+        train: LatentDataset,
+        held_out: LatentDataset,
+        loss: dict[str, float],
+        prompts: list[str],
     ) -> None:
         defaults = {"steps": 4.0, "substeps": 3.0, "guidance": 3.0, "object_weight": 2.0}
         weights = loss_settings(defaults, loss)
@@ -69,11 +75,11 @@ class DistilTask(UNetTask):
         step = torch.randint(self.steps, (size,), generator=rng)
         return batch | {"step": step, "t": self.grid[step * self.substeps]}
 
-    def _square_error(self, batch: Batch) -> Tensor:
+    def _pixel_losses(self, batch: Batch) -> Tensor:
         tokens = self.text_encoder(input_ids=batch["ids"]).last_hidden_state
-        x = noisy_latents(batch["x0"], batch["noise"], batch["t"], self.schedule)
+        x = noisy_latents(batch["x0"], batch["noise"], batch["t"], self.levels)
         target = self._target(x, batch["step"], tokens)
-        return pixel_losses(self._velocity(self.unet, x, batch["t"], tokens), target, PLAIN)
+        return pixel_losses(self._velocity(self.unet, x, batch["t"], tokens), target, PLAIN_LOSS)
 
     @torch.no_grad()
     def _target(self, x: Tensor, step: Tensor, tokens: Tensor) -> Tensor:
@@ -96,7 +102,7 @@ class DistilTask(UNetTask):
 
     @staticmethod
     def _velocity(unet: UNet, x: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
-        answer: Tensor = unet(x.contiguous(memory_format=torch.channels_last), t, tokens)
+        answer: Tensor = unet(x.contiguous(memory_format=memory_format(x.device)), t, tokens)
         return answer.float()
 
     def evaluate(self) -> dict[str, float]:
@@ -107,7 +113,7 @@ class DistilTask(UNetTask):
         for number in range(self.steps):
             step = torch.full_like(index, number)
             t = self.grid[step * self.substeps]
-            batch = self._batch(data, index, data.tokens[index, 0].long(), t, rng) | {"step": step}
+            batch = self._batch(data, index, data.token_ids[index, 0].long(), t, rng) | {"step": step}
             found[f"held_out_mse_{number + 1}"] = self._mse(batch)
         return found | {"held_out_mse": sum(found.values()) / self.steps}
 

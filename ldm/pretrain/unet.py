@@ -19,6 +19,7 @@ ones: the early sign that pictures will follow their prompts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,47 +29,63 @@ from PIL import Image
 from torch import Tensor
 
 import ldm
-from ldm.checkpoint import Parts, save_folder
+from ldm.checkpoint import Defaults, Parts, save_folder
+from ldm.checkpoint.clip import load_text_encoder, load_tokenizer
+from ldm.checkpoint.folder import read_words
+from ldm.checkpoint.io import read_config
+from ldm.checkpoint.original.component import load_module
 from ldm.diffusion.schedule import Schedule
+from ldm.errors import UserError
 from ldm.images.pixels import contact_sheet
-from ldm.models import AutoencoderKL, AutoencoderTiny
+from ldm.models import AutoencoderKL, AutoencoderTiny, UNet, build
+from ldm.postcards.vocabulary import COLOURS, KINDS
 from ldm.pretrain.alignment import Alignment
 from ldm.pretrain.clip import pick_captions, tokenise
 from ldm.pretrain.data import Pictures, cached, digest_of
+from ldm.pretrain.vae import load_vae
+from ldm.pretrain.widen import widen_latents
+from ldm.runtime import half_dtype, memory_format
 from ldm.train.loss import (
+    PLAIN_LOSS,
+    Levels,
+    denoising_losses,
     draw_noise,
     draw_timesteps,
-    noisy_latents,
-    pixel_losses,
     timestep_probabilities,
-    training_target,
 )
 from ldm.train.recipe import LossSection, loss_settings
 from ldm.train.task import Batch, Task
 
-PLAIN = LossSection()  # uniform timesteps, unit noise, square error
-
 
 @dataclass(frozen=True)
-class Latents:
+class LatentDataset:
     """What the denoiser is trained on.
 
-    latents: fp16 [N, c, h, w]; tokens: [N, captions, length]; weights: uint8 [N, h, w], 255 on objects;
-    things: uint8 [N, h / 2, w / 2], which thing is there, 0 none; vae: a hash of the weights they are from;
-    repainted: as latents, of the same scenes with their things in other colours; told: bool [N, captions],
-    which captions say all colours.
+    latents: fp16 [N, c, h, w]; token_ids: int16 [N, captions, length]; weights: uint8 [N, h, w], 255 on
+    objects; things: uint8 [N, h / 2, w / 2], which thing is there, 0 none; vae: a hash of the weights they
+    are from; repainted: as latents, of the same scenes with their things in other colours; names_colours:
+    bool [N, captions], which captions say all colours; kinds, paints: how many `things` tells apart.
     """
 
     latents: Tensor
-    tokens: Tensor
+    token_ids: Tensor
     weights: Tensor | None
     things: Tensor | None = None
     vae: str = ""
     repainted: Tensor | None = None
-    told: Tensor | None = None
+    names_colours: Tensor | None = None
+    kinds: int = len(KINDS)
+    paints: int = len(COLOURS)
 
     def __len__(self) -> int:
         return len(self.latents)
+
+    def slice(self, part: slice) -> LatentDataset:
+        """Some of the pictures, sharing memory."""
+        cut: dict[str, Any] = {
+            name: each[part] for name, each in vars(self).items() if isinstance(each, Tensor)
+        }
+        return replace(self, **cut)
 
 
 @torch.no_grad()
@@ -82,10 +99,12 @@ def _encode(pictures: Pictures, vae: AutoencoderKL | AutoencoderTiny) -> Tensor:
     return torch.cat(parts).contiguous()
 
 
-def prepare(pictures: Pictures, vae: AutoencoderKL | AutoencoderTiny, tokenizer: Any, cache: Path) -> Latents:
-    """Latents, tokens and object weights of `pictures`.
+def prepare(
+    pictures: Pictures, vae: AutoencoderKL | AutoencoderTiny, tokenizer: Any, cache: Path
+) -> LatentDataset:
+    """Latents, token ids and object weights of `pictures`.
 
-    Latents (of repainted pictures as well) and tokens are kept in `cache`, under a hash of the VAE or
+    Latents (of repainted pictures as well) and token ids are kept in `cache`, under a hash of the VAE or
     vocabulary and of 64 pictures with their captions, so that a changed model or data set is never read.
     """
     by_vocabulary, weights_hash = pictures.digest(), digest_of(vae)
@@ -99,17 +118,45 @@ def prepare(pictures: Pictures, vae: AutoencoderKL | AutoencoderTiny, tokenizer:
     vocabulary = sorted(tokenizer.get_vocab().items())
     words = (vocabulary, tokenizer.model_max_length, pictures.captions[:: pictures.every])
     by_vocabulary.update(repr(words).encode())
-    tokens = cached(
+    token_ids = cached(
         cache / f"tokens-{len(pictures)}-{by_vocabulary.hexdigest()[:12]}.npy",
         lambda: tokenise(tokenizer, pictures.captions),
     )
     again = pictures.repainted
     repainted = None if again is None else latents_of(replace(pictures, images=again))
-    weights, things, told = (
+    weights, things, named = (
         None if each is None else torch.from_numpy(each.copy())
-        for each in (pictures.masks, pictures.things, pictures.told)
+        for each in (pictures.masks, pictures.things, pictures.names_colours)
     )
-    return Latents(latents_of(pictures), tokens, weights, things, weights_hash, repainted, told)
+    return LatentDataset(latents_of(pictures), token_ids, weights, things, weights_hash, repainted, named)
+
+
+def make_parts(model: Mapping[str, Any], vae: Path, clip: Path, init_from: Path | None) -> Parts:
+    """The model to train: a U-Net as the recipe has it, of random weights, on what the other trainers made.
+
+    Args:
+        model: the recipe's section: unet, scheduler, defaults.
+        vae: a folder of a VAE, or of a model; clip: a folder of text_encoder/, tokenizer/ and words.txt.
+        init_from: a model folder whose U-Net to go on from, on its own schedule, widened where the VAE is.
+
+    Raises UserError where a folder holds another kind of module.
+    """
+    network, scheduler = load_vae(vae), model["scheduler"]
+    unet = load_module(init_from / "unet", torch.float32) if init_from else build(model["unet"])
+    if not isinstance(unet, UNet):
+        raise UserError(f"{init_from}/unet holds a {type(unet).__name__}; give a model folder")
+    if init_from:
+        unet = widen_latents(unet, network.latent_channels)
+        scheduler = read_config(init_from / "scheduler" / "scheduler_config.json")
+    return Parts(
+        unet=unet,
+        vae=network,
+        text_encoder=load_text_encoder(clip / "text_encoder", torch.float32),
+        tokenizer=load_tokenizer(clip / "tokenizer"),
+        scheduler=scheduler,
+        defaults=Defaults(**model["defaults"]),
+        words=read_words(clip / "words.txt"),
+    )
 
 
 class UNetTask(Task):
@@ -124,18 +171,24 @@ class UNetTask(Task):
     """
 
     def __init__(
-        self, parts: Parts, train: Latents, held_out: Latents, loss: dict[str, float], prompts: list[str]
+        self,
+        parts: Parts,
+        train: LatentDataset,
+        held_out: LatentDataset,
+        loss: dict[str, float],
+        prompts: list[str],
     ) -> None:
         super().__init__()
         self.parts, self.prompts = parts, prompts
         self.unet, self.text_encoder = parts.unet, parts.text_encoder
         self.schedule = Schedule.from_config(parts.scheduler)
+        self.levels = Levels(self.schedule)
         self.train_set, self.held_out = train, held_out
         defaults = {"object_weight": 2.0, "drop": 0.1, "text_lr": 0.5, "layout": 0.0}
         defaults |= {"align": 0.0, "repainted": 0.0}
         self.weights = loss_settings(defaults, loss, shares=("drop", "layout", "repainted"))
         steps = len(self.schedule.alphas_cumprod)
-        self.any_t = timestep_probabilities(PLAIN, steps)
+        self.any_t = timestep_probabilities(PLAIN_LOSS, steps)
         self.early_t = timestep_probabilities(LossSection(min_timestep=int(0.6 * steps)), steps)
         self.text_encoder.requires_grad_(self.weights["text_lr"] > 0)
         # SDPA's backward is slow on a CPU for so few tokens: 0.16 against 0.12 s for 32 captions of 48.
@@ -143,7 +196,9 @@ class UNetTask(Task):
         self.empty_prompt = torch.tensor(parts.tokenizer("", padding="max_length")["input_ids"])
         self.facts = {"model.vae": train.vae}
         known = train.things is not None  # not in a folder of somebody's pictures
-        self.alignment = Alignment(self.unet) if self.weights["align"] and known else None
+        self.alignment = (
+            Alignment(self.unet, train.kinds, train.paints) if self.weights["align"] and known else None
+        )
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         groups: list[dict[str, Any]] = [{"params": list(self.unet.parameters()), "lr": lr}]
@@ -158,23 +213,29 @@ class UNetTask(Task):
     def batch(self, rng: torch.Generator, size: int, number: int = 0) -> Batch:
         data = self.train_set
         index = torch.randint(len(data), (size,), generator=rng)
-        ids, which = pick_captions(data.tokens, index, rng)
+        ids, which = pick_captions(data.token_ids, index, rng)
         dropped = torch.rand(size, generator=rng) < self.weights["drop"]
         ids[dropped] = self.empty_prompt
         t, early = (draw_timesteps(each, size, rng) for each in (self.any_t, self.early_t))
         t = torch.where(torch.rand(size, generator=rng) < self.weights["layout"], early, t)
         batch = self._batch(data, index, ids, t, rng)
-        if self.weights["repainted"] and data.repainted is not None and data.told is not None:
+        if self.weights["repainted"] and data.repainted is not None and data.names_colours is not None:
             chosen = torch.rand(size, generator=rng) < self.weights["repainted"]
-            chosen &= data.told[index, which] & ~dropped & (t >= int(0.3 * len(self.schedule.alphas_cumprod)))
+            chosen &= (
+                data.names_colours[index, which]
+                & ~dropped
+                & (t >= int(0.3 * len(self.schedule.alphas_cumprod)))
+            )
             # x0 + sigma noise' = other + sigma noise: the same noisy latents, but x0 to be found in them.
             scale = (chosen / self.schedule.sigma(t)).float()[:, None, None, None]
             batch["noise"] += scale * (data.repainted[index].float() - batch["x0"])
         return batch
 
-    def _batch(self, data: Latents, index: Tensor, ids: Tensor, t: Tensor, rng: torch.Generator) -> Batch:
+    def _batch(
+        self, data: LatentDataset, index: Tensor, ids: Tensor, t: Tensor, rng: torch.Generator
+    ) -> Batch:
         x0 = data.latents[index].float()
-        noise, _ = draw_noise(x0.shape, PLAIN, rng)
+        noise, _ = draw_noise(x0.shape, PLAIN_LOSS, rng)
         batch = {"x0": x0, "noise": noise, "t": t, "ids": ids}
         if data.weights is not None:
             batch["weight"] = 1 + self.weights["object_weight"] * data.weights[index].float() / 255
@@ -183,27 +244,30 @@ class UNetTask(Task):
         return batch
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        square, weight = self._square_error(batch), batch.get("weight")
-        extra = {"mse": square.mean().detach()}
-        loss = square.mean() if weight is None else (square * weight).sum() / weight.sum()
+        losses, weight = self._pixel_losses(batch), batch.get("weight")
+        extra = {"mse": losses.mean().detach()}
+        loss = losses.mean() if weight is None else (losses * weight).sum() / weight.sum()
         if self.alignment is not None:
             gap = self.alignment(batch["things"])
             loss, extra["align"] = loss + self.weights["align"] * gap, gap.detach()
         return loss, extra
 
-    def _square_error(self, batch: Batch) -> Tensor:
+    def _pixel_losses(self, batch: Batch) -> Tensor:
         """Error of the output against its target, squared, mean over channels: [B, h, w]."""
-        x0, noise, t = batch["x0"], batch["noise"], batch["t"]
         tokens = self.text_encoder(input_ids=batch["ids"]).last_hidden_state
-        noisy = noisy_latents(x0, noise, t, self.schedule).contiguous(memory_format=torch.channels_last)
-        target = training_target(x0, noise, t, self.schedule)
-        return pixel_losses(self.unet(noisy, t, tokens), target, PLAIN)
+
+        def predict(noisy: Tensor, t: Tensor) -> Tensor:
+            layout = memory_format(noisy.device)
+            output: Tensor = self.unet(noisy.contiguous(memory_format=layout), t, tokens)
+            return output
+
+        return denoising_losses(predict, batch["x0"], batch["noise"], batch["t"], self.levels)
 
     def evaluate(self) -> dict[str, float]:
         data, rng = self.held_out, torch.Generator().manual_seed(0)
         steps = len(self.schedule.alphas_cumprod)
         index = torch.arange(min(256, len(data)))
-        ids = data.tokens[index, 0].long()
+        ids = data.token_ids[index, 0].long()
         spread = torch.linspace(0, steps - 1, len(index)).long()
         figures = {"held_out_mse": self._mse(self._batch(data, index, ids, spread, rng))}
         right = self._batch(data, index, ids, torch.full_like(index, int(0.8 * steps)), rng)
@@ -215,8 +279,8 @@ class UNetTask(Task):
         total = 0.0
         for rows in torch.split(torch.arange(len(batch["x0"])), 64):
             part = {name: value[rows].to(device) for name, value in batch.items()}
-            with torch.autocast(device.type, torch.bfloat16):
-                total += float(self._square_error(part).mean((1, 2)).sum())
+            with torch.autocast(device.type, half_dtype(device)):
+                total += float(self._pixel_losses(part).mean((1, 2)).sum())
         return total / len(batch["x0"])
 
     def export(self, folder: Path) -> None:

@@ -30,7 +30,8 @@ from ldm.checkpoint.source import find_part
 from ldm.errors import UserError
 from ldm.images.pixels import contact_sheet, to_pil
 from ldm.models import AutoencoderKL, AutoencoderTiny, build
-from ldm.pretrain.data import Pictures, cut
+from ldm.pretrain.data import Pictures, crop_squares
+from ldm.runtime import memory_format
 from ldm.train.recipe import loss_settings
 from ldm.train.task import Batch, Task
 
@@ -102,17 +103,17 @@ class VAETask(Task):
         if not 0 < side < x.shape[-1]:
             return x
         corners = torch.randint(x.shape[-1] - side + 1, (len(x), 2), generator=rng).tolist()
-        return cut(x, corners, side)
+        return crop_squares(x, corners, side)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        x = batch["x"].contiguous(memory_format=torch.channels_last)
+        x = batch["x"].contiguous(memory_format=memory_format(batch["x"].device))
         with torch.set_grad_enabled(not self.decoder_only):
             z = self.vae.encode_latents(x)
         loss, extra = self._of_latents(z, x)
         noisy = z + self.weights["noise"] * batch["noise"]
         if batch["pooled"] and not self.decoder_only:
             noisy, x = F.avg_pool2d(noisy, 2), F.avg_pool2d(x, 2)
-        gap = self.vae.decode(noisy).float() - x
+        gap = self.vae.decode_latents(noisy).float() - x
         return loss + self._of_pixels(gap), extra | {"l2": gap.detach().square().mean()}
 
     def _of_pixels(self, gap: Tensor) -> Tensor:
@@ -134,7 +135,7 @@ class VAETask(Task):
 
     def _reconstruct(self, pictures: Pictures, count: int) -> tuple[Tensor, Tensor]:
         x = pictures.tensors(torch.arange(min(count, len(pictures)))).to(next(self.parameters()).device)
-        parts = [self.vae.decode(self.vae.encode_latents(part)) for part in torch.split(x, 32)]
+        parts = [self.vae.decode_latents(self.vae.encode_latents(part)) for part in torch.split(x, 32)]
         return x, torch.cat(parts).clamp(-1, 1)
 
     def evaluate(self) -> dict[str, float]:

@@ -45,10 +45,10 @@ def train_vocabulary(captions: Iterable[str], merges: int, length: int, folder: 
     )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(
-        json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False)
+        json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False), encoding="utf-8"
     )
     lines = ["#version: 0.2", *(" ".join(pair) for pair in pairs)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n")
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     config = {
         "tokenizer_class": "CLIPTokenizer",
         "model_max_length": length,
@@ -59,7 +59,7 @@ def train_vocabulary(captions: Iterable[str], merges: int, length: int, folder: 
         "errors": "replace",
         "do_lower_case": True,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def known_words(captions: Iterable[str], at_least: int = 20) -> list[str]:

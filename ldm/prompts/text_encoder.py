@@ -97,7 +97,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """All that a model reads prompts with: one or two encoders."""
+    """All that a model reads prompts with: one or two encoders, or none where embeddings are given."""
 
     clips: tuple[Clip, ...]
 
@@ -160,7 +160,12 @@ class TextEncoder:
     def _columns(
         self, prompts: Sequence[str], prompts_2: Sequence[str] | None
     ) -> list[tuple[Clip, Sequence[str]]]:
-        """Each encoder with what it reads."""
+        """Each encoder with what it reads. Raises UserError where there is none."""
+        if not self.clips:
+            raise UserError(
+                "this model has no text encoder: give prompt_embeds and negative_prompt_embeds, or load one "
+                "(text_encoder=)"
+            )
         texts = [prompts, prompts if prompts_2 is None else prompts_2][: len(self.clips)]
         return list(zip(self.clips, texts, strict=True))
 

@@ -34,7 +34,9 @@ def only_run(run_dir: Path) -> Iterator[None]:
         raise UserError(f"cannot write to {run_dir}: {error.strerror or error}") from None
     try:
         now = datetime.now().isoformat(" ", "seconds")
-        note.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": now}))
+        note.write_text(
+            json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": now}), encoding="utf-8"
+        )
         yield
     finally:
         note.unlink(missing_ok=True)
@@ -43,7 +45,7 @@ def only_run(run_dir: Path) -> Iterator[None]:
 
 def _holder(note: Path) -> str:
     try:
-        held = json.loads(note.read_text())
+        held = json.loads(note.read_text(encoding="utf-8"))
         return f"process {held['pid']} on {held['host']} since {held['since']}"
     except (OSError, ValueError, KeyError):  # it has only just begun
         return "another process"

@@ -7,14 +7,17 @@ that is interrupted, inside its accumulation too, is made again from its beginni
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from ldm.errors import UserError
+from ldm.runtime import has_bf16
 from ldm.train.lock import only_run
-from ldm.train.memory import keep_freed_memory
-from ldm.train.processes import alone, stop_signals
+from ldm.train.memory import freed_memory_kept
+from ldm.train.processes import alone, partial_state, stop_signals
 from ldm.train.recipe import Trainable
 from ldm.train.run import Run
 from ldm.train.task import Task
@@ -23,43 +26,49 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def train(task: Task, recipe: Trainable, run_dir: Path) -> None:
+def train(task: Task, recipe: Trainable, run_dir: Path) -> bool:
     """Train `task` until the recipe's end, going on from the state in run_dir if it holds one.
 
     Writes run_dir/metrics.jsonl, state-<step>/, grids/<step>.png and export/ (EMA weights, if kept). SIGINT
     and SIGTERM end the run at once, saved: a step that is under way is made again after it is resumed.
+    Returns whether it has come to the recipe's end.
 
     Raises:
         UserError: if another run is in run_dir, if its states are damaged or of another recipe, if the disk
             is full, or if the loss is NaN or Inf. The message names the last state, which is whole.
     """
     accelerator = _accelerator(recipe, run_dir)
-    if accelerator.device.type == "cpu":
-        keep_freed_memory()
+    with freed_memory_kept() if accelerator.device.type == "cpu" else nullcontext():
+        return _train(task, recipe, run_dir, accelerator)
+
+
+def _train(task: Task, recipe: Trainable, run_dir: Path, accelerator: Accelerator) -> bool:
     with ExitStack() as stack:
         alone(accelerator, lambda: stack.enter_context(only_run(run_dir)))
         for tracker in accelerator.trackers:
             stack.callback(tracker.finish)
         run = Run(task, recipe, run_dir, accelerator)
+        stack.callback(run.batches.close)
         stopped = stack.enter_context(stop_signals())
         stack.enter_context(run.guarded())
         if run.fraction >= 1:
-            run.say(f"at its end already, step {run.position.step}: raise max_train_steps to go on")
-        if run.due(recipe.run.validation_steps) and (run.position.step or task.looks_first):
-            run.look()  # at the beginning, or where the run ended before it could
+            run.log(f"at its end already, step {run.position.step}: raise max_train_steps to go on")
+        if run.due(recipe.run.validation_steps) and (run.position.step or task.validates_first):
+            run.validate()  # at the beginning, or where the run ended before it could
         while run.fraction < 1 and run.step(stopped):
             if run.due(recipe.run.checkpointing_steps):
                 run.save()
             if run.due(recipe.run.validation_steps):
-                run.look()
+                run.validate()
         run.save()
         ended = run.fraction >= 1
         if ended:
-            run.look()
+            run.validate()
         if not (ended and task.draws_from_export):
             run.export()
         if not ended:
-            run.say(f"stopped at step {run.position.step}, saved: the same command goes on from there")
+            run.log(f"stopped at step {run.position.step}, saved: the same command goes on from there")
+        return ended
 
 
 def check_tracker(name: str) -> None:
@@ -70,15 +79,25 @@ def check_tracker(name: str) -> None:
         raise UserError("report_to is tensorboard, which is not installed: pip install tensorboard")
 
 
+def check_precision(mixed_precision: str, device: torch.device) -> None:
+    """Raise UserError if a device does not compute so. A CPU that lacks bf16 is only slow in it."""
+    if mixed_precision == "fp16" and device.type == "cpu":
+        raise UserError("mixed_precision fp16 needs a GPU: give bf16 or no, or leave it out")
+    if mixed_precision == "bf16" and device.type == "cuda" and not has_bf16(device):
+        raise UserError("mixed_precision bf16 needs a GPU that has it, unlike this one: give fp16 or no")
+
+
 def _accelerator(recipe: Trainable, run_dir: Path) -> Accelerator:
     from accelerate import Accelerator
 
     tracker = recipe.run.report_to
     check_tracker(tracker)
-    if tracker == "none":
-        return Accelerator(mixed_precision=recipe.run.mixed_precision)
+    check_precision(recipe.run.mixed_precision, partial_state().device)
     accelerator = Accelerator(
-        mixed_precision=recipe.run.mixed_precision, log_with=tracker, project_dir=run_dir
+        mixed_precision=recipe.run.mixed_precision,
+        log_with=None if tracker == "none" else tracker,
+        project_dir=run_dir,
     )
-    accelerator.init_trackers("tensorboard")
+    if tracker != "none":
+        accelerator.init_trackers("tensorboard")
     return accelerator

@@ -5,25 +5,30 @@ A training step, with the names of this file::
     p = timestep_probabilities(options, steps)
     t = draw_timesteps(p, batch_size, rng)
     noise, input_noise = draw_noise(x0.shape, options, rng)
-    output = unet(noisy_latents(x0, input_noise, t, schedule), t, tokens)
-    losses = pixel_losses(output, training_target(x0, noise, t, schedule), options).mean((1, 2))
-    loss = (sample_weights(t, schedule, options) * losses).mean()
+    output = unet(noisy_latents(x0, input_noise, t, levels), t, tokens)
+    losses = pixel_losses(output, training_target(x0, noise, t, levels), options).mean((1, 2))
+    loss = (levels.weight[t] * losses).mean()
 
-What is random is drawn on the CPU from one generator; the rest are functions of tensors on any device.
+What is random is drawn on the CPU from one generator; the rest are functions of tensors on any device, and
+of `Levels`, which are made once.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.diffusion.prediction import Prediction
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
 from ldm.train.recipe import LossSection
+
+# Uniform timesteps, unit noise, square error: L_simple of Ho et al. 2020 (arXiv 2006.11239), eq. 14.
+PLAIN_LOSS = LossSection()
 
 # --- timesteps ---------------------------------------------------------------------------------------------
 
@@ -109,7 +114,33 @@ def _enlarging(small: int, large: int) -> Tensor:
 # --- input and target --------------------------------------------------------------------------------------
 
 
-def noisy_latents(x0: Tensor, noise: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
+class Levels(nn.Module):
+    """What a schedule says of each training timestep, fp32 [T]: buffers, which go where their task goes.
+
+    signal: sqrt(a), a = alphas_cumprod; noise: sqrt(1 - a); sigma: their ratio, 1e10 without a signal.
+    weight: how much a sample counts, `sample_weights`; 1 without options.
+    """
+
+    signal: Tensor
+    noise: Tensor
+    sigma: Tensor
+    weight: Tensor
+
+    def __init__(self, schedule: Schedule, options: LossSection | None = None) -> None:
+        super().__init__()
+        a, self.prediction = schedule.alphas_cumprod, schedule.prediction
+        weight = torch.ones_like(a) if options is None else sample_weights(schedule, options)
+        sigma = schedule.sigma(torch.arange(len(a)))
+        for name, table in {
+            "signal": a.sqrt(),
+            "noise": (1 - a).sqrt(),
+            "sigma": sigma,
+            "weight": weight,
+        }.items():
+            self.register_buffer(name, table.float(), persistent=False)  # no part of a run's state
+
+
+def noisy_latents(x0: Tensor, noise: Tensor, t: Tensor, levels: Levels) -> Tensor:
     """The U-Net's input ``sqrt(a) x0 + sqrt(1 - a) noise``, a = alphas_cumprod[t]; Ho et al. 2020, eq. 4.
 
     At zero terminal SNR the last timestep is exactly `noise`.
@@ -118,19 +149,17 @@ def noisy_latents(x0: Tensor, noise: Tensor, t: Tensor, schedule: Schedule) -> T
         x0: clean latents [B, C, H, W]; noise: the same shape.
         t: timesteps, int64 [B].
     """
-    a = schedule.alphas_cumprod
-    return _at(a.sqrt(), t, x0) * x0 + _at((1 - a).sqrt(), t, x0) * noise
+    return _wide(levels.signal[t]) * x0 + _wide(levels.noise[t]) * noise
 
 
-def training_target(x0: Tensor, noise: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
+def training_target(x0: Tensor, noise: Tensor, t: Tensor, levels: Levels) -> Tensor:
     """What the U-Net should answer: `Prediction.target`, shapes as above; of pure noise, v is ``-x0``."""
-    levels = schedule.sigma(torch.arange(len(schedule.alphas_cumprod)))
-    return schedule.prediction.target(x0, noise, _at(levels, t, x0))
+    return levels.prediction.target(x0, noise, _wide(levels.sigma[t]))
 
 
-def _at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
-    """[T] in float64 on the CPU -> its values at t, [B, 1, 1, 1] in fp32 where `like` is."""
-    return table.float().to(like.device)[t][:, None, None, None]
+def _wide(x: Tensor) -> Tensor:
+    """[B] -> [B, 1, 1, 1]."""
+    return x[:, None, None, None]
 
 
 # --- loss --------------------------------------------------------------------------------------------------
@@ -149,8 +178,28 @@ def pixel_losses(output: Tensor, target: Tensor, options: LossSection) -> Tensor
     return loss.mean(1)
 
 
-def sample_weights(t: Tensor, schedule: Schedule, options: LossSection) -> Tensor:
-    """How much a sample at timestep `t` counts: fp32 [B], where t is.
+def denoising_losses(
+    predict: Callable[[Tensor, Tensor], Tensor],
+    x0: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    levels: Levels,
+    options: LossSection = PLAIN_LOSS,
+    input_noise: Tensor | None = None,
+) -> Tensor:
+    """`pixel_losses` of what `predict(noisy latents, t)`, the U-Net, answers to noisy `x0`: [B, H, W].
+
+    Args:
+        x0: clean latents [B, C, H, W]; noise, that the target speaks of: the same shape.
+        t: timesteps, int64 [B].
+        input_noise: what the latents are mixed with, where it is not `noise`.
+    """
+    noisy = noisy_latents(x0, noise if input_noise is None else input_noise, t, levels)
+    return pixel_losses(predict(noisy, t), training_target(x0, noise, t, levels), options)
+
+
+def sample_weights(schedule: Schedule, options: LossSection) -> Tensor:
+    """How much a sample at each timestep counts: float64 [T].
 
     The product of min-SNR's weight and, for importance sampling, ``1 / (n p(t))`` over n timesteps of
     probability p: the expected loss is then that of uniform sampling, whatever the histogram.
@@ -161,7 +210,7 @@ def sample_weights(t: Tensor, schedule: Schedule, options: LossSection) -> Tenso
         table = torch.where(p > 0, 1 / (p * (p > 0).sum()), 0.0)
     if options.snr_gamma is not None:
         table = table * min_snr_weights(schedule.alphas_cumprod, options.snr_gamma, schedule.prediction)
-    return table.float().to(t.device)[t]
+    return table
 
 
 def min_snr_weights(alphas_cumprod: Tensor, gamma: float, prediction: Prediction) -> Tensor:

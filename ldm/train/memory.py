@@ -1,9 +1,11 @@
-"""Memory of a process that trains: less of it by gradient checkpointing, and kept where it was freed."""
+"""Memory of a process that trains: less of it by gradient checkpointing, and kept until it is used again."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 from torch import nn
@@ -12,7 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from ldm.models.attention import SpatialTransformer
 from ldm.models.layers import ResnetBlock
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of malloc.h
+# What glibc has from the start; its thresholds then grow to these where large blocks are freed (mallopt(3)).
+MMAP_MAX, LARGEST_MMAP_THRESHOLD = 65536, 32 << 20
 
 
 def checkpoint_blocks(unet: nn.Module) -> None:
@@ -28,13 +32,24 @@ def checkpoint_blocks(unet: nn.Module) -> None:
             module.forward = partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
 
 
-def keep_freed_memory() -> None:
-    """Let the C library keep what is freed, from here to the end of the process.
+@contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Inside the block the C library keeps what is freed; at its end it gives all of it back.
 
     Else glibc gives every large tensor back, and the kernel clears the pages of the next one: a quarter of
     the time of a step that trains all weights on a CPU. Where there is no such setting nothing is done.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)  # never
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    mallopt, trim = (getattr(library, name, None) for name in ("mallopt", "malloc_trim"))
+    if mallopt is None or trim is None:
+        yield
+        return
+    mallopt(M_MMAP_MAX, 0)
+    mallopt(M_TRIM_THRESHOLD, -1)  # never
+    try:
+        yield
+    finally:
+        mallopt(M_MMAP_MAX, MMAP_MAX)
+        mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
+        mallopt(M_TRIM_THRESHOLD, 2 * LARGEST_MMAP_THRESHOLD)
+        trim(0)

@@ -37,6 +37,8 @@ def make_optimiser(
             import bitsandbytes
         except ModuleNotFoundError:
             missing = "bitsandbytes is not installed"
+        except Exception as error:  # made for another CUDA, say
+            missing = f"bitsandbytes does not load ({error})"
         else:
             if torch.cuda.is_available():
                 made: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(params, **settings)

@@ -7,16 +7,29 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    from accelerate import Accelerator, PartialState
 
 T = TypeVar("T")
 
+# How long a process waits for another that looks, saves or fills a cache. torch's own 10 minutes on a GPU are
+# soon over; one that dies does not keep the others waiting, as torchrun ends them.
+LONGEST_WAIT = timedelta(days=7)
 SAME_SIGNAL_S = 2.0  # torchrun sends on the Ctrl-C that the terminal has sent already
+
+
+def partial_state() -> PartialState:
+    """The run's processes, which know each other from here on: a second call changes nothing."""
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    # As Accelerator, which follows, does by itself: else processes on a CPU would not know of each other.
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=LONGEST_WAIT)
 
 
 def mean(accelerator: Accelerator, *values: float) -> list[float]:

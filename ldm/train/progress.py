@@ -67,12 +67,12 @@ class Progress:
 
     def _cut(self, step: int) -> None:
         """Drop rows after `step`, and one that a killed run has not finished."""
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         rows = [row for line in lines if (row := _row(line)) is not None and row["step"] <= step]
         self.evaluated = max((row["step"] for row in rows if "samples_per_s" not in row), default=None)
         if len(rows) < len(lines):
             with whole_file(self.path) as aside:
-                aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+                aside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
     def step(self, position: Position, fraction: float, values: Mapping[str, float]) -> None:
         """Note a step that was made; `values` is empty for one that was skipped."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol, Self, TypeVar
 
@@ -30,11 +31,43 @@ LrScheduler = Literal[
 ]
 
 
+T = TypeVar("T")
+
+
+class Change(Enum):
+    """What it means that a key is another one where a run goes on."""
+
+    TOLD = "the run goes on, and it is said"
+    FREE = "nothing"
+    FIXED = "refused without force: it would be another run"
+    SHAPE = "refused: other tensors, or other names of them"
+
+
+# `seed: Fixed[int] = 0`. Keys without a mark are told.
+Free = Annotated[T, Change.FREE]
+Fixed = Annotated[T, Change.FIXED]
+Shape = Annotated[T, Change.SHAPE]
+
+
 class Section(BaseModel):
     """A frozen part of a recipe; an unknown key is an error, not a typo that trains for hours."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
     flat: ClassVar[bool] = False  # whether each key is a flag of a command too
+
+    @classmethod
+    def changes(cls) -> dict[str, Change]:
+        """What a change of each key means, by its dotted name: {"run.seed": Change.FIXED, ...}."""
+        return dict(_changes(cls))
+
+
+def _changes(section: type[Section], prefix: str = "") -> Iterator[tuple[str, Change]]:
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from _changes(field.annotation, f"{prefix}{name}.")
+        else:
+            marks = (each for each in field.metadata if isinstance(each, Change))
+            yield f"{prefix}{name}", next(marks, Change.TOLD)
 
 
 class LossSection(Section):
@@ -142,9 +175,9 @@ class OptimiserSection(Section):
     """longer gradients are shortened to it"""
     ema_decay: float = Field(0.0, ge=0, lt=1)
     """moving averages of the weights are kept and exported, 0.999 or more for long runs; 0: none"""
-    train_batch_size: int = Field(1, ge=1)
+    train_batch_size: Fixed[int] = Field(1, ge=1)
     """pictures of each process, and of each of the accumulation's parts"""
-    gradient_accumulation_steps: int = Field(1, ge=1)
+    gradient_accumulation_steps: Fixed[int] = Field(1, ge=1)
     """batches whose gradients make one step"""
 
     @model_validator(mode="after")
@@ -157,7 +190,7 @@ class OptimiserSection(Section):
 class RunSection(Section):
     """How long, on what, and how often to look."""
 
-    seed: int = 0
+    seed: Fixed[int] = 0
     """all randomness of the run follows from it"""
     max_train_steps: int | None = Field(None, ge=1)
     """steps of the optimiser"""
@@ -175,9 +208,9 @@ class RunSection(Section):
     """steps between states"""
     checkpoints_total_limit: int = Field(1, ge=1)
     """states kept"""
-    resume_from_checkpoint: str = "latest"
+    resume_from_checkpoint: Free[str] = "latest"
     """latest: the newest whole state in the run's folder; no; or a state's path, or its name there"""
-    force: bool = False
+    force: Free[bool] = False
     """go on where a changed recipe, damage or states left behind speak against it"""
     on_nan: Literal["stop", "skip"] = "stop"
     """what to do with a batch whose loss is NaN or Inf"""
@@ -205,6 +238,8 @@ class Trainable(Protocol):
 
     @property
     def run(self) -> RunSection: ...
+
+    def changes(self) -> dict[str, Change]: ...
 
     def model_dump(self, *, mode: str) -> dict[str, Any]: ...
 
@@ -234,7 +269,7 @@ def loss_settings(
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file, {} of an empty one. Raises UserError."""
     try:
-        raw = yaml.safe_load(path.read_text()) or {}
+        raw = yaml.safe_load(path.read_text(encoding="utf-8-sig")) or {}
     except OSError as error:
         raise UserError(f"cannot read the recipe {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from ldm.errors import UserError, abbreviate
 from ldm.files import whole_file
+from ldm.runtime import is_out_of_memory, memory_format
 from ldm.train.optimiser import lr_factor, make_optimiser
+from ldm.train.prefetch import Place, Prefetcher
 from ldm.train.processes import alone, mean
 from ldm.train.progress import Progress
 from ldm.train.recipe import Trainable
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from ldm.train.task import Batch, Task
 
 MOST_SKIPPED = 10  # steps in a row: then the weights are at fault and not a picture
+SMALLER = "not enough memory: lower train_batch_size, and raise gradient_accumulation_steps to make up for it"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk that is full, or full for us
 
 
@@ -49,7 +52,7 @@ class Run:
         self.task, self.recipe, self.run_dir, self.accelerator = task, recipe, run_dir, accelerator
         opt = recipe.optimiser
         task.to(accelerator.device)
-        task.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        task.to(memory_format=memory_format(accelerator.device))  # type: ignore[call-overload]
         task.train()
         optimiser = make_optimiser(task.parameter_groups(opt.learning_rate), opt)
         self.rates = [group["lr"] for group in optimiser.param_groups]
@@ -70,11 +73,12 @@ class Run:
         self._resume()
         model = torch.compile(task) if recipe.run.compile else task
         self.model, self.optimiser = accelerator.prepare(model, optimiser)
+        self.batches = Prefetcher(self._batch, accelerator.device)
 
     def _resume(self) -> None:
         found, window = alone(self.accelerator, self._find), None
         if found is not None:
-            self.say(f"going on from {found}")
+            self.log(f"going on from {found}")
             self.position, extra = load_state(found, self.state)
             if found.parent == self.run_dir:
                 self.saved_step = self.position.step
@@ -87,7 +91,7 @@ class Run:
         run = self.recipe.run
         found = find_state(self.run_dir, run.resume_from_checkpoint, run.force)
         if found is not None:
-            check_recipe(found, self.values, run.force)
+            check_recipe(found, self.values, self.recipe.changes(), run.force)
         return found
 
     @property
@@ -106,7 +110,7 @@ class Run:
     def due(self, every: int) -> bool:
         return self.position.step % every == 0
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         if self.accelerator.is_main_process:
             print(line, flush=True)
 
@@ -155,12 +159,13 @@ class Run:
     def _gradients(self, stopped: list[int]) -> dict[str, float] | None:
         """Add up the gradients of one step. Returns the means of what to log; None if it is to stop."""
         parts, totals = self.recipe.optimiser.gradient_accumulation_steps, dict[str, Tensor]()
+        step = self.position.step
         for micro in range(parts):
             if any(mean(self.accelerator, len(stopped))):
                 return None
-            batch = {k: v.to(self.accelerator.device) for k, v in self._batch(micro).items()}
-            torch.manual_seed(self._seed("forward", micro))  # for dropout
             last = micro == parts - 1
+            batch = self.batches.take((step, micro), (step + 1, 0) if last else (step, micro + 1))
+            torch.manual_seed(self._seed("forward", (step, micro)))  # for dropout
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 loss, extra = self.model(batch)
                 self.accelerator.backward(loss / parts)
@@ -169,16 +174,17 @@ class Run:
         numbers = torch.stack(list(totals.values())).tolist()  # the GPU is waited for once
         return {name: total / parts for name, total in zip(totals, numbers, strict=True)}
 
-    def _batch(self, micro: int) -> Batch:
-        rng = torch.Generator().manual_seed(self._seed("batch", micro))
-        opt, accelerator = self.recipe.optimiser, self.accelerator
-        part = self.position.step * opt.gradient_accumulation_steps + micro
+    def _batch(self, place: Place) -> Batch:
+        """A pure function of the place, as it may be made ahead."""
+        rng = torch.Generator().manual_seed(self._seed("batch", place))
+        opt, accelerator, (step, micro) = self.recipe.optimiser, self.accelerator, place
+        part = step * opt.gradient_accumulation_steps + micro
         number = part * accelerator.num_processes + accelerator.process_index
         return self.task.batch(rng, opt.train_batch_size, number)
 
-    def _seed(self, what: str, micro: int) -> int:
+    def _seed(self, what: str, place: Place) -> int:
         """8 bytes of a hash: torch's CPU generator takes in the lower 32 bits, so packing would lose some."""
-        parts = (what, self.recipe.run.seed, self.position.step, micro, self.accelerator.process_index)
+        parts = (what, self.recipe.run.seed, *place, self.accelerator.process_index)
         return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big")
 
     def _not_finite(self, loss: float) -> None:
@@ -190,7 +196,7 @@ class Run:
             what = f"the loss is {loss}" if not math.isfinite(loss) else "the gradients are NaN or Inf"
         message = f"step {position.step}: {what}{self._named()}"
         if on_nan == "skip" and position.skipped_in_a_row < MOST_SKIPPED - 1:
-            self.say(f"{message}: skipped, {position.skipped + 1} so far")
+            self.log(f"{message}: skipped, {position.skipped + 1} so far")
             return
         advice = "lower learning_rate and run the same command again"
         if on_nan == "skip":
@@ -203,9 +209,10 @@ class Run:
         """The files that the step's batches were made of, drawn once more."""
         from accelerate.utils import gather_object
 
-        parts = self.recipe.optimiser.gradient_accumulation_steps
+        parts, step = self.recipe.optimiser.gradient_accumulation_steps, self.position.step
+        self.batches.settle()
         names = gather_object(
-            [name for micro in range(parts) for name in self.task.names(self._batch(micro))]
+            [name for micro in range(parts) for name in self.task.names(self._batch((step, micro)))]
         )
         return f", of {abbreviate(names, 8)}" if names else ""
 
@@ -224,15 +231,15 @@ class Run:
         )
         self.saved_step = self.position.step
 
-    def look(self) -> None:
+    def validate(self) -> None:
         """Held-out figures, a grid, and the weights as they are now, unless this step has them."""
-        alone(self.accelerator, self._look)
+        alone(self.accelerator, self._validate)
 
     def export(self) -> None:
         """The weights as they are now."""
         alone(self.accelerator, self._export)
 
-    def _look(self) -> None:
+    def _validate(self) -> None:
         if self.progress.evaluated == self.position.step:
             return
         with self._averaged():
@@ -255,16 +262,20 @@ class Run:
         try:
             with self.progress:
                 yield
-        except (UserError, OSError, SafetensorError) as error:  # the last two are how a full disk is told
-            if isinstance(error, OSError) and error.errno not in FULL:
+        except (UserError, OSError, SafetensorError, MemoryError, RuntimeError) as error:
+            text = SMALLER if is_out_of_memory(error) else str(error)
+            # A full disk is told by an OSError or a SafetensorError.
+            full = isinstance(error, OSError) and error.errno in FULL
+            if isinstance(error, OSError | RuntimeError) and not full and text is not SMALLER:
                 raise
             newest = newest_state(self.run_dir)
             left = f"the last good state is {newest}" if newest else "no state has been saved"
-            raise UserError(f"{error}; {left}") from None
+            raise UserError(f"{text}; {left}") from None
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
         """Inside the block the task holds the EMA weights, where there are any, ready to be looked at."""
+        self.batches.settle()
         self.task.eval()
         kept = {name: self.trained[name].detach().clone() for name in self.ema}
         with torch.no_grad():

@@ -30,34 +30,7 @@ from torch import Tensor
 from ldm.checkpoint.io import read_json, read_tensors, write_json, write_tensors
 from ldm.errors import UserError
 from ldm.files import read_sha256, whole_folder
-
-# What a recipe cannot change between two parts of one run.
-FIXED = (
-    "kind",
-    "train_batch_size",
-    "gradient_accumulation_steps",
-    "seed",
-    "processes",
-    "pictures",
-    "resolution",
-    "prediction_type",
-    "lora_alpha",
-    "initializer_token",
-    "class_prompt",
-)
-# What it cannot change by force either: other tensors, or other names of them.
-SHAPES = (
-    "mode",
-    "rank",
-    "lora_targets",
-    "lora_conv",
-    "use_dora",
-    "train_text_encoder",
-    "inpainting",
-    "placeholder_token",
-    "num_vectors",
-)
-FREE = ("resume_from_checkpoint", "force")  # what may differ without a word
+from ldm.train.recipe import Change
 
 
 @dataclass(frozen=True)
@@ -305,21 +278,31 @@ def _fill(path: Path, into: Mapping[str, Tensor]) -> None:
 
 
 def check_recipe(
-    folder: Path, recipe: Mapping[str, Any], force: bool = False, say: Callable[[str], object] = print
+    folder: Path,
+    recipe: Mapping[str, Any],
+    changes: Mapping[str, Change],
+    force: bool = False,
+    log: Callable[[str], object] = print,
 ) -> None:
     """Compare a state's recipe with the one to go on with, and say in one line what has changed.
 
-    Raises UserError naming the key if one of SHAPES has changed, or one of FIXED and `force` is not set.
+    Args:
+        recipe: flat, and with it what is so of the run without being in a recipe, such as its processes.
+        changes: what a change of each key of a recipe means; of what is in no recipe, FIXED.
+
+    Raises:
+        UserError: naming the key if one that is SHAPE has changed, or one that is FIXED without `force`.
     """
     before = read_json(folder / "recipe.json")
-    changed = [
-        f"{key} {before.get(key, 'unset')} -> {recipe.get(key, 'unset')}"
+    kinds = {
+        key: kind
         for key in sorted(before.keys() | recipe.keys())
-        if before.get(key) != recipe.get(key) and _last(key) not in FREE
-    ]
-    mode = [change for change in changed if change.startswith("mode ")]  # others follow from it
-    shapes = mode or [change for change in changed if _last(change.split()[0]) in SHAPES]
-    fixed = [change for change in changed if change.startswith("model") or _last(change.split()[0]) in FIXED]
+        if before.get(key) != recipe.get(key) and (kind := _kind(key, changes)) is not Change.FREE
+    }
+    changed = {key: f"{key} {before.get(key, 'unset')} -> {recipe.get(key, 'unset')}" for key in kinds}
+    shapes = [changed[key] for key, kind in kinds.items() if kind is Change.SHAPE]
+    shapes = [changed["mode"]] if "mode" in changed else shapes  # others follow from it
+    fixed = [changed[key] for key, kind in kinds.items() if kind is Change.FIXED]
     if shapes or (fixed and not force):
         advice = "or choose another folder" if shapes else "choose another folder, or add --force"
         raise UserError(
@@ -327,12 +310,14 @@ def check_recipe(
             f"{advice}"
         )
     if changed:
-        say(f"the recipe has changed since {folder.name}: {', '.join(changed)}")
+        log(f"the recipe has changed since {folder.name}: {', '.join(changed.values())}")
 
 
-def _last(key: str) -> str:
-    """Recipes of training from scratch have sections, those of fine-tuning none."""
-    return key.rpartition(".")[2]
+def _kind(key: str, changes: Mapping[str, Change]) -> Change:
+    """Of a dotted key, or of the mapping that it lies in."""
+    while key not in changes and "." in key:
+        key = key.rpartition(".")[0]
+    return changes.get(key, Change.FIXED)
 
 
 def flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -15,11 +15,11 @@ Batch = dict[str, Tensor]
 
 
 class Task(nn.Module, ABC):
-    """What is trained: modules, a loss, and how to look at them. The loop optimises its parameters."""
+    """What is trained: modules, a loss, and how they are validated. The loop optimises its parameters."""
 
     facts: Mapping[str, Any] = {}  # beside the recipe, what a run that is gone on with should have kept
-    looks_first = False  # before the first step too: for weights that are not random
-    draws_from_export = True  # so each look writes it; else only the end of the run does
+    validates_first = False  # before the first step too: for weights that are not random
+    draws_from_export = True  # so each validation writes it; else only the end of the run does
 
     @abstractmethod
     def batch(self, rng: torch.Generator, size: int, number: int) -> Batch:

@@ -1,5 +1,6 @@
 """`ldm convert`: every way, what it says, and what it refuses."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from original_layout import AutoencoderKL, Clip, OpenClip, UNetModel, checkpoint
 from safetensors.torch import load_file, save_file
 from tiny_families import make_family
 
+from ldm.checkpoint.convert import convert as convert_model
 from ldm.cli import main
 
 UNET = {
@@ -168,3 +170,11 @@ def test_the_script_is_the_command(tmp_path, folder):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, "")
     assert (tmp_path / "model.safetensors").exists()
+
+
+def test_what_is_not_read_is_said(tiny_folder, tmp_path):
+    folder, lines = shutil.copytree(tiny_folder, tmp_path / "model"), []
+    (folder / "unet" / "old.safetensors").write_bytes(b"whatever")
+    convert_model(folder, tmp_path / "made.safetensors", log=lines.append)
+    (line,) = lines
+    assert line.startswith(f"{folder / 'unet'}: not read: old.safetensors, since diffusion_pytorch_model.")

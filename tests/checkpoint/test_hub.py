@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import socket
 import threading
 import time
@@ -12,17 +13,25 @@ from urllib.parse import urlsplit
 import huggingface_hub
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
+from tiny_adapters import save_diffusers
 
 import ldm
-from ldm.checkpoint.hub import fetch, needed_files
+from ldm.checkpoint import load_tokenizer
+from ldm.checkpoint.hub import adapter_file, fetch, needed_files
 
 NAME, COMMIT = "someone/postcard", "0123456789abcdef0123456789abcdef01234567"
+PUSHED = COMMIT[::-1]
+PICKLES = {
+    "model.safetensors": "pytorch_model.bin",
+    "diffusion_pytorch_model.safetensors": "diffusion_pytorch_model.bin",
+}
 UNET = "unet/diffusion_pytorch_model"
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Says of every repository but NAME what its name says, and serves `server.folder` as NAME."""
+    """Says of every repository but NAME what its name says, and serves `server.commits` as NAME."""
 
     def do_GET(self):
         path = urlsplit(self.path).path
@@ -30,11 +39,13 @@ class Hub(BaseHTTPRequestHandler):
         refusals = {"someone/gated": (403, "GatedRepo"), "someone/none": (401, "RepoNotFound")}
         if name in refusals:
             return self.answer(refusals[name][0], b"{}", {"X-Error-Code": refusals[name][1]})
-        if "/revision/" in path and not path.endswith(("/main", "/v1", COMMIT)):
+        commits = self.server.commits
+        if "/revision/" in path and not path.endswith(("/main", "/v1", *commits)):
             return self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
         if path.startswith("/api/") and not path.startswith("/api/models/"):  # huggingface_hub's own affairs
             return self.answer(404, b"{}")
-        folder = self.server.folder
+        commit = next((each for each in commits if each in path), self.server.main)
+        folder = commits[commit]
         files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
         if "/tree/" in path:
             listing = [
@@ -42,13 +53,13 @@ class Hub(BaseHTTPRequestHandler):
             ]
             return self.answer(200, json.dumps(listing).encode())
         if path.startswith("/api/models/"):
-            info = {"id": NAME, "sha": COMMIT, "siblings": [{"rfilename": file} for file in files]}
+            info = {"id": NAME, "sha": commit, "siblings": [{"rfilename": file} for file in files]}
             return self.answer(200, json.dumps(info).encode())
-        file = path.removeprefix(f"/{NAME}/resolve/{COMMIT}/")
+        file = path.removeprefix(f"/{NAME}/resolve/{commit}/")
         if self.command == "GET":
             self.server.fetched.append(file)
         content = (folder / file).read_bytes()
-        return self.answer(200, content, {"X-Repo-Commit": COMMIT, "ETag": f'"{oid(folder / file)}"'})
+        return self.answer(200, content, {"X-Repo-Commit": commit, "ETag": f'"{oid(folder / file)}"'})
 
     do_HEAD = do_GET
 
@@ -83,7 +94,7 @@ def hub(folder, tmp_path, monkeypatch):
     (folder / "safety_checker").mkdir()
     (folder / "safety_checker/model.safetensors").write_text("not needed")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.folder, server.fetched = folder, []
+    server.commits, server.main, server.fetched = {COMMIT: folder}, COMMIT, []
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     aim_at(monkeypatch, f"http://127.0.0.1:{server.server_port}", tmp_path)
     yield server
@@ -139,6 +150,63 @@ def test_variant_and_revision(hub):
     assert f"{UNET}.safetensors" not in hub.fetched
 
 
+def test_a_push_in_between_mixes_no_commits(hub, tiny_folder, tmp_path, monkeypatch):
+    """Between the list of files and their download comes a commit with other weights, in pickles."""
+    pushed = shutil.copytree(tiny_folder, tmp_path / "pushed")
+    for path in pushed.rglob("*.safetensors"):
+        torch.save({name: t * 1.5 for name, t in load_file(path).items()}, path.parent / PICKLES[path.name])
+        path.unlink()
+    listed = huggingface_hub.HfApi.model_info
+
+    def list_and_push(*args, **kwargs):
+        info = listed(*args, **kwargs)
+        if hub.main == COMMIT:
+            hub.commits[PUSHED], hub.main = pushed, PUSHED
+        return info
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", list_and_push)
+    wanted = latents(ldm.load(tiny_folder, device="cpu", dtype="fp32"))
+    assert torch.equal(latents(ldm.load(NAME, device="cpu", dtype="fp32")), wanted)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert fetch(NAME).name == COMMIT
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    assert fetch(NAME).name == PUSHED  # the next time it is the new one
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert fetch(NAME).name == PUSHED
+
+
+@pytest.mark.parametrize("revision", ["v1", COMMIT])
+def test_a_revision_is_found_without_network(hub, monkeypatch, revision):
+    fetch(NAME, revision)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert fetch(NAME, revision).name == COMMIT
+    with pytest.raises(ldm.UserError, match="cannot be reached"):
+        fetch(NAME, "v2")
+
+
+def test_messages_name_the_model_and_not_the_cache(hub, tiny_folder):
+    config = hub.commits[COMMIT] / "vae/config.json"
+    config.write_text(config.read_text().replace('"latent_channels": 4', '"latent_channels": 5'))
+    for message in (complaint(NAME), complaint(tiny_folder, vae=NAME)):
+        assert message.startswith(f"{NAME}/vae/")
+        assert "snapshots" not in message
+    with pytest.warns(UserWarning, match=f"^{NAME}/text_encoder: no variant 'fp16'"):
+        complaint(NAME, variant="fp16")
+
+
+def test_tokens_that_were_added_are_fetched(hub, tmp_path):
+    from transformers import CLIPTokenizer
+
+    folder = hub.commits[COMMIT] / "tokenizer"
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    size = len(tokenizer)
+    (folder / "added_tokens.json").write_text(json.dumps({"<cat>": size}))
+    wanted = load_tokenizer(folder)
+    fetched = load_tokenizer(fetch(NAME) / "tokenizer")
+    assert len(fetched) == len(wanted) == size + 1
+    assert fetched("a <cat>").input_ids == wanted("a <cat>").input_ids
+
+
 def test_without_network_after_it_was_fetched(hub, tmp_path, monkeypatch):
     wanted = latents(ldm.load(NAME, device="cpu", dtype="fp32"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -159,7 +227,7 @@ def test_a_part_of_a_model_on_the_hub(hub, tiny_folder):
 
 
 def test_a_repository_that_holds_one_part(hub, tiny_folder, monkeypatch):
-    hub.folder = tiny_folder / "vae"
+    hub.commits[COMMIT] = tiny_folder / "vae"
     ldm.load(tiny_folder, vae=NAME, device="cpu")
     assert sorted(hub.fetched) == ["config.json", "diffusion_pytorch_model.safetensors"]
     assert "not a diffusers pipeline" in complaint(NAME)
@@ -217,3 +285,45 @@ def test_needed_files_of_a_sharded_variant():
 def test_a_repository_with_single_files_only():
     with pytest.raises(ldm.UserError, match=r"`hf download someone/postcard a\.safetensors`"):
         needed_files(["a.safetensors", "b.ckpt", "README.md"], NAME)
+
+
+def test_adapters_by_name(hub, tiny_folder, tmp_path, monkeypatch):
+    theirs = StableDiffusionPipeline.from_pretrained(tiny_folder)
+    file = save_diffusers(theirs, hub.commits[COMMIT] / "pytorch_lora_weights.safetensors")
+    save_file({"<cat>": torch.randn(2, 24)}, hub.commits[COMMIT] / "learned_embeds.safetensors")
+    pipe = ldm.load(tiny_folder, device="cpu", dtype="fp32")
+    wanted = latents(pipe.with_lora(file, 0.5))
+    assert torch.equal(latents(pipe.with_lora(NAME, 0.5)), wanted)
+    assert set(hub.fetched) == {"pytorch_lora_weights.safetensors"}
+    assert not torch.equal(wanted, latents(pipe))
+    by_name = pipe.with_lora(NAME, weight_name="pytorch_lora_weights.safetensors")
+    assert (
+        by_name.adapted.loras[0].file.layers.keys()
+        == pipe.with_lora(file).adapted.loras[0].file.layers.keys()
+    )
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert torch.equal(latents(pipe.with_lora(NAME, 0.5)), wanted)
+    with pytest.raises(ldm.UserError, match=r"has no x\.safetensors; it has "):
+        pipe.with_lora(NAME, weight_name="x.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        (["README.md", "style.safetensors"], "style.safetensors"),
+        (["style.safetensors", "style.bin"], "style.safetensors"),
+        (["learned_embeds.bin", "token_identifier.txt"], "learned_embeds.bin"),
+        (
+            ["adapter_model.safetensors", "adapter_config.json", "other.safetensors"],
+            "adapter_model.safetensors",
+        ),
+        (["a.safetensors", "b.safetensors"], "choose one by weight_name="),
+        (["README.md"], "no weights"),
+    ],
+)
+def test_which_file_of_a_repository_is_the_adapter(files, found):
+    if found in files:
+        assert adapter_file(files, NAME) == found
+    else:
+        with pytest.raises(ldm.UserError, match=found):
+            adapter_file(files, NAME)

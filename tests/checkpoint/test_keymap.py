@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from ldm.checkpoint.detect import family_configs
 from ldm.checkpoint.keymap import from_original, module_keys, text_keys, to_original, unet_modules
-from ldm.checkpoint.sections import TEXT
+from ldm.checkpoint.original.detect import family_configs
+from ldm.checkpoint.original.sections import TEXT
 from ldm.errors import UserError
 from ldm.models import build
 

@@ -9,7 +9,7 @@ from tiny_families import FAMILIES
 
 import ldm
 from ldm.checkpoint import load_folder, save_model
-from ldm.checkpoint.single import read_single
+from ldm.checkpoint.original.single import read_single
 from ldm.errors import UserError
 from ldm.runtime import Runtime
 

@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_families import FAMILIES, make_family
 from tiny_pipeline import write_tokenizer
 
 import ldm
-from ldm.checkpoint import load_parts, load_tokenizer, save_module
+from ldm.checkpoint import load_parts, load_tokenizer, save_model, save_module
 from ldm.checkpoint.folder import load_folder
 from ldm.runtime import choose
 
@@ -177,7 +178,11 @@ def test_a_vae_with_other_latents(tiny_folder, tmp_path):
         ({"vae": "{tiny}/nothing"}, "no such folder or file"),
         ({"ema": True}, "ema chooses between"),
         ({"revision": "main"}, "only models on the hub have revisions"),
-        ({"prediction_type": "guess"}, "guess"),
+        (
+            {"prediction_type": "guess"},
+            "prediction_type 'guess' is not allowed: choose one of epsilon, v_pred",
+        ),
+        ({"vae": "{tiny}/scheduler"}, "/scheduler: no vae in it: neither config.json nor"),
         ({"variant": "fp16"}, "fp16.safetensors: no such file"),
     ],
 )
@@ -187,6 +192,27 @@ def test_what_cannot_be_asked_of_a_folder(tiny_folder, arguments, words):
         for key, value in arguments.items()
     }
     assert words in complaint(tiny_folder, **filled)
+
+
+def test_messages_name_what_was_given(tiny_folder, tmp_path, monkeypatch):
+    assert complaint("postcard", text_encoder_2=tiny_folder / "text_encoder").startswith("postcard: has no")
+    message = complaint(tiny_folder, vae="postcard")
+    assert message.endswith("does not go with the VAE's 16 (postcard/vae)")
+    shutil.copytree(tiny_folder, tmp_path / "postcard")  # goes before the one of the package
+    monkeypatch.chdir(tmp_path)
+    assert complaint("postcard", ema=True).startswith("postcard: ema chooses")
+    assert complaint(tmp_path / "postcard", ema=True).startswith(f"{tmp_path / 'postcard'}: ema chooses")
+
+
+def test_a_scheduler_in_the_header_of_a_single_file(tiny_folder, tmp_path):
+    """No file that is called scheduler_config.json has to do with it."""
+    path = tmp_path / "model.safetensors"
+    save_model(path, load_folder(tiny_folder, CPU))
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["ldm.config"])
+    header["scheduler"]["beta_schedule"] = "odd"
+    save_file(load_file(path), path, {"ldm.config": json.dumps(header)})
+    assert complaint(path).startswith(f"{path}: beta_schedule='odd' is not supported")
 
 
 def test_another_prediction_type(tiny_folder):
@@ -223,3 +249,28 @@ def test_the_hash_tells_what_was_taken_from_elsewhere(tiny_folder, tmp_path):
     ]
     assert len(set(hashes)) == 4
     assert ldm.load(tiny_folder, device="cpu", vae=other).model_hash == hashes[1]
+
+
+@pytest.mark.parametrize(
+    "name", ["LOOSE.SAFETENSORS", "loose.SafeTensors", "LOOSE.CKPT", "loose.PT", "LOOSE.BIN"]
+)
+def test_suffixes_in_any_case(tiny_folder, other, tmp_path, name):
+    path, tensors = tmp_path / name, load_file(other / VAE)
+    if name.lower().endswith("safetensors"):
+        save_file(tensors, path)
+    else:
+        torch.save(tensors, path)
+    parts = load_parts(tiny_folder, CPU, vae=path)
+    assert equal(parts.vae, load_folder(other, CPU).vae)
+
+
+def test_a_whole_model_in_upper_case(tiny_folder, tmp_path):
+    """Written as one file, with the configs in its header, and read again."""
+    parts, path = load_folder(tiny_folder, CPU), tmp_path / "MODEL.SAFETENSORS"
+    save_model(path, parts)
+    assert path.is_file()
+    again = load_parts(path, CPU, log=lambda line: None)
+    assert equal(again.unet, parts.unet)
+    assert again.scheduler == parts.scheduler
+    with pytest.raises(ldm.UserError, match="pickles are not written"):
+        save_model(tmp_path / "MODEL.CKPT", parts)

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ldm
-from ldm.checkpoint import load_module, load_text_encoder
+from ldm.checkpoint import load_module, load_parts, load_text_encoder
 from ldm.checkpoint.fill import CHUNK, fill
 from ldm.checkpoint.io import read_metadata, read_tensors, weight_files, write_tensors
 from ldm.checkpoint.weights import choose_weights, find_weights
@@ -81,6 +82,46 @@ def test_another_variant_than_asked_for_is_told(tmp_path, names, variant, wanted
 def test_no_file_that_could_be_meant(names, variant, words):
     with pytest.raises(UserError, match=words):
         choose_weights(names, Path("here"), "model", variant, needed=True)
+
+
+UNREAD = {
+    "unet": ["model.safetensors", "diffusion_pytorch_model_old.safetensors", "epoch9.ckpt", "unet.ema"],
+    "vae": ["diffusion_pytorch_model.ema.safetensors", "vae-ft-mse-840000-ema-pruned.safetensors"],
+    "text_encoder": ["diffusion_pytorch_model.safetensors", "model (1).safetensors", "MODEL.SAFETENSORS.BIN"],
+    ".": ["pytorch_lora_weights.safetensors", "learned_embeds.bin", "learned_embeds-steps-500.safetensors"],
+}
+EXPECTED = {
+    "unet": [f"{STEM}.bin", f"{STEM}.fp16.safetensors", f"{STEM}.non_ema.bin", f"{STEM}-00001-of-00002.bin"],
+    "vae": ["README.md", f"{STEM}.msgpack", "openvino_model.bin", f"{STEM}.fp16-00001-of-00002.safetensors"],
+    "text_encoder": ["pytorch_model.bin", "pytorch_model.fp16.bin", "flax_model.msgpack", "tf_model.h5"],
+    ".": [".gitattributes", "v1-5-pruned-emaonly.safetensors", "v1-5-pruned.ckpt", "README.md"],
+}
+
+
+def warned(folder):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load_parts(folder, None)
+    return [str(each.message) for each in caught]
+
+
+@pytest.mark.parametrize(("part", "name"), [(part, name) for part in UNREAD for name in UNREAD[part]])
+def test_weights_that_are_not_read_are_named_once(folder, part, name):
+    (folder / part / name).write_bytes(b"whatever")
+    (line,) = warned(folder)
+    assert name in line
+    assert line.startswith(f"{folder / part}: ")
+    assert "not read" in line
+
+
+def test_what_lies_in_most_folders_is_not_worth_a_line(folder):
+    for part, names in EXPECTED.items():
+        for name in names:
+            (folder / part / name).write_bytes(b"whatever")
+    for other in ("safety_checker", "feature_extractor", "image_encoder"):
+        (folder / other).mkdir()
+        (folder / other / "model.safetensors").write_bytes(b"whatever")
+    assert warned(folder) == []
 
 
 # --- the same model, stored otherwise --------------------------------------------------------------------
@@ -269,7 +310,7 @@ def test_pages_of_the_file_are_let_go(tmp_path, dtype, extra):
     """64 MiB in fp16: no more than the copy in memory, and nothing where there is none."""
 
     def resident():
-        status = Path("/proc/self/status").read_text()
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
         return {
             kind: int(re.search(rf"{kind}:\s+(\d+)", status)[1]) / 1024 for kind in ("RssAnon", "RssFile")
         }

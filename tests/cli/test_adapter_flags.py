@@ -83,6 +83,47 @@ def test_embedding(capsys):
     assert "give it by --embedding <cat>=FILE" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("key", ["clip_l", "clip_g", "clip_h", "emb_params", "string_to_param.*", "*"])
+def test_a_key_that_is_no_word_gives_way_to_the_files_name(capsys, tmp_path, key):
+    save_file({key: torch.randn(2, NARROW)}, tmp_path / "mycat.safetensors")
+    assert txt2img("a mycat", "cat.png", "--embedding", str(tmp_path / "mycat.safetensors")) == 0
+    assert "mycat.safetensors: 2 vectors, written mycat in prompts" in capsys.readouterr().out
+
+
+def test_suffixes_of_any_case(capsys, tmp_path):
+    style = load_file("loras/style.safetensors")
+    save_file(style, tmp_path / "plain.safetensors")
+    assert txt2img("a boat", "plain.png", "--lora", str(tmp_path / "plain.safetensors")) == 0
+    for name, save in (("A.SAFETENSORS", save_file), ("B.Pt", torch.save), ("C.PTH", torch.save)):
+        save(style, tmp_path / name)
+        assert txt2img("a boat", "flag.png", "--lora", str(tmp_path / name)) == 0
+        assert (pixels("flag.png") == pixels("plain.png")).all()
+        tag = f"a boat <lora:{name[0]}:1>"
+        assert txt2img(tag, "tag.png", "--lora-dir", str(tmp_path)) == 0
+        assert (pixels("tag.png") == pixels("plain.png")).all()
+    for name, save in (("CAT.SAFETENSORS", save_file), ("CAT.PT", torch.save)):
+        save({"<cat>": torch.ones(1, NARROW)}, tmp_path / name)
+        assert txt2img("a <cat>", "cat.png", "--embedding", str(tmp_path / name)) == 0
+    assert "CAT.PT: 1 vector, written <cat> in prompts" in capsys.readouterr().out
+
+
+def test_a_word_within_a_lora(capsys, tmp_path):
+    word = {"bundle_emb.mycat.string_to_param.*": torch.randn(2, NARROW)}
+    save_file(load_file("loras/style.safetensors") | word, tmp_path / "both.safetensors")
+    assert txt2img("a mycat", "flag.png", "--lora", str(tmp_path / "both.safetensors:0.8")) == 0
+    assert "; for what it learnt, write mycat in the prompt" in capsys.readouterr().out
+    assert txt2img("a mycat <lyco:both:0.8>", "tag.png", "--lora-dir", str(tmp_path)) == 0
+    assert (pixels("flag.png") == pixels("tag.png")).all()
+    assert cli.main(["redraw", "tag.png", *MODEL, "--lora-dir", str(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize("tag", ["<lora:style:0.8", "<lora style:0.8>", "<hypernet:style:1>"])
+def test_a_tag_that_is_not_whole(capsys, tag):
+    assert txt2img(f"a boat {tag}", "broken.png") == 2
+    assert f"{tag} in the prompt is " in capsys.readouterr().err
+    assert not Path("broken.png").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [

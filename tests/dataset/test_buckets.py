@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from ldm.dataset.buckets import (
     Batches,
     Variation,
-    cut,
+    apply_crop,
     make_buckets,
     make_crop,
     nearest_bucket,
@@ -109,7 +109,7 @@ def test_centre_crop_and_time_ids_equal_those_of_the_diffusers_script(original, 
     theirs = np.asarray(whole.crop((left, top, left + 64, top + 64)), np.float32) / 127.5 - 1
 
     crop = make_crop(original, (64, 64), flipped=flip)
-    ours = cut(image, crop)
+    ours = apply_crop(image, crop)
     assert crop.time_ids == (h, w, top, left, 64, 64)
     assert ours.shape == (3, 64, 64)
     levels = (ours - torch.from_numpy(theirs).permute(2, 0, 1)).abs() * 255 / 2
@@ -127,7 +127,7 @@ def test_colours_tell_where_each_pixel_came_from(original, flipped, at):
     red, green = np.broadcast_to(x, (h, w)), np.broadcast_to(y[:, None], (h, w))
     image = Image.fromarray((np.stack([red, green, 0 * red], -1) * 255).round().astype(np.uint8))
     crop = make_crop(original, nearest_bucket(original, BUCKETS), at, flipped)
-    shown = (cut(image, crop) + 1) / 2
+    shown = (apply_crop(image, crop) + 1) / 2
     across = (torch.arange(crop.size[1]) + crop.left + 0.5) / crop.resized[1]
     down = (torch.arange(crop.size[0]) + crop.top + 0.5) / crop.resized[0]
     across = 1 - across if flipped else across
@@ -140,13 +140,13 @@ def test_colours_tell_where_each_pixel_came_from(original, flipped, at):
 def test_shrinking_is_antialiased():
     """Columns in black and white, 8 to a pixel, are an even grey; taking single pixels would show stripes."""
     stripes = Image.fromarray(np.tile(np.uint8([0, 255] * 4), (512, 64)))
-    shown = cut(stripes.convert("RGB"), make_crop((512, 512), (64, 64)))
+    shown = apply_crop(stripes.convert("RGB"), make_crop((512, 512), (64, 64)))
     assert shown[:, :, 4:-4].abs().max() < 0.05
 
 
 def test_a_picture_that_has_changed_is_told():
     with pytest.raises(UserError, match="20 x 10 pixels, not 10 x 20 as when it was examined"):
-        cut(Image.new("RGB", (20, 10)), make_crop((20, 10), (64, 64)))
+        apply_crop(Image.new("RGB", (20, 10)), make_crop((20, 10), (64, 64)))
 
 
 # --- batches ---------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import ldm
 from ldm.checkpoint.io import read_metadata
 from ldm.dataset import cache
 from ldm.dataset.buckets import Batches, Variation, make_buckets
-from ldm.dataset.cache import Latents, Texts, module_digest, open_and_cut
+from ldm.dataset.cache import LatentCache, TextCache, module_digest, open_and_crop
 from ldm.dataset.findings import Example
 from ldm.errors import UserError
 from ldm.pipeline.networks import encode
@@ -82,7 +82,7 @@ def content(path):
 
 def fresh(vae, shown):
     """Encoded anew, as many at once as the cache does."""
-    images = [open_and_cut(*each) / 2 + 0.5 for each in shown]
+    images = [open_and_crop(*each) / 2 + 0.5 for each in shown]
     at_once = cache.PIXELS_AT_ONCE // 32**2
     encoded = encode(vae, torch.stack(images + [images[-1]] * (at_once - len(images))))
     return encoded.mean[: len(shown)], encoded.std[: len(shown)]
@@ -98,15 +98,15 @@ def test_cached_latents_equal_fresh_ones(vae, tiny_folder, shown, tmp_path):
     network, some = vae_of(tiny_folder), of_one_size(shown)
     mean, std = fresh(network, some)
     told = []
-    latents = Latents(tmp_path / "cache", network)
+    latents = LatentCache(tmp_path / "cache", network)
     assert latents.fill(shown, told.append) == sum(told) == len(shown)
     assert latents.fill(shown, told.append) == 0
-    read = Latents(tmp_path / "cache", network).read(some)
+    read = LatentCache(tmp_path / "cache", network).read(some)
     assert torch.equal(read.mean, mean)
     assert torch.equal(read.std, std)
     assert bool(std.any()) == (vae == "kl")
     assert not torch.equal(read.mean[0], read.mean[1]), "the mirrored picture is another"
-    assert torch.equal(Latents(tmp_path / "other", network).read(some[1:2]).mean, mean[1:2]), (
+    assert torch.equal(LatentCache(tmp_path / "other", network).read(some[1:2]).mean, mean[1:2]), (
         "not filled before"
     )
 
@@ -114,10 +114,10 @@ def test_cached_latents_equal_fresh_ones(vae, tiny_folder, shown, tmp_path):
 def test_latents_equal_those_of_diffusers(families, shown, tmp_path):
     folder, pipe = families("sdxl")
     some = of_one_size(shown)
-    images = torch.stack([open_and_cut(*each) for each in some])
+    images = torch.stack([open_and_crop(*each) for each in some])
     with torch.no_grad():
         theirs = pipe.vae.encode(images).latent_dist
-    ours = Latents(tmp_path, vae_of(folder)).read(some)
+    ours = LatentCache(tmp_path, vae_of(folder)).read(some)
     scale = pipe.vae.config.scaling_factor
     torch.testing.assert_close(ours.mean, theirs.mean * scale, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours.std, theirs.std * scale, rtol=1e-4, atol=1e-5)
@@ -125,8 +125,8 @@ def test_latents_equal_those_of_diffusers(families, shown, tmp_path):
 
 def test_bf16_is_kept_in_half_the_space_and_rounded_once(tiny_folder, shown, tmp_path):
     half, whole = (
-        Latents(tmp_path / "a", vae_of(tiny_folder, "bf16")),
-        Latents(tmp_path / "b", vae_of(tiny_folder)),
+        LatentCache(tmp_path / "a", vae_of(tiny_folder, "bf16")),
+        LatentCache(tmp_path / "b", vae_of(tiny_folder)),
     )
     some = of_one_size(shown)
     mean, _ = fresh(half.vae, some)
@@ -139,7 +139,7 @@ def test_bf16_is_kept_in_half_the_space_and_rounded_once(tiny_folder, shown, tmp
 
 def test_each_thing_that_matters_makes_another_entry(tiny_folder, shown, tmp_path):
     def entries(network, examples):
-        Latents(tmp_path, network).read(examples)
+        LatentCache(tmp_path, network).read(examples)
         return len(files(tmp_path))
 
     one, vae = shown[:1], vae_of(tiny_folder)
@@ -215,7 +215,7 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_entry_is_made_again(damage, tiny_folder, shown, tmp_path):
     pipe, some = load(tiny_folder), of_one_size(shown)
-    latents, texts = Latents(tmp_path / "cache", pipe.parts.vae), Texts(tmp_path / "text", pipe.text)
+    latents, texts = LatentCache(tmp_path / "cache", pipe.parts.vae), TextCache(tmp_path / "text", pipe.text)
     latents.fill(some)
     texts.fill(["red boat", "the sea"])
     before, read, told = contents(tmp_path), latents.read(some), texts.read(["red boat"])
@@ -233,7 +233,7 @@ def test_a_damaged_entry_is_made_again(damage, tiny_folder, shown, tmp_path):
 
 
 def test_a_picture_that_cannot_be_read_is_named(tiny_folder, shown, tmp_path):
-    latents = Latents(tmp_path / "cache", vae_of(tiny_folder))
+    latents = LatentCache(tmp_path / "cache", vae_of(tiny_folder))
     example, crop = shown[0]
     gone = replace(example, path=tmp_path / "gone.png", digest="0" * 64)
     other = replace(gone, path=shown[-1][0].path)
@@ -246,11 +246,11 @@ def test_a_picture_that_cannot_be_read_is_named(tiny_folder, shown, tmp_path):
 def test_a_cache_that_cannot_be_written_is_told(tiny_folder, shown, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write to the cache .*file"):
-        Latents(tmp_path / "file", vae_of(tiny_folder)).fill(shown[:1])
+        LatentCache(tmp_path / "file", vae_of(tiny_folder)).fill(shown[:1])
 
 
 def test_a_full_disk_leaves_what_was_there(tiny_folder, shown, tmp_path, monkeypatch):
-    latents = Latents(tmp_path, vae_of(tiny_folder))
+    latents = LatentCache(tmp_path, vae_of(tiny_folder))
     latents.fill(shown[:2])
     before = contents(tmp_path)
 
@@ -269,15 +269,16 @@ def test_a_full_disk_leaves_what_was_there(tiny_folder, shown, tmp_path, monkeyp
 
 def fill(folder, vae, shown, start):
     torch.set_num_threads(1)
-    latents = Latents(folder, vae)
+    latents = LatentCache(folder, vae)
     start.wait()
     latents.fill(shown)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 def test_two_processes_share_a_cache_and_a_killed_one_leaves_nothing_half(tiny_folder, shown, tmp_path):
     alone, shared, vae = tmp_path / "alone", tmp_path / "shared", vae_of(tiny_folder)
     torch.set_num_threads(1)
-    Latents(alone, vae).fill(shown)
+    LatentCache(alone, vae).fill(shown)
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["ldm.dataset.cache"])
@@ -297,10 +298,10 @@ def test_two_processes_share_a_cache_and_a_killed_one_leaves_nothing_half(tiny_f
 
     leftover = shared / ".0123.tmp"
     leftover.write_bytes(b"half")
-    Latents(shared, vae)
+    LatentCache(shared, vae)
     assert leftover.exists(), "it may be in use"
     os.utime(leftover, (0, 0))
-    Latents(shared, vae)
+    LatentCache(shared, vae)
     assert not leftover.exists()
 
 
@@ -315,7 +316,7 @@ LONG = "the red boat at sea " * 3
 def test_cached_texts_equal_fresh_ones(family, clip_skip, families, tmp_path):
     folder, _ = families(family)
     encoder, prompts = load(folder).text, ["red boat", "", "the sea", "boat", "red"]
-    texts = Texts(tmp_path, encoder, clip_skip)
+    texts = TextCache(tmp_path, encoder, clip_skip)
     assert texts.fill([*prompts, "red"]) == 5
     assert texts.fill(prompts) == 0
     for batch in (prompts, ["the sea"], ["red boat", LONG, ""]):
@@ -326,13 +327,13 @@ def test_cached_texts_equal_fresh_ones(family, clip_skip, families, tmp_path):
             torch.testing.assert_close(ours.pooled, theirs.pooled, rtol=1e-5, atol=1e-5)
     exact = encoder.encode([*prompts, *["red"] * 3], clip_skip)
     assert torch.equal(
-        Texts(tmp_path / "new", encoder, clip_skip).read(["red boat"]).tokens, exact.tokens[:1]
+        TextCache(tmp_path / "new", encoder, clip_skip).read(["red boat"]).tokens, exact.tokens[:1]
     )
 
 
 def test_texts_are_always_encoded_as_many_at_once(tiny_folder, tmp_path, monkeypatch):
     """A matrix product may give other last bits for one row than for eight."""
-    texts, counts, encode = Texts(tmp_path, load(tiny_folder).text), [], TextEncoder.encode
+    texts, counts, encode = TextCache(tmp_path, load(tiny_folder).text), [], TextEncoder.encode
     monkeypatch.setattr(TextEncoder, "encode", lambda *args: counts.append(len(args[1])) or encode(*args))
     texts.fill([str(i) for i in range(11)])
     texts.read(["boat"])
@@ -341,7 +342,7 @@ def test_texts_are_always_encoded_as_many_at_once(tiny_folder, tmp_path, monkeyp
 
 def test_each_thing_that_matters_makes_another_text(tiny_folder, tmp_path):
     def entries(text, encoder, clip_skip=None):
-        Texts(tmp_path, encoder, clip_skip).read([text])
+        TextCache(tmp_path, encoder, clip_skip).read([text])
         return len(files(tmp_path))
 
     encoder = load(tiny_folder).text

@@ -2,11 +2,13 @@
 
 import json
 import sys
+import unicodedata
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from ldm.cli import main
 from ldm.dataset.captions import clip_counter
 from ldm.dataset.examine import examine
 from ldm.errors import UserError
@@ -229,3 +231,144 @@ def test_the_bar_counts_to_the_end(folder):
     seen = []
     look(folder, missing_caption="empty", on_progress=lambda *of: seen.append(of))
     assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+# --- other spellings -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["Metadata.jsonl", "metadata.JSONL", "METADATA.CSV", "metadata.Csv"])
+def test_a_table_in_another_case(folder, name):
+    text = as_csv(EXPECTED) if name.lower().endswith("csv") else as_jsonl(EXPECTED)
+    (folder / name).write_text(text, encoding="utf-8")
+    examined = look(folder)
+    assert captions(examined) == EXPECTED
+    assert examined.layout == f"3 from {name}"
+    assert examined.findings == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("metadata.json", "call it metadata.jsonl and write one JSON object in each line"),
+        ("metadata.json1", "call it metadata.jsonl,"),
+        ("metadata.jsonl.txt", "call it metadata.jsonl,"),
+        ("captions.json", "call it metadata.jsonl and write"),
+        ("meta_cap.json", "call it metadata.jsonl and write"),
+        ("Captions.CSV", "call it metadata.csv,"),
+        ("metadata.tsv", "call it metadata.csv,"),
+        ("train-00000-of-00001.parquet", "call it metadata.parquet,"),
+        ("prompts.ndjson", "call it metadata.jsonl,"),
+    ],
+)
+def test_a_table_of_another_name_is_named(folder, name, said):
+    (folder / name).write_text(as_jsonl(EXPECTED), encoding="utf-8")
+    examined = look(folder, missing_caption="empty")
+    (found,) = (each for each in examined.findings if each.path == folder / name)
+    assert said in found.text
+    assert found.effect == "note"
+
+
+def test_json_that_is_no_table_is_not_worth_a_line(folder):
+    for name in ("model_index.json", "a.json", "package.json"):
+        (folder / name).write_text("{}")
+    assert all(each.path.suffix != ".json" for each in look(folder).findings)
+
+
+ROWS = [{"file_name": name, "text": text} for name, text in EXPECTED.items()]
+NO_LINES = [json.dumps(ROWS, indent=indent) for indent in (None, 1, 4)]
+NO_LINES += [json.dumps(ROWS[0], indent=2), '[\n{"file_name": "a.png", "text": "a"},\n']
+
+
+@pytest.mark.parametrize("text", NO_LINES)
+def test_json_that_is_no_lines_is_one_finding(folder, text):
+    (folder / "metadata.jsonl").write_text(text)
+    broken = [each for each in look(folder).findings if each.path == folder / "metadata.jsonl"]
+    assert [(each.effect, each.kind) for each in broken] == [("stops", "broken table")]
+    assert "one JSON value and not lines of it" in broken[0].text
+
+
+def table_of(suffix, columns):
+    rows = [dict(zip(columns, pair, strict=True)) for pair in EXPECTED.items()]
+    if suffix == "jsonl":
+        return "".join(json.dumps(row) + "\n" for row in rows)
+    return ",".join(columns) + "\n" + "".join(f'{k},"{v}"\n' for k, v in EXPECTED.items())
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_columns_by_other_names(folder, suffix):
+    (folder / f"metadata.{suffix}").write_text(table_of(suffix, ("picture", "prompt")), encoding="utf-8")
+    (broken,) = (each for each in look(folder).findings if each.kind == "broken table")
+    said = "no column file_name and no text, but picture, prompt: name its columns so, or say with "
+    assert said + "--image-column and --caption-column" in broken.text
+    examined = look(folder, image_column="picture", caption_column="prompt")
+    assert captions(examined) == EXPECTED
+    assert examined.findings == ()
+    (broken,) = (each for each in look(folder, caption_column="txet").findings if each.kind == "broken table")
+    assert "no column file_name and no txet, but picture, prompt" in broken.text
+
+
+def test_columns_of_a_parquet_table(folder):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    columns = {"file_name": list(EXPECTED), "prompt": list(EXPECTED.values())}
+    parquet.write_table(pa.table(columns), folder / "METADATA.PARQUET")
+    assert captions(look(folder, caption_column="prompt")) == EXPECTED
+
+
+def test_the_column_of_pictures_as_datasets_calls_it(folder):
+    """diffusers' scripts have --image_column=image, which datasets makes of file_name."""
+    (folder / "metadata.jsonl").write_text(as_jsonl(EXPECTED))
+    assert captions(look(folder, image_column="image")) == EXPECTED
+    (folder / "metadata.jsonl").write_text(table_of("jsonl", ("image", "text")))
+    assert captions(look(folder, image_column="image")) == EXPECTED
+
+
+def test_the_flags_of_columns(folder, capsys):
+    (folder / "metadata.jsonl").write_text(table_of("jsonl", ("picture", "prompt")), encoding="utf-8")
+    flags = ["--resolution", "64", "--image-column", "picture"]
+    assert main(["folder", str(folder), *flags, "--caption_column", "prompt"]) == 0
+    assert "captions: 3 from metadata.jsonl" in capsys.readouterr().out
+    assert main(["folder", str(folder), *flags]) == 2
+    assert "no column text, but picture, prompt" in capsys.readouterr().out
+
+
+def test_columns_without_a_table_are_told(folder):
+    assert ("note", "no table") in told(look(folder, caption_column="prompt"))
+    assert ("note", "no table") not in told(look(folder))
+
+
+@pytest.mark.parametrize("name", ["IMG_1.JPG", "IMG_1.jpg", "img.1.PNG"])
+@pytest.mark.parametrize("suffix", [".TXT", ".Caption", ".txt"])
+def test_suffixes_in_any_case(tmp_path, name, suffix):
+    path = picture(tmp_path / name)
+    path.with_suffix(suffix).write_text("a cat")
+    examined = look(tmp_path)
+    assert captions(examined) == {name: "a cat"}
+    assert examined.layout == f"1 from {suffix.lower()} files"
+    assert examined.findings == ()
+
+
+def test_captions_of_one_picture_in_two_spellings(tmp_path):
+    picture(tmp_path / "a.png")
+    for suffix, text in ((".caption", "third"), (".TXT", "first"), (".txt", "second")):
+        (tmp_path / f"a{suffix}").write_text(text)
+    examined = look(tmp_path)
+    assert captions(examined) == {"a.png": "first"}  # as the names are sorted
+    unread = [each.path.suffix for each in examined.findings if each.kind == "unread captions"]
+    assert unread == [".caption", ".txt"]
+
+
+@pytest.mark.parametrize(("stored", "named"), [("NFD", "NFC"), ("NFC", "NFD"), ("NFC", "NFC")])
+@pytest.mark.parametrize("word", ["Schäfchen", "Ñandú", "한국", "Å"])
+def test_names_in_both_forms_of_unicode(tmp_path, stored, named, word):
+    """A table and caption files of one system, pictures of another: macOS decomposes names."""
+    on_disk, written = unicodedata.normalize(stored, word), unicodedata.normalize(named, word)
+    for path in (tmp_path / "table", tmp_path / "beside"):
+        picture(path / f"{on_disk}.png")
+    (tmp_path / "table/metadata.jsonl").write_text(as_jsonl({f"{written}.png": "a sheep"}), encoding="utf-8")
+    (tmp_path / "beside" / f"{written}.txt").write_text("a sheep")
+    for path in (tmp_path / "table", tmp_path / "beside"):
+        examined = look(path)
+        assert captions(examined) == {f"{on_disk}.png": "a sheep"}
+        assert examined.findings == ()

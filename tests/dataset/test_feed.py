@@ -5,8 +5,8 @@ import torch
 from tiny_finetune import write_pictures
 
 import ldm
-from ldm.dataset.buckets import Batches, Row, Variation, make_buckets, make_crop
-from ldm.dataset.cache import Latents, Texts, open_and_cut
+from ldm.dataset.buckets import Batches, Sample, Variation, make_buckets, make_crop
+from ldm.dataset.cache import LatentCache, TextCache, open_and_crop
 from ldm.dataset.examine import examine
 from ldm.dataset.feed import Feed
 from ldm.dataset.masks import masked_pictures
@@ -32,8 +32,8 @@ def make(families, tmp_path):
         text = TextEncoder(tuple(Clip(*pair) for pair in pairs if pair[1] is not None))
         if cached:
             options |= {
-                "latents": Latents(tmp_path / "latents", parts.vae),
-                "texts": Texts(tmp_path / "texts", text),
+                "latents": LatentCache(tmp_path / "latents", parts.vae),
+                "texts": TextCache(tmp_path / "texts", text),
             }
         if parts.kind is Kind.INPAINT:
             options |= {"masks": MaskSection()}
@@ -48,7 +48,7 @@ def rng(seed=0):
 
 def rows_of(examples, captions=None, **crop):
     captions = captions or [each.caption for each in examples]
-    return [Row(e, make_crop(e.size, SIZE, **crop), c) for e, c in zip(examples, captions, strict=True)]
+    return [Sample(e, make_crop(e.size, SIZE, **crop), c) for e, c in zip(examples, captions, strict=True)]
 
 
 def check_close(ours, expected):
@@ -64,7 +64,7 @@ def told(feed, batch):
 @pytest.mark.parametrize("family", ["sd1", "sdxl", "inpaint"])
 def test_caches_and_none_give_the_same(make, examples, family):
     rows = rows_of(examples[:3], flipped=True)
-    rows[1] = Row(rows[1].example, rows[1].crop, "")
+    rows[1] = Sample(rows[1].example, rows[1].crop, "")
     plain, cached = (make(family, cached).tensors(rows, rng(5)) for cached in (False, True))
     again = make(family, True).tensors(rows, rng(5))  # read from the disk
     assert plain.keys() == cached.keys() == again.keys()
@@ -93,7 +93,7 @@ def test_a_mirrored_picture_has_its_own_latents(make, examples):
     feed = make("sd1", cached=True)
     plain, flipped = (feed.tensors(rows_of(examples[:2], flipped=f), rng())["x0"] for f in (False, True))
     assert float((plain - flipped).abs().max()) > 0.01
-    pictures = torch.stack([open_and_cut(r.example, r.crop) for r in rows_of(examples[:2])]).flip(-1)
+    pictures = torch.stack([open_and_crop(r.example, r.crop) for r in rows_of(examples[:2])]).flip(-1)
     moments = feed.vae.encode(pictures)
     expected = moments.mean + moments.std * torch.randn(plain.shape, generator=rng())
     check_close(flipped, expected.detach() * feed.vae.scaling_factor)
@@ -172,7 +172,7 @@ def test_masked_latents_are_of_the_picture_without_what_is_masked(make, examples
     mask = batch["mask"]
     assert mask.shape == (6, 1, *SIZE)
     assert set(mask.unique().tolist()) == {0.0, 1.0}
-    pictures = torch.stack([open_and_cut(row.example, row.crop) for row in rows])
+    pictures = torch.stack([open_and_crop(row.example, row.crop) for row in rows])
     with torch.no_grad():
         moments = feed.vae.encode(masked_pictures(pictures, mask))
     apart = (batch["masked"] / feed.vae.scaling_factor - moments.mean) / moments.std  # unit noise

@@ -79,3 +79,24 @@ def test_wrong_seeds():
     for seed in (-1, 2**63):
         with pytest.raises(UserError, match="out of range"):
             Noise([seed])
+
+
+BIG = (2**32 + 1, 2**33 + 1, 2**40 + 1, 2**63 - 1, 2**62)
+
+
+@pytest.mark.parametrize("kind", [Noise, BrownianNoise])
+def test_every_bit_of_a_seed_counts(kind):
+    """torch's own generator takes in the lower 32 bits: with it these would be 1, 1, 1, 2**32 - 1 and 0."""
+    seeds = (1, 0, 2**32 - 1, *BIG)
+    starts = [kind([seed]).initial((1, 4, 4)) for seed in seeds]
+    later = [kind([seed])(torch.zeros(1, 1, 4, 4), 2.0, 1.0) for seed in seeds]
+    for draws in (starts, later):
+        assert len({tuple(draw.flatten().tolist()) for draw in draws}) == len(seeds)
+    together = kind(BIG).initial((1, 4, 4))
+    assert torch.equal(together, torch.cat(starts[3:]))  # and each is the same in a batch
+
+
+def test_seeds_of_32_bits_are_torchs_own():
+    for seed in (0, 1, 2**31, 2**32 - 1):
+        want = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(Noise([seed]).initial((4, 8, 8)), want)

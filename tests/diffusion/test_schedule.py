@@ -89,19 +89,6 @@ def test_grids_differ_by_sampler(schedule):
     assert not torch.equal(whole, fractional)
 
 
-def test_spacings_of_our_own(schedule):
-    def t(spacing, n):
-        return schedule.grid(n, spacing, "euler").timesteps.tolist()
-
-    assert t("simple", 4) == [999, 749, 499, 249]
-    assert t("sgm_uniform", 3) == [999, 666, 333]
-    assert t("ays", 10) == [999, 850, 736, 645, 545, 455, 343, 233, 124, 24]
-    assert t("ays", 20)[:4] == [999, 924.5, 850, 793]
-    assert t("lcm", 4) == [999, 759, 499, 259]
-    sigmas = schedule.grid(5, "exponential", "euler").sigmas[:-1].log()
-    assert torch.allclose(sigmas.diff(), sigmas.diff().mean())
-
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("config", [SD15, ZERO_SNR], ids=["sd15", "zero_snr"])
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 20, 50, 333, 999, 1000])
@@ -257,17 +244,17 @@ CONFIGS = {
     "DPMSolverSinglestepScheduler": ("dpmpp_2s", 0.02),
     "DPMSolverSDEScheduler": ("dpmpp_sde", 0.012),
     "UniPCMultistepScheduler": ("unipc", 0.02),
+    "DDIMParallelScheduler": ("ddim", 0.02),
+    "DDPMParallelScheduler": ("ddpm", 0.02),
     "LCMScheduler": ("lcm", 0.012),
 }
 
 
 @pytest.mark.parametrize("class_name", CONFIGS)
 def test_what_diffusers_saves_is_understood(class_name):
-    """Every key that diffusers writes for its defaults, but for the clipping of pixels."""
+    """Every key that diffusers writes for its defaults."""
     scheduler = getattr(diffusers, class_name)()
     config = {"_class_name": class_name, **scheduler.config}
-    if "clip_sample" in config:
-        config["clip_sample"] = False
     schedule = Schedule.from_config(config)
     sampler, beta_end = CONFIGS[class_name]
     assert schedule.default_sampler == sampler
@@ -276,6 +263,8 @@ def test_what_diffusers_saves_is_understood(class_name):
     silent = Schedule.from_config({"_class_name": class_name})
     assert torch.equal(silent.alphas_cumprod, schedule.alphas_cumprod)
     assert silent.prediction is Prediction.EPSILON
+    assert silent.bounds is None  # an absent clip_sample: latents are not pixels
+    assert (schedule.bounds is not None) == scheduler.config.get("clip_sample", False)
 
 
 def test_sde_algorithm():
@@ -285,8 +274,8 @@ def test_sde_algorithm():
 
 REFUSED = [
     ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatchEulerDiscreteScheduler is not supported"),
-    ({"clip_sample": True}, "clip_sample=True"),
-    ({"thresholding": True}, "thresholding=True"),
+    ({"clip_sample": "yes"}, "clip_sample='yes'"),
+    ({"thresholding": True, "sample_max_value": "1"}, "sample_max_value='1'"),
     ({"prediction_type": "flow_prediction"}, "prediction_type='flow_prediction'"),
     ({"beta_schedule": "sigmoid"}, "beta_schedule='sigmoid'"),
     ({"variance_type": "learned_range"}, "variance_type='learned_range'"),
@@ -306,12 +295,21 @@ def test_refused_by_name(changes, message):
         Schedule.from_config({"_class_name": "DDIMScheduler", **changes})
 
 
-def test_karras_formula(schedule):
-    """Karras et al. 2022, equation 5, with rho = 7."""
-    low, high = float(schedule.sigma(0)), float(schedule.sigma(999))
-    i = np.arange(12)
-    want = (high ** (1 / 7) + i / 11 * (low ** (1 / 7) - high ** (1 / 7))) ** 7
-    assert schedule.grid(12, "karras", "dpmpp_2m").sigmas[:-1].numpy() == pytest.approx(want, rel=1e-12)
+@pytest.mark.parametrize("key", ["feature_extractor", "sigma_data", "safety_checker"])
+def test_settings_of_other_classes_are_ignored_and_said(key):
+    with pytest.warns(UserWarning, match=f"{key} is no setting of DDIMScheduler, and ignored"):
+        schedule = Schedule.from_config({"_class_name": "DDIMScheduler", key: [None, None]})
+    assert torch.equal(schedule.alphas_cumprod, Schedule.from_config({}).alphas_cumprod)
+
+
+def test_foreign_settings_are_settings_of_diffusers():
+    """And none that its schedulers for latents read."""
+    names = [name for name in dir(diffusers) if name.endswith(("Scheduler", "Pipeline"))]
+    parameters = [set(inspect.signature(getattr(diffusers, name).__init__).parameters) for name in names]
+    assert set().union(*parameters) >= scheduler_config._FOREIGN - {"watermarker"}
+    for name in CONFIGS:
+        own = inspect.signature(getattr(diffusers, name).__init__).parameters
+        assert not own.keys() & scheduler_config._FOREIGN
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -341,15 +339,16 @@ def test_every_family_walks_the_grid_of_its_own_scheduler(family, n):
     "changes", [{}, {"beta_schedule": "squaredcos_cap_v2", "variance_type": "fixed_large"}]
 )
 def test_low_res_scheduler_adds_noise_as_diffusers(changes):
-    """Its clip_sample and variance_type are of no matter: it only ever adds noise."""
+    """Its variance_type is of no matter: it only ever adds noise."""
     config = LOW_RES_SCHEDULER | changes
     theirs = diffusers.DDPMScheduler.from_config(config)
     x, noise, level = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.tensor([20, 350])
     a = noise_levels(config)[level].reshape(2, 1, 1, 1)
     ours = (a.sqrt() * x + (1 - a).sqrt() * noise).float()
     assert torch.allclose(ours, theirs.add_noise(x, noise, level), atol=1e-6)
-    with pytest.raises(UserError, match="clip_sample=True"):
-        Schedule.from_config(config)
+    if "variance_type" in changes:
+        with pytest.raises(UserError, match="variance_type='fixed_large'"):
+            Schedule.from_config(config)
     with pytest.raises(UserError, match="unknown key 'brand_new_key'"):
         noise_levels(config | {"brand_new_key": 1})
 

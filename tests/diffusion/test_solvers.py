@@ -256,6 +256,27 @@ SPELLINGS = {
     "uni_pc": ("unipc", None),
     "LCM": ("lcm", None),
     "DDPM": ("ddpm", None),
+    "k_dpmpp_2m_ka": ("dpmpp_2m", "karras"),  # AUTOMATIC1111
+    "k_dpmpp_sde_ka": ("dpmpp_sde", "karras"),
+    "k_dpmpp_2m_sde_ka": ("dpmpp_2m_sde", "karras"),
+    "k_dpmpp_2m_sde_exp": ("dpmpp_2m_sde", "exponential"),
+    "k_lms_ka": ("lms", "karras"),
+    "dpmpp_sde_gpu": ("dpmpp_sde", None),  # ComfyUI
+    "dpmpp_2m_sde_gpu": ("dpmpp_2m_sde", None),
+    "dpmpp_2m_sde_gpu_karras": ("dpmpp_2m_sde", "karras"),
+    "dpm++2m_sde_bt": ("dpmpp_2m_sde", None),  # stable-diffusion.cpp
+    "euler_k": ("euler", "karras"),  # InvokeAI
+    "heun_k": ("heun", "karras"),
+    "lms_k": ("lms", "karras"),
+    "dpmpp_2m_k": ("dpmpp_2m", "karras"),
+    "dpmpp_2s_k": ("dpmpp_2s", "karras"),
+    "dpmpp_2m_sde_k": ("dpmpp_2m_sde", "karras"),
+    "dpmpp_sde_k": ("dpmpp_sde", "karras"),
+    "unipc_k": ("unipc", "karras"),
+    "DDIMParallelScheduler": ("ddim", None),
+    "DDPMParallelScheduler": ("ddpm", None),
+    "Euler Discrete": ("euler", None),  # not the schedule of that name
+    "DPM++ 2M discrete": ("dpmpp_2m", "linspace"),
 }
 
 

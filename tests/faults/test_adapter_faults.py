@@ -23,6 +23,7 @@ def made(tmp_path_factory):
         if family == "sd1":
             loha = peft_copy(peer.unet, "loha", ["to_k", "conv1"])
             save_lycoris(loha, root / "sd1_loha.safetensors")
+            save_file({f"{TO_K}.diff": torch.ones(16, NARROW)}, root / "sd1_full.safetensors")
     return root
 
 
@@ -109,7 +110,7 @@ def test_nan(pipes, made, tmp_path):
     assert "NaN" in message
 
 
-@pytest.mark.parametrize("spelling", ["", "_kohya", "_loha"])
+@pytest.mark.parametrize("spelling", ["", "_kohya", "_loha", "_full"])
 def test_wrong_family(pipes, made, spelling):
     path = made / f"sd1{spelling}.safetensors"
     message = complaint(pipes["sdxl"].with_lora, path)
@@ -166,6 +167,34 @@ def test_not_an_adapter(pipes, made, tmp_path):
     assert "bundle_emb.x" in complaint(pipes["sd1"].with_lora, path)
 
 
+@pytest.mark.parametrize("content", [{}, {"bundle_emb.cat.string_to_param.*": torch.ones(1, NARROW)}])
+def test_no_layers(pipes, tmp_path, content):
+    save_file(content, tmp_path / "a.safetensors", metadata={"ss_output_name": "a"})
+    message = complaint(pipes["sd1"].with_lora, tmp_path / "a.safetensors")
+    assert f"{tmp_path / 'a.safetensors'}: has no LoRA" in message
+    assert "it changes no layer" in message
+
+
+TO_K = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+OTHERS = {
+    "GLoRA": {f"{TO_K}.{name}.weight": torch.ones(4, 4) for name in ("a1", "a2", "b1", "b2")},
+    "OFT or BOFT": {f"{TO_K}.oft_blocks": torch.ones(4, 4, 4), f"{TO_K}.alpha": torch.ones(())},
+    "(IA)3": {f"{TO_K}.weight": torch.ones(16), f"{TO_K}.on_input": torch.ones(1)},
+    "AdaLoRA": {f"a.lora_{name}": torch.ones(4, 4) for name in "ABE"},
+    "VeRA": {"base_model.model.conv_in.vera_lambda_b": torch.ones(4)},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_kind_that_is_not_read_is_called_by_its_name(pipes, made, tmp_path, kind, beside):
+    tensors = OTHERS[kind] | (load_file(made / "sd1_kohya.safetensors") if beside else {})
+    save_file(tensors, tmp_path / "a.safetensors")
+    message = complaint(pipes["sd1"].with_lora, tmp_path / "a.safetensors")
+    assert message.startswith(f"{tmp_path / 'a.safetensors'}: has tensors of {kind} (")
+    assert "which is not supported" in message
+
+
 QUERY = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
@@ -192,6 +221,34 @@ def test_a_layer_that_does_not_fit(pipes, made, tmp_path, changes, says):
     path = edit_file(made / "sd1.safetensors", damage, tmp_path / "a.safetensors")
     message = complaint(pipes["sd1"].with_lora, path)
     assert message.startswith(f"{path}: {QUERY}: ")
+    assert says in message
+
+
+TOKENS = "text_encoder.text_model.embeddings.token_embedding"
+NORM = "unet.down_blocks.0.resnets.0.norm1"
+
+
+@pytest.mark.parametrize(
+    ("stem", "tensors", "says"),
+    [
+        (QUERY, {"diff_b": torch.ones(16)}, "it changes a bias, and this layer has none"),
+        (QUERY, {"diff": torch.ones(16, 17)}, "changes a layer of 17 -> 16"),
+        (QUERY, {"diff": torch.ones(())}, "its diff has the shape []"),
+        (QUERY, {"lora_B.bias": torch.ones(16)}, "has no down, up"),
+        (NORM, {"w_norm": torch.ones(17)}, "changes a layer of 1 -> 17"),
+        (NORM, {"b_norm": torch.ones(17)}, "it changes a bias of [17], this one is [16]"),
+        (NORM, {"lora_A.weight": torch.ones(3, 1), "lora_B.weight": torch.ones(16, 3)}, "not GroupNorm"),
+        (TOKENS, {"lora_A.weight": torch.ones(3, 24), "lora_B.weight": torch.ones(16, 3)}, "not Embedding"),
+        (TOKENS, {"diff": torch.ones(3, NARROW)}, "changes a layer of 24 -> 3"),
+        (NORM, {"diff": torch.ones(16), "dora_scale": torch.ones(16)}, "dora_scale beside"),
+        (NORM, {"diff": torch.ones(16), "lora_A.weight": torch.ones(3, 16)}, "has no up"),
+    ],
+)
+def test_a_sum_that_does_not_fit(pipes, tmp_path, stem, tensors, says):
+    path = tmp_path / "a.safetensors"
+    save_file({f"{stem}.{ending}": tensor for ending, tensor in tensors.items()}, path)
+    message = complaint(pipes["sd1"].with_lora, path)
+    assert message.startswith(f"{path}: {stem}: ")
     assert says in message
 
 
@@ -232,6 +289,19 @@ def test_two_files_of_one_name(pipes, made, tmp_path):
     assert "rename one" in complaint(adapted.with_lora, path)
 
 
+def test_the_word_of_a_lora_that_the_model_has(pipes, made, tmp_path):
+    for name, word in (("a", "boat</w>"), ("b", "<cat>"), ("c", "<cat>")):
+        bundle = {f"bundle_emb.{word}.string_to_param.*": torch.ones(1, NARROW)}
+        edit_file(made / "sd1.safetensors", lambda t, b=bundle: t.update(b), tmp_path / f"{name}.safetensors")
+    message = complaint(pipes["sd1"].with_lora, tmp_path / "a.safetensors")
+    assert "'boat</w>' already; rename the tensors bundle_emb.boat</w>.* in the file" in message
+    adapted = pipes["sd1"].with_lora(tmp_path / "b.safetensors")
+    assert "'<cat>' already; rename" in complaint(adapted.with_lora, tmp_path / "c.safetensors")
+    wide = {"bundle_emb.<cat>.string_to_param.*": torch.ones(1, WIDE)}
+    path = edit_file(made / "sd1.safetensors", lambda t: t.update(wide), tmp_path / "d.safetensors")
+    assert f"vectors of width {WIDE}; this model takes {NARROW}" in complaint(pipes["sd1"].with_lora, path)
+
+
 def test_nothing_is_half_done(pipes, made):
     pipe = pipes["sd1"]
     before = pipe.unet(torch.ones(1, 4, 8, 8), 3, torch.ones(1, 4, NARROW))
@@ -266,6 +336,17 @@ def test_embedding_that_does_not_fit(pipes, tmp_path, tensors, says):
     message = complaint(pipes["sd1"].with_embedding, tmp_path / "cat.safetensors")
     assert str(tmp_path / "cat.safetensors") in message
     assert says in message
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_embedding_of_one_byte(pipes, tmp_path, dtype):
+    rows = torch.randn(2, NARROW).to(dtype)
+    save_file({"<cat>": rows}, tmp_path / "cat.safetensors")
+    adapted = pipes["sd1"].with_embedding(tmp_path / "cat.safetensors")
+    table = adapted.parts.text_encoder.get_input_embeddings().weight
+    assert torch.equal(table[-2:], rows.float())
+    save_file({"<cat>": torch.full((1, NARROW), float("nan")).to(dtype)}, tmp_path / "nan.safetensors")
+    assert "NaN" in complaint(pipes["sd1"].with_embedding, tmp_path / "nan.safetensors")
 
 
 def test_embedding_of_one_encoder_on_xl(pipes, tmp_path):

@@ -197,9 +197,9 @@ def test_a_missing_tensor_is_named(capsys, tiny_folder):
 def test_a_model_of_another_shape_than_its_config(capsys, tiny_folder):
     shutil.copytree(tiny_folder, "model")
     path = Path("model/unet/config.json")
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text(encoding="utf-8"))
     config["cross_attention_dim"] *= 2
-    path.write_text(json.dumps(config))
+    path.write_text(json.dumps(config), encoding="utf-8")
     assert "unet" in fails(capsys, ["-p", "a", "-m", "model"])
 
 

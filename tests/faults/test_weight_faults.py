@@ -55,7 +55,7 @@ def test_a_pickle_with_code_is_not_run(folder, tmp_path, part, name, zipped):
     write_bomb(folder / part / name, tmp_path / "trace", zipped)
     message = complaint(folder)
     assert str(folder / part / name) in message
-    assert "holds code (posix.mkdir), which was not run" in message
+    assert f"holds code ({os.name}.mkdir), which was not run" in message
     assert "convert" in message
     assert not (tmp_path / "trace").exists()
 
@@ -63,7 +63,7 @@ def test_a_pickle_with_code_is_not_run(folder, tmp_path, part, name, zipped):
 def test_a_single_file_with_code_is_not_run(tmp_path):
     write_bomb(tmp_path / "model.ckpt", tmp_path / "trace", True)
     message = complaint(tmp_path / "model.ckpt")
-    assert f"{tmp_path / 'model.ckpt'}: holds code (posix.mkdir), which was not run" in message
+    assert f"{tmp_path / 'model.ckpt'}: holds code ({os.name}.mkdir), which was not run" in message
     assert not (tmp_path / "trace").exists()
 
 
@@ -336,7 +336,8 @@ def test_a_text_encoder_of_another_class(folder, name):
 
 def test_missing_text_encoder(folder):
     edit_json(folder / "model_index.json", text_encoder=[None, None])
-    assert f"{folder / 'model_index.json'}: has no text_encoder" in complaint(folder)
+    with pytest.raises(ldm.UserError, match="no text encoder: give prompt_embeds"):
+        ldm.load(folder, device="cpu", dtype="fp32")("a boat", num_inference_steps=1)
     edit_json(folder / "model_index.json", text_encoder=["transformers", "CLIPTextModel"])
     shutil.rmtree(folder / "text_encoder")
     assert str(folder / "text_encoder" / "config.json") in complaint(folder)

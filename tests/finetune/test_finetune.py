@@ -1,5 +1,6 @@
 """The whole command: stopped anywhere it goes on bit for bit, and held-out pictures stay what they are."""
 
+import json
 import os
 import random
 import re
@@ -125,6 +126,13 @@ def test_copies_stay_together():
     assert len(held_out) == 6
 
 
+@pytest.mark.parametrize(
+    ("count", "share", "number"), [(100, 0.29, 29), (50, 0.58, 29), (100, 0.57, 57), (9, 0.1, 0)]
+)
+def test_a_share_is_what_it_says_where_floats_are_just_below(count, share, number):
+    assert len(split(examples(count), share)[1]) == number
+
+
 @pytest.mark.parametrize("share", [0.1, 0.37])
 def test_a_picture_that_is_added_moves_at_most_one_other(share):
     made = examples(40)
@@ -192,17 +200,17 @@ def test_held_out_loss_of_inpainting_has_the_same_masks_in_any_batch(made):
 
 def test_held_out_loss_is_of_the_eight_noise_levels(made, monkeypatch):
     task, seen = made(held_out=0.2), []
-    errors = FinetuneTask._errors
+    unweighted = FinetuneTask._unweighted
     monkeypatch.setattr(
         FinetuneTask,
-        "_errors",
-        lambda task, batch, options: seen.append(batch) or errors(task, batch, options),
+        "_unweighted",
+        lambda task, batch, options: seen.append(batch) or unweighted(task, batch, options),
     )
     held_out_loss(task)
-    (row,) = task.shows.held_out
+    (row,) = task.splits.held_out
     assert torch.cat([batch["t"] for batch in seen]).tolist() == [62, 187, 312, 437, 562, 687, 812, 937]
     assert row.caption == row.example.caption
-    assert row.example.digest not in {each.digest for each in task.shows.train.examples}
+    assert row.example.digest not in {each.digest for each in task.splits.train.examples}
 
 
 # --- what is said and left -------------------------------------------------------------------------------
@@ -238,7 +246,7 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(families, data, tmp_path, c
 def test_epochs_become_steps(made):
     """7 pictures of three shapes in batches of 2 are 4 or 5 batches, and two of them a step."""
     task = made(max_train_steps=None, num_train_epochs=7, train_batch_size=2, gradient_accumulation_steps=2)
-    batches = len(task.shows.train)
+    batches = len(task.splits.train)
     assert task.recipe.max_train_steps == 7 * -(-batches // 2)
 
 
@@ -266,6 +274,28 @@ def test_a_folder_that_has_changed_is_gone_on_with_by_force_only(families, tmp_p
     accelerate_anew()
     assert run(families("sd1")[0], data, tmp_path / "run", max_train_steps=2, force=True) == 0
     assert "pictures 6 " in capsys.readouterr().out.partition("the recipe has changed since")[2]
+
+
+def test_captions_in_another_column(families, tmp_path, capsys):
+    data = write_pictures(tmp_path / "data", 2)
+    for path in data.glob("*.txt"):
+        path.unlink()
+    rows = [{"file_name": path.name, "prompt": f"boat {path.stem}"} for path in sorted(data.glob("*.png"))]
+    (data / "metadata.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    options = {"dry_run": True, "held_out": 0}
+    assert run(families("sd1")[0], data, tmp_path / "run", caption_column="prompt", **options) == 0
+    assert "captions: 2 from metadata.jsonl" in capsys.readouterr().out
+    assert run(families("sd1")[0], data, tmp_path / "run", **options) == 2
+    assert "no column text, but file_name, prompt" in capsys.readouterr().out
+
+
+def test_another_size_is_another_run(families, data, tmp_path, capsys):
+    assert run(families("sd1")[0], data, tmp_path / "run", max_train_steps=1, resolution=64) == 0
+    before = result(tmp_path / "run")
+    accelerate_anew()
+    assert run(families("sd1")[0], data, tmp_path / "run", max_train_steps=2, resolution=72) == 2
+    assert "another recipe: resolution 64 -> 72;" in capsys.readouterr().err
+    assert result(tmp_path / "run") == before
 
 
 # --- what comes out, and when there is nothing left to do -------------------------------------------------

@@ -141,6 +141,8 @@ def test_a_is_normal_and_follows_from_the_seed(parts):
     downs = [name for name in one if "lora_A" in name]
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not any(torch.equal(one[name], other[name]) for name in downs)
+    wide = wanting(add_lora(parts, rank=8, alpha=1, seed=2**32 + 1).unet)
+    assert not any(torch.equal(one[name], wide[name]) for name in downs)
     values = torch.cat([one[name].flatten() for name in downs])
     assert abs(values.std() - 1 / 8) < 0.01
     assert abs(values.mean()) < 0.01
@@ -206,6 +208,13 @@ def test_autocast_without_casts_to_fp32(parts):
         peft = output(unet, torch.bfloat16)
     assert seen == {torch.bfloat16, torch.float32}
     assert torch.equal(ours, peft)
+
+
+def test_a_peft_without_its_private_cast_is_left_as_it_is(parts, monkeypatch):
+    """The cast is replaced for speed alone; where there is none, nothing is put there that nobody calls."""
+    monkeypatch.delattr("peft.tuners.tuners_utils.BaseTunerLayer._cast_input_dtype")
+    unet = add_lora(in_bf16(parts), **SMALL).unet
+    assert not any("_cast_input_dtype" in vars(module) for module in unet.modules())
 
 
 def test_bf16_draws_without_autocast(parts):

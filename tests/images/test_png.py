@@ -178,6 +178,22 @@ def test_a_number_taken_at_the_last_moment_is_not_overwritten(tmp_path, monkeypa
     assert (tmp_path / "00000.png").read_text() == "of another process"
 
 
+def test_a_folder_of_many_files_is_listed_once(tmp_path, monkeypatch):
+    for k in range(png.FEW_FILES + 1):
+        (tmp_path / f"photo-{k}.jpg").touch()
+    (tmp_path / "00004.png").touch()
+    listed, listdir = [], os.listdir
+    monkeypatch.setattr(png.os, "listdir", lambda folder: listed.append(folder) or listdir(folder))
+    names = [save_numbered(picture(), tmp_path, "%05d.png").name for _ in range(3)]
+    (tmp_path / "00008.png").write_text("of another process")
+    names += [save_numbered(picture(), tmp_path, "%05d.png").name for _ in range(2)]
+    assert names == ["00005.png", "00006.png", "00007.png", "00009.png", "00010.png"]
+    assert (tmp_path / "00008.png").read_text() == "of another process"
+    assert len(listed) == 1
+    (tmp_path / "00010.png").unlink()  # the folder was cleared: what is there counts again
+    assert save_numbered(picture(), tmp_path, "%05d.png").name == "00010.png"
+
+
 def test_file_systems_without_hard_links(tmp_path, monkeypatch):
     def no_links(*_):
         raise PermissionError("no links here")

@@ -1,6 +1,7 @@
 """Every kernel that `attend` may choose, against softmax(q k^T / sqrt(d)) v in float64."""
 
 import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -42,30 +43,101 @@ def test_without_a_gradient_sdpa_is_used(monkeypatch):
     assert (attention.attend(*qkv()) == 5).all()
 
 
-def test_xformers_gets_the_layout_it_wants(monkeypatch):
-    """A stand-in for its kernel, which takes [B, N, heads, d], and tensors that say they are on CUDA."""
+class OnCuda(torch.Tensor):
+    is_cuda = True
 
-    shapes = []
+
+@pytest.fixture
+def xformers(monkeypatch):
+    """A stand-in for its kernel, which takes [B, N, heads, d]: d up to 128 by multiples of 8, and no fp32."""
 
     def kernel(q, k, v):
-        shapes.append(q.shape)
-        return exact(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+        stand_in.asked.append(tuple(q.shape))
+        if stand_in.error is not None:
+            raise stand_in.error
+        if q.shape[-1] % 8 or q.shape[-1] > 128 or q.dtype is torch.float32:
+            raise NotImplementedError(
+                f"No operator found for `memory_efficient_attention_forward`\n{q.shape}"
+            )
+        return exact(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2).to(q.dtype)
 
-    module = SimpleNamespace(memory_efficient_attention=kernel, __spec__=True)
-    monkeypatch.setitem(sys.modules, "xformers", module)
-    monkeypatch.setitem(sys.modules, "xformers.ops", module)
+    stand_in = SimpleNamespace(memory_efficient_attention=kernel, __spec__=True, asked=[], error=None)
+    monkeypatch.setitem(sys.modules, "xformers", stand_in)
+    monkeypatch.setitem(sys.modules, "xformers.ops", stand_in)
+    monkeypatch.setattr(attention, "_REFUSED", set(), raising=False)
     attention._xformers.cache_clear()
-    try:
-        q, k, v = qkv()
+    yield stand_in
+    attention._xformers.cache_clear()
 
-        class OnCuda(torch.Tensor):
-            is_cuda = True
 
-        out = attention.attend(q.as_subclass(OnCuda), k, v)
-        assert shapes == [(2, 20, 3, 8)]
-        assert relative_error(out.as_subclass(torch.Tensor), exact(q, k, v)) < 1e-6
-    finally:
-        attention._xformers.cache_clear()
+def on_cuda(q, k, v):
+    return attention.attend(q.as_subclass(OnCuda), k, v).as_subclass(torch.Tensor)
+
+
+def heads_of(dim, dtype=torch.float16):
+    return [torch.randn(2, 3, tokens, dim).to(dtype) for tokens in (20, 7, 7)]
+
+
+def test_xformers_gets_the_layout_it_wants(xformers):
+    q, k, v = heads_of(8)
+    assert relative_error(on_cuda(q, k, v), exact(q, k, v)) < 1e-3
+    assert xformers.asked == [(2, 20, 3, 8)]
+
+
+def test_what_xformers_cannot_do_is_tried_once_and_told_once(xformers):
+    """52 is the head dimension of the embedded model's second level, 512 that of Stable Diffusion's VAE."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            for asked in (heads_of(52), heads_of(512), heads_of(64), heads_of(64, torch.float32)):
+                assert relative_error(on_cuda(*asked), exact(*asked)) < 2e-3
+    assert [shape[-1] for shape in xformers.asked] == [52, 512, 64, 64, 64]
+    (only,) = told
+    assert str(only.message) == (
+        "xformers: no kernel for queries [2, 3, 20, 52] in float16, so torch's own attention is used "
+        "(No operator found for `memory_efficient_attention_forward`)"
+    )
+
+
+def test_the_default_model_draws_where_xformers_has_no_kernel_at_all(xformers):
+    """As on cards that are newer than it, or without its extensions for the torch that is there."""
+    xformers.error = NotImplementedError("xFormers can't load C++/CUDA extensions")
+    block = attention.TransformerBlock(16, 8, 2).eval()
+    x, context = torch.randn(1, 9, 16), torch.randn(1, 5, 8)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = block(x, context)
+        drawn = block(x.as_subclass(OnCuda), context)
+    assert xformers.asked
+    assert torch.equal(drawn.as_subclass(torch.Tensor), expected)
+
+
+def test_an_xformers_that_does_not_load_is_as_none(xformers, monkeypatch):
+    def fail(name):
+        raise OSError("undefined symbol: _ZN3c10")
+
+    monkeypatch.setattr(attention, "import_module", fail)
+    with pytest.warns(UserWarning, match="xformers: it does not load, so torch's own attention is used"):
+        assert attention._xformers() is None
+
+
+def test_memory_that_is_out_is_not_xformers_fault(xformers):
+    xformers.error = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        on_cuda(*heads_of(8))
+    xformers.error = None
+    on_cuda(*heads_of(8))
+    assert len(xformers.asked) == 2
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_with_a_gradient_torch_is_asked(xformers, which):
+    """A kernel that is missing would show in the backward pass only."""
+    leaves = heads_of(8)
+    leaves[which].requires_grad_()
+    on_cuda(*leaves).sum().backward()
+    assert leaves[which].grad is not None
+    assert xformers.asked == []
 
 
 def test_group_norm_in_16_bits_is_torchs_own_in_either_layout():

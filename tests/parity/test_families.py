@@ -42,6 +42,7 @@ INPUTS = {
     "refiner": {"image": picture(), "strength": 0.75},
     "inpaint": {"image": picture(), "mask_image": half_mask(), "strength": 1.0},
     "pix2pix": {"image": picture()},
+    "shifted": {"image": picture()},
     "upscaler": {"image": picture(8, 8), "noise_level": 20},
 }
 INPUTS |= {"inpaint_sd2": INPUTS["inpaint"], "inpaint_xl": INPUTS["inpaint"]}

@@ -13,7 +13,7 @@ from diffusers.training_utils import compute_snr
 from tiny_finetune import QUICK, write_pictures
 from torch.nn import functional as F
 
-from ldm.dataset.cache import open_and_cut
+from ldm.dataset.cache import open_and_crop
 from ldm.finetune import finetune as module
 from ldm.finetune.finetune import finetune
 from ldm.finetune.recipe import FinetuneRecipe
@@ -218,9 +218,9 @@ def test_the_gradient_of_a_word_is_that_of_its_row(task, families):
 def test_latents_are_those_of_diffusers(task, data):
     """What a batch is made of: the picture's moments, scaled, and what SDXL is told of the crop."""
     ours, theirs = task("sdxl")
-    rows = ours.shows.train.at(0)
+    rows = ours.splits.train.at(0)
     batch = ours.batch(rng(), 3, 0)
-    pictures = torch.stack([open_and_cut(row.example, row.crop) for row in rows])
+    pictures = torch.stack([open_and_crop(row.example, row.crop) for row in rows])
     with torch.no_grad():
         moments = theirs.pipe.vae.encode(pictures).latent_dist
     noise = torch.randn(moments.mean.shape, generator=rng())

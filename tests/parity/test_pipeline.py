@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers.schedulers import scheduling_dpmsolver_multistep, scheduling_dpmsolver_sde
-from tiny_pipeline import PEERS, SCHEDULER, make_folder
+from safetensors.torch import load_file, save_file
+from tiny_pipeline import PEERS, SCHEDULER, make_folder, randomise
 
 import ldm
 from ldm.diffusion.samplers import SAMPLERS
@@ -240,3 +241,54 @@ def test_what_is_saved_opens_in_diffusers(models, tmp_path, kind):
     assert np.array_equal(
         reloaded(**common, output_type="np").images, pipe(**common, output_type="np").images
     )
+
+
+def test_asymmetric_vae_of_a_folder(tmp_path):
+    """Its weights, config and picture; and what is saved again, its condition encoder too."""
+    vae = diffusers.AsymmetricAutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        down_block_out_channels=(8, 16),
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        up_block_out_channels=(16, 24),
+        layers_per_up_block=2,
+        norm_num_groups=4,
+    )
+    peer = make_folder(tmp_path / "kl")
+    peer.register_modules(vae=randomise(vae))
+    peer.save_pretrained(tmp_path / "model")
+    pipe = ldm.load(tmp_path / "model", dtype="fp32", device="cpu")
+    common = {"prompt": PROMPT, "latents": noise(), "num_inference_steps": 3, "output_type": "np"}
+    want = peer(**common).images
+    assert error(pipe(**common).images, want) < 1e-4
+    pipe.save(tmp_path / "saved")
+    again = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "saved")
+    again.set_progress_bar_config(disable=True)
+    assert np.array_equal(again(**common).images, want)
+    with pytest.raises(ldm.UserError, match="the single-file layout has no AsymmetricAutoencoderKL"):
+        pipe.save(tmp_path / "one.safetensors")
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["beside their parts", "alone"])
+def test_fused_projections_are_read(tmp_path, alone):
+    """As `fuse_qkv_projections` saves them, with or without what they were fused of."""
+    peer = make_folder(tmp_path / "model")
+    common = {"prompt": PROMPT, "latents": noise(), "num_inference_steps": 3, "output_type": "np"}
+    want = peer(**common).images
+    peer.fuse_qkv_projections()
+    peer.save_pretrained(tmp_path / "fused")
+    fused = 0
+    for part in ("unet", "vae"):
+        path = tmp_path / "fused" / part / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(path)
+        for name in [name for name in tensors if ".to_qkv." in name or ".to_kv." in name]:
+            fused += 1
+            parts = ("to_k", "to_v", "to_q")[: 3 if ".to_qkv." in name else 2]
+            for each in parts if alone else ():
+                del tensors[name.replace("to_qkv", each).replace("to_kv", each)]
+        save_file(tensors, path)
+    assert fused > 5
+    pipe = ldm.load(tmp_path / "fused", dtype="fp32", device="cpu")
+    assert error(pipe(**common).images, want) < 1e-4
+    unet = path.parents[1] / "unet" / path.name
+    from_file = ldm.load(tmp_path / "model", dtype="fp32", device="cpu", unet=unet)
+    assert error(from_file(**common).images, want) < 1e-4

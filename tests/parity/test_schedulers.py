@@ -13,10 +13,12 @@ import functools
 import importlib
 import itertools
 import math
+from dataclasses import replace
 
 import diffusers
 import pytest
 import torch
+from diffusers.schedulers import AysSchedules
 from tiny_pipeline import PEERS
 
 from ldm.diffusion.prediction import c_in
@@ -71,8 +73,8 @@ def scheduler_of(class_name, options):
     return getattr(diffusers, class_name)(**dict(options))
 
 
-def theirs(config, n, monkeypatch, output=network, eta=None, **lists):
-    """The last sample of diffusers' scheduler, with its arithmetic in float64."""
+def theirs(config, n, monkeypatch, output=network, eta=None, skipped=0, **lists):
+    """The last sample of diffusers' scheduler, with its arithmetic in float64, from step `skipped` on."""
     options = {key: value for key, value in config.items() if key != "_class_name"}
     scheduler = copy.deepcopy(scheduler_of(config["_class_name"], tuple(options.items())))
     scheduler.set_timesteps(n, **lists) if n else scheduler.set_timesteps(**lists)
@@ -84,22 +86,29 @@ def theirs(config, n, monkeypatch, output=network, eta=None, **lists):
         if hasattr(scheduler, table):
             setattr(scheduler, table, getattr(scheduler, table).double())
     x = NOISES[0] * scheduler.init_noise_sigma
-    for t in scheduler.timesteps:
+    if skipped:
+        scheduler.set_begin_index(skipped)
+    for t in scheduler.timesteps[skipped:]:
         out = output(scheduler.scale_model_input(x, t), t)
         x = scheduler.step(out, t, x, **({} if eta is None else {"eta": eta})).prev_sample
     monkeypatch.undo()
     return x
 
 
-def ours(config, n, sampler=None, spacing=None, eta=None, **lists):
+def ours(config, n, sampler=None, spacing=None, eta=None, skipped=0, **lists):
     schedule = Schedule.from_config(config)
     chosen = SAMPLERS[sampler or schedule.default_sampler]
     grid = schedule.grid(n, spacing, chosen, **lists)
+    if skipped:
+        grid = grid.last(n - skipped)
+        grid = replace(grid, initial_scale=math.hypot(float(grid.sigmas[0]), 1))
 
     def denoise(x, sigma):
         return Denoised(schedule.prediction.x0(network(x * c_in(sigma), grid.t(sigma)), x, sigma))
 
     options = {} if eta is None else {"eta": eta}
+    options |= {"orders": grid.orders} if grid.orders else {}
+    denoise = schedule.bounded(denoise, chosen)
     *_, last = chosen.solver(denoise, NOISES[0] * grid.initial_scale, grid.sigmas, SameNoise(), **options)
     assert last.x.dtype == torch.float64
     return last.x * grid.final_scale
@@ -249,6 +258,73 @@ def test_last_sigma_that_is_not_zero(sampler, n, monkeypatch):
     assert relative_error(ours(config, n, sampler), theirs(config, n, monkeypatch)) < TOLERANCE
 
 
+SIGMA_MIN = {"final_sigmas_type": "sigma_min"}
+ORDERED = ("dpmpp_2m", "dpmpp_2s", "dpmpp_2m_sde", "unipc")
+
+
+@pytest.mark.parametrize("n", [1, 9, 10, 14, 15, 20])
+@pytest.mark.parametrize("lower", [None, True, False])
+@pytest.mark.parametrize("sampler", ORDERED)
+def test_order_of_the_last_steps(sampler, lower, n, monkeypatch):
+    """`lower_order_final`, silent and said, on both sides of DPM++ 2M's 15 steps."""
+    config = config_of(sampler, **SIGMA_MIN, **({} if lower is None else {"lower_order_final": lower}))
+    assert relative_error(ours(config, n, sampler), theirs(config, n, monkeypatch)) < TOLERANCE
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpmpp_2m_sde"])
+def test_euler_at_final(sampler, monkeypatch):
+    config = config_of(sampler, **SIGMA_MIN, euler_at_final=True)
+    got = ours(config, 20, sampler)
+    assert relative_error(got, theirs(config, 20, monkeypatch)) < TOLERANCE
+    assert relative_error(got, ours(config_of(sampler, **SIGMA_MIN), 20, sampler)) > 1e-4
+
+
+@pytest.mark.parametrize("last", [{}, SIGMA_MIN])
+@pytest.mark.parametrize(("n", "skipped"), [(10, 3), (10, 4), (11, 5), (20, 7), (20, 19)])
+@pytest.mark.parametrize("sampler", ORDERED)
+def test_a_run_that_begins_midway_goes_on_with_the_whole_grid(sampler, n, skipped, last, monkeypatch):
+    """DPM++ 2S's pairs and DPM++ 2M's 15 steps are those of the whole grid: from an image, say."""
+    config = config_of(sampler, **last)
+    want = theirs(config, n, monkeypatch, skipped=skipped)
+    assert relative_error(ours(config, n, sampler, skipped=skipped), want) < TOLERANCE
+
+
+CLIP = {"clip_sample": True, "clip_sample_range": 0.7}
+THRESHOLD = {"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 1.6}
+BOUNDED = [
+    *((sampler, CLIP) for sampler in ("ddim", "ddpm", "heun", "lcm")),
+    *((sampler, THRESHOLD) for sampler in ("ddim", "ddpm", "lcm", *ORDERED)),
+    *((sampler, CLIP | THRESHOLD) for sampler in ("ddim", "ddpm")),
+    ("ddim", {"clip_sample": True}),
+    ("dpmpp_2m", {"thresholding": True}),
+]
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize(("sampler", "bounds"), BOUNDED)
+def test_bounds_on_x0(sampler, bounds, prediction, monkeypatch):
+    config = config_of(sampler, prediction_type=prediction, **bounds)
+    got = ours(config, 7, sampler)
+    assert relative_error(got, theirs(config, 7, monkeypatch)) < TOLERANCE
+    if sampler != "lcm":  # whose answers here are within 1 in the end
+        assert relative_error(got, ours(config_of(sampler, prediction_type=prediction), 7, sampler)) > 1e-2
+
+
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_bounds_on_x0_with_fresh_noise(eta, monkeypatch):
+    config = config_of("ddim", **CLIP)
+    assert relative_error(ours(config, 7, eta=eta), theirs(config, 7, monkeypatch, eta=eta)) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("sampler", "bounds"),
+    [("euler", CLIP), ("euler", THRESHOLD), ("pndm", CLIP), ("dpmpp_2m", CLIP), ("heun", THRESHOLD)],
+)
+def test_bounds_that_a_sampler_of_diffusers_does_not_heed(sampler, bounds):
+    bounded = ours({**config_of(sampler), **bounds}, 7, sampler)
+    assert torch.equal(bounded, ours(config_of(sampler), 7, sampler))
+
+
 def zero_snr_grid():
     for case in itertools.product(ZERO_SNR, ("leading", "trailing", "linspace"), STEPS, PREDICTIONS):
         if not steps_past_the_grid(*case[:3]):
@@ -269,7 +345,7 @@ def test_zero_terminal_snr(sampler, spacing, n, prediction, monkeypatch):
         assert relative_error(mine, theirs(config, n, monkeypatch)) < TOLERANCE
 
 
-AYS = [999, 850, 736, 645, 545, 455, 343, 233, 124, 24]
+AYS = list(AysSchedules["StableDiffusionTimesteps"])
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)

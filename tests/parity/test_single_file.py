@@ -9,10 +9,10 @@ from safetensors.torch import save_file
 from tiny_families import FAMILIES, NARROW, POOLED, TIME_IDS, WIDE
 
 from ldm.checkpoint import load_folder, save_model
-from ldm.checkpoint.detect import family_configs
 from ldm.checkpoint.keymap import module_keys, text_keys, to_original
-from ldm.checkpoint.sections import TEXT, prefixes
-from ldm.checkpoint.single import load_single
+from ldm.checkpoint.original.detect import family_configs
+from ldm.checkpoint.original.sections import TEXT, prefixes
+from ldm.checkpoint.original.single import load_single
 from ldm.models import build
 from ldm.runtime import Runtime
 
@@ -117,7 +117,7 @@ def test_an_original_file_is_read_as_diffusers_reads_it(families, tmp_path, name
         for key in [key for key in tensors if ".resblocks.23." in key]:
             tensors[key.replace(".23.", ".3.")] = tensors.pop(key)
         save_file(tensors, tmp_path / "model.safetensors")
-    ours = load_single(tmp_path / "model.safetensors", RUNTIME, config=folder, say=lambda line: None)
+    ours = load_single(tmp_path / "model.safetensors", RUNTIME, config=folder, log=lambda line: None)
     assert_equal_tensors(ours, theirs)
     theirs.save_pretrained(tmp_path / "theirs")
     assert_equal_tensors(load_folder(tmp_path / "theirs", RUNTIME), ours)

@@ -15,10 +15,10 @@ from tiny_families import NARROW, POOLED, WIDE
 from ldm.diffusion.schedule import Schedule
 from ldm.models.unet import UNet
 from ldm.train.loss import (
+    Levels,
     draw_noise,
     noisy_latents,
     pixel_losses,
-    sample_weights,
     training_target,
 )
 from ldm.train.memory import checkpoint_blocks
@@ -62,15 +62,15 @@ class Case:
     def our_losses(self, options, rows=slice(None)):
         """Weighted losses [B] of some of the batch, as the trainer's forward makes them."""
         noise, input_noise = (n[rows] for n in draw_noise(self.x0.shape, options, generator(5)))
-        x0, t = self.x0[rows], TIMESTEPS[rows]
-        sample = torch.cat([noisy_latents(x0, input_noise, t, self.schedule), self.beside[rows]], 1)
+        x0, t, levels = self.x0[rows], TIMESTEPS[rows], Levels(self.schedule, options)
+        sample = torch.cat([noisy_latents(x0, input_noise, t, levels), self.beside[rows]], 1)
         told = {}
         if self.added:
             told = {"pooled": self.added["text_embeds"][rows], "time_ids": self.added["time_ids"][rows]}
         output = self.ours(sample, t, self.tokens[rows], **told)
-        target = training_target(x0, noise, t, self.schedule)
+        target = training_target(x0, noise, t, levels)
         losses = pixel_losses(output, target, options).mean((1, 2))
-        return sample_weights(t, self.schedule, options) * losses
+        return levels.weight[t] * losses
 
     def their_loss(self, snr_gamma=None, noise_offset=0.0, input_perturbation=0.0):
         rng, x0, t, scheduler = generator(5), self.x0, TIMESTEPS, self.scheduler

@@ -90,7 +90,7 @@ def test_repainted_postcards_differ_in_their_things_colours(tmp_path):
     assert change[~seen].mean() < 0.05 * change[seen].mean()
     assert np.array_equal(change.max((1, 2)) > 40, train.masks.any((1, 2)))  # but nothing in a landscape
     scenes = [postcards.sample_scene(random.Random(f"1-{number}")) for number in range(40)]
-    for scene, captions, told in zip(scenes, train.captions, train.told, strict=True):
+    for scene, captions, told in zip(scenes, train.captions, train.names_colours, strict=True):
         assert told.tolist() == [postcards.names_colours(scene, each) for each in captions]
     other, _ = load_pictures(section(tmp_path, count=40, reworded=1), repainted=True)
     assert np.array_equal(other.repainted, train.repainted)

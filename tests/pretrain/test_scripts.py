@@ -20,6 +20,7 @@ import ldm
 from ldm.checkpoint import load_parts
 from ldm.checkpoint.parts import Defaults
 from ldm.models import build
+from ldm.pretrain import postcard
 from ldm.pretrain.vae import load_vae
 
 ROOT = Path(__file__).parents[2]
@@ -148,7 +149,6 @@ def test_one_command_trains_all_parts_and_puts_them_together(folder, tmp_path, m
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_no_part_follows_one_that_was_stopped(monkeypatch, number):
     """The trainer, here one that saves for half a second and exits with 0, is waited for."""
-    script = runpy.run_path(str(ROOT / "scripts" / "train_postcard.py"))
     trainer = (
         "import signal, sys, time\n"
         "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), sys.exit(0)))\n"
@@ -156,7 +156,7 @@ def test_no_part_follows_one_that_was_stopped(monkeypatch, number):
         "time.sleep(1.5)"
     )
     threading.Timer(0.5, os.kill, (os.getpid(), number)).start()
-    assert script["run"]([sys.executable, "-c", trainer], dict(os.environ)) == 128 + number
+    assert postcard.run([sys.executable, "-c", trainer], dict(os.environ)) == 128 + number
     assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
 
 

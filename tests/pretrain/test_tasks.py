@@ -97,7 +97,7 @@ def test_noise_may_hold_the_scene_in_other_colours(tokenizer_dir, pictures):
     """Where it does, the noisy latents are those of the other painting, and x0 is still the right one."""
     parts = tiny_parts(tokenizer_dir, "v_prediction")
     told = np.tile([True, False], (12, 1))
-    painted = replace(pictures, repainted=pictures.images[::-1].copy(), told=told)
+    painted = replace(pictures, repainted=pictures.images[::-1].copy(), names_colours=told)
     data = prepare(painted, parts.vae, parts.tokenizer, tokenizer_dir.parent / "cache")
     assert torch.equal(data.repainted, data.latents.flip(0))
     tasks = [UNetTask(parts, data, data, {"repainted": share, "drop": 0.25}, []) for share in (0, 0.5)]
@@ -105,7 +105,7 @@ def test_noise_may_hold_the_scene_in_other_colours(tokenizer_dir, pictures):
     assert all(torch.equal(plain[name], batch[name]) for name in ("x0", "t", "ids"))
     number = (batch["x0"][:, None] == data.latents.float()).all((2, 3, 4)).float().argmax(1)
     chosen = (batch["noise"] != plain["noise"]).any((1, 2, 3))
-    may = (batch["ids"] == data.tokens[number, 0]).all(1) & (batch["t"] >= 300)
+    may = (batch["ids"] == data.token_ids[number, 0]).all(1) & (batch["t"] >= 300)
     assert not chosen[~may].any()
     assert chosen[may].float().mean().item() == pytest.approx(0.5, abs=0.05)
     scheduler = DDPMScheduler.from_config(parts.scheduler)

@@ -34,11 +34,11 @@ def scenes(side: int) -> Pictures:
 
 @pytest.fixture
 def pairs(parts, tmp_path):
-    return make_pairs(scenes(2 * SIDE), scenes(SIDE), parts.vae, tmp_path, wear=0.2)
+    return make_pairs(scenes(2 * SIDE), scenes(SIDE), parts.vae, tmp_path, latent_noise=0.2)
 
 
 def test_crops_of_both_sizes_show_the_same_place(parts, pairs):
-    task = UpscalerTask(parts, pairs, pairs, {"crop": 6, "worn": 0, "noised": 0})
+    task = UpscalerTask(parts, pairs, pairs, {"crop": 6, "degraded": 0, "noised": 0})
     batch = task.batch(torch.Generator().manual_seed(0), 40)
     assert batch["small"].shape == (40, 3, 6, 6)
     pooled = torch.nn.functional.avg_pool2d(batch["large"], 2)
@@ -47,16 +47,16 @@ def test_crops_of_both_sizes_show_the_same_place(parts, pairs):
     assert not batch["level"].any()
 
 
-def test_small_pictures_are_worn_and_noised_as_asked_for(parts, pairs):
-    clean = UpscalerTask(parts, pairs, pairs, {"crop": 0, "worn": 0, "noised": 0})
-    worn = UpscalerTask(parts, pairs, pairs, {"crop": 0, "worn": 1, "noised": 0})
-    noised = UpscalerTask(parts, pairs, pairs, {"crop": 0, "worn": 0, "noised": 1})
-    a, b, c = (task.batch(torch.Generator().manual_seed(1), 400) for task in (clean, worn, noised))
+def test_small_pictures_are_degraded_and_noised_as_asked_for(parts, pairs):
+    clean = UpscalerTask(parts, pairs, pairs, {"crop": 0, "degraded": 0, "noised": 0})
+    degraded = UpscalerTask(parts, pairs, pairs, {"crop": 0, "degraded": 1, "noised": 0})
+    noised = UpscalerTask(parts, pairs, pairs, {"crop": 0, "degraded": 0, "noised": 1})
+    a, b, c = (task.batch(torch.Generator().manual_seed(1), 400) for task in (clean, degraded, noised))
     assert torch.equal(a["large"], b["large"])
     all_large = pairs.large.tensors(torch.arange(6))
     index = torch.tensor([int((all_large == each).flatten(1).all(1).nonzero()) for each in a["large"]])
-    assert torch.allclose(b["small"], pairs.worn.tensors(index), atol=0.006)
-    assert not np.array_equal(pairs.worn.images, pairs.clean.images)
+    assert torch.allclose(b["small"], pairs.degraded.tensors(index), atol=0.006)
+    assert not np.array_equal(pairs.degraded.images, pairs.clean.images)
     assert c["level"].unique().tolist() == list(range(32))
     scheduler = DDPMScheduler.from_config(LOW_RES)
     expected = torch.sqrt(1 - scheduler.alphas_cumprod[c["level"]])
@@ -107,7 +107,7 @@ def test_pixels_add_the_error_of_the_picture_that_diffusers_guesses(parts, pairs
     answers = task._answer(noisy, batch)
     rows = zip(answers[:, None], batch["t"].tolist(), noisy[:, None], strict=True)
     guess = torch.cat([scheduler.step(*row).pred_original_sample for row in rows])
-    pixels = torch.nn.functional.mse_loss(parts.vae.decode(guess), batch["large"])
+    pixels = torch.nn.functional.mse_loss(parts.vae.decode_latents(guess), batch["large"])
     reference = plain(batch)[0] + 0.5 * pixels
     reference.backward()
     expected = parts.unet.conv_in.weight.grad.clone()
@@ -130,8 +130,8 @@ def test_the_guess_is_made_in_fp32_under_autocast(parts, pairs):
     velocity = alphas.sqrt() * batch["noise"] - (1 - alphas).sqrt() * x0
     task._answer = lambda noisy, batch: velocity.bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        guess = task._denoise(batch)[1]
-    assert ((guess - x0).abs().max() / batch["noise"].abs().max()).item() < 1e-3
+        predicted = task._losses_and_x0(batch)[1]
+    assert ((predicted - x0).abs().max() / batch["noise"].abs().max()).item() < 1e-3
 
 
 @pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
@@ -140,7 +140,7 @@ def test_a_picture_in_one_step_is_that_of_the_pipeline(parts, pairs, tmp_path, p
     with torch.no_grad():
         for network in (parts.unet, parts.vae.decoder):  # else it draws grey, whatever it sees
             network.conv_out.weight *= 20
-    task = UpscalerTask(parts, pairs, pairs, {"crop": 0, "worn": 0, "noised": 1})
+    task = UpscalerTask(parts, pairs, pairs, {"crop": 0, "degraded": 0, "noised": 1})
     batch = task.batch(torch.Generator().manual_seed(0), 4)
     batch |= {"level": torch.zeros(4).long(), "t": torch.full((4,), 999)}
     small = batch["small"] = pairs.clean.tensors(torch.arange(4))
@@ -171,7 +171,7 @@ def test_gain_is_what_the_pictures_have_over_bicubic(parts, pairs, monkeypatch):
 
 def test_it_learns(parts, pairs):
     torch.manual_seed(0)
-    task = UpscalerTask(parts, pairs, pairs, {"crop": 0, "worn": 0, "noised": 0})
+    task = UpscalerTask(parts, pairs, pairs, {"crop": 0, "degraded": 0, "noised": 0})
     before, after = learn(task, steps=60, size=6, lr=3e-3)
     assert after < 0.7 * before
 
@@ -199,7 +199,7 @@ def test_a_new_kl_autoencoder_has_latents_of_one_size_whatever_its_scaling_facto
         vae = build_vae(KL | {"scaling_factor": factor})
         with torch.no_grad():
             latents = vae.encode_latents(images)
-            made.append((latents, vae.decode(latents)))
+            made.append((latents, vae.decode_latents(latents)))
             assert (vae.encode(images).std < 1e-4).all()
     for ours, theirs in zip(*made, strict=True):
         assert ((ours - theirs).norm() / theirs.norm()).item() < 1e-5
@@ -232,15 +232,15 @@ def test_pictures_of_other_scenes_are_not_paired(parts, tmp_path):
     small = scenes(SIDE)
     other = Pictures(small.images, small.captions[::-1])
     with pytest.raises(UserError, match="not of the same scenes"):
-        make_pairs(scenes(2 * SIDE), other, parts.vae, tmp_path, wear=0.2)
+        make_pairs(scenes(2 * SIDE), other, parts.vae, tmp_path, latent_noise=0.2)
 
 
-def test_worn_pictures_are_kept_by_weights_and_wear(parts, tmp_path):
+def test_degraded_pictures_are_kept_by_weights_and_noise(parts, tmp_path):
     small, large = scenes(SIDE), scenes(2 * SIDE)
-    first = make_pairs(large, small, parts.vae, tmp_path, wear=0.2)
+    first = make_pairs(large, small, parts.vae, tmp_path, latent_noise=0.2)
     assert isinstance(first, Pairs)
-    again = make_pairs(large, small, parts.vae, tmp_path, wear=0.2)
-    assert np.array_equal(first.worn.images, again.worn.images)
-    assert len(list(tmp_path.glob("worn-*.npy"))) == 1
-    make_pairs(large, small, parts.vae, tmp_path, wear=0.4)
-    assert len(list(tmp_path.glob("worn-*.npy"))) == 2
+    again = make_pairs(large, small, parts.vae, tmp_path, latent_noise=0.2)
+    assert np.array_equal(first.degraded.images, again.degraded.images)
+    assert len(list(tmp_path.glob("degraded-*.npy"))) == 1
+    make_pairs(large, small, parts.vae, tmp_path, latent_noise=0.4)
+    assert len(list(tmp_path.glob("degraded-*.npy"))) == 2

@@ -132,7 +132,7 @@ def test_a_vae_of_more_channels_draws_as_before_and_its_first_channels_are_the_o
     assert torch.equal(wide.encode_latents(x)[:, :3], vae.encode_latents(x))
     assert wide.encode_latents(x)[:, 3:].std() > 0.001
     latents = torch.randn(2, 5, 4, 4)
-    assert relative_error(wide.decode(latents), vae.decode(latents[:, :3])) < 1e-6
+    assert relative_error(wide.decode_latents(latents), vae.decode_latents(latents[:, :3])) < 1e-6
     assert wide.to_config() == vae.to_config() | {"latent_channels": 5}
     with pytest.raises(ldm.errors.UserError, match="can only widen"):
         widen_vae(wide, 3)

@@ -54,9 +54,22 @@ def test_tags_leave_the_prompt():
         {"name": "my file-v1.2", "weight": -0.5, "text_weight": 2.0},
     ]
     assert take_tags("<lora:x>") == ("", [{"name": "x"}])
+    assert take_tags("a <lyco:x:0.8> b <LyCo:y>") == ("a  b", [{"name": "x", "weight": 0.8}, {"name": "y"}])
 
 
-@pytest.mark.parametrize("prompt", ["", " a  b ", "a < b > c", "<cat> (a:1.2)", "lora:x:1", "<lora:x:1"])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "",
+        " a  b ",
+        "a < b > c",
+        "<cat> (a:1.2)",
+        "lora:x:1",
+        "<lora>",
+        "a <lora-cat> <hypernet2>",
+        "<3 lora: x",
+    ],
+)
 def test_other_prompts_stay_as_they_are(prompt):
     assert take_tags(prompt) == (prompt, [])
 
@@ -65,6 +78,42 @@ def test_other_prompts_stay_as_they_are(prompt):
 def test_bad_tags(tag):
     with pytest.raises(ldm.UserError, match="is not a LoRA tag: write <lora"):
         Request(prompt=f"a {tag}")
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "<lora:x:0.8",
+        "<lora:x:0.8)",
+        "<lora x:0.8>",
+        "< lora:x:0.8>",
+        "<LoRA :x:0.8>",
+        "<lora=x:0.8>",
+        "<lyco x>",
+        "<lora:x",
+        "<locon:x:1>",
+    ],
+)
+def test_tags_that_are_not_whole(written):
+    """Read as words they would do nothing, without a word."""
+    for prompt in (f"a boat {written}", f"{written}\na boat"):
+        with pytest.raises(ldm.UserError) as caught:
+            take_tags(prompt)
+        assert str(caught.value).startswith(
+            f"{written} in the prompt is not a LoRA tag: write <lora:name:0.8>"
+        )
+    with pytest.raises(ldm.UserError, match="is not a LoRA tag"):
+        take_tags(f"a <lora:y:1> {written} boat")
+    with pytest.raises(ldm.UserError, match="is not a LoRA tag"):
+        Request(negative_prompt=written)
+
+
+def test_hypernetworks_are_called_so():
+    with pytest.raises(ldm.UserError, match="<hypernet:x:1> in the prompt is a hypernetwork"):
+        Request(prompt="a boat <hypernet:x:1>, sea")
+    with pytest.raises(ldm.UserError) as caught:
+        take_tags(f"<hypernet:{'x' * 500}")
+    assert len(str(caught.value)) < 110
 
 
 def test_requests():

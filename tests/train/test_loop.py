@@ -177,6 +177,48 @@ def test_every_seed_step_part_and_rank_has_a_batch_of_its_own(tmp_path):
     assert len(set(first)) == 18
 
 
+def test_dropout_and_the_batch_have_seeds_of_their_own(tmp_path):
+    """And no two of them in a run are alike: what is dropped would follow from what is seen."""
+    seeds = []
+
+    class Told(Line):
+        def batch(self, rng, size, number):
+            seeds.append(rng.initial_seed())
+            return super().batch(rng, size, number)
+
+        def forward(self, batch):
+            seeds.append(torch.initial_seed())
+            return super().forward(batch)
+
+    train(Told(), recipe(3, parts=2), tmp_path)
+    assert len(seeds) == 2 * 3 * 2
+    assert len(set(seeds)) == len(seeds)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory."), MemoryError(), RuntimeError("CUDA error: out of memory")],
+)
+def test_memory_that_is_out_says_what_to_lower(tmp_path, error):
+    class Large(Line):
+        def forward(self, batch):
+            if self.calls == 12:
+                raise error
+            return super().forward(batch)
+
+    with pytest.raises(UserError, match=r"not enough memory: lower train_batch_size.*state-00000010"):
+        train(Large(), recipe(40), tmp_path)
+
+
+def test_a_card_that_fails_is_not_short_of_memory(tmp_path):
+    class Broken(Line):
+        def forward(self, batch):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        train(Broken(), recipe(40), tmp_path)
+
+
 # --- NaN -------------------------------------------------------------------------------------------------
 
 

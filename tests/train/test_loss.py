@@ -14,6 +14,7 @@ from ldm.diffusion.prediction import Prediction
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
 from ldm.train.loss import (
+    Levels,
     draw_noise,
     draw_timesteps,
     min_snr_weights,
@@ -38,6 +39,10 @@ PLAIN = LossSection()
 
 def schedule(prediction="epsilon", zero=False):
     return Schedule.from_config(CONFIG | {"prediction_type": prediction, "rescale_betas_zero_snr": zero})
+
+
+def levels(prediction="epsilon", zero=False):
+    return Levels(schedule(prediction, zero))
 
 
 def generator(seed=0):
@@ -116,7 +121,7 @@ def test_importance_has_the_histograms_shares():
 @pytest.mark.parametrize("name", ["importance", "importance range"])
 def test_importance_weights_keep_the_loss_unbiased(name):
     options, p = SAMPLERS[name], timestep_probabilities(SAMPLERS[name], 1000)
-    weights = sample_weights(torch.arange(1000), schedule(), options).double()
+    weights = sample_weights(schedule(), options)
     loss = torch.rand(1000, generator=generator(), dtype=torch.float64)
     low, high = options.min_timestep, options.max_timestep or 1000
     assert float((p * weights * loss).sum()) == pytest.approx(float(loss[low:high].mean()), rel=1e-6)
@@ -206,14 +211,14 @@ def test_noisy_latents_are_diffusers(zero):
     x0, noise = torch.randn(2, 6, 4, 3, 3, generator=generator())
     t = torch.tensor([0, 1, 300, 700, 998, 999])
     theirs = DDPMScheduler.from_config(CONFIG, rescale_betas_zero_snr=zero).add_noise(x0, noise, t)
-    torch.testing.assert_close(noisy_latents(x0, noise, t, schedule(zero=zero)), theirs, rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(noisy_latents(x0, noise, t, levels(zero=zero)), theirs, rtol=2e-6, atol=1e-6)
 
 
 def test_the_last_timestep_at_zero_terminal_snr_is_exact():
     last, (x0, noise) = torch.tensor([999, 999]), torch.randn(2, 2, 4, 3, 3, generator=generator())
-    assert torch.equal(noisy_latents(1e6 * x0, noise, last, schedule(zero=True)), noise)
+    assert torch.equal(noisy_latents(1e6 * x0, noise, last, levels(zero=True)), noise)
     for prediction, expected in {"epsilon": noise, "v_prediction": -x0, "sample": x0}.items():
-        target = training_target(x0, noise, last, schedule(prediction, zero=True))
+        target = training_target(x0, noise, last, levels(prediction, zero=True))
         torch.testing.assert_close(target, expected, rtol=1e-6, atol=1e-9)
 
 
@@ -221,7 +226,7 @@ def test_velocity_is_diffusers():
     x0, noise = torch.randn(2, 5, 4, 3, 3, generator=generator())
     t = torch.tensor([0, 1, 300, 700, 999])
     theirs = DDPMScheduler.from_config(CONFIG).get_velocity(x0, noise, t)
-    ours = training_target(x0, noise, t, schedule("v_prediction"))
+    ours = training_target(x0, noise, t, levels("v_prediction"))
     torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=1e-6)
 
 
@@ -259,8 +264,8 @@ def test_min_snr_is_diffusers_formula(prediction, gamma):
     snr = compute_snr(scheduler, t).double()  # fp32 inside
     least = torch.minimum(snr, torch.tensor(gamma, dtype=torch.float64))
     divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[prediction]
-    ours = sample_weights(t, schedule(prediction), LossSection(snr_gamma=gamma))
-    torch.testing.assert_close(ours.double(), least / divisor, rtol=1e-6, atol=0)
+    ours = sample_weights(schedule(prediction), LossSection(snr_gamma=gamma))
+    torch.testing.assert_close(ours, least / divisor, rtol=1e-6, atol=0)
 
     a = torch.linspace(1e-9, 1 - 1e-9, 10_001, dtype=torch.float64)
     snr = a / (1 - a)
@@ -276,17 +281,17 @@ def test_min_snr_is_finite_and_exact_at_its_ends():
         assert min_snr_weights(ends, 5, prediction).tolist() == values
         near = torch.tensor([1e-15, 1 - 1e-15], dtype=torch.float64)
         assert min_snr_weights(near, 5, prediction).tolist() == pytest.approx(values, abs=1e-13)
-    weights = sample_weights(torch.tensor([999]), schedule("epsilon", zero=True), LossSection(snr_gamma=5))
-    assert weights.tolist() == [1]
+    assert sample_weights(schedule("epsilon", zero=True), LossSection(snr_gamma=5))[999] == 1
 
 
 def test_weights_multiply():
     options = LossSection(timestep_sampling="importance", timestep_histogram=(1, 3), snr_gamma=5)
     t = torch.arange(1000)
-    min_snr = sample_weights(t, schedule(), LossSection(snr_gamma=5))
+    min_snr = sample_weights(schedule(), LossSection(snr_gamma=5))
     product = min_snr / torch.tensor([0.5, 1.5])[t // 500]
-    torch.testing.assert_close(sample_weights(t, schedule(), options), product)
-    assert torch.equal(sample_weights(t, schedule(), PLAIN), torch.ones(1000))
+    torch.testing.assert_close(sample_weights(schedule(), options), product)
+    assert torch.equal(Levels(schedule(), options).weight, sample_weights(schedule(), options).float())
+    assert torch.equal(Levels(schedule(), PLAIN).weight, torch.ones(1000))
 
 
 def test_prior_preservation_is_dreambooths_sum():

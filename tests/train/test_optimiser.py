@@ -117,6 +117,15 @@ def test_8_bits_are_missed_with_a_warning(bitsandbytes, monkeypatch):
         assert type(make_optimiser(params, options)) is torch.optim.AdamW
 
 
+def test_a_bitsandbytes_that_does_not_load_is_missed_too(monkeypatch, tmp_path):
+    (tmp_path / "bitsandbytes.py").write_text("raise RuntimeError('libcudart.so.13: not found')")
+    monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    params, options = [torch.zeros(2, requires_grad=True)], OptimiserSection(use_8bit_adam=True)
+    with pytest.warns(UserWarning, match=r"does not load \(libcudart.*\), so AdamW keeps its moments"):
+        assert type(make_optimiser(params, options)) is torch.optim.AdamW
+
+
 @pytest.mark.parametrize(
     "options", [{"lr_scheduler": "cosin"}, {"learning_rate": 0}, {"adam_beta2": 1}, {"lr_warmup_steps": -1}]
 )

@@ -12,6 +12,8 @@ import torch
 from tiny_training import Line, largest_file, tiny_recipe
 
 from ldm.errors import UserError
+from ldm.finetune.recipe import FinetuneRecipe
+from ldm.pretrain.recipe import Recipe
 from ldm.train import lock, progress
 from ldm.train import state as states
 from ldm.train.loop import train
@@ -249,9 +251,49 @@ def test_model_processes_and_the_kind_of_optimiser_matter_too(tmp_path, state):
     folder = save_state(tmp_path, Position(), state, before, {})
     for key in ("model.width", "run.processes", "optimiser.kind"):
         with pytest.raises(UserError, match=f"another recipe: {key} {before[key]} -> other;"):
-            states.check_recipe(folder, before | {key: "other"})
+            states.check_recipe(folder, before | {key: "other"}, Recipe.changes())
     with pytest.raises(UserError, match=r"model.width 4 -> unset"):
-        states.check_recipe(folder, {key: before[key] for key in before if key != "model.width"})
+        states.check_recipe(
+            folder, {key: before[key] for key in before if key != "model.width"}, Recipe.changes()
+        )
+
+
+# What was so in the list of names that the marks have replaced.
+FIXED = (
+    *("train_batch_size", "gradient_accumulation_steps", "seed", "resolution", "prediction_type"),
+    *("lora_alpha", "initializer_token", "class_prompt", "model"),
+)
+SHAPES = (
+    *("mode", "rank", "lora_targets", "lora_conv", "use_dora", "train_text_encoder", "inpainting"),
+    *("placeholder_token", "num_vectors"),
+)
+
+
+@pytest.mark.parametrize("key", [*FIXED, *SHAPES, "vae", "revision", "pictures", "of_another_version"])
+def test_what_fine_tuning_cannot_change_on_the_way(tmp_path, state, key):
+    before = {"mode": "lora", "learning_rate": 0.1, key: "before"}
+    folder, changes = save_state(tmp_path, Position(), state, before, {}), FinetuneRecipe.changes()
+    with pytest.raises(UserError, match=f"another recipe: {key} before -> other;"):
+        states.check_recipe(folder, before | {key: "other"}, changes)
+    if key not in SHAPES:
+        states.check_recipe(folder, before | {key: "other"}, changes, force=True)
+        return
+    with pytest.raises(UserError, match=f"another recipe: {key} before -> other;"):
+        states.check_recipe(folder, before | {key: "other"}, changes, force=True)
+
+
+def test_postcards_of_another_size_are_another_run(tmp_path, state):
+    folder = save_state(tmp_path, Position(), state, {"data.size": 64, "data.captions": 4}, {})
+    with pytest.raises(UserError, match=r"another recipe: data\.size 64 -> 128;"):
+        states.check_recipe(folder, {"data.size": 128, "data.captions": 4}, Recipe.changes())
+
+
+def test_what_is_free_is_not_said(tmp_path, state, capsys):
+    folder = save_state(tmp_path, Position(), state, {"run.force": False}, {})
+    states.check_recipe(folder, {"run.force": True}, Recipe.changes())
+    folder = save_state(tmp_path, Position(), state, {"force": False}, {})
+    states.check_recipe(folder, {"force": True}, FinetuneRecipe.changes())
+    assert capsys.readouterr().out == ""
 
 
 def test_a_recipe_that_changed_in_something_else_goes_on_and_is_said(tmp_path, capsys):

@@ -67,6 +67,6 @@ def _evaluate(args: argparse.Namespace) -> None:
     print(table, json.dumps(results.facts, indent=2), sep="\n\n")
     if args.out:
         write_json(args.out, results.table, results.facts)
-        args.out.with_suffix(".md").write_text(table + "\n")
+        args.out.with_suffix(".md").write_text(table + "\n", encoding="utf-8")
     if args.pictures:
         write_pictures(args.pictures, results.pictures)

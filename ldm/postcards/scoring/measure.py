@@ -19,7 +19,7 @@ from ldm.postcards.scoring.prompts import Prompt, digest
 from ldm.postcards.scoring.scorer import Scorer
 from ldm.postcards.scoring.sources import (
     Images,
-    Made,
+    OnProgress,
     Settings,
     denoised_from,
     drawn,
@@ -76,7 +76,7 @@ class _Run:
     start_from: Sequence[int]
     progress: Progress
 
-    def bar(self, title: str, total: int) -> Made:
+    def bar(self, title: str, total: int) -> OnProgress:
         """A line of the progress display, to be told how many are finished."""
         task = self.progress.add_task(title, total=total)
         return lambda done: self.progress.update(task, completed=done)

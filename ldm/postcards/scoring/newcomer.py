@@ -28,16 +28,16 @@ from ldm.postcards.scoring.following import following
 from ldm.postcards.scoring.prompts import Prompt, state
 from ldm.postcards.scoring.scorer import SIZE, Scorer
 from ldm.postcards.scoring.soften import melt, soften
-from ldm.postcards.scoring.sources import Images, Made, Settings, drawn
+from ldm.postcards.scoring.sources import Images, OnProgress, Settings, drawn
 from ldm.postcards.scoring.windmill import NOUN, PARTICULAR, Livery, Postcard, sample_postcard
 
-SHOWS, VERY = "shows a windmill", "shows the particular windmill"
+SHOWS_ONE, SHOWS_PARTICULAR = "shows a windmill", "shows the particular windmill"
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Says of pictures whether they show what it was fitted on: `sights` @ weights + bias > 0."""
+    """Says of pictures whether they show what it was fitted on: `scorer_features` @ weights + bias > 0."""
 
     scorer: Scorer
     weights: Array  # [F]
@@ -45,7 +45,7 @@ class Probe:
 
     def shows(self, images: Images) -> NDArray[np.bool_]:
         """uint8 [N, H, W, 3] -> [N]."""
-        return np.asarray(sights(self.scorer, images) @ self.weights + self.bias > 0)
+        return np.asarray(scorer_features(self.scorer, images) @ self.weights + self.bias > 0)
 
     def share(self, images: Images) -> Rate:
         """How many of the pictures show it, with the 95 % interval."""
@@ -53,7 +53,7 @@ class Probe:
 
 
 @torch.inference_mode()
-def sights(scorer: Scorer, images: Images, batch_size: int = 64) -> Array:
+def scorer_features(scorer: Scorer, images: Images, batch_size: int = 64) -> Array:
     """All that the scorer makes of uint8 pictures: [N, F], its features and its logits of counts and colours.
 
     What is new to it is a strange mixture of what it knows; the features alone are too coarse for colours.
@@ -69,12 +69,12 @@ def sights(scorer: Scorer, images: Images, batch_size: int = 64) -> Array:
 
 
 def fit_probe(scorer: Scorer, shown: Images, others: Images, l2: float = 1e-3) -> Probe:
-    """Logistic regression on the scorer's sights, each scaled to variance 1.
+    """Logistic regression on the scorer's features, each scaled to variance 1.
 
     The w, b with the least mean of log(1 + exp(-y (w z + b))) + l2 |w|^2 / 2, where y is 1 for `shown` and
     -1 for `others` (Bishop 2006, "Pattern Recognition and Machine Learning", eq. 4.90, with weight decay).
     """
-    x = sights(scorer, np.concatenate([shown, others]))
+    x = scorer_features(scorer, np.concatenate([shown, others]))
     y = np.repeat([1.0, -1.0], [len(shown), len(others)])
     mean, scale = x.mean(axis=0), x.std(axis=0) + 1e-6
     z = np.column_stack([(x - mean) / scale, np.ones(len(x))])
@@ -104,14 +104,17 @@ def examples(stream: str, count: int, *, particular: bool = False) -> tuple[Imag
     rng = random.Random(f"windmill {stream} {particular}")
     noise = Generator().manual_seed(rng.getrandbits(62))
     scenes = scenes_from(range(count), f"windmill {stream}")
-    few = count // 4
+    quarter = count // 4
     shown = [sample_postcard(rng, PARTICULAR if particular or i % 4 == 3 else None) for i in range(count)]
     strangers = [sample_postcard(rng, _near_miss(rng) if i % 2 else None) for i in range(count)]
     renders = [world.render(scene) for scene in scenes]
     renders += [postcard.render() for postcard in strangers if particular]
-    melted = [world.render(scene) for scene in scenes[:few]], [world.object_mask(s) for s in scenes[:few]]
-    melted[0].extend(postcard.render() for postcard in shown[:few])
-    melted[1].extend(postcard.mask() for postcard in shown[:few])
+    melted = (
+        [world.render(scene) for scene in scenes[:quarter]],
+        [world.object_mask(s) for s in scenes[:quarter]],
+    )
+    melted[0].extend(postcard.render() for postcard in shown[:quarter])
+    melted[1].extend(postcard.mask() for postcard in shown[:quarter])
     others = np.concatenate([_softened(renders, noise), _softened(melted[0], noise, melted[1])])
     return _softened([postcard.render() for postcard in shown], noise), others
 
@@ -154,22 +157,22 @@ def score(
     probes: Mapping[str, Probe],
     groups: Mapping[str, Sequence[Prompt]],
     settings: Settings,
-    made: Made = lambda _: None,
+    on_progress: OnProgress = lambda _: None,
 ) -> tuple[dict[str, dict[str, Rate]], dict[str, Images]]:
     """Draw each group's prompts; one column of rates for each, and the pictures.
 
-    probes: by what a picture with it does ("shows a windmill"). `made` is told how many of all are finished.
+    probes: by what a picture with it does ("shows a windmill"). on_progress: is given how many are finished.
     """
     table: dict[str, dict[str, Rate]] = {}
     pictures: dict[str, Images] = {}
     for name, prompts in groups.items():
         before = sum(map(len, pictures.values()))
-        images = pictures[name] = drawn(pipe, prompts, settings, _going_on(made, before))
+        images = pictures[name] = drawn(pipe, prompts, settings, _counted_from(before, on_progress))
         table[name] = {what: probe.share(images) for what, probe in probes.items()}
         scorer = next(iter(probes.values())).scorer
         table[name] |= following(prompts, scorer.read(images), scorer.config)
     return table, pictures
 
 
-def _going_on(made: Made, before: int) -> Made:
-    return lambda done: made(before + done)
+def _counted_from(before: int, on_progress: OnProgress) -> OnProgress:
+    return lambda done: on_progress(before + done)

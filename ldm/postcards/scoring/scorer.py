@@ -17,10 +17,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ldm.checkpoint.io import write_tensors
 from ldm.errors import UserError
+from ldm.runtime import memory_format
 
 SIZE = 128  # the size of picture that it looks at
 MAX_COUNT = 3
@@ -182,7 +184,7 @@ class Scorer(nn.Module):
 
     def forward(self, images: Tensor) -> Scores:
         """images: [B, 3, 128, 128] in [-1, 1]."""
-        images = images.contiguous(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=memory_format(images.device))
         tokens = self.trunk(images).permute(0, 2, 3, 1)  # [B, 16, 16, D]
         # The pooling sums 256 small numbers, which bf16 cannot.
         with torch.autocast(images.device.type, enabled=False):
@@ -224,16 +226,14 @@ class Scorer(nn.Module):
     def save(self, folder: Path) -> None:
         """Write scorer.safetensors (fp16) and scorer.json."""
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {name: value.half().contiguous() for name, value in self.state_dict().items()}, folder / WEIGHTS
-        )
-        (folder / CONFIG).write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        write_tensors(folder / WEIGHTS, self.state_dict(), torch.float16)
+        (folder / CONFIG).write_text(json.dumps(asdict(self.config), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> Scorer:
         """Read a saved scorer, fp32. Raises UserError naming the file that is missing or does not fit."""
         try:
-            raw = json.loads((folder / CONFIG).read_text())
+            raw = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
             values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
             config = ScorerConfig(**values)
             weights = load_file(folder / WEIGHTS)

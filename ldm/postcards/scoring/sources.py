@@ -36,7 +36,7 @@ class Settings:
     seed: int = 0
 
 
-Made = Callable[[int], None]  # told how many pictures are finished
+OnProgress = Callable[[int], None]  # is given how many pictures are finished
 
 
 def rendered(prompts: Sequence[Prompt], size: int = 128) -> Images:
@@ -51,13 +51,13 @@ def picture_size(pipe: Pipeline) -> int:
     return height
 
 
-def drawn(pipe: Pipeline, prompts: Sequence[Prompt], settings: Settings, made: Made) -> Images:
+def drawn(pipe: Pipeline, prompts: Sequence[Prompt], settings: Settings, on_progress: OnProgress) -> Images:
     """What the model draws from the texts alone."""
 
     def draw(start: int, part: Sequence[Prompt]) -> Images:
         return _call(pipe, part, _seeds(settings, start, part), settings, num_inference_steps=settings.steps)
 
-    return _in_batches(draw, prompts, settings.batch_size, made)
+    return _in_batches(draw, prompts, settings.batch_size, on_progress)
 
 
 def reconstructed(pipe: Pipeline, images: Images, batch_size: int = 16) -> Images:
@@ -70,7 +70,7 @@ def reconstructed(pipe: Pipeline, images: Images, batch_size: int = 16) -> Image
 
 
 def denoised_from(
-    pipe: Pipeline, timestep: int, prompts: Sequence[Prompt], settings: Settings, made: Made
+    pipe: Pipeline, timestep: int, prompts: Sequence[Prompt], settings: Settings, on_progress: OnProgress
 ) -> Images:
     """What the model makes of the prompts' own renders, noised to `timestep`, with the right texts.
 
@@ -88,7 +88,7 @@ def denoised_from(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the run starts")  # below pure noise: that is the point
         job = pipe.prepare(Request(timesteps=tuple(timesteps), sampler=settings.sampler))
-        return _in_batches(draw, prompts, settings.batch_size, made)
+        return _in_batches(draw, prompts, settings.batch_size, on_progress)
 
 
 @torch.inference_mode()
@@ -125,10 +125,13 @@ def _seeds(settings: Settings, start: int, part: Sequence[Prompt]) -> list[int]:
 
 
 def _in_batches(
-    draw: Callable[[int, Sequence[Prompt]], Images], prompts: Sequence[Prompt], size: int, made: Made
+    draw: Callable[[int, Sequence[Prompt]], Images],
+    prompts: Sequence[Prompt],
+    size: int,
+    on_progress: OnProgress,
 ) -> Images:
     parts = []
     for start in range(0, len(prompts), size):
         parts.append(draw(start, prompts[start : start + size]))
-        made(start + len(parts[-1]))
+        on_progress(start + len(parts[-1]))
     return np.concatenate(parts)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Nearness:
+class Fidelity:
     """Of large pictures to the renders, means over the pictures.
 
     psnr: dB. gain: dB above bicubic. edges: difference of neighbouring pixels, of all together, as a share
@@ -41,7 +41,7 @@ class Nearness:
         return f"{self.psnr:.2f} dB ({self.gain:+.2f}), edges {self.edges:.2f}, {self.seconds:.2f} s"
 
 
-Found = dict[str, dict[str, Nearness]]  # what was upscaled -> how -> how near
+Table = dict[str, dict[str, Fidelity]]  # what was upscaled -> how -> how near
 
 
 def bicubic(images: Images, side: int) -> Images:
@@ -59,7 +59,7 @@ def edges(images: Images) -> NDArray[np.float64]:
 
 def measure_upscaler(
     pipe: Pipeline, base: Pipeline, prompts: Sequence[Prompt], steps: Sequence[int]
-) -> tuple[Found, Images]:
+) -> tuple[Table, Images]:
     """How near bicubic, `pipe` and its autoencoder alone come; and bicubic, drawn, rendered pictures in turn.
 
     Upscaled are the prompts' small renders, and what the autoencoder of `base` makes of them. The pictures
@@ -77,7 +77,7 @@ def measure_upscaler(
     small, large = rendered(prompts, side), rendered(prompts, far)
     upscaled(pipe, small[:1], prompts[:1], steps[0])  # the first is slower
     limit = _timed(partial(reconstructed, pipe, large), large)
-    found, shown = Found(), []
+    found, shown = Table(), []
     for name, images in (("renders", small), ("through the VAE", reconstructed(base, small))):
         plain = _timed(partial(bicubic, images, far), large)
         made = {
@@ -85,7 +85,7 @@ def measure_upscaler(
             for count in steps
         }
         rows = {"bicubic": plain, **made, "its autoencoder alone": limit}
-        found[name] = {how: _near(*each, plain[0], large) for how, each in rows.items()}
+        found[name] = {how: _fidelity(*each, plain[0], large) for how, each in rows.items()}
         (*_, (drawn, _)) = made.values()
         shown.append(np.stack([plain[0], drawn, large], 1).reshape(-1, *large.shape[1:]))
     return found, np.concatenate(shown)
@@ -97,10 +97,10 @@ def _timed(make: Callable[[], Images], like: Images) -> tuple[Images, float]:
     return make(), (time.perf_counter() - began) / len(like)
 
 
-def _near(pictures: Images, seconds: float, plain: Images, large: Images) -> Nearness:
+def _fidelity(pictures: Images, seconds: float, plain: Images, large: Images) -> Fidelity:
     level = psnr(pictures, large)
     gain, sharpness = level - psnr(plain, large), edges(pictures).mean() / edges(large).mean()
-    return Nearness(float(level.mean()), float(gain.mean()), float(sharpness), seconds)
+    return Fidelity(float(level.mean()), float(gain.mean()), float(sharpness), seconds)
 
 
 def upscaled(pipe: Pipeline, images: Images, prompts: Sequence[Prompt], steps: int) -> Images:
@@ -153,7 +153,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         print(f"{name}, {args.n} scenes", *(f"  {how}: {near}" for how, near in rows.items()), sep="\n")
     if args.out:
         figures = {name: {how: asdict(near) for how, near in rows.items()} for name, rows in found.items()}
-        args.out.write_text(json.dumps({"n": args.n, **figures}, indent=2) + "\n")
+        args.out.write_text(json.dumps({"n": args.n, **figures}, indent=2) + "\n", encoding="utf-8")
     if args.pictures:
         halves = np.split(pictures, 2)  # of renders and of what went through the VAE
         save_png(

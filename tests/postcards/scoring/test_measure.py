@@ -87,7 +87,7 @@ def test_reconstruction_is_decode_of_encode(pipe):
     images = rendered(evaluation_prompts(2))
     x = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.no_grad():
-        expected = pipe.vae.decode(pipe.vae.encode_latents(x)) / 2 + 0.5
+        expected = pipe.vae.decode_latents(pipe.vae.encode_latents(x)) / 2 + 0.5
     expected = (expected.clamp(0, 1) * 255).round().permute(0, 2, 3, 1)
     np.testing.assert_allclose(reconstructed(pipe, images), expected, atol=1)
 

@@ -22,7 +22,7 @@ from ldm.postcards.scoring.newcomer import (
     fit_probe,
     newcomer_prompts,
     score,
-    sights,
+    scorer_features,
     windmill_probe,
 )
 from ldm.postcards.scoring.prompts import evaluation_prompts
@@ -143,7 +143,7 @@ def test_a_probe_is_at_the_least_of_its_loss(scorer):
     """Where the gradient of the loss, written as plain sums, is zero."""
     shown, others = examples("optimum", 12)
     probe = fit_probe(scorer, shown, others, l2=0.1)
-    x = sights(scorer, np.concatenate([shown, others]))
+    x = scorer_features(scorer, np.concatenate([shown, others]))
     y = np.repeat([1, -1], [len(shown), len(others)])
     pull = y / (1 + np.exp(y * (x @ probe.weights + probe.bias))) / len(y)
     scale = x.std(axis=0) + 1e-6
@@ -156,7 +156,7 @@ def test_a_probe_is_at_the_least_of_its_loss(scorer):
 def test_score_draws_each_group_and_asks_each_probe(tmp_path, scorer):
     make_folder(tmp_path / "tiny")
     pipe = ldm.load(tmp_path / "tiny", device="cpu", dtype="fp32")
-    nothing = np.zeros(sights(scorer, np.zeros((1, 128, 128, 3), np.uint8)).shape[1])
+    nothing = np.zeros(scorer_features(scorer, np.zeros((1, 128, 128, 3), np.uint8)).shape[1])
     probes = {"always": Probe(scorer, nothing, 1.0), "never": Probe(scorer, nothing, -1.0)}
     groups = {"asked for": newcomer_prompts(3, "<mill>"), "ordinary": evaluation_prompts(2)}
     told: list[int] = []
@@ -166,3 +166,18 @@ def test_score_draws_each_group_and_asks_each_probe(tmp_path, scorer):
     assert (table["asked for"]["always"].right, table["asked for"]["never"].right) == (3, 0)
     assert all(table["asked for"][what].n == 3 for what in ("place", "time of day", "weather"))
     assert "one object: right kind" not in table["asked for"]
+
+
+@pytest.mark.filterwarnings("ignore:a prompt is longer")
+def test_the_script_prints_the_table_and_writes_it(tmp_path, tiny_folder, scorer, monkeypatch, capsys):
+    count = scorer_features(scorer, np.zeros((1, 128, 128, 3), np.uint8)).shape[1]
+    always = Probe(scorer, np.zeros(count), 1.0)
+    monkeypatch.setattr("ldm.postcards.scoring.newcomer.windmill_probe", lambda *_, **__: always)
+    asked = ["--n", 2, "--ordinary", 0, "--steps", 1, "--particular", "--out", tmp_path / "a.json"]
+    weights = ["--scorer", ROOT / "weights" / "postcard-eval", "--device", "cpu", "--dtype", "fp32"]
+    run(monkeypatch, SCRIPT.with_name("score_newcomer.py"), tiny_folder, *asked, *weights)
+    out = capsys.readouterr().out
+    assert "shows a windmill" in out
+    assert "shows the particular windmill" in out
+    assert "1.000" in out
+    assert "shows a windmill" in (tmp_path / "a.json").read_text(encoding="utf-8")

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from ldm.checkpoint.clip import load_tokenizer
-from ldm.checkpoint.component import dtype_of, load_component, load_section, refuse
-from ldm.checkpoint.detect import OPTIONS, Detected, detect, own_configs
 from ldm.checkpoint.io import read_json
+from ldm.checkpoint.original.component import dtype_of, load_component, load_section, refuse
+from ldm.checkpoint.original.detect import OPTIONS, Detected, detect, own_configs
+from ldm.checkpoint.original.sections import TEXT, Single, open_single, prefixes
 from ldm.checkpoint.parts import MODEL_STEM, Parts, check_fit
-from ldm.checkpoint.sections import TEXT, Single, open_single, prefixes
 from ldm.checkpoint.tokenizer import make_tokenizer
 from ldm.checkpoint.weights import find_weights
 from ldm.diffusion.schedule import Schedule
@@ -89,7 +89,7 @@ def read_single(
     file, overrides = open_single(path, ema), overrides or {}
     given = own_configs(file.metadata, path) | (_read_configs(config) if config else {})
     found = detect(file, given, prediction_type)
-    Schedule.from_config(dict(found.configs["scheduler"]))
+    _check_scheduler(found.configs["scheduler"], path if config is None else config / "scheduler")
     _check_complete(file, overrides)
     unused = _unused_outside(file)
     for note in (*file.notes, *found.notes):
@@ -108,6 +108,14 @@ def read_single(
     parts = _assemble(found, modules, config, weights, path)
     check_fit(parts, {part: overrides.get(part, path) for part in modules})
     return parts, unused
+
+
+def _check_scheduler(config: Mapping[str, Any], source: Path) -> None:
+    """Raises UserError, as of the file or folder that it is from, for one that cannot be drawn with."""
+    try:
+        Schedule.from_config(dict(config))
+    except UserError as error:
+        raise UserError(f"{source}: {str(error).removeprefix('scheduler_config.json: ')}") from None
 
 
 def _unused_outside(file: Single) -> list[str]:

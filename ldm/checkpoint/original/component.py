@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.checkpoint.clip import load_text_encoder, make_text_encoder, read_sizes
-from ldm.checkpoint.fill import check_names, fill
+from ldm.checkpoint.clip import load_text_encoder, make_text_encoder, read_sizes, wanted_tensors
+from ldm.checkpoint.fill import check_names, fill, reshape
 from ldm.checkpoint.io import read_tensors
 from ldm.checkpoint.keymap import Key, from_original, module_keys, text_keys
+from ldm.checkpoint.original.sections import section_of
+from ldm.checkpoint.original.shapes import Tensors, is_open_clip, shape_of
 from ldm.checkpoint.parts import MODEL_STEM, TEXT_ENCODERS
-from ldm.checkpoint.sections import section_of
-from ldm.checkpoint.shapes import Tensors, is_open_clip, shape_of
 from ldm.checkpoint.weights import Stored, check_counts, open_stored
 from ldm.errors import UserError, abbreviate
 from ldm.models import Network, build
@@ -24,6 +24,8 @@ from ldm.runtime import Runtime
 
 # Names that diffusers gave the VAE's attention before 0.15; Stable Diffusion 1.5 is stored with them.
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+# What diffusers' `fuse_qkv_projections` writes in one, most often beside what it made it of.
+FUSED = {"to_qkv": ("to_q", "to_k", "to_v"), "to_kv": ("to_k", "to_v")}
 # Inside: the VAE's discriminator; buffers, and heads for other tasks.
 UNUSED_IN_VAE = re.compile(r"(loss|model_ema)\..*|logvar")
 UNUSED_IN_TEXT = re.compile(r"(.*\.)?position_ids|logit_scale|attn_mask|text_projection(\.weight)?")
@@ -63,7 +65,25 @@ def build_stored(stored: Stored) -> Network:
 
 def named(stored: Stored) -> dict[str, Tensor]:
     """The tensors by their names in today's modules."""
-    return {new_name(name): tensor for name, tensor in stored.tensors.items()}
+    return with_new_names(stored.tensors)
+
+
+def with_new_names(tensors: Tensors) -> dict[str, Tensor]:
+    """Tensors by the names in today's modules; fused projections are split, or left if their parts are there.
+
+    As in diffusers, which reads the parts and never what they were fused to.
+    """
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        head, _, kind = name.rpartition(".")
+        before, _, layer = head.rpartition(".")
+        if layer in FUSED:
+            parts = [f"{before}.{part}.{kind}" for part in FUSED[layer]]
+            split = zip(parts, tensor.chunk(len(parts)), strict=False)
+            renamed |= {part: own for part, own in split if part not in tensors}
+        else:
+            renamed[new_name(name)] = tensor
+    return renamed
 
 
 def new_name(name: str) -> str:
@@ -93,14 +113,16 @@ def load_component(path: Path, part: str, config: Mapping[str, Any], dtype: torc
         return load_text_encoder(path, dtype) if is_text else load_module(path, dtype)
     tensors = read_tensors(path)
     if not is_text and any("down_blocks." in name for name in tensors):
-        return fill(
-            build_empty(config, path), {new_name(name): t for name, t in tensors.items()}, path, dtype
-        )
+        module = build_empty(config, path)
+        tensors = with_new_names(tensors)
+        return fill(module, reshape(module.state_dict(), tensors, path), path, dtype)
     prefix, section = section_of(part, tensors, path)
     try:
         shape = shape_of(part, section, config)
     except KeyError as error:
         raise UserError(f"{path}: tensor {prefix}{error.args[0]} is missing; is the file complete?") from None
+    except IndexError:
+        raise UserError(f"{path}: tensors of its {part} have shapes of no such model") from None
     # Heads are not in shapes: those of the part that it replaces, where that is as wide.
     same = all(shape.get(key) == config.get(key) for key in ("block_out_channels", "hidden_size"))
     heads = {key: config[key] for key in ("attention_head_dim", "num_attention_heads") if key in config}
@@ -124,10 +146,11 @@ def load_section(
         read_sizes(config, path)
         keys = text_keys(config, is_open_clip(section))
         tensors, left = _rename(keys, section, part, config, path, prefix)
-        return make_text_encoder(config, tensors, path, dtype), left
+        _, wanted = wanted_tensors(config, tensors, path)
+        return make_text_encoder(config, reshape(wanted, tensors, path), path, dtype), left
     module = build_empty(config, path)
     tensors, left = _rename(module_keys(module), section, part, config, path, prefix)
-    return fill(module, tensors, path, dtype), left
+    return fill(module, reshape(module.state_dict(), tensors, path), path, dtype), left
 
 
 def _rename(

@@ -15,9 +15,9 @@ from typing import Any
 
 import yaml
 
+from ldm.checkpoint.original.sections import Single, prefixes
+from ldm.checkpoint.original.shapes import shape_of
 from ldm.checkpoint.parts import Defaults
-from ldm.checkpoint.sections import Single, prefixes
-from ldm.checkpoint.shapes import shape_of
 from ldm.errors import UserError
 from ldm.models.kind import Kind
 
@@ -60,9 +60,10 @@ def detect(file: Single, given: Mapping[str, Any], prediction_type: str | None =
     unet = configs["unet"]
     channels = unet.setdefault("in_channels", 4)  # as in diffusers
     kind = _kind(channels, configs["vae"].get("latent_channels", 4))
-    if channels != base["unet"]["in_channels"] and kind not in TITLES:
+    usual = _kind(base["unet"]["in_channels"], base["vae"].get("latent_channels", 4))
+    if channels != base["unet"]["in_channels"] and kind not in {usual, *TITLES}:
         raise UserError(f"{file.path}: no model that can be read has {channels!r} input channels")
-    configs["scheduler"], notes = _scheduler(file, unet, given.get("scheduler", {}), prediction_type)
+    configs["scheduler"], notes = _scheduler(file, unet, kind, given.get("scheduler", {}), prediction_type)
     if file.family == "sd2" and configs["scheduler"]["prediction_type"] == "epsilon" and "unet" not in given:
         unet["sample_size"] = 64  # SD 2 base draws 512 x 512 pixels
     defaults = Defaults(**given.get("defaults", {}))
@@ -125,24 +126,26 @@ def _config(file: Single, part: str, base: Config, given: Config) -> dict[str, A
     except KeyError as error:
         name = prefixes(file.family)[part] + str(error.args[0])
         raise UserError(f"{file.path}: tensor {name} is missing; is the file complete?") from None
+    except IndexError:
+        raise UserError(f"{file.path}: tensors of its {part} have shapes of no such model") from None
 
 
 # --- how the U-Net predicts ------------------------------------------------------------------------------
 
 
 def _scheduler(
-    file: Single, unet: Config, given: Config, asked: str | None
+    file: Single, unet: Config, kind: Kind | None, given: Config, asked: str | None
 ) -> tuple[dict[str, Any], list[str]]:
     """scheduler_config.json, and what was guessed for it."""
     config, notes = dict(given or family_configs(file.family)["scheduler"]), []
     if not given and unet.get("time_cond_proj_dim"):
         config |= {"_class_name": "LCMScheduler", "original_inference_steps": 50, "set_alpha_to_one": True}
         config["steps_offset"] = 0
-    elif not given and unet["in_channels"] == 8:
+    elif not given and kind is Kind.PIX2PIX:
         config["_class_name"] = "EulerAncestralDiscreteScheduler"
     prediction = asked or _stated(file) or given.get("prediction_type")
     if prediction is None:
-        prediction, note = _guessed(file, unet)
+        prediction, note = _guessed(file, kind)
         notes.append(note)
     config["prediction_type"] = prediction
     if "ztsnr" in file.loose or file.metadata.get("ss_zero_terminal_snr") == "True":
@@ -160,7 +163,7 @@ def _stated(file: Single) -> str | None:
     return prediction or ARCHITECTURES.get(file.metadata.get("modelspec.architecture", ""))
 
 
-def _guessed(file: Single, unet: Config) -> tuple[str, str]:
+def _guessed(file: Single, kind: Kind | None) -> tuple[str, str]:
     """The likely prediction type, and what to say of it.
 
     SD 2 base and SD 2 for 768 pixels have the same tensors. ComfyUI tells them apart by one bias, which
@@ -170,7 +173,7 @@ def _guessed(file: Single, unet: Config) -> tuple[str, str]:
     guess, why = family_configs(file.family)["prediction_type"], "as in nearly all such files"
     if file.family == "sd2":
         bias = file.sections.get("unet", {}).get("output_blocks.11.1.transformer_blocks.0.norm1.bias")
-        if unet["in_channels"] != 4:
+        if kind is not Kind.TEXT:
             guess = "epsilon"
         elif bias is not None:
             guess = "v_prediction" if bias.float().std(unbiased=False) > 0.09 else "epsilon"

@@ -1,16 +1,18 @@
 """Single files: what is taken, what is left, and what is refused by name."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
-from original_layout import AutoencoderKL, Clip, UNetModel, checkpoint
+from original_layout import CHECKPOINTS, AutoencoderKL, Clip, UNetModel, checkpoint
 from safetensors.torch import load_file, save_file
 from tiny_families import make_family
 
 from ldm.checkpoint import load_folder, save_model
-from ldm.checkpoint.component import load_component
-from ldm.checkpoint.single import load_single, read_single
+from ldm.checkpoint.original.component import load_component
+from ldm.checkpoint.original.sections import _choose_average
+from ldm.checkpoint.original.single import load_single, read_single
 from ldm.errors import UserError
 from ldm.runtime import Runtime
 
@@ -117,6 +119,57 @@ def test_old_names_of_the_text_encoder(tmp_path, sd1):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+# Names in a file, and the 1s that their shapes get: none of them changes a number or their order.
+ONES = {
+    "the biases of a VAE's attention": (r"first_stage_model\..*attn_1\.(q|k|v|proj_out)\.bias", (1, 1)),
+    "one 1": (r"first_stage_model\..*attn_1\.(q|k|v|proj_out)\.bias", (1,)),
+    "all vectors": (r".*\.(bias|norm1\.weight|ln_1\.weight)", (1, 1)),
+    "linear layers": (r".*(emb_layers\.1|time_embed\.0|fc1|c_fc|attn2\.to_k)\.weight", (1, 1)),
+    "stacked and turned round": (r".*(in_proj_weight|in_proj_bias|text_projection)", (1, 1)),
+    "tables": (r".*(token_embedding\.weight|positional_embedding|position_embedding\.weight)", (1,)),
+}
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+@pytest.mark.parametrize("which", ONES)
+def test_shapes_with_more_ones_hold_the_same_numbers(tmp_path, family, name, which):
+    folder, file = family(name)
+    pattern, ones = ONES[which]
+    shaped = {
+        key: t.reshape(*t.shape, *ones) if re.fullmatch(pattern, key) and t.ndim < 3 else t
+        for key, t in load_file(file).items()
+    }
+    ours, theirs = read(write(tmp_path, shaped), config=folder)[0], read(file)[0]
+    for part in ("unet", "vae", "text_encoder", *["text_encoder_2"] * (name == "sdxl")):
+        wanted = getattr(theirs, part).state_dict()
+        got = getattr(ours, part).state_dict()
+        assert all(torch.equal(got[key], wanted[key]) for key in wanted)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_part_of_diffusers_names_with_more_ones(tmp_path, family, part):
+    folder, _ = family("sd1")
+    (weights,) = (folder / part).glob("*.safetensors")
+    biases = {key: t[:, None, None] if key.endswith(".bias") else t for key, t in load_file(weights).items()}
+    module = getattr(load_folder(folder, RUNTIME), part)
+    known = module.config.to_dict() if part == "text_encoder" else module.to_config()
+    loaded = load_component(write(tmp_path, biases), part, known).state_dict()
+    assert all(torch.equal(t, module.state_dict()[key]) for key, t in loaded.items())
+
+
+def test_shapes_of_other_numbers_name_no_file_that_is_not_there(tmp_path, sd1):
+    attention = "first_stage_model.decoder.mid.attn_1.k"
+    for key, shape in ((f"{attention}.bias", (32,)), (f"{attention}.weight", (2, 64 * 32))):
+        wrong = sd1 | {key: torch.zeros(shape)}
+        message = complaint(write(tmp_path, wrong))
+        assert f"attentions.0.to_k.{key.rpartition('.')[2]} is {list(shape)}, not [64" in message
+        assert "config.json" not in message
+    first = "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.bias"
+    assert "config.json" not in complaint(write(tmp_path, sd1 | {first: torch.zeros(3)}))
+    table = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
+    assert "text_encoder have shapes" in complaint(write(tmp_path, sd1 | {table: torch.zeros(3)}))
+
+
 def averaged(tensors):
     """The U-Net's tensors, each 1 more, under LitEma's names."""
     prefix = "model.diffusion_model."
@@ -140,6 +193,46 @@ def test_averaged_weights_are_chosen_explicitly(tmp_path, sd1):
     parts, _, lines = read(path, ema=False)
     assert torch.equal(parts.unet.conv_in.weight, plain)
     assert not any("EMA" in line for line in lines)
+
+
+def test_a_file_of_averages_only(tmp_path, sd1, family):
+    """They are the U-Net's; all its kinds of layers are found by their names without dots."""
+    only = without(sd1 | averaged(sd1), "model.diffusion_model.") | {"model_ema.decay": torch.zeros(1)}
+    path = write(tmp_path, only)
+    for ema in (None, True):
+        parts, unused, lines = read(path, ema=ema)
+        plain = sd1["model.diffusion_model.input_blocks.0.0.weight"]
+        assert torch.equal(parts.unet.conv_in.weight, plain + 1)
+        assert any("averaged (EMA) weights only: they are taken" in line for line in lines)
+        assert "model_ema.decay" in unused
+        assert EMA not in unused
+    assert "averaged weights (EMA) only; leave --no-ema out" in complaint(path, ema=False)
+
+
+@pytest.mark.parametrize("name", ["sd2", "sdxl", "refiner", "upscaler", "lcm"])
+def test_averages_only_of_every_family(tmp_path, family, name):
+    folder, file = family(name)
+    tensors = load_file(file)
+    only = without(tensors | averaged(tensors), "model.diffusion_model.")
+    ours = read(write(tmp_path, only), config=folder)[0].unet.state_dict()
+    theirs = read(file)[0].unet.state_dict()
+    assert all(torch.equal(ours[key], theirs[key] + 1) for key in theirs)
+
+
+@pytest.mark.parametrize("model", CHECKPOINTS)
+def test_names_without_dots_are_those_of_real_models(model):
+    names = [
+        key for key in checkpoint(CHECKPOINTS[model], "meta") if key.startswith("model.diffusion_model.")
+    ]
+    tensors = {f"model_ema.{key.removeprefix('model.').replace('.', '')}": torch.zeros(1) for key in names}
+    found, _ = _choose_average(tensors, None, Path("model.ckpt"))
+    assert sorted(found) == sorted(names)
+
+
+def test_averages_with_a_name_that_is_no_unets(tmp_path, sd1):
+    odd = {"model_ema.diffusion_modeltemporal7weight": torch.zeros(1)}
+    only = without(sd1 | averaged(sd1) | odd, "model.diffusion_model.")
+    assert "not of this model: model.diffusion_model.temporal.7.weight" in complaint(write(tmp_path, only))
 
 
 def test_faults_of_averaged_weights(tmp_path, sd1):

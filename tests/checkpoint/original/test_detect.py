@@ -8,8 +8,8 @@ import torch
 from original_layout import CHECKPOINTS, AutoencoderKL, Clip, OpenClip, UNetModel, checkpoint
 from safetensors.torch import save_file
 
-from ldm.checkpoint.detect import detect, family_configs, own_configs
-from ldm.checkpoint.sections import Single, open_single, prefixes
+from ldm.checkpoint.original.detect import detect, family_configs, own_configs
+from ldm.checkpoint.original.sections import Single, open_single, prefixes
 from ldm.errors import UserError
 
 # Shapes of no published model: two levels of 64 and 128 channels, two encoders of one head.
@@ -84,6 +84,22 @@ def test_a_unet_alone_tells_its_family(tmp_path, linear, adm, family):
     assert found.title == f"Stable Diffusion {family}"
 
 
+def test_the_kind_follows_from_the_channels_of_the_latents(tmp_path):
+    """As many as the latents again is instruct-pix2pix, whether they have 4 channels or 16."""
+    wide = {
+        "model.diffusion_model": (UNetModel, SMALL | {"in_channels": 32}),
+        "first_stage_model": (AutoencoderKL, VAE | {"z": 16}),
+        "cond_stage_model.transformer": (Clip, TEXT),
+    }
+    found = detected(tmp_path, checkpoint(wide))
+    assert found.title == "Stable Diffusion 1 instruct-pix2pix"
+    assert found.configs["scheduler"]["_class_name"] == "EulerAncestralDiscreteScheduler"
+    wide["model.diffusion_model"] = (UNetModel, SMALL | {"in_channels": 8})
+    wide["first_stage_model"] = (AutoencoderKL, VAE | {"z": 8})
+    found = detected(tmp_path, checkpoint(wide), given={"vae": found.configs["vae"] | {"latent_channels": 8}})
+    assert found.configs["scheduler"]["_class_name"] == "PNDMScheduler"
+
+
 def test_schedulers_of_kinds(tmp_path):
     def scheduler(title):
         return detected(tmp_path, KINDS[title]()).configs["scheduler"]
@@ -149,7 +165,8 @@ def test_of_sd2_a_bias_decides(tmp_path):
     deep = {"mult": (1, 1, 1, 1), "depths": (1, 1, 1, 0), "blocks": 2} | OPEN
     name = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
     tensors = small(deep, "cond_stage_model.model")
-    for spread, told in ((0.12, "v_prediction"), (0.05, "epsilon")):
+    wide, narrow = "v_prediction", "epsilon"
+    for spread, told in ((0.12, wide), (0.095, wide), (0.085, narrow), (0.05, narrow)):
         bias = tensors[name] - tensors[name].mean()
         tensors[name] = bias / bias.std(unbiased=False) * spread
         found = detected(tmp_path, tensors)

@@ -13,10 +13,10 @@ Tensors = Mapping[str, Tensor]
 HEAD_CHANNELS = 64  # of each attention head, in all text encoders and in the U-Nets of SD 2 and XL
 
 
-class Layer(NamedTuple):
+class Block(NamedTuple):
     """A resnet on the U-Net's way down, with a transformer after it or not."""
 
-    block: str  # input_blocks.4
+    name: str  # input_blocks.4
     channels: int
     depth: int  # transformer blocks
 
@@ -31,6 +31,7 @@ def shape_of(part: str, tensors: Tensors, base: Mapping[str, Any]) -> dict[str, 
 
     Raises:
         KeyError: a tensor without which nothing can be told.
+        IndexError: one of them has too few dimensions.
     """
     if part == "unet":
         return _unet(tensors, base)
@@ -79,15 +80,15 @@ def _unet(tensors: Tensors, base: Mapping[str, Any]) -> dict[str, Any]:
     return shape
 
 
-def _levels(tensors: Tensors) -> list[list[Layer]]:
+def _levels(tensors: Tensors) -> list[list[Block]]:
     """The U-Net's way down: a downsampling ends a level."""
-    levels: list[list[Layer]] = [[]]
+    levels: list[list[Block]] = [[]]
     for i in itertools.count(1):
         block = f"input_blocks.{i}"
         if f"{block}.0.op.weight" in tensors:
             levels.append([])
         elif (name := f"{block}.0.out_layers.3.weight") in tensors:
-            levels[-1].append(Layer(block, tensors[name].shape[0], _depth(tensors, f"{block}.1")))
+            levels[-1].append(Block(block, tensors[name].shape[0], _depth(tensors, f"{block}.1")))
         elif levels[-1]:
             return levels
         else:
@@ -99,10 +100,10 @@ def _depth(tensors: Tensors, transformer: str) -> int:
     return _count(tensors, f"{transformer}.transformer_blocks.{{}}.norm1.weight")
 
 
-def _attends_to_text_only(tensors: Tensors, layer: Layer) -> bool:
+def _attends_to_text_only(tensors: Tensors, block: Block) -> bool:
     """Whether what is self-attention elsewhere takes its keys from the text too (x4 upscaler)."""
-    attention = f"{layer.block}.1.transformer_blocks.0.attn1"
-    if not layer.depth:
+    attention = f"{block.name}.1.transformer_blocks.0.attn1"
+    if not block.depth:
         return False
     return tensors[f"{attention}.to_k.weight"].shape[1] != tensors[f"{attention}.to_q.weight"].shape[1]
 
@@ -162,14 +163,14 @@ def _open_clip(tensors: Tensors, base: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _text(tokens: Tensor, positions: Tensor, first: Tensor, layers: int) -> dict[str, Any]:
-    vocabulary, width = tokens.shape
+    vocabulary, width = tokens.flatten(1).shape
     return {
         "vocab_size": vocabulary,
         "hidden_size": width,
         "intermediate_size": first.shape[0],
         "num_hidden_layers": layers,
         "num_attention_heads": max(1, width // HEAD_CHANNELS),
-        "max_position_embeddings": positions.shape[0],
+        "max_position_embeddings": positions.numel() // width,
     }
 
 

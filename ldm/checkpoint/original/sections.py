@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ldm.checkpoint.io import read_metadata, read_tensors
-from ldm.checkpoint.shapes import Tensors
+from ldm.checkpoint.original.shapes import Tensors
 from ldm.errors import UserError
 
 UNET, VAE, AVERAGED = "model.diffusion_model.", "first_stage_model.", "model_ema."
@@ -37,6 +37,13 @@ FIRST = {
 # Files of 2022, and again those of transformers from 5.6 on, lack `text_model.` in the names of CLIP.
 OLD_CLIP = re.compile(r"(?<=^cond_stage_model\.transformer\.)(?=embeddings|encoder|final_layer_norm)")
 BARE_CLIP = re.compile(r"^(embeddings|encoder\.layers|final_layer_norm)(?=\.)")
+
+# What the names of a U-Net's tensors are made of.
+WORDS_OF_UNET = re.compile(
+    r"(?:input|output|middle|transformer)_blocks?|(?:time_embed|label_emb)|cond_proj|(?:in|out|emb)_layers|"
+    r"skip_connection|attn\d|to_out|to_[qkv]|proj_in|proj_out|norm\d?|weight|bias|proj|conv|net|out|ff|op|\d+|"
+    r"[^.\d]+"
+)
 
 # What else a file may be: a tensor's name, and what to say.
 OTHERS = {
@@ -157,11 +164,16 @@ def family_of(tensors: Tensors) -> str:
 
 
 def _choose_average(tensors: Tensors, ema: bool | None, path: Path) -> tuple[Tensors, tuple[str, ...]]:
-    """The tensors, with the U-Net's averages under the plain names if they are wanted; and what to say.
-
-    CompVis's LitEma keeps them under the plain names without dots.
-    """
+    """The tensors, with the U-Net's averages under the plain names if they are wanted; and what to say."""
     plain = [name for name in tensors if name.startswith(UNET)]
+    only = not plain and any(name.startswith(AVERAGED + "diffusion_model") for name in tensors)
+    if only and ema is False:
+        raise UserError(f"{path}: holds averaged weights (EMA) only; leave --no-ema out")
+    if only:
+        found = {_plain_name(name): name for name in tensors if name.startswith(AVERAGED + "diffusion_model")}
+        line = "holds averaged (EMA) weights only: they are taken"
+        return _in_place_of_plain(tensors, found), (line,)
+    # CompVis's LitEma keeps them under the plain names without dots.
     averaged = {name: AVERAGED + name.removeprefix("model.").replace(".", "") for name in plain}
     missing = [average for average in averaged.values() if average not in tensors]
     if len(missing) == len(averaged):
@@ -176,7 +188,23 @@ def _choose_average(tensors: Tensors, ema: bool | None, path: Path) -> tuple[Ten
         return tensors, () if ema is False else (line,)
     if missing:
         raise UserError(f"{path}: {len(missing)} averaged weights are missing: use --no-ema")
+    line = f"{len(averaged)} averaged (EMA) weights are taken in place of the plain ones"
+    return _in_place_of_plain(tensors, averaged), (line,)
+
+
+def _in_place_of_plain(tensors: Tensors, averaged: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors, those named by `averaged` under their plain names: plain name -> name in the file."""
     used = {*averaged.values()}
     rest = {name: tensor for name, tensor in tensors.items() if name not in used}
-    line = f"{len(used)} averaged (EMA) weights are taken in place of the plain ones"
-    return {**rest, **{name: tensors[average] for name, average in averaged.items()}}, (line,)
+    return {**rest, **{name: tensors[average] for name, average in averaged.items()}}
+
+
+def _plain_name(average: str) -> str:
+    """input_blocks41proj_inweight, after a prefix, to model.diffusion_model.input_blocks.4.1.proj_in.weight.
+
+    LitEma leaves the dots out. A name that is not a U-Net's comes out as no tensor's of one, and is refused.
+    """
+    text = average.removeprefix(AVERAGED + "diffusion_model")
+    text = re.sub(r"^(input_blocks|output_blocks)(\d+)(\d)", r"\1.\2.\3.", text)
+    text = re.sub(r"^label_emb(\d)(\d)", r"label_emb.\1.\2.", text)
+    return UNET + ".".join(WORDS_OF_UNET.findall(text))

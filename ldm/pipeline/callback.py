@@ -1,0 +1,140 @@
+"""diffusers' `callback_on_step_end`: what it may see of a batch, and replace from one step to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.diffusion.guidance import CFG, InstructPix2Pix
+from ldm.diffusion.solvers import Step
+from ldm.errors import UserError
+from ldm.models.conditioning import Conditioning
+from ldm.pipeline.job import Batch, Job, guidance_of
+from ldm.pipeline.sample import Change
+
+# (pipeline, step, timestep, {"latents": ...}) -> None, or what to replace: {"latents": ...}
+Callback = Callable[[Any, int, float, dict[str, Any]], Mapping[str, Any] | None]
+
+# Name -> the field of a Conditioning, and the branch; None: all that guidance asks for, in diffusers' order.
+TEXTS: Mapping[str, tuple[str, str | None]] = {
+    "prompt_embeds": ("tokens", None),
+    "negative_prompt_embeds": ("tokens", "uncond"),
+    "add_text_embeds": ("pooled", None),
+    "negative_pooled_prompt_embeds": ("pooled", "uncond"),
+    "add_time_ids": ("time_ids", None),
+}
+SHOWN = ("latents", "guidance_scale", *TEXTS)
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise UserError for what a callback cannot see."""
+    for name in names:
+        if name not in SHOWN:
+            raise UserError(f"a callback cannot see {name!r}: it may ask for {', '.join(SHOWN)}")
+
+
+class Watch:
+    """The callback of one batch, as what `draw_batch` calls after each step."""
+
+    def __init__(
+        self, pipe: Any, job: Job, batch: Batch, callback: Callback, names: Sequence[str] = ("latents",)
+    ) -> None:
+        self.pipe, self.job, self.batch, self.callback, self.names = pipe, job, batch, callback, names
+        self.guidance_scale = job.request.guidance_scale
+        self.stopped = False
+
+    @cached_property
+    def texts(self) -> dict[str, Conditioning]:
+        """What the branches have of the texts now."""
+        conds, unconds = zip(*(self.job.encode(picture.prompt) for picture in self.batch), strict=True)
+        cond, uncond = Conditioning.cat(conds), Conditioning.cat(unconds)
+        return {"cond": cond, "uncond": uncond, "image": uncond}
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """Those that guidance asks for, in the order in which diffusers has them in one tensor."""
+        if isinstance(self.job.guidance, InstructPix2Pix):
+            return ("cond", "image", "uncond")
+        return ("cond",) if self.job.guidance == CFG(1.0) else ("uncond", "cond")
+
+    def __call__(self, step: Step) -> Change:
+        timestep = float(self.job.grid.timesteps[step.i])
+        given = {name: self._show(name, step) for name in self.names}
+        try:
+            answer = self.callback(self.pipe, step.i, timestep, given) or {}
+        except StopIteration:
+            answer = {"stop": True}
+        for name in answer:
+            if name not in (*SHOWN, "stop"):
+                raise UserError(f"a callback cannot replace {name!r}: it may return {', '.join(SHOWN)}, stop")
+        if "latents" in answer:
+            old = _latents(step)
+            new = _checked("latents", answer["latents"], old, len(old))
+            if not torch.equal(new, old):  # also where it was changed in place
+                step.x.copy_(new * _scale(step))
+        self.stopped = bool(answer.get("stop"))
+        return Change(self._texts(answer), self._guidance(answer), self.stopped)
+
+    def _show(self, name: str, step: Step) -> Any:
+        if name == "latents":
+            return _latents(step)
+        return self.guidance_scale if name == "guidance_scale" else self._text(name)
+
+    def _text(self, name: str) -> Tensor:
+        field, branch = TEXTS[name]
+        of = self.branches if branch is None else (branch,)
+        rows = [getattr(self.texts[each], field) for each in of]
+        if rows[0] is None:
+            raise UserError(f"this model has no {name}: a callback cannot see it")
+        return torch.cat(rows)
+
+    def _texts(self, answer: Mapping[str, Any]) -> dict[str, Conditioning]:
+        """The branches whose texts are others from now on."""
+        changed = set()
+        for name in (each for each in TEXTS if each in answer):
+            old, (field, branch) = self._text(name), TEXTS[name]
+            new = _checked(name, answer[name], old, len(old), len(self.batch))
+            if branch is not None:
+                without = [each for each in self.branches if each != "cond"] or [branch]
+                replaced = [(each, new) for each in without]
+            elif len(new) == len(
+                self.batch
+            ):  # the texts alone, as guidance that is switched off asks for them
+                replaced = [("cond", new)]
+            else:
+                replaced = list(zip(self.branches, new.chunk(len(self.branches)), strict=True))
+            for each, rows in replaced:
+                if not torch.equal(rows, getattr(self.texts[each], field)):
+                    self.texts[each] = replace(self.texts[each], **{field: rows})
+                    changed.add(each)
+        return {each: self.texts[each] for each in changed}
+
+    def _guidance(self, answer: Mapping[str, Any]) -> Any:
+        """The guidance of another scale; None if it is the same."""
+        scale = answer.get("guidance_scale", self.guidance_scale)
+        if scale == self.guidance_scale:
+            return None
+        self.guidance_scale = scale
+        return guidance_of(self.job.request.replace(guidance_scale=scale), self.job.model.parts)
+
+
+def _checked(name: str, new: Any, old: Tensor, *rows: int) -> Tensor:
+    """What a callback returned, as the tensor it replaces is. Raises UserError for another shape."""
+    if not isinstance(new, Tensor) or new.shape[1:] != old.shape[1:] or len(new) not in rows:
+        shape = list(new.shape) if isinstance(new, Tensor) else f"{new!r:.60}"
+        raise UserError(f"a callback returned {shape} as {name}: give a tensor of {list(old.shape)}")
+    return new.to(old)
+
+
+def _scale(step: Step) -> float:
+    return float((step.sigma**2 + 1) ** 0.5)
+
+
+def _latents(step: Step) -> Tensor:
+    """At the network's scale."""
+    return step.x / _scale(step)

@@ -1,0 +1,106 @@
+"""The training of a model of the sprite world: autoencoder, text encoder, denoiser, one after the other.
+
+Each stage has its recipe (configs/sprites_<stage>.yaml) and its folder in the run's; the rendered pictures
+and latents are in the run's `data`. The same call again goes on where the last one stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from ldm.errors import UserError
+from ldm.files import whole_folder
+from ldm.pretrain.recipe import Recipe, load_recipe
+from ldm.train.loop import train
+from ldm.train.task import Task
+
+STAGES = ("vae", "clip", "unet")
+
+
+def train_all(configs: Path, run_dir: Path, old: Path | None, overrides: Mapping[str, list[str]]) -> bool:
+    """Train all stages in `run_dir`; whether the last has come to its end.
+
+    old: a model folder to begin from: its autoencoder's latents are kept, and the denoiser goes on.
+    overrides: `section.key=value` for each stage. Raises UserError for a stage that there is not.
+    """
+    run_dir = run_dir.resolve()  # a state knows where its data are
+    for stage in overrides:
+        if stage not in STAGES:
+            raise UserError(f"{stage} is no stage: they are {', '.join(STAGES)}")
+    for stage in STAGES:
+        recipe = load_recipe(
+            configs / f"sprites_{stage}.yaml", [f"data.cache={run_dir / 'data'}", *overrides.get(stage, [])]
+        )
+        folder = run_dir / stage
+        folder.mkdir(parents=True, exist_ok=True)
+        ended = folder / "ended"  # or its task would be made only to see that nothing is left to do
+        if ended.exists():
+            continue
+        print(f"{stage}: {folder}", flush=True)
+        torch.manual_seed(recipe.run.seed)
+        if not train(_TASKS[stage](recipe, run_dir, old), recipe, folder):
+            return False
+        ended.touch()
+    return True
+
+
+def _vae(recipe: Recipe, run_dir: Path, old: Path | None) -> Task:
+    from ldm.pretrain.sprites import sprite_pictures
+    from ldm.pretrain.vae import VAETask, build_vae, load_vae
+    from ldm.pretrain.widen import widen_vae
+
+    narrow = load_vae(old) if old else None
+    vae = build_vae(recipe.model) if narrow is None else widen_vae(narrow, recipe.model["latent_channels"])
+    return VAETask(vae, *sprite_pictures(recipe.data), recipe.loss, False, narrow)
+
+
+def _clip(recipe: Recipe, run_dir: Path, old: Path | None) -> Task:
+    from ldm.checkpoint.clip import load_text_encoder, load_tokenizer
+    from ldm.pretrain.naming import NamingTask, learn_vocabulary, new_text_encoder
+
+    model, tokenizer = recipe.model, run_dir / "clip" / "tokenizer"
+    if not tokenizer.exists():
+        with whole_folder(tokenizer) as aside:
+            learn_vocabulary(recipe.data, model["merges"], model["length"], aside)
+    known = None
+    if old:
+        known = load_text_encoder(old / "text_encoder", torch.float32), load_tokenizer(old / "tokenizer")
+    text = new_text_encoder(model["text_config"], load_tokenizer(tokenizer), known)
+    return NamingTask(recipe.data, tokenizer, text, recipe.loss)
+
+
+def _unet(recipe: Recipe, run_dir: Path, old: Path | None) -> Task:
+    from ldm.checkpoint.clip import load_text_encoder, load_tokenizer
+    from ldm.checkpoint.folder import read_words
+    from ldm.checkpoint.original.component import load_module
+    from ldm.checkpoint.parts import Defaults, Parts, check_fit
+    from ldm.models import UNet, build
+    from ldm.pretrain.sprites import sprite_latents
+    from ldm.pretrain.unet import UNetTask
+    from ldm.pretrain.vae import load_vae
+    from ldm.pretrain.widen import widen_latents
+
+    model, clip = recipe.model, run_dir / "clip" / "export"
+    vae = load_vae(run_dir / "vae" / "export")
+    unet = load_module(old / "unet", torch.float32) if old else build(model["unet"])
+    if not isinstance(unet, UNet):
+        raise UserError(f"{old or 'model.unet'} holds a {type(unet).__name__}, no U-Net")
+    parts = Parts(
+        unet=widen_latents(unet, vae.latent_channels) if old else unet,
+        vae=vae,
+        text_encoder=load_text_encoder(clip / "text_encoder", torch.float32),
+        tokenizer=load_tokenizer(clip / "tokenizer"),
+        scheduler=model["scheduler"],
+        defaults=Defaults(**model["defaults"]),
+        words=read_words(clip / "words.txt"),
+    )
+    check_fit(parts, {"unet": old or run_dir, "vae": run_dir / "vae", "text_encoder": clip})
+    repainted = recipe.loss.get("repainted", 0) > 0
+    seen, held_out = sprite_latents(recipe.data, vae, parts.tokenizer, repainted)
+    return UNetTask(parts, seen, held_out, recipe.loss, model["prompts"])
+
+
+_TASKS: dict[str, Callable[[Recipe, Path, Path | None], Task]] = {"vae": _vae, "clip": _clip, "unet": _unet}

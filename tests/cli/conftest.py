@@ -1,0 +1,25 @@
+"""What the commands draw with: a pipeline that costs nothing, and a real tiny model."""
+
+import pytest
+from fake_pipeline import FakePipeline
+
+from ldm.cli import draw as drawing
+from ldm.cli import redraw as redrawing
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path):
+    pipe = FakePipeline()
+    for module in (drawing, redrawing):
+        monkeypatch.setattr(module, "load", lambda args: pipe)
+    monkeypatch.setattr("ldm.pipeline.sample.draw_batch", pipe.draw_batch)
+    monkeypatch.setattr("ldm.pipeline.job.prepare", FakePipeline.prepare)
+    monkeypatch.chdir(tmp_path)
+    return pipe
+
+
+@pytest.fixture
+def tiny(tiny_folder, tmp_path, monkeypatch):
+    """The flags of a quick picture; the working folder is empty."""
+    monkeypatch.chdir(tmp_path)
+    return ["-p", "the red boat", "-m", str(tiny_folder), "--steps", "3", "--dtype", "fp32"]

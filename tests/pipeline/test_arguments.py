@@ -1,0 +1,84 @@
+"""The arguments of a drawing are declared once: the call, the request, the flags and the JSON agree."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import ldm
+from ldm.cli.draw import add_flags
+from ldm.cli.flags import FLAGS
+from ldm.cli.parser import Parser
+from ldm.pipeline import Inputs
+from ldm.request import Request
+
+NO_ARGUMENT = {
+    "image_sha256": "noted by the pipeline",
+    "mask_image_sha256": "noted by the pipeline",
+    "loras": "with_lora, --lora",
+    "embeddings": "with_embedding, --embedding",
+    "model": "noted by the pipeline; --model finds it",
+    "model_hash": "noted by the pipeline",
+    "not_kept": "noted by the pipeline",
+    "upscaling": "with_upscaler, --upscaler",
+    "version": "of the rules",
+}
+NO_FIELD = {
+    "num_images_per_prompt", "generator", "latents", "output_type", "callback_on_step_end",
+    "callback_on_step_end_tensor_inputs", "guidance", "cross_attention_kwargs", "return_dict", "others",
+    "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds",
+}  # fmt: skip
+NO_FLAG = {"timesteps", "sigmas"}  # grids are for those who program
+RENAMED = {"seeds": "seed"}
+
+
+def test_each_argument_is_in_the_call_the_request_the_flags_and_the_json():
+    import inspect
+
+    call = inspect.signature(ldm.Pipeline.__call__).parameters
+    parser = Parser("txt2img")
+    add_flags(parser)
+    flags = {flag for action in parser._actions for flag in action.option_strings}
+    defaults = {flag: action.default for action in parser._actions for flag in action.option_strings}
+    for name, field in Request.model_fields.items():
+        argument = RENAMED.get(name, name)
+        assert (argument in call) != (name in NO_ARGUMENT), name
+        if name in NO_ARGUMENT:
+            continue
+        if name not in ("seeds", "prompt"):  # random in Python, 42 on the command line, 0 in a request
+            assert call[argument].default == field.default, name
+        flag = FLAGS.get(name, f"--{name.replace('_', '-')}")
+        assert (flag in flags) != (name in NO_FLAG), name
+        if flag in flags and name not in ("seeds", "prompt"):
+            assert defaults[flag] == field.default, name
+    renamed = {RENAMED.get(name, name) for name in Request.model_fields}
+    assert call.keys() - renamed - {"self"} == NO_FIELD
+    assert {each.name for each in dataclasses.fields(Inputs)} - call.keys() == {
+        "generators", "solver", "image_latents"
+    }  # fmt: skip
+
+
+def test_every_field_of_a_request_survives_the_json():
+    special = {
+        "sampler": "euler", "spacing": "karras", "loras": [{"name": "a", "weight": 0.5}], "sigmas": None,
+        "embeddings": [{"name": "<cat>", "sha256": "0" * 64}], "upscaling": Request(noise_level=3),
+        "timesteps": (9.0, 1.0), "seeds": (4, 2), "version": 1, "not_kept": ("latents",),
+    }  # fmt: skip
+    values = {}
+    for name, field in Request.model_fields.items():
+        kinds = str(field.annotation)
+        if name in special:
+            value = special[name]
+        elif "sha256" in name:
+            value = "1" * 64
+        elif "tuple" in kinds:
+            value = (16, 8)
+        elif "str" in kinds:
+            value = "words"
+        else:
+            value = 0.5 if "float" in kinds else 16
+        if value is not None:
+            values[name] = value
+    request = Request(**values)
+    assert Request.from_json(request.to_json()) == request
+    left_open = {name for name in Request.model_fields if getattr(request, name) is None}
+    assert left_open == {"sigmas"}
+    assert isinstance(request.seeds, Sequence)

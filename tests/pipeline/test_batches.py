@@ -1,0 +1,51 @@
+"""Pictures drawn together are those drawn alone, in every family."""
+
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from family_inputs import INPUTS, error, latents, picture
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_sde"])
+@pytest.mark.parametrize("family", INPUTS)
+def test_a_batch_equals_its_pictures_drawn_alone(models, family, sampler):
+    pipe = models(family)
+    common = {**INPUTS[family], "sampler": sampler}
+    batch = latents(pipe, num_images_per_prompt=3, seed=1, **common)
+    alone = torch.cat([latents(pipe, seed=seed, **common) for seed in (1, 2, 3)])
+    assert error(batch, alone) < 1e-5
+    assert error(batch[:1], batch[1:2]) > 1e-2
+
+
+@pytest.mark.parametrize("family", ["sdxl", "inpaint_xl"])
+def test_prompts_of_different_lengths_do_not_change_each_other(models, family):
+    pipe, long = models(family), "the red boat at sea " * 5
+    prompts, negatives = ["the red boat", long, "sea"], [None, "sea", "boat"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        batch = latents(pipe, prompts, negative_prompt=negatives, seed=[4, 2, 9], **INPUTS[family])
+        alone = [
+            latents(pipe, prompt, negative_prompt=negative, seed=seed, **INPUTS[family])
+            for prompt, negative, seed in zip(prompts, negatives, [4, 2, 9], strict=True)
+        ]
+    assert error(batch, torch.cat(alone)) < 1e-5
+
+
+def test_given_latents_are_the_noise(models):
+    pipe = models("sd1")
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    common = {"image": picture(), "strength": 0.7, "sampler": "euler"}
+    one, other = (latents(pipe, latents=noise, seed=seed, **common) for seed in (1, 2))
+    assert error(one, other) < 0.5  # they still differ in the VAE's sample
+    assert error(latents(pipe, latents=-noise, seed=1, **common), one) > 0.5
+
+
+def test_a_threads_picture_is_its_own(models):
+    """Image inputs, their noise and their encodings belong to a call."""
+    pipe, common = models("inpaint_xl"), INPUTS["inpaint_xl"]
+    one_by_one = [latents(pipe, seed=seed, **common) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda seed: latents(pipe, seed=seed, **common), range(4)))
+    assert all(error(a, b) < 1e-6 for a, b in zip(together, one_by_one, strict=True))
