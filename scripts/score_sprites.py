@@ -6,10 +6,9 @@ python scripts/score_sprites.py --model runs/sprites/unet/export [--limit 100] [
 import argparse
 import json
 import sys
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -32,6 +31,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write figures and what was wrong as JSON")
     args = parser.parse_args()
     with reported():
+        from ldm.postcards.sprites.retrieval import by_thing, summary
+
         verdicts = _verdicts(args)
         figures = summary(verdicts)
         for name, value in figures.items():
@@ -54,31 +55,6 @@ def _verdicts(args: argparse.Namespace) -> "list[Verdict]":
         return [np.asarray(image) for image in pipe(list(prompts), seed=args.seed).images]
 
     return retrieve(make_world(args.things, args.styles), draw, args.limit, args.seed)
-
-
-def summary(verdicts: "Sequence[Verdict]") -> dict[str, float]:
-    """Shares of all verdicts."""
-    n = len(verdicts)
-    return {
-        "right": sum(each.right for each in verdicts) / n,
-        "in five": sum(each.in_five for each in verdicts) / n,
-        "right in style": sum(each.right_in_style for each in verdicts) / n,
-        "n": float(n),
-    }
-
-
-def by_thing(verdicts: "Sequence[Verdict]") -> dict[str, Any]:
-    """Of each thing how often it was right, and what else was seen."""
-    found: dict[str, list[Verdict]] = defaultdict(list)
-    for each in verdicts:
-        found[each.thing.noun].append(each)
-    return {
-        noun: {
-            "right": sum(each.right for each in its) / len(its),
-            "seen as": sorted({each.nearest[0] for each in its} - {noun}),
-        }
-        for noun, its in found.items()
-    }
 
 
 if __name__ == "__main__":

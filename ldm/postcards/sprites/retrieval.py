@@ -7,8 +7,10 @@ all that there are, is it in the style that was asked for.
 from __future__ import annotations
 
 import random
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -111,3 +113,28 @@ def _gallery(world: World) -> tuple[list[tuple[str, str]], NDArray[np.float32]]:
                 names.append((thing.noun, style))
                 thumbnails.append(each.ravel())
     return names, np.stack(thumbnails)
+
+
+def summary(verdicts: Sequence[Verdict]) -> dict[str, float]:
+    """Shares of all verdicts."""
+    n = len(verdicts)
+    return {
+        "right": sum(each.right for each in verdicts) / n,
+        "in five": sum(each.in_five for each in verdicts) / n,
+        "right in style": sum(each.right_in_style for each in verdicts) / n,
+        "n": float(n),
+    }
+
+
+def by_thing(verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """Of each thing how often it was right, and what else was seen."""
+    found: dict[str, list[Verdict]] = defaultdict(list)
+    for each in verdicts:
+        found[each.thing.noun].append(each)
+    return {
+        noun: {
+            "right": sum(each.right for each in its) / len(its),
+            "seen as": sorted({each.nearest[0] for each in its} - {noun}),
+        }
+        for noun, its in found.items()
+    }

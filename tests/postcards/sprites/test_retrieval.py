@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ldm.postcards.sprites.picture import render
-from ldm.postcards.sprites.retrieval import alone, retrieve, thumbnail
+from ldm.postcards.sprites.retrieval import alone, by_thing, retrieve, summary, thumbnail
 from ldm.postcards.sprites.scene import make_world
 
 
@@ -37,7 +37,13 @@ def drawer(world, size):
 def test_renders_are_read_right(world, size):
     verdicts = retrieve(world, drawer(world, size), limit=40)
     assert len(verdicts) == 40
-    assert sum(each.right for each in verdicts) >= 39
+    right = sum(each.right for each in verdicts)
+    assert right >= 39
+    assert summary(verdicts)["right"] == right / 40
+    wrong = {each.thing.noun: each.nearest[0] for each in verdicts if not each.right}
+    table = by_thing(verdicts)
+    assert {noun for noun, row in table.items() if row["right"] < 1} == set(wrong)
+    assert all(table[noun]["seen as"] == [seen] for noun, seen in wrong.items())
     assert sum(each.right_in_style for each in verdicts) >= 38
     assert all(each.in_five for each in verdicts)
 
