@@ -35,6 +35,12 @@ def reported(training: bool = False) -> Iterator[None]:
     sys.exit(2)
 
 
+def reason(error: Exception) -> str:
+    """Why a file could not be read or written, in one line."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return str(text).splitlines()[0]
+
+
 def abbreviate(names: Sequence[str], most: int = 2) -> str:
     """The first of many names, for a message of one line: "a, b and 3 more"."""
     more = f" and {len(names) - most} more" if len(names) > most else ""

@@ -12,13 +12,7 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from ldm.errors import UserError
-
-
-def reason(error: Exception) -> str:
-    """Why a file could not be read or written, in one line."""
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return str(text).splitlines()[0]
+from ldm.errors import UserError, reason
 
 
 @contextlib.contextmanager

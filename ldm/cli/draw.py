@@ -15,8 +15,7 @@ from ldm.cli.flags import add_common_flags, add_input_flags, add_model_flags
 from ldm.cli.models import load
 from ldm.cli.parser import count
 from ldm.cli.terminal import bar, echo
-from ldm.errors import UserError
-from ldm.files import reason
+from ldm.errors import UserError, reason
 
 if TYPE_CHECKING:
     from PIL.Image import Image

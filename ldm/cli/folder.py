@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from ldm.cli.flags import add_common_flags
@@ -53,6 +52,8 @@ def folder(args: argparse.Namespace) -> int:
             on_progress=on_progress,
         )
     if args.json:
+        import json
+
         print(json.dumps(as_json(examined), indent=2))
     elif not args.quiet or not examined.can_train:
         print("\n".join(report(examined, None if args.all else SHOWN)))

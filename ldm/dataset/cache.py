@@ -34,8 +34,8 @@ from torch import Tensor, nn
 
 from ldm.checkpoint.io import write_tensors
 from ldm.dataset.buckets import Crop, apply_crop
-from ldm.errors import UserError
-from ldm.files import reason, temporary_file
+from ldm.errors import UserError, reason
+from ldm.files import temporary_file
 from ldm.images.opening import open_picture
 from ldm.models import VAE, LatentDist
 from ldm.models.conditioning import Conditioning

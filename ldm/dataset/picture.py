@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from ldm.files import reason
+from ldm.errors import reason
 from ldm.images.opening import TURNS, formats, orientation, to_rgb
 
 SUFFIX = re.compile(r"\.(png|jpe?g|jpe|jfif|webp|bmp|gif|tiff?|avif|jp2|p[gnp]m)", re.IGNORECASE)

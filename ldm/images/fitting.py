@@ -13,8 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldm.errors import UserError, printable
-from ldm.files import reason
+from ldm.errors import UserError, printable, reason
 from ldm.images.opening import open_picture, read_bytes, to_mask, to_rgb
 from ldm.images.pixels import to_tensor
 

@@ -14,8 +14,7 @@ from typing import IO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from ldm.errors import UserError, printable
-from ldm.files import reason
+from ldm.errors import UserError, printable, reason
 
 # Pillow reads more than these: none that starts another program, none that takes any bytes for a picture.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM")

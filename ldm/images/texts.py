@@ -7,8 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ldm.errors import UserError
-from ldm.files import reason
+from ldm.errors import UserError, reason
 from ldm.images.opening import formats
 from ldm.images.parameters import split_parameters
 
