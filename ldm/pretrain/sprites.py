@@ -27,6 +27,7 @@ from ldm.pretrain.clip import tokenise
 from ldm.pretrain.data import Pictures, digest_of
 from ldm.pretrain.recipe import DataSection
 from ldm.pretrain.unet import LatentDataset
+from ldm.runtime import has_amx
 
 _PART = 256  # scenes that are made and kept at once
 Arrays = dict[str, NDArray[Any]]
@@ -139,8 +140,8 @@ def in_parts(folder: Path, total: int, make: Callable[[int, int], Mapping[str, N
 
 
 def _encode(images: list[NDArray[np.uint8]], vae: AutoencoderKL | AutoencoderTiny) -> NDArray[np.float16]:
-    """LatentDataset fp16 [N, c, h, w]; bf16 is quicker only where a CPU has units for it (AMX)."""
-    parts, quick = [], torch.cpu._is_amx_tile_supported()
+    """Latents fp16 [N, c, h, w]; bf16 is quicker only where a CPU has units for it (AMX)."""
+    parts, quick = [], has_amx()
     pictures = Pictures(np.stack(images), [])
     for index in torch.split(torch.arange(len(images)), 32):
         x = pictures.tensors(index).contiguous(memory_format=torch.channels_last)
