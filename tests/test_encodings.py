@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted(path for folder in ("ldm", "scripts") for path in (ROOT / folder).rglob("*.py"))
 # A child whose locale is not UTF-8.
 PLAIN_ASCII = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONPATH": str(ROOT)}
+OF_BYTES = ("os", "Image", "ImageSequence", "tarfile")  # whose `open` gives no text
 TRAINER = """
 import sys
 from pathlib import Path
@@ -34,7 +35,7 @@ def _unspecified(path):
             continue
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         whose = ast.unparse(node.func.value) if isinstance(node.func, ast.Attribute) else ""
-        if name not in ("open", "read_text", "write_text") or whose in ("os", "Image", "ImageSequence"):
+        if name not in ("open", "read_text", "write_text") or whose in OF_BYTES:
             continue
         modes = [str(each.value) for each in node.args if isinstance(each, ast.Constant)]
         given = any(each.arg in ("encoding", None) for each in node.keywords)
