@@ -41,8 +41,6 @@ def diffuse(args: argparse.Namespace) -> int:
         raise UserError(f"--output {args.output} must name a .png file")
     check_writable(args.output.parent)
     image = open_picture(args.file)
-    echo(
-        args,
-        str(save_png(diffuse_sheet(load(args), image, args.prompt, args.columns, args.seed), args.output)),
-    )
+    sheet = diffuse_sheet(load(args), image, args.prompt, args.columns, args.seed)
+    echo(args, str(save_png(sheet, args.output)))
     return 0

@@ -50,6 +50,11 @@ class Step:
     x: Tensor
     x0: Tensor
 
+    @property
+    def latents(self) -> Tensor:
+        """The state at the network's scale, ``x / sqrt(sigma^2 + 1)``: what diffusers calls latents."""
+        return self.x / math.hypot(self.sigma, 1)
+
 
 Denoise = Callable[[Tensor, Tensor], Denoised]
 Solver = Callable[..., Iterator[Step]]

@@ -58,9 +58,7 @@ def diffuse_sheet(
 
     falling = tuple(float(t) for t in ts[:0:-1])
     request = Request(prompt=prompt, seeds=(seed,), sampler="ddpm", timesteps=falling)
-    steps = [
-        step.x / (1 + step.sigma**2) ** 0.5 for step in pipe.denoise(request, Inputs(latents=noise.cpu()))
-    ]
+    steps = [step.latents for step in pipe.denoise(request, Inputs(latents=noise.cpu()))]
     rows.append(torch.cat([pipe.decode(state) for state in (*steps[::-1], states[-1])]))
 
     captions = [_caption(t, pipe.schedule.sigma(t)) for t in ts]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -73,16 +74,16 @@ class Watch:
             if name not in (*SHOWN, "stop"):
                 raise UserError(f"a callback cannot replace {name!r}: it may return {', '.join(SHOWN)}, stop")
         if "latents" in answer:
-            old = _latents(step)
+            old = step.latents
             new = _checked("latents", answer["latents"], old, len(old))
             if not torch.equal(new, old):  # also where it was changed in place
-                step.x.copy_(new * _scale(step))
+                step.x.copy_(new * math.hypot(step.sigma, 1))
         self.stopped = bool(answer.get("stop"))
         return Change(self._texts(answer), self._guidance(answer), self.stopped)
 
     def _show(self, name: str, step: Step) -> Any:
         if name == "latents":
-            return _latents(step)
+            return step.latents
         return self.guidance_scale if name == "guidance_scale" else self._text(name)
 
     def _text(self, name: str) -> Tensor:
@@ -102,9 +103,7 @@ class Watch:
             if branch is not None:
                 without = [each for each in self.branches if each != "cond"] or [branch]
                 replaced = [(each, new) for each in without]
-            elif len(new) == len(
-                self.batch
-            ):  # the texts alone, as guidance that is switched off asks for them
+            elif len(new) == len(self.batch):  # the texts alone, as guidance that is off asks for them
                 replaced = [("cond", new)]
             else:
                 replaced = list(zip(self.branches, new.chunk(len(self.branches)), strict=True))
@@ -129,12 +128,3 @@ def _checked(name: str, new: Any, old: Tensor, *rows: int) -> Tensor:
         shape = list(new.shape) if isinstance(new, Tensor) else f"{new!r:.60}"
         raise UserError(f"a callback returned {shape} as {name}: give a tensor of {list(old.shape)}")
     return new.to(old)
-
-
-def _scale(step: Step) -> float:
-    return float((step.sigma**2 + 1) ** 0.5)
-
-
-def _latents(step: Step) -> Tensor:
-    """At the network's scale."""
-    return step.x / _scale(step)

@@ -6,7 +6,6 @@ U-Net is called (`ldm.pipeline.networks`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -53,7 +52,7 @@ def draw_latents(job: Job, batch: Batch, on_step: OnStep | None = None) -> Tenso
             answer = None if on_step is None else on_step(step)
             change = answer if isinstance(answer, Change) else None
             if change is not None and change.stop:
-                return step.x / math.hypot(step.sigma, 1)
+                return step.latents
     except StopIteration:
         return step.x * job.grid.final_scale
 

@@ -2,7 +2,7 @@
 
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ldm.postcards import phrases
@@ -183,15 +183,23 @@ def _subject(scene: Scene, mentions: Mentions, rng: random.Random, *, article: b
     groups = [_group(group, mentions, rng, article=article) for group in scene.groups]
     if scene.relation is None:
         return groups[0]
-    first, second = groups
-    style = rng.random()
-    if style < 0.42:
-        return f"{first} {rng.choice(phrases.RELATIONS[scene.relation])} {second}"
-    if style < 0.84:
-        return f"{second} {rng.choice(phrases.INVERSE[scene.relation])} {first}"
-    if scene.relation == "above":
+    return relate(groups, scene.relation, rng, (0.42, 0.84, 0.92))
+
+
+def relate(two: Sequence[str], relation: str, rng: random.Random, forms: tuple[float, float, float]) -> str:
+    """Two things and how the first stands to the second.
+
+    forms: below which number of 0..1 the relation is told as it is, inverted, and by both places.
+    """
+    first, second = two
+    form, (straight, inverse, places) = rng.random(), forms
+    if form < straight:
+        return f"{first} {rng.choice(phrases.RELATIONS[relation])} {second}"
+    if form < inverse:
+        return f"{second} {rng.choice(phrases.INVERSE[relation])} {first}"
+    if relation == "above":
         return f"{first} and {second}"
-    if style < 0.92:
+    if form < places:
         return f"{first} on the left and {second} on the right"
     if rng.random() < 0.5:
         first, second = second, first

@@ -103,7 +103,7 @@ def sample_scene(
     Without `held_out` no group has a pair of kind and colour that `is_held_out`; with it exactly one has, if
     there is any.
     """
-    composition = _choose(rng, compositions or (_HELD_OUT_COMPOSITIONS if held_out else _COMPOSITIONS))
+    composition = choose(rng, compositions or (_HELD_OUT_COMPOSITIONS if held_out else _COMPOSITIONS))
     if composition == "empty":
         return _finish(rng, rng.choice(PLACES), ())
     if composition in ("pair", "beside", "stacked"):
@@ -181,13 +181,14 @@ def _sample_colour(rng: random.Random, kind: str) -> str:
 
 def _sample_place(rng: random.Random, kind: str) -> str:
     # Few kinds can be at sea, so those that can are there more often.
-    return _choose(rng, {place: 2 if place == "sea" else 1 for place in places_for(kind)})
+    return choose(rng, {place: 2 if place == "sea" else 1 for place in places_for(kind)})
 
 
 def _finish(rng: random.Random, place: str, groups: tuple[Group, ...], relation: str | None = None) -> Scene:
-    time, weather = rng.choice(TIMES), _choose(rng, _WEATHER_WEIGHTS)
+    time, weather = rng.choice(TIMES), choose(rng, _WEATHER_WEIGHTS)
     return Scene(place, time, weather, groups, rng.getrandbits(32), relation)
 
 
-def _choose(rng: random.Random, weights: Mapping[str, float]) -> str:
+def choose(rng: random.Random, weights: Mapping[str, float]) -> str:
+    """One of the names, as often as its weight says."""
     return rng.choices(list(weights), list(weights.values()))[0]

@@ -73,34 +73,16 @@ def _clip(recipe: Recipe, run_dir: Path, old: Path | None) -> Task:
 
 
 def _unet(recipe: Recipe, run_dir: Path, old: Path | None) -> Task:
-    from ldm.checkpoint.clip import load_text_encoder, load_tokenizer
-    from ldm.checkpoint.folder import read_words
-    from ldm.checkpoint.original.component import load_module
-    from ldm.checkpoint.parts import Defaults, Parts, check_fit
-    from ldm.models import UNet, build
+    from ldm.checkpoint.parts import check_fit
     from ldm.pretrain.sprites import sprite_latents
-    from ldm.pretrain.unet import UNetTask
-    from ldm.pretrain.vae import load_vae
-    from ldm.pretrain.widen import widen_latents
+    from ldm.pretrain.unet import UNetTask, make_parts
 
-    model, clip = recipe.model, run_dir / "clip" / "export"
-    vae = load_vae(run_dir / "vae" / "export")
-    unet = load_module(old / "unet", torch.float32) if old else build(model["unet"])
-    if not isinstance(unet, UNet):
-        raise UserError(f"{old or 'model.unet'} holds a {type(unet).__name__}, no U-Net")
-    parts = Parts(
-        unet=widen_latents(unet, vae.latent_channels) if old else unet,
-        vae=vae,
-        text_encoder=load_text_encoder(clip / "text_encoder", torch.float32),
-        tokenizer=load_tokenizer(clip / "tokenizer"),
-        scheduler=model["scheduler"],
-        defaults=Defaults(**model["defaults"]),
-        words=read_words(clip / "words.txt"),
-    )
-    check_fit(parts, {"unet": old or run_dir, "vae": run_dir / "vae", "text_encoder": clip})
+    vae, clip = run_dir / "vae" / "export", run_dir / "clip" / "export"
+    parts = make_parts(recipe.model, vae, clip, old)
+    check_fit(parts, {"unet": old or run_dir, "vae": vae, "text_encoder": clip})
     repainted = recipe.loss.get("repainted", 0) > 0
-    seen, held_out = sprite_latents(recipe.data, vae, parts.tokenizer, repainted)
-    return UNetTask(parts, seen, held_out, recipe.loss, model["prompts"])
+    seen, held_out = sprite_latents(recipe.data, parts.vae, parts.tokenizer, repainted)
+    return UNetTask(parts, seen, held_out, recipe.loss, recipe.model["prompts"])
 
 
 _TASKS: dict[str, Callable[[Recipe, Path, Path | None], Task]] = {"vae": _vae, "clip": _clip, "unet": _unet}

@@ -26,7 +26,7 @@ from ldm.postcards.sprites.scene import make_world
 from ldm.pretrain.clip import tokenise
 from ldm.pretrain.data import Pictures, digest_of
 from ldm.pretrain.recipe import DataSection
-from ldm.pretrain.unet import LatentDataset
+from ldm.pretrain.unet import LatentDataset, encode
 from ldm.runtime import has_amx
 
 _PART = 256  # scenes that are made and kept at once
@@ -141,13 +141,7 @@ def in_parts(folder: Path, total: int, make: Callable[[int, int], Mapping[str, N
 
 def _encode(images: list[NDArray[np.uint8]], vae: AutoencoderKL | AutoencoderTiny) -> NDArray[np.float16]:
     """Latents fp16 [N, c, h, w]; bf16 is quicker only where a CPU has units for it (AMX)."""
-    parts, quick = [], has_amx()
-    pictures = Pictures(np.stack(images), [])
-    for index in torch.split(torch.arange(len(images)), 32):
-        x = pictures.tensors(index).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16, enabled=quick):
-            parts.append(vae.encode_latents(x).to(torch.float16))
-    latents: NDArray[np.float16] = torch.cat(parts).contiguous().numpy()
+    latents: NDArray[np.float16] = encode(Pictures(np.stack(images), []), vae, bf16=has_amx()).numpy()
     return latents
 
 

@@ -28,17 +28,6 @@ def test_size_of_the_picture_is_the_images(kind, factor, given, drawn):
     assert size_from(given, kind, factor) == drawn
 
 
-def test_a_size_that_is_asked_for_makes_up_for_a_small_image(models):
-    images = models("sd1")("sea", image=picture(7, 7), num_inference_steps=2, height=16, width=8).images
-    assert images[0].size == (8, 16)
-
-
-def test_a_file_of_an_impossible_size_is_named(models, tmp_path):
-    picture(7, 7).save(tmp_path / "tiny.png")
-    with pytest.raises(ldm.UserError, match=r"tiny\.png has 7x7 pixels, too small .*; -W and -H"):
-        models("sd1")("sea", image=tmp_path / "tiny.png")
-
-
 def test_asked_size_wins(models):
     images = models("upscaler")("sea", image=picture(8, 8), num_inference_steps=2, height=48, width=32).images
     assert images[0].size == (32, 48)

@@ -174,19 +174,7 @@ def _subject(seen: Scene, groups: list[str], said: _Said, rng: random.Random) ->
     if seen.relation is None:
         spot = [rng.choice(usual.POSITIONS[said.position])] if said.position else []
         return " ".join([groups[0], *spot])
-    first, second = groups
-    form = rng.random()
-    if form < 0.35:
-        return f"{first} {rng.choice(usual.RELATIONS[seen.relation])} {second}"
-    if form < 0.65:
-        return f"{second} {rng.choice(usual.INVERSE[seen.relation])} {first}"
-    if seen.relation == "above":
-        return f"{first} and {second}"
-    if form < 0.72:
-        return f"{first} on the left and {second} on the right"
-    if rng.random() < 0.5:
-        first, second = second, first
-    return f"{first} {rng.choice(usual.BESIDE)} {second}"
+    return told.relate(groups, seen.relation, rng, (0.35, 0.65, 0.72))
 
 
 def _around(seen: Scene, said: _Said, rng: random.Random) -> list[str]:

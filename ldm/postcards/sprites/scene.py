@@ -150,7 +150,7 @@ def sample_scene(
     Without `unseen` it has no combination that is kept from training; with it the first thing has one of that
     kind, and no other.
     """
-    composition = _choose(rng, compositions or (_UNSEEN_COMPOSITIONS if unseen else _COMPOSITIONS))
+    composition = postcards.choose(rng, compositions or (_UNSEEN_COMPOSITIONS if unseen else _COMPOSITIONS))
     while True:  # few tries: not every thing has everything
         style = rng.choice(world.styles)
         first = rng.choice(world.flying if composition == "stacked" and not unseen else world.things)
@@ -210,7 +210,7 @@ def _compose(
         return None
     outdoors = place not in (TABLE, PLAIN)
     time = rng.choice(TIMES) if outdoors else "day"
-    weather = _choose(rng, _WEATHER_WEIGHTS) if outdoors else "clear"
+    weather = postcards.choose(rng, _WEATHER_WEIGHTS) if outdoors else "clear"
     return Scene(style, place, time, weather, groups, rng.getrandbits(32), relation, size, back)
 
 
@@ -230,7 +230,7 @@ def _sample_place(rng: random.Random, thing: Thing, unseen: bool) -> str | None:
     away = unseen_place(thing)
     if unseen:
         return away
-    return _choose(rng, {place: n for place, n in _PLACES[thing.realm].items() if place != away})
+    return postcards.choose(rng, {place: n for place, n in _PLACES[thing.realm].items() if place != away})
 
 
 def _sample_second(
@@ -267,7 +267,3 @@ def _sample_backdrop(rng: random.Random, groups: Sequence[Group], style: str) ->
         )
     ]
     return rng.choice(names) if names else None
-
-
-def _choose(rng: random.Random, weights: Mapping[str, float]) -> str:
-    return rng.choices(list(weights), list(weights.values()))[0]
