@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ldm.diffusion.forward import q_sample, snr
 from ldm.diffusion.noise import Noise
+from ldm.diffusion.solvers import PURE_NOISE
 from ldm.errors import UserError
 from ldm.images.fitting import fit_image
 from ldm.images.pixels import contact_sheet, to_pil
@@ -69,6 +70,8 @@ def diffuse_sheet(
 
 
 def _caption(t: int, sigma: Tensor) -> str:
+    if sigma >= PURE_NOISE:  # a finite number that stands for infinity
+        return f"t {t}\nsigma infinite\nSNR 0"
     return f"t {t}\nsigma {float(sigma):.3g}\nSNR {float(snr(sigma)):.3g}"
 
 

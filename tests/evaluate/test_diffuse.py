@@ -8,7 +8,8 @@ from PIL import Image
 import ldm
 from ldm import cli
 from ldm.diffusion.noise import Noise
-from ldm.evaluate.diffuse import CAPTION, diffuse_sheet, noised, timesteps
+from ldm.diffusion.solvers import PURE_NOISE
+from ldm.evaluate.diffuse import CAPTION, _caption, diffuse_sheet, noised, timesteps
 from ldm.images.pixels import GRID_GAP
 
 
@@ -82,3 +83,9 @@ def test_mistakes_are_told(argv, message, tiny_folder, picture, monkeypatch, cap
     monkeypatch.chdir(picture.parent)
     assert cli.main(["diffuse", *argv, "-m", str(tiny_folder), "--device", "cpu"]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_pure_noise_is_said_to_be_infinite():
+    """1e10 stands for it within the code only."""
+    assert _caption(999, torch.tensor(PURE_NOISE)) == "t 999\nsigma infinite\nSNR 0"
+    assert _caption(10, torch.tensor(0.5)) == "t 10\nsigma 0.5\nSNR 4"
