@@ -25,6 +25,7 @@ from ldm.diffusion.solvers import (
     lcm,
     lms,
     multistep_orders,
+    pc,
     pndm,
     singlestep_orders,
     unipc,
@@ -184,6 +185,13 @@ _CATALOGUE = (
         rules=_DPM_CLAMPED,
         orders=unipc_orders,
         bounds=("thresholding",),
+    ),
+    Sampler(
+        name="pc",
+        label="PC",
+        solver=pc,
+        aliases=("predictorcorrector", "langevin"),
+        options={"snr": 0.16, "correct_steps": 1},
     ),
     Sampler(name="lcm", label="LCM", solver=lcm, rules=GridRules(family="lcm", spacing="lcm"), bounds=_BOTH),
 )

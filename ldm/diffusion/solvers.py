@@ -322,6 +322,38 @@ def _unic(x: Tensor, x0s: list[Tensor], levels: list[float]) -> Tensor:
     return _move(x, target, ratio)
 
 
+def pc(
+    denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, *, snr: float = 0.16, correct_steps: int = 1
+) -> Iterator[Step]:
+    """Predictor-corrector: an ancestral step to the next level, then Langevin steps there.
+
+    Song et al. 2021, "Score-Based Generative Modeling through Stochastic Differential Equations", algorithms
+    2 and 4 (3 and 5 in the variance-preserving space). The predictor is its ancestral sampling, equation 47,
+    which is finite from pure noise. `snr` and `correct_steps` are r and M there; sigma = 0 has no corrector.
+    """
+    for i, sigma, sigma_next in _steps(sigmas):
+        d = denoise(x, sigmas[i])
+        down, up = _split(sigma, sigma_next, 1.0)
+        x = _move(_anchored(x, d), d.x0, down / sigma)
+        x = _add_noise(x, up, noise, sigma, sigma_next)
+        for _ in range(correct_steps if sigma_next else 0):
+            d = denoise(x, sigmas[i + 1])
+            x = _langevin(x, d, sigma_next, noise(x, sigma_next, sigma_next), snr)
+        yield Step(i, sigma_next, x, d.x0)
+
+
+def _langevin(x: Tensor, d: Denoised, sigma: float, z: Tensor, snr: float) -> Tensor:
+    """``x' = x + e score + sqrt(2 e) z`` with ``e = 2 (snr |z| / |score|)^2``, norms and e of each picture.
+
+    Written with the noise estimate ``-sigma score``, whose norm is about that of z. Where it is next to
+    nothing the step is as long as adds no more noise than the level has.
+    """
+    eps = _slope(x, d, sigma)
+    z_norm, eps_norm = (each.flatten(1).norm(dim=1).view(-1, 1, 1, 1) for each in (z, eps))
+    share = torch.where(2 * snr * z_norm < eps_norm, snr * z_norm / eps_norm, 0.5)
+    return x - 2 * share**2 * sigma * eps + 2 * share * sigma * z
+
+
 def lcm(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise) -> Iterator[Step]:
     """Latent consistency: jump to x0, add the next level's noise; Luo et al. 2023, algorithm 3.
 

@@ -134,16 +134,43 @@ def test_the_score_from_each_kind_of_output(prediction):
     assert torch.allclose(score(guess, x0 + sigma * eps, sigma), -eps / sigma, rtol=1e-9)
 
 
-def test_denoising_learns_the_score():
-    """Denoising score matching: its minimum over linear denoisers of x is the exact one, in closed form.
+WEIGHTS = {"epsilon": lambda s: s, "v_prediction": lambda s: s * (s**2 + 1).sqrt(), "sample": lambda s: s**2}
 
-    Of N(0, 0.5) data, ``E |k x - x_0|^2`` is least at ``k = 0.5 / (0.5 + sigma^2)``, whose score is that of
-    ``N(0, 0.5 + sigma^2)``; Vincent 2011.
+
+@pytest.mark.parametrize("prediction", list(Prediction))
+def test_training_matches_the_score_of_noising(prediction):
+    """The error of each kind of output is that of its score, against ``-noise / sigma``, times a weight.
+
+    Denoising score matching is what training does: the weight is sigma of eps, sigma sqrt(sigma^2 + 1) of v,
+    sigma^2 of x0.
     """
-    sigma = torch.tensor(0.8, dtype=torch.float64)
-    k = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    loss = k**2 * (0.5 + sigma**2) - 2 * k * 0.5 + 0.5  # the expectation, term by term
-    (slope,) = torch.autograd.grad(loss, k)
-    best = -slope / (2 * (0.5 + sigma**2))  # of a parabola from k = 0
-    x = draw(20)
-    assert torch.allclose(score(best * x, x, sigma), -x / (0.5 + sigma**2), rtol=1e-12)
+    x0, noise, output = draw(1, 4, 3, 3), draw(1, 4, 3, 3, seed=1), draw(1, 4, 3, 3, seed=2)
+    sigma = torch.tensor(1.7, dtype=torch.float64)
+    x = x0 + sigma * noise
+    learnt = score(prediction.x0(output, x, sigma), x, sigma)
+    wanted = WEIGHTS[prediction](sigma) * (learnt + noise / sigma)
+    assert torch.allclose((output - prediction.target(x0, noise, sigma)).abs(), wanted.abs(), rtol=1e-9)
+
+
+@pytest.mark.parametrize("sigma", [0.3, 1.5, 8.0])
+def test_the_best_denoiser_has_the_score(sigma):
+    """Vincent 2011, in numbers: E |s + noise / sigma|^2 and E |s - score|^2 differ by the same for every s.
+
+    So the first, which needs no density, is least where the second is 0; by quadrature over x_0 and x.
+    """
+    x0 = torch.linspace(-6, 6, 2001, dtype=torch.float64)
+    x = torch.linspace(-6 - 9 * sigma, 6 + 9 * sigma, 2001, dtype=torch.float64)
+    level = torch.tensor(sigma, dtype=torch.float64)
+    kernel = torch.distributions.Normal(x0[:, None], level).log_prob(x)  # [x_0, x]
+    joint = (LINE.log_prob(x0.view(-1, 1, 1, 1))[:, None] + kernel).exp()
+    joint = joint / joint.sum()
+    taught = (x0[:, None] - x) / level**2  # -noise / sigma
+    exact = score(LINE.denoise(x.view(-1, 1, 1, 1), level).x0, x.view(-1, 1, 1, 1), level).flatten()
+    seen = joint.sum(0) > 1e-12
+    assert torch.allclose(((joint * taught).sum(0) / joint.sum(0))[seen], exact[seen], atol=1e-6)
+
+    def gap(s):
+        return (joint * ((s - taught) ** 2 - (s - exact) ** 2)).sum()
+
+    others = [gap(s) for s in (exact, torch.zeros_like(x), torch.tanh(x), -x / (1 + level**2))]
+    assert torch.allclose(torch.stack(others), others[0].expand(4), rtol=1e-6)

@@ -88,7 +88,7 @@ def share_brownian_noise(monkeypatch, pipe, sampler, steps):
 
 
 @pytest.mark.parametrize("steps", [2, 7])
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", PEERS)
 def test_every_sampler_draws_diffusers_picture(models, tmp_path, monkeypatch, sampler, steps):
     peer, ours = models["kl"]
     name, options = PEERS[sampler]
