@@ -38,6 +38,8 @@ GRID_LIMIT = 100  # pictures on one grid: a run may be endless, a sheet may not
 def draw(args: argparse.Namespace) -> int:
     """Parse -> Requests -> load -> prepare -> for each batch: draw -> save."""
     requests = make_requests(args)
+    if args.classifier is not None and args.classifier_class is None:
+        raise UserError("--classifier leads to a class: give --classifier-class, the name of one")
     check_output(args, sum(request.num_images for request in requests))
     warn_of_weights(requests)
     pipe = load(args)
@@ -331,6 +333,13 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="SCALE",
         help="classifier-free guidance; 1 is none",
+    )
+    add("--classifier-class", metavar="NAME", help="what the gradient of --classifier leads to")
+    add(
+        "--classifier-scale",
+        type=float,
+        metavar="SCALE",
+        help="how strongly; 1 is Bayes' rule (default: 1)",
     )
     add(
         "--guidance-rescale",

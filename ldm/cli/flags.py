@@ -61,6 +61,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="a model that enlarges each finished picture, e.g. postcard-upscaler, which is for postcard's",
     )
     add(
+        "--classifier",
+        metavar="FOLDER",
+        help="of the model's noisy latents, for --classifier-class (train one: scripts/train_classifier.py)",
+    )
+    add(
         "--lora",
         action="append",
         default=[],

@@ -44,7 +44,7 @@ def load_model(args: argparse.Namespace) -> Pipeline:
 
 
 def add_adapters(pipe: Pipeline, args: argparse.Namespace) -> Pipeline:
-    """--embedding, --lora, --lora-dir and --upscaler."""
+    """--embedding, --lora, --lora-dir, --classifier and --upscaler."""
     for spec in args.embedding:
         name, file = parse_embedding(spec)
         pipe = pipe.with_embedding(file, name)
@@ -52,6 +52,8 @@ def add_adapters(pipe: Pipeline, args: argparse.Namespace) -> Pipeline:
     for spec in args.lora:
         pipe = pipe.with_lora(*parse_lora(spec))
         echo(args, str(pipe.adapted.reports[-1]))
+    if args.classifier is not None:
+        pipe = pipe.with_classifier(args.classifier)
     if args.upscaler is not None:
         pipe = pipe.with_upscaler(args.upscaler)
     return replace(pipe, lora_dir=args.lora_dir)

@@ -15,6 +15,8 @@ Predict = Callable[[Tensor, Tensor, tuple[str, ...]], dict[str, Tensor]]
 # (output, x, sigma) -> x0
 ToX0 = Callable[[Tensor, Tensor, Tensor], Tensor]
 Guidance = Callable[[Predict, ToX0], Denoise]
+# (x [B, C, H, W], sigma) -> the gradient in x of log p(y | x, sigma), each picture's its own, [B, C, H, W].
+Gradient = Callable[[Tensor, Tensor], Tensor]
 
 
 class Exchangeable:
@@ -83,5 +85,32 @@ class InstructPix2Pix:
             guided = uncond + self.scale * (cond - image) + self.image_scale * (image - uncond)
             guided = rescale_to(guided, cond, self.rescale) if self.rescale else guided
             return Denoised(to_x0(guided, x, sigma))
+
+        return denoise
+
+
+@dataclass(frozen=True)
+class ClassifierGuidance:
+    """Any guidance, and a classifier's gradient beside it: ``x0 + scale * sigma^2 * grad_x log p(y | x)``.
+
+    By Bayes' rule the score of ``p(x | y)`` is that of ``p(x)`` with the gradient added, and by Tweedie's
+    formula (`ldm.diffusion.forward.score`) x0 moves by sigma^2 times it. Scale 1 is that; a larger one leads
+    to ``p(x) p(y | x)^scale``. The noise estimate ``(x - x0) / sigma`` becomes ``eps - sigma grad_x``, in the
+    variance-preserving space ``eps - sqrt(1 - a) grad``: Dhariwal and Nichol 2021 (arXiv 2105.05233),
+    equation 14 and algorithm 2. On an unconditional model it is all the guidance there is.
+    """
+
+    base: Guidance
+    gradient: Gradient
+    scale: float
+
+    def __call__(self, predict: Predict, to_x0: ToX0) -> Denoise:
+        plain = self.base(predict, to_x0)
+
+        def denoise(x: Tensor, sigma: Tensor) -> Denoised:
+            d = plain(x, sigma)
+            shift = self.scale * sigma**2 * self.gradient(x, sigma)
+            x0 = d.x0 + shift
+            return Denoised(x0, x0 if d.anchor is d.x0 else d.anchor + shift, d.log_variance)
 
         return denoise

@@ -7,6 +7,7 @@ from typing import Any
 
 from ldm.errors import UserError
 from ldm.models.asymmetric import AsymmetricAutoencoderKL
+from ldm.models.classifier import CLASS_NAME, LatentClassifier
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE, AutoencoderKL, AutoencoderTiny, LatentDist
 
@@ -16,25 +17,27 @@ __all__ = [
     "AsymmetricAutoencoderKL",
     "AutoencoderKL",
     "AutoencoderTiny",
+    "LatentClassifier",
     "LatentDist",
     "Network",
     "UNet",
     "build",
 ]
 
-Network = UNet | AutoencoderKL | AutoencoderTiny
+Network = UNet | AutoencoderKL | AutoencoderTiny | LatentClassifier
 
-# By the class that diffusers names in `config.json`.
-MODELS: dict[str, type[UNet] | type[AutoencoderKL] | type[AutoencoderTiny]] = {
+# By the class that `config.json` names: diffusers', and one of ours.
+MODELS: dict[str, type[UNet] | type[AutoencoderKL] | type[AutoencoderTiny] | type[LatentClassifier]] = {
     "UNet2DConditionModel": UNet,
     "AutoencoderKL": AutoencoderKL,
     "AutoencoderTiny": AutoencoderTiny,
     "AsymmetricAutoencoderKL": AsymmetricAutoencoderKL,
+    CLASS_NAME: LatentClassifier,
 }
 
 
 def build(config: Mapping[str, Any]) -> Network:
-    """The network that a diffusers `config.json` describes, with fresh weights.
+    """The network that a `config.json` describes, with fresh weights.
 
     Raises:
         UserError: for a class that is not one of `MODELS`, and for keys or values that are not supported.

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.diffusion.guidance import CFG, InstructPix2Pix
+from ldm.diffusion.guidance import CFG, ClassifierGuidance, InstructPix2Pix
 from ldm.diffusion.solvers import Step
 from ldm.errors import UserError
 from ldm.models.conditioning import Conditioning
-from ldm.pipeline.job import Batch, Job, guidance_of
+from ldm.pipeline.job import Batch, Job, guidance_of, with_class
 from ldm.pipeline.sample import Change
 
 # (pipeline, step, timestep, {"latents": ...}) -> None, or what to replace: {"latents": ...}
@@ -59,9 +59,11 @@ class Watch:
     @property
     def branches(self) -> tuple[str, ...]:
         """Those that guidance asks for, in the order in which diffusers has them in one tensor."""
-        if isinstance(self.job.guidance, InstructPix2Pix):
+        guidance = self.job.guidance
+        guidance = guidance.base if isinstance(guidance, ClassifierGuidance) else guidance
+        if isinstance(guidance, InstructPix2Pix):
             return ("cond", "image", "uncond")
-        return ("cond",) if self.job.guidance == CFG(1.0) else ("uncond", "cond")
+        return ("cond",) if guidance == CFG(1.0) else ("uncond", "cond")
 
     def __call__(self, step: Step) -> Change:
         timestep = float(self.job.grid.timesteps[step.i])
@@ -119,7 +121,8 @@ class Watch:
         if scale == self.guidance_scale:
             return None
         self.guidance_scale = scale
-        return guidance_of(self.job.request.replace(guidance_scale=scale), self.job.model.parts)
+        asked, model = self.job.request.replace(guidance_scale=scale), self.job.model
+        return with_class(guidance_of(asked, model.parts), asked, model)
 
 
 def _checked(name: str, new: Any, old: Tensor, *rows: int) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ldm.checkpoint import Parts
 from ldm.checkpoint.save import pipeline_class
-from ldm.diffusion.guidance import CFG, Guidance, InstructPix2Pix
+from ldm.diffusion.guidance import CFG, ClassifierGuidance, Guidance, InstructPix2Pix
 from ldm.diffusion.samplers import Sampler, resolve_sampler
 from ldm.diffusion.schedule import Grid
 from ldm.diffusion.scheduler_config import noise_levels
@@ -27,7 +27,7 @@ from ldm.images.fitting import fit_image, fit_mask, read_file, same_shape, size_
 from ldm.images.opening import to_mask, to_rgb
 from ldm.models.conditioning import Conditioning
 from ldm.models.kind import Kind
-from ldm.pipeline import before
+from ldm.pipeline import before, networks
 from ldm.pipeline.conditioning import encode_texts
 from ldm.pipeline.inputs import NOTHING, Inputs, count_images
 from ldm.pipeline.model import Model
@@ -140,7 +140,7 @@ def prepare(
         sampler=sampler,
         options=options_of(first, sampler, grid),
         grid=grid,
-        guidance=inputs.guidance or guidance_of(first, model.parts),
+        guidance=with_class(inputs.guidance or guidance_of(first, model.parts), first, model),
         start=start,
         batches=tuple(cut_into_batches(model, pictures, inputs, batch_size)),
     )
@@ -288,6 +288,15 @@ def guidance_of(request: Request, parts: Parts) -> Guidance:
     if image_scale is None:
         return CFG(scale, request.guidance_rescale)
     return InstructPix2Pix(scale, image_scale, request.guidance_rescale) if image_scale >= 1 else CFG(1.0)
+
+
+def with_class(guidance: Guidance, request: Request, model: Model) -> Guidance:
+    """`guidance` of a resolved request, with its classifier's beside it if it names a class."""
+    if request.classifier_class is None or model.classifier is None or request.classifier_scale is None:
+        return guidance
+    classifier = model.classifier.network
+    number = classifier.config.classes.index(request.classifier_class)
+    return ClassifierGuidance(guidance, networks.class_gradient(classifier, number), request.classifier_scale)
 
 
 def cut_into_batches(

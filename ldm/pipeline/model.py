@@ -16,6 +16,7 @@ import torch
 
 from ldm.adapters import Adapted, Lora, LoraFile, adapt, read_embedding, read_lora, wanted_loras
 from ldm.checkpoint import Parts
+from ldm.checkpoint.classifier import ClassifierFile, read_classifier
 from ldm.checkpoint.io import weight_files
 from ldm.checkpoint.save import pipeline_class
 from ldm.checkpoint.source import find_adapter
@@ -41,6 +42,7 @@ class Model:
     adapted: Adapted = field(default_factory=Adapted)  # LoRAs and textual inversions in `parts`
     lora_dir: Path = Path("loras")  # where prompts' <lora:name:weight> are found
     upscaler: Self | None = None  # what enlarges each finished picture
+    classifier: ClassifierFile | None = None  # for requests that name a class
     # The last model that a request's LoRAs asked for, so that its next request need not build it again.
     _recent: dict[str, tuple[tuple[LoraUse, ...], Self]] = field(default_factory=dict, init=False, repr=False)
 
@@ -135,7 +137,11 @@ class Model:
         runtime = choose(self.device if device is None else device, dtype or self.dtype)
         parts = move_parts(self.base.parts, runtime, cast=dtype is not None)
         upscaler = None if self.upscaler is None else self.upscaler.to(*args, **kwargs)
-        moved = replace(self, parts=parts, runtime=runtime, adapted=Adapted(), upscaler=upscaler)
+        classifier = self.classifier
+        if classifier is not None:
+            classifier = replace(classifier, network=move(classifier.network, runtime.device, None))
+        changed: dict[str, Any] = {"upscaler": upscaler, "classifier": classifier}
+        moved = replace(self, parts=parts, runtime=runtime, adapted=Adapted(), **changed)
         return moved if self.adapted.original is None else moved._with(self.adapted)
 
     def cuda(self, device: int | str | torch.device = "cuda") -> Self:
@@ -191,6 +197,17 @@ class Model:
         """
         words = (*self.adapted.embeddings, read_embedding(find_adapter(file), name))
         return self._with(replace(self.adapted, embeddings=words))
+
+    def with_classifier(self, folder: str | Path) -> Self:
+        """This model with a classifier of its noisy latents, used where a request names one of its classes.
+
+        Args:
+            folder: what scripts/train_classifier.py exports.
+
+        Raises:
+            UserError: if it is damaged, or knows the latents of another model.
+        """
+        return replace(self, classifier=read_classifier(folder, self.vae, self.device))
 
     def fuse(self) -> Self:
         """The same pictures, up to rounding, with LoRAs in the weights: faster, but those are copies."""

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ldm.diffusion.guidance import Predict
+from ldm.diffusion.guidance import Gradient, Predict
 from ldm.diffusion.prediction import c_in
 from ldm.diffusion.schedule import Grid
-from ldm.models import VAE, LatentDist, UNet
+from ldm.models import VAE, LatentClassifier, LatentDist, UNet
 from ldm.models.conditioning import Conditioning
 from ldm.runtime import Finite, finite, memory_format
 
@@ -28,6 +28,22 @@ def predict(unet: UNet, grid: Grid, branches: Mapping[str, Conditioning]) -> Pre
         return dict(zip(names, out.chunk(len(names)), strict=True))
 
     return call
+
+
+def class_gradient(classifier: LatentClassifier, number: int) -> Gradient:
+    """The gradient in x of ``log p(class | x, sigma)`` of an fp32 classifier's class of that number."""
+
+    def gradient(x: Tensor, sigma: Tensor) -> Tensor:
+        # Drawing may run in inference mode, whose tensors take no part in gradients: a copy does.
+        with torch.inference_mode(False), torch.enable_grad():
+            state = x.detach().clone(memory_format=memory_format(x.device)).requires_grad_()
+            log_p = classifier(state, sigma).log_softmax(1)[:, number]
+            (found,) = torch.autograd.grad(log_p.sum(), state)
+        if not bool(found.isfinite().all()):
+            raise FloatingPointError("the classifier gives NaN or Inf: its weights or its input are damaged")
+        return found
+
+    return gradient
 
 
 def encode(vae: VAE, images: Tensor) -> LatentDist:

@@ -142,6 +142,8 @@ class Pipeline(Model):
         strength: float | None = None,
         image_guidance_scale: float | None = None,
         noise_level: int | None = None,
+        classifier_class: str | None = None,
+        classifier_scale: float | None = None,
         prompt_2: str | Sequence[str] | None = None,
         negative_prompt_2: str | Sequence[str] | None = None,
         pooled_prompt_embeds: Tensor | None = None,
@@ -173,6 +175,7 @@ class Pipeline(Model):
             mask_image: white where an inpainting model draws anew, or where it has transparent parts, what is
                 not; the rest keeps the image's own pixels.
             strength: the share of the steps that is drawn, from the image with as much noise.
+            classifier_class, classifier_scale: what `with_classifier`'s gradient leads to, and how strongly.
             output_type: "pil" (list), "np" [B, H, W, 3] in 0..1, "pt" [B, 3, H, W] in 0..1, or "latent".
             callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}) with the latents at
                 the network's scale, x / sqrt(sigma^2 + 1). What it returns under a name replaces that from
@@ -218,6 +221,8 @@ class Pipeline(Model):
             strength=strength,
             image_guidance_scale=image_guidance_scale,
             noise_level=noise_level,
+            classifier_class=classifier_class,
+            classifier_scale=classifier_scale,
             original_size=original_size,
             crops_coords_top_left=crops_coords_top_left,
             target_size=target_size,

@@ -22,6 +22,8 @@ from ldm.models.kind import Kind
 from ldm.pipeline.model import Model
 from ldm.request import MAX_SIDE, Request
 
+CLASSIFIER_SCALE = 1.0  # by default: Bayes' rule
+
 
 @dataclass(frozen=True, eq=False)
 class Images:
@@ -45,7 +47,7 @@ def resolve(model: Model, request: Request, images: Images) -> Request:
     request = request.replace(**images.digests) if images.digests else request
     check(request, images.image is not None, images.mask is not None, model.parts)
     check_image_size(request, images, model.parts)
-    values = _adapters(model, request)
+    values = _adapters(model, request) | _classifier(model, request)
     if request.num_grid_steps is not None:  # a grid of its own counts for itself
         values["num_inference_steps"] = request.num_grid_steps
     for name, value in _defaults(model, request, images).items():
@@ -190,6 +192,32 @@ def _adapters(model: Model, request: Request) -> dict[str, Any]:
     if request.embeddings or adapted.embeddings:
         embeddings = used_embeddings(request, adapted.embeddings)
     return {"loras": adapted.uses or None, "embeddings": embeddings or None}
+
+
+def _classifier(model: Model, request: Request) -> dict[str, Any]:
+    """The classifier's part of a request that names a class, as fields of a Request. Raises UserError."""
+    wanted, held = request.classifier_class, model.classifier
+    if wanted is None:
+        for name in ("classifier_scale", "classifier_sha256"):
+            if getattr(request, name) is not None:
+                raise UserError(f"{name} is not allowed here: it goes with a classifier_class")
+        return {}
+    if held is None:
+        raise UserError(
+            f"classifier_class {printable(wanted)} is not allowed here: give the classifier that knows it "
+            "(with_classifier, --classifier)"
+        )
+    if request.classifier_sha256 not in (None, held.sha256):
+        raise UserError(
+            f"{held.path} is not the classifier that this picture was drawn with: its SHA-256 is "
+            f"{held.sha256[:10]}..., that was {str(request.classifier_sha256)[:10]}...; "
+            "give the other one by --classifier"
+        )
+    if wanted not in held.network.config.classes:
+        known = ", ".join(held.network.config.classes)
+        raise UserError(f"classifier_class {printable(wanted)} is unknown: {held.path} knows {known}")
+    scale = CLASSIFIER_SCALE if request.classifier_scale is None else request.classifier_scale
+    return {"classifier_scale": scale, "classifier_sha256": held.sha256}
 
 
 def _upscaling(upscaler: Model, request: Request) -> Request:

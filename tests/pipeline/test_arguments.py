@@ -15,6 +15,7 @@ NO_ARGUMENT = {
     "mask_image_sha256": "noted by the pipeline",
     "loras": "with_lora, --lora",
     "embeddings": "with_embedding, --embedding",
+    "classifier_sha256": "noted by the pipeline",
     "model": "noted by the pipeline; --model finds it",
     "model_hash": "noted by the pipeline",
     "not_kept": "noted by the pipeline",
