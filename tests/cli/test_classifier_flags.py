@@ -34,7 +34,7 @@ def test_a_picture_led_by_a_classifier_is_drawn_again_to_the_pixel(tiny, folder,
         assert cli.main([*again, *flags]) == 2
         out = capsys.readouterr()
         assert said in out.err
-        assert out.err.startswith("error: ")
+        assert out.err.startswith("ldm: ")
         assert out.err.count("\n") == 1
 
 

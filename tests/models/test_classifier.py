@@ -47,7 +47,7 @@ def test_the_gradient_is_that_of_the_state_in_sigma_space(classifier, sigma):
 
 
 def test_guidance_is_finite_at_pure_noise_and_its_limit(vae):
-    """sigma^2 times the gradient, in fp32 as it is drawn, at a noise of 1e5 and at what stands for infinity."""
+    """sigma^2 times the gradient, in fp32 as it is drawn, at noise of 1e5 and at what stands for infinity."""
     plain = tiny_classifier(vae).requires_grad_(False)
     noise = torch.randn(2, 4, 6, 8, generator=torch.Generator().manual_seed(0))
     shifts = [sigma**2 * class_gradient(plain, 0)(sigma * noise, level(sigma)) for sigma in (1e5, PURE_NOISE)]

@@ -30,7 +30,7 @@ def pipe(plain, folder):
 
 
 def condition_score(pipe, number, scale, guidance_scale, prompt):
-    """DDIM on diffusers' scheduler with guided-diffusion's eps: eps - sqrt(1 - a) grad, all in DDPM's space."""
+    """DDIM on diffusers' scheduler with guided-diffusion's ``eps - sqrt(1 - a) grad``, in DDPM's space."""
     from diffusers import DDIMScheduler
 
     scheduler = DDIMScheduler.from_config(dict(pipe.parts.scheduler), clip_sample=False)
@@ -152,12 +152,12 @@ def test_it_goes_along_when_the_model_moves(pipe):
     [
         (
             {"classifier_class": "dragon"},
-            "classifier_class dragon is unknown: .*tiny knows boat, castle, duck",
+            "classifier_class dragon is unknown: .* knows boat, castle, duck",
         ),
         ({"classifier_scale": 2.0}, "classifier_scale is not allowed here: it goes with a classifier_class"),
         (
-            {"classifier_class": "duck", "classifier_scale": float("nan")},
-            "classifier_scale nan is not allowed",
+            {"classifier_class": "duck", "classifier_scale": float("inf")},
+            "classifier_scale inf is not allowed",
         ),
     ],
 )
@@ -180,7 +180,5 @@ def test_a_picture_of_another_classifier_is_not_drawn_again_with_this_one(plain,
 
 
 def test_one_for_another_model_is_one_line(models, folder):
-    with pytest.raises(
-        UserError, match="a classifier for another model: it knows the latents of another VAE"
-    ):
+    with pytest.raises(UserError, match="a classifier for another model: it knows the latents"):
         models("sdxl").with_classifier(folder)

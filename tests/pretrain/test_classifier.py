@@ -93,7 +93,7 @@ def test_only_pictures_of_one_kind_will_do():
     labels[:, 15:] = 1  # what else is in the picture does not matter
     assert kinds_of(replace(pictures, labels=labels.numpy())).tolist() == list(range(12))
     labels[3, 4] = 1
-    with pytest.raises(UserError, match="data.compositions must be one, two and three only"):
+    with pytest.raises(UserError, match=r"data\.compositions must be one, two and three only"):
         kinds_of(replace(pictures, labels=labels.numpy()))
     with pytest.raises(UserError, match="only rendered postcards say it"):
         kinds_of(replace(pictures, labels=None))

@@ -1,0 +1,11 @@
+"""Guidance compared: `python scripts/measure_guidance.py --classifier export --out runs/g`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ldm.postcards.scoring.guidance import main
+
+if __name__ == "__main__":
+    main()
