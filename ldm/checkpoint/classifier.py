@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ldm.checkpoint.fill import fill
+from ldm.checkpoint.folder import weights_folder
 from ldm.checkpoint.io import weight_files
 from ldm.checkpoint.original.component import build_stored, named
 from ldm.checkpoint.parts import MODEL_STEM
@@ -16,6 +17,8 @@ from ldm.errors import UserError
 from ldm.files import sha256
 from ldm.models import VAE, LatentClassifier
 from ldm.models.classifier import fingerprint, same_latents
+
+EMBEDDED_CLASSIFIER = "postcard-classifier"  # comes with the package, for the embedded model
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,12 +31,14 @@ class ClassifierFile:
 
 
 def read_classifier(folder: str | Path, vae: VAE, device: torch.device) -> ClassifierFile:
-    """The classifier in a folder, for a model of that VAE.
+    """The classifier in a folder, or `EMBEDDED_CLASSIFIER`, for a model of that VAE.
 
     Raises:
         UserError: if it is missing, damaged, no classifier, or one of another VAE's latents.
     """
     path = Path(folder)
+    if folder == EMBEDDED_CLASSIFIER and not path.exists():
+        path = weights_folder(EMBEDDED_CLASSIFIER)
     if not (path / "config.json").exists():
         raise UserError(f"{path}: no classifier; give a folder that scripts/train_classifier.py has exported")
     stored = open_stored(path, MODEL_STEM)

@@ -76,13 +76,18 @@ BESIDE = {
 
 def embedded(name: str = EMBEDDED[0]) -> Path:
     """The folder of a model that comes with the package. Raises UserError where there is none."""
-    try:
-        path = Path(str(importlib.resources.files("ldm.weights") / name))
-    except ModuleNotFoundError:  # a checkout that is not installed
-        path = Path(__file__).parents[2] / "weights" / name
+    path = weights_folder(name)
     if not (path / "model_index.json").exists():
         raise UserError(f"this installation has no embedded model ({path}); give the path of a model folder")
     return path
+
+
+def weights_folder(name: str) -> Path:
+    """Where a folder of weights/ lies, if it is installed."""
+    try:
+        return Path(str(importlib.resources.files("ldm.weights") / name))
+    except ModuleNotFoundError:  # a checkout that is not installed
+        return Path(__file__).parents[2] / "weights" / name
 
 
 def load_folder(

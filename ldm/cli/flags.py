@@ -63,7 +63,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--classifier",
         metavar="FOLDER",
-        help="of the model's noisy latents, for --classifier-class (train one: scripts/train_classifier.py)",
+        help="of the model's noisy latents, for --classifier-class: what scripts/train_classifier.py "
+        "exports, or postcard-classifier, which comes with ldm for postcard",
     )
     add(
         "--lora",

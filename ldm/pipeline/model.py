@@ -202,7 +202,7 @@ class Model:
         """This model with a classifier of its noisy latents, used where a request names one of its classes.
 
         Args:
-            folder: what scripts/train_classifier.py exports.
+            folder: what scripts/train_classifier.py exports; or "postcard-classifier", the embedded model's.
 
         Raises:
             UserError: if it is damaged, or knows the latents of another model.
