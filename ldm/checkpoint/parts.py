@@ -62,6 +62,11 @@ class Parts:
         except ValueError as error:
             raise UserError(str(error)) from None
 
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the U-Net says the variance of DDPM's steps, in as many output channels again."""
+        return bool(self.scheduler.get("variance_type") == "learned_range")
+
     def unknown_words(self, prompt: str) -> list[str]:
         """The words of a prompt that are not in `words`; none where the model does not tell its words."""
         seen = dict.fromkeys(re.findall(r"[a-z']+", prompt.lower()))
@@ -78,6 +83,7 @@ def check_fit(parts: Parts, sources: Mapping[str, Path]) -> None:
             f"{sources['unet']}: the U-Net takes {unet.in_channels} channels, "
             f"which does not go with the VAE's {vae.latent_channels} ({sources['vae']})"
         ) from None
+    _check_variance(parts, sources)
     encoders = {part: getattr(parts, part) for part in ("text_encoder", "text_encoder_2")}
     encoders = {part: encoder for part, encoder in encoders.items() if encoder is not None}
     if not encoders:  # embeddings are given with each prompt
@@ -96,6 +102,26 @@ def check_fit(parts: Parts, sources: Mapping[str, Path]) -> None:
         )
     if unet.addition_embed_type == "text_time":
         _check_pooled(parts, sources)
+
+
+def _check_variance(parts: Parts, sources: Mapping[str, Path]) -> None:
+    """A U-Net gives the VAE's channels, and as many again where it has learned the variance."""
+    gives, c = parts.unet.config.out_channels, parts.vae.latent_channels
+    said = parts.scheduler.get("variance_type")
+    if gives == (2 * c if parts.learns_variance else c):
+        return
+    place = f"{sources['unet']}: the U-Net gives {gives} channels"
+    if parts.learns_variance:
+        raise UserError(
+            f"{place}, and scheduler_config.json has variance_type learned_range, which needs {2 * c}: twice "
+            f"the VAE's {c} ({sources['vae']}); set variance_type to fixed_small if none was learned"
+        )
+    if gives == 2 * c:
+        raise UserError(
+            f"{place}, twice the VAE's {c}, as one that has learned its variance, but scheduler_config.json "
+            f"has variance_type {said}: set it to learned_range"
+        )
+    raise UserError(f"{place}, which does not go with the VAE's {c} ({sources['vae']})")
 
 
 def _check_pooled(parts: Parts, sources: Mapping[str, Path]) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ldm.diffusion.forward import Gaussian, sigma_posterior
 from ldm.diffusion.noise import Noise
-from ldm.diffusion.solvers import Denoise
+from ldm.diffusion.solvers import Denoise, Variance, step_log_variance
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,13 +36,19 @@ def bits_per_dim(nats: Tensor, dims: int) -> Tensor:
 
 
 def bound(
-    denoise: Denoise, x0: Tensor, sigmas: Tensor, noise: Noise, *, decoder_variance: float | None = None
+    denoise: Denoise,
+    x0: Tensor,
+    sigmas: Tensor,
+    noise: Noise,
+    *,
+    variance: Variance | None = None,
+    decoder_variance: float | None = None,
 ) -> Iterator[Term]:
     """Every term of the bound on ``-log p(x0)``; their sum is one draw of it.
 
     - prior: ``KL(q(x | x_0) || N(0, 1 + sigma^2))`` at the first level: nothing where it is infinite.
-    - step: ``KL(q(x' | x, x_0) || p(x' | x))``. p is the posterior about the network's guess of x_0, with the
-      log variance that the network gives (`Denoised.log_variance`) or else the posterior's own.
+    - step: ``KL(q(x' | x, x_0) || p(x' | x))``. p has the mean of the posterior about the network's guess of
+      x_0, and the log variance of `step_log_variance`: what `ddpm` draws from.
     - decoder: ``-log N(x_0; guess, decoder_variance)`` at the last level.
 
     Args:
@@ -50,6 +56,7 @@ def bound(
         x0: latents or pictures, [B, C, H, W].
         sigmas: falling noise levels, float64; a last 0 is left out.
         noise: one generator for each picture: a level's x is its own draw.
+        variance: of the steps; by default what the network has learned, or else fixed_small.
         decoder_variance: of p(x_0 | x) at the last level; by default ``sigma^2 / (1 + sigma^2)``, that of x_0
             given x where x_0 is unit noise.
     """
@@ -64,12 +71,13 @@ def bound(
         x = x0 + sigma.to(x0) * noise(x0, float(sigma), float(sigma_next))
         d = denoise(x, sigma)
         true = sigma_posterior(x0.double(), x.double(), sigma, sigma_next)
-        guess = sigma_posterior(d.x0.double(), x.double(), sigma, sigma_next)
-        if d.log_variance is not None:
-            guess = Gaussian(guess.mean, d.log_variance.double())
+        mean = sigma_posterior(d.x0.double(), x.double(), sigma, sigma_next).mean
+        guess = Gaussian(mean, step_log_variance(d, sigma, sigma_next, variance).double())
         yield Term("step", float(sigma), float(sigma_next), true.kl(guess).sum(dims))
     last = levels[-1]
     x = x0 + last.to(x0) * noise(x0, float(last), 0.0)
-    variance = float(last**2 / (1 + last**2)) if decoder_variance is None else decoder_variance
-    decoder = Gaussian(denoise(x, last).x0.double(), torch.tensor(math.log(variance), dtype=torch.float64))
+    if decoder_variance is None:
+        decoder_variance = float(last**2 / (1 + last**2))
+    log_variance = torch.tensor(math.log(decoder_variance), dtype=torch.float64)
+    decoder = Gaussian(denoise(x, last).x0.double(), log_variance)
     yield Term("decoder", float(last), 0.0, -decoder.log_prob(x0.double()).sum(dims))

@@ -47,7 +47,7 @@ class Gaussian:
         """``KL(self || other)`` in nats, element by element."""
         squared = (self.mean - other.mean) ** 2 * (-other.log_variance).exp()
         ratio = self.log_variance - other.log_variance
-        return 0.5 * (ratio.exp() + squared - 1 - ratio)
+        return 0.5 * (squared + (ratio.expm1() - ratio))  # of near equals, in fp32 too
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log density in nats, element by element."""
@@ -78,18 +78,29 @@ def log_variances(a_t: Tensor, a_s: Tensor) -> tuple[Tensor, Tensor]:
     return lower.log(), beta.log()
 
 
-def interpolated_log_variance(v: Tensor, a_t: Tensor, a_s: Tensor) -> Tensor:
+def interpolated_log_variance(v: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
     """A learned log variance: ``u log(beta) + (1 - u) log(beta-tilde)``, ``u = (v + 1) / 2``.
 
     Nichol and Dhariwal 2021, "Improved DDPM", equation 15; `v` is what a network with doubled output
-    channels gives, about -1..1 (diffusers' ``variance_type: learned_range``).
+    channels gives, about -1..1 (diffusers' ``variance_type: learned_range``). `lower` and `upper` are of
+    `log_variances`, or of `sigma_log_variances` for the log variance in sigma space.
     """
-    lower, upper = log_variances(a_t, a_s)
     u = (v + 1) / 2
     return u * upper + (1 - u) * lower
 
 
 # --- in sigma space --------------------------------------------------------------------------------------
+
+
+def sigma_log_variances(sigma: Tensor, sigma_next: Tensor) -> tuple[Tensor, Tensor]:
+    """`log_variances` in sigma space: those plus ``log(1 + sigma'^2)``. Scalars or tables in float64.
+
+    The first, of beta-tilde, is that of `sigma_posterior`; from pure noise the second is the variance of x'.
+    """
+    a_t, a_s = 1 / (1 + sigma**2), 1 / (1 + sigma_next**2)
+    lower, upper = log_variances(a_t, a_s)
+    scale = torch.log1p(sigma_next**2)
+    return lower + scale, upper + scale
 
 
 def sigma_posterior(x0: Tensor, x: Tensor, sigma: Tensor, sigma_next: Tensor) -> Gaussian:

@@ -18,6 +18,7 @@ from ldm.diffusion.solvers import (
     PURE_NOISE,
     Solver,
     ancestral,
+    ddpm,
     dpmpp_2m,
     dpmpp_2s,
     dpmpp_sde,
@@ -77,6 +78,7 @@ class Sampler:
     noise that it is given. orders: (steps, whether they end at 0, diffusers' `lower_order_final`, its
     `euler_at_final`) to the order of each step, where the solver takes `orders`. bounds: those of the
     config's "clip_sample" and "thresholding" that act on x0. keeps_noise: not on the noise that x0 tells.
+    takes_variance: whether the solver takes the config's `variance_type`.
     """
 
     name: str
@@ -89,6 +91,7 @@ class Sampler:
     orders: Callable[[int, bool, bool | None, bool], tuple[int, ...]] | None = None
     bounds: tuple[str, ...] = ()
     keeps_noise: bool = False
+    takes_variance: bool = False
 
     @property
     def takes_eta(self) -> bool:
@@ -107,8 +110,9 @@ _CATALOGUE = (
     Sampler(
         name="ddpm",
         label="DDPM",
-        solver=partial(ancestral, eta=1.0),
+        solver=ddpm,
         aliases=("ddpmparallel",),
+        takes_variance=True,
         rules=GridRules(family="vp", spacing="leading"),
         bounds=_BOTH,
     ),

@@ -23,7 +23,7 @@ from ldm.diffusion.samplers import (
     resolve_spacing,
 )
 from ldm.diffusion.scheduler_config import read_config
-from ldm.diffusion.solvers import PURE_NOISE, Denoise
+from ldm.diffusion.solvers import PURE_NOISE, Denoise, Variance
 from ldm.errors import UserError
 
 Array = npt.NDArray[np.float64]
@@ -73,7 +73,8 @@ class Schedule:
     alphas_cumprod: signal power at each training timestep, float64 [T]; 0 at the end with zero terminal SNR.
     The fields after `prediction` are what diffusers' scheduler config says about sampling: None where it is
     silent, and each sampler then has its own default, as in diffusers. is_xl: whether the model is a Stable
-    Diffusion XL, which has an Align Your Steps of its own.
+    Diffusion XL, which has an Align Your Steps of its own. variance: of DDPM's steps; with learned_range the
+    network says it in as many output channels again (`ldm.diffusion.variance`).
     """
 
     alphas_cumprod: Tensor
@@ -89,6 +90,7 @@ class Schedule:
     bounds: Bounds | None = None
     lcm_steps: int = 50
     is_xl: bool = False
+    variance: Variance = "fixed_small"
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Schedule":

@@ -39,6 +39,7 @@ _HONOURED = {
     "lower_order_final", "num_train_timesteps", "original_inference_steps", "prediction_type",
     "rescale_betas_zero_snr", "sample_max_value", "set_alpha_to_one", "steps_offset", "thresholding",
     "timestep_spacing", "trained_betas", "use_beta_sigmas", "use_exponential_sigmas", "use_karras_sigmas",
+    "variance_type",
 }  # fmt: skip
 
 # Versions, details of features that are refused below, and:
@@ -78,11 +79,19 @@ _OFF: dict[str, tuple[Any, ...]] = {
     "use_dynamic_shifting": (False,),
     "use_flow_sigmas": (False,),
     "use_lu_lambdas": (False,),
-    "variance_type": (None, "fixed_small", "fixed_small_log"),
 }
 
 _ALGORITHMS = {"dpmsolver++": "", "sde-dpmsolver++": "_sde"}
 _SPACINGS = {None: None, "leading": "leading", "trailing": "trailing", "linspace": "linspace"}
+# As in diffusers' DDPMScheduler, whose fixed_small_log draws what fixed_small draws. Its fixed_large_log is
+# not here as it takes the root of a log, which is NaN, nor its learned, the root of any number of a network.
+_VARIANCES = {
+    None: "fixed_small",
+    "fixed_small": "fixed_small",
+    "fixed_small_log": "fixed_small",
+    "fixed_large": "fixed_large",
+    "learned_range": "learned_range",
+}
 _FINAL = {"zero": "zero", "sigma_min": "sigma_min"}
 
 
@@ -108,6 +117,7 @@ def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "set_alpha_to_one": config.get("set_alpha_to_one"),
         "final_sigmas_type": _choice(config, "final_sigmas_type", "zero", _FINAL),
         "bounds": _bounds(config),
+        "variance": _choice(config, "variance_type", "fixed_small", _VARIANCES),
         "lower_order_final": config.get("lower_order_final"),
         "euler_at_final": bool(config.get("euler_at_final")),
         "lcm_steps": config.get("original_inference_steps", 50),

@@ -11,11 +11,14 @@ the first ends in exactly x0 at sigma' = 0, and loses nothing in fp32 when sigma
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ldm.diffusion.forward import sigma_log_variances
 from ldm.diffusion.noise import Noise
+from ldm.errors import UserError
 
 # Zero terminal SNR makes the last sigma infinite. This stands for that: x / sigma is the noise to the last
 # bit, and all is finite in fp32.
@@ -29,12 +32,14 @@ class Denoised:
     """A network's answer at one state.
 
     x0: the clean latents, [B, C, H, W]. anchor: solvers step along ``(x - anchor) / sigma``; it is x0 unless
-    a guidance such as CFG++ says otherwise. log_variance: learned variance, where a model has it.
+    a guidance such as CFG++ says otherwise. log_variance: where a model has learned its variance, the next
+    noise level (a scalar) to the log variance of ``p(x' | x)`` there, in sigma space, [B, C, H, W]: the
+    variance of a step depends on where it goes.
     """
 
     x0: Tensor
     anchor: Tensor = _X0
-    log_variance: Tensor | None = None
+    log_variance: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.anchor is _X0:
@@ -58,6 +63,28 @@ class Step:
 
 Denoise = Callable[[Tensor, Tensor], Denoised]
 Solver = Callable[..., Iterator[Step]]
+# diffusers' `variance_type`, one name for each meaning.
+Variance = Literal["fixed_small", "fixed_large", "learned_range"]
+
+
+def step_log_variance(d: Denoised, sigma: Tensor, sigma_next: Tensor, variance: Variance | None) -> Tensor:
+    """The log variance of ``p(x' | x)`` in sigma space: a scalar where it is fixed, or [B, C, H, W].
+
+    fixed_small and fixed_large are the logs of beta-tilde and beta (`sigma_log_variances`), learned_range is
+    what the network says (`Denoised.log_variance`); None is the latter, or fixed_small where it says nothing.
+
+    Raises:
+        UserError: for learned_range where the network says nothing.
+    """
+    if d.log_variance is not None and variance in (None, "learned_range"):
+        return d.log_variance(sigma_next)
+    if variance == "learned_range":
+        raise UserError(
+            "variance learned_range needs a model that has learned it, and a guidance that asks for the "
+            "branch cond: give fixed_small, which goes with all"
+        )
+    lower, upper = sigma_log_variances(sigma, sigma_next)
+    return upper if variance == "fixed_large" else lower
 
 
 def _steps(sigmas: Tensor) -> Iterator[tuple[int, float, float]]:
@@ -108,6 +135,26 @@ def ancestral(
         down, up = _split(sigma, sigma_next, eta)
         x = _move(_anchored(x, d), d.x0, down / sigma)
         x = _add_noise(x, up, noise, sigma, sigma_next)
+        yield Step(i, sigma_next, x, d.x0)
+
+
+def ddpm(
+    denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, *, variance: Variance | None = None
+) -> Iterator[Step]:
+    """DDPM on any grid: the posterior's mean about x0, and noise of one of its variances.
+
+    ``x' = x0 + (sigma' / sigma)^2 (x - x0) + exp(log_variance / 2) noise``; Ho et al. 2020, algorithm 2 and
+    section 3.2, with Nichol and Dhariwal 2021, "Improved DDPM", section 3.1, for a learned variance and
+    section 4 for fewer steps. `variance` as in `step_log_variance`. The step to sigma = 0 ends at x0, without
+    noise, as in that algorithm, whatever the variance (diffusers does so at timestep 0 only).
+    """
+    for i, sigma, sigma_next in _steps(sigmas):
+        d = denoise(x, sigmas[i])
+        down, _ = _split(sigma, sigma_next, 1.0)
+        x = _move(_anchored(x, d), d.x0, down / sigma)
+        if sigma_next:
+            log_variance = step_log_variance(d, sigmas[i], sigmas[i + 1], variance)
+            x = x + (log_variance / 2).exp().to(x) * noise(x, sigma, sigma_next)
         yield Step(i, sigma_next, x, d.x0)
 
 

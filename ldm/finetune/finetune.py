@@ -32,6 +32,7 @@ from ldm.finetune.prior import class_examples, draw_class
 from ldm.finetune.recipe import FinetuneRecipe
 from ldm.finetune.report import write_report
 from ldm.finetune.task import DTYPES, FinetuneTask, Splits
+from ldm.finetune.variance import widen_output
 from ldm.models.kind import Kind
 from ldm.pipeline import Pipeline
 from ldm.pipeline.resolve import native_size
@@ -210,7 +211,10 @@ def _load(recipe: FinetuneRecipe, runtime: Runtime | None = None) -> Parts:
         raise UserError(f"{recipe.model} is an inpainting model: add --inpainting to train it on masks")
     if kind is Kind.TEXT and recipe.inpainting and recipe.mode != "full":
         raise UserError("a LoRA cannot teach a model to inpaint: take an inpainting model, or --mode full")
-    return widen(parts) if recipe.inpainting else parts
+    if recipe.variance != "none" and not parts.learns_variance and recipe.mode != "full":
+        raise UserError("a LoRA cannot teach a model its variance: take one that says it, or --mode full")
+    parts = widen(parts) if recipe.inpainting else parts
+    return parts if recipe.variance == "none" else widen_output(parts)
 
 
 def _complete(

@@ -188,6 +188,8 @@ class FinetuneRecipe(
             raise ValueError("class_data_dir needs class_prompt: what the pictures in it show")
         if inversion and self.inpainting:
             raise ValueError("inpainting trains the U-Net, textual_inversion a word: choose lora or full")
+        if inversion and self.variance != "none":
+            raise ValueError("variance trains the U-Net, textual_inversion a word: choose lora or full")
         return self
 
 

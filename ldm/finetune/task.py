@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +24,9 @@ from ldm.finetune.recipe import FinetuneRecipe
 from ldm.images.pixels import contact_sheet, to_pil
 from ldm.pipeline import Pipeline
 from ldm.runtime import Runtime, memory_format
-from ldm.train.loss import (
-    PLAIN_LOSS,
-    Levels,
-    denoising_losses,
-    draw_noise,
-    draw_timesteps,
-    prior_preservation_loss,
-    timestep_probabilities,
-)
-from ldm.train.recipe import LossSection
+from ldm.train.loss import PLAIN_LOSS, draw_noise, noisy_latents, prior_preservation_loss
 from ldm.train.task import Batch, Task
+from ldm.train.variance import Objective
 
 LEVELS = 8  # noise levels at which each held-out picture is tried
 PRIOR = "prior."  # before the names of what is of the class's pictures, in a batch
@@ -66,8 +57,7 @@ class FinetuneTask(Task):
         )
         self.schedule = Schedule.from_config(dict(parts.scheduler))
         self.steps = len(self.schedule.alphas_cumprod)
-        self.levels = Levels(self.schedule, recipe)
-        self.probabilities = timestep_probabilities(recipe, self.steps)
+        self.objective = Objective(self.schedule, recipe)
         self.examples = [*splits.train.examples, *(splits.prior.examples if splits.prior else ())]
         self.number = {example: i for i, example in enumerate(self.examples)}
         self.facts = {"pictures": _fingerprint(self.examples)}
@@ -92,7 +82,7 @@ class FinetuneTask(Task):
 
     def _noised(self, samples: Sequence[Sample], rng: torch.Generator) -> Batch:
         batch = self.feed.tensors(samples, rng)
-        batch["t"] = draw_timesteps(self.probabilities, len(samples), rng)
+        batch |= self.objective.draw(len(samples), rng)
         batch["noise"], batch["input_noise"] = draw_noise(batch["x0"].shape, self.recipe, rng)
         batch["example"] = torch.tensor([self.number[sample.example] for sample in samples])
         return batch
@@ -104,26 +94,23 @@ class FinetuneTask(Task):
         return [str(self.examples[int(number)].path) for number in numbers]
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        losses = self._losses(batch)
+        losses, extra = self._losses(batch)
         if self.splits.prior is None:
-            return losses.mean(), {}
-        prior = self._losses({k.removeprefix(PRIOR): v for k, v in batch.items() if k.startswith(PRIOR)})
+            return losses.mean(), extra
+        prior, _ = self._losses({k.removeprefix(PRIOR): v for k, v in batch.items() if k.startswith(PRIOR)})
         loss = prior_preservation_loss(torch.cat([losses, prior]), self.recipe.prior_loss_weight)
-        return loss, {"prior_loss": prior.mean().detach()}
+        return loss, {**extra, "prior_loss": prior.mean().detach()}
 
-    def _losses(self, batch: Batch) -> Tensor:
-        """Of each picture, weighted: [B]."""
-        return self.levels.weight[batch["t"]] * self._unweighted(batch, self.recipe)
+    def _losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of each picture, weighted, [B]; and what to log."""
+        batch = batch | {"t": self.objective.timesteps(batch)}
+        found: tuple[Tensor, dict[str, Tensor]] = self.objective(self._predict(batch), batch)
+        return found
 
-    def _unweighted(self, batch: Batch, options: LossSection) -> Tensor:
-        """Of each picture: [B]."""
-        x0, noise, input_noise = (batch[name] for name in ("x0", "noise", "input_noise"))
-        predict = partial(self._predict, batch)
-        losses = denoising_losses(predict, x0, noise, batch["t"], self.levels, options, input_noise)
-        return losses.mean((1, 2))
-
-    def _predict(self, batch: Batch, sample: Tensor, t: Tensor) -> Tensor:
-        """What the U-Net answers to noisy latents [B, c, h, w], on the conditioning of `batch`."""
+    def _predict(self, batch: Batch) -> Tensor:
+        """What the U-Net answers to the noisy latents of `batch`, on its conditioning."""
+        t = batch["t"]
+        sample = noisy_latents(batch["x0"], batch["input_noise"], t, self.objective.levels)
         if "mask" in batch:
             sample = inpainting_input(sample, batch["mask"], batch["masked"])
         cond, dtype = self.feed.conditioning(batch), self.unet.conv_in.weight.dtype
@@ -157,7 +144,7 @@ class FinetuneTask(Task):
         for some in (batches[first : first + size] for first in range(0, LEVELS, size)):
             batch = {name: torch.cat([each[name] for each in some]).to(self.device) for name in some[0]}
             with self._autocast():
-                total += float(self._unweighted(batch, PLAIN_LOSS).sum())
+                total += float(self.objective.plain(self._predict(batch), batch).sum())
         return total / LEVELS
 
     def _noised_at(self, sample: Sample, t: Tensor, rng: torch.Generator) -> Batch:

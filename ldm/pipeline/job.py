@@ -219,6 +219,8 @@ def options_of(request: Request, sampler: Sampler, grid: Grid) -> dict[str, Any]
         options["eta"] = request.eta
     if grid.orders and not request.is_old:
         options["orders"] = grid.orders
+    if sampler.takes_variance:
+        options["variance"] = grid.schedule.variance
     return options
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.guidance import Exchangeable, Guidance
-from ldm.diffusion.solvers import Step
+from ldm.diffusion.solvers import Denoise, Step
+from ldm.diffusion.variance import with_learned_variance
 from ldm.models.conditioning import Conditioning
 from ldm.pipeline import networks
 from ldm.pipeline.inputs import Inputs
@@ -71,7 +72,13 @@ def sample(job: Job, batch: Batch) -> Generator[Step, Change | None, None]:
     )
     predict = networks.predict(job.model.unet, job.grid, branches)
     schedule = job.model.schedule
-    guided = Exchangeable(job.guidance(predict, schedule.prediction.x0))
+
+    def guide(guidance: Guidance) -> Denoise:
+        learned = schedule.variance == "learned_range"
+        around = with_learned_variance(guidance) if learned else guidance
+        return around(predict, schedule.prediction.x0)
+
+    guided = Exchangeable(guide(job.guidance))
     denoise = guided if schedule.bounds is None else schedule.bounded(guided, job.sampler)
     for step in job.sampler.solver(denoise, x, job.grid.sigmas, noise, **job.options):
         change = yield step
@@ -79,7 +86,7 @@ def sample(job: Job, batch: Batch) -> Generator[Step, Change | None, None]:
             for name, texts in change.texts.items():
                 branches[name] = replace(texts, concat=branches[name].concat)
             if change.guidance is not None:
-                guided.current = change.guidance(predict, schedule.prediction.x0)
+                guided.current = guide(change.guidance)
 
 
 def enlarge(job: Job, batch: Batch, images: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ def timestep_probabilities(options: LossSection, steps: int) -> Tensor:
     - logit_normal: ``t = floor(T sigmoid(n))``, n normal with `logit_mean`, `logit_std`, stretched over the
       range: exact, as differences of the normal CDF. Esser et al. 2024 (arXiv 2403.03206), section 3.1.
     - importance: in proportion to `timestep_histogram`, bins of equal width over all T; see `sample_weights`.
+    - loss_second_moment: as uniform, until there are losses (`ldm.train.variance`).
 
     Raises:
         UserError: for a range that reaches beyond the schedule.
@@ -61,9 +62,13 @@ def timestep_probabilities(options: LossSection, steps: int) -> Tensor:
 
 
 def draw_timesteps(probabilities: Tensor, count: int, rng: torch.Generator) -> Tensor:
-    """Timesteps int64 [count] by `probabilities` [T]: the inverse of their distribution function."""
+    """Timesteps int64 [count] by `probabilities` [T]."""
+    return timesteps_at(probabilities, torch.rand(count, generator=rng, dtype=torch.float64))
+
+
+def timesteps_at(probabilities: Tensor, u: Tensor) -> Tensor:
+    """Timesteps int64 [B] for `u` [B] in 0..1: the inverse of the distribution of `probabilities` [T]."""
     cdf = probabilities.cumsum(0)
-    u = torch.rand(count, generator=rng, dtype=torch.float64)
     return torch.searchsorted(cdf / cdf[-1], u, right=True)
 
 

@@ -77,8 +77,8 @@ class LossSection(Section):
     with it.
     """
 
-    timestep_sampling: Literal["uniform", "logit_normal", "importance"] = "uniform"
-    """how often each noise level is trained on"""
+    timestep_sampling: Literal["uniform", "logit_normal", "importance", "loss_second_moment"] = "uniform"
+    """how often each noise level is trained on; loss_second_moment, for variance bound: by its last losses"""
     logit_mean: Finite = 0.0
     """logit_normal: mean of logit(t / T); above 0, more noise"""
     logit_std: Finite = Field(1.0, gt=0)
@@ -104,6 +104,12 @@ class LossSection(Section):
     snr_gamma: Finite | None = Field(None, gt=0)
     """min-SNR weighting of noise levels; 5 is recommended"""
 
+    variance: Shape[Literal["none", "hybrid", "bound"]] = "none"
+    """the U-Net learns the variance of DDPM's steps too, by the variational bound; hybrid: all else by the
+    loss above; bound: all else by the bound too"""
+    variance_weight: Finite = Field(0.001, ge=0)
+    """hybrid: how much the bound counts"""
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if (self.timestep_sampling == "importance") != bool(self.timestep_histogram):
@@ -112,6 +118,25 @@ class LossSection(Section):
             raise ValueError(
                 f"max_timestep {self.max_timestep} must be above min_timestep {self.min_timestep}"
             )
+        if self.timestep_sampling == "loss_second_moment" and self.variance != "bound":
+            raise ValueError("timestep_sampling: loss_second_moment is for variance: bound")
+        return self
+
+    @model_validator(mode="after")
+    def _has_a_bound(self) -> Self:
+        """The bound is of unit noise, measures errors in its own way, and needs each timestep at times."""
+        fixed = {
+            "noise_offset": 0.0,
+            "multires_noise_discount": 0.0,
+            "input_perturbation": 0.0,
+            **({"loss_type": "l2", "snr_gamma": None} if self.variance == "bound" else {}),
+        }
+        if self.variance != "none":
+            for name, value in fixed.items():
+                if getattr(self, name) != value:
+                    raise ValueError(f"variance: {self.variance} does not go with {name}: leave it out")
+            if self.timestep_sampling == "logit_normal":
+                raise ValueError(f"variance: {self.variance} does not go with logit_normal: take uniform")
         return self
 
 

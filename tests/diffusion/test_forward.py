@@ -73,7 +73,7 @@ def test_mean_and_variance_are_diffusers(steps, kind):
         ours = {
             "fixed_small": lower,
             "fixed_large": upper,
-            "learned_range": interpolated_log_variance(v, a_t, a_s),
+            "learned_range": interpolated_log_variance(v, lower, upper),
         }
         # Of learned_range diffusers gives the log.
         wanted = theirs._get_variance(t, predicted_variance=v)

@@ -200,11 +200,9 @@ def test_held_out_loss_of_inpainting_has_the_same_masks_in_any_batch(made):
 
 def test_held_out_loss_is_of_the_eight_noise_levels(made, monkeypatch):
     task, seen = made(held_out=0.2), []
-    unweighted = FinetuneTask._unweighted
+    predict = FinetuneTask._predict
     monkeypatch.setattr(
-        FinetuneTask,
-        "_unweighted",
-        lambda task, batch, options: seen.append(batch) or unweighted(task, batch, options),
+        FinetuneTask, "_predict", lambda task, batch: seen.append(batch) or predict(task, batch)
     )
     held_out_loss(task)
     (row,) = task.splits.held_out
