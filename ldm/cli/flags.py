@@ -26,7 +26,7 @@ def add_input_flags(parser: argparse.ArgumentParser, title: str) -> argparse._Ar
         "--mask",
         dest="mask_image",
         metavar="FILE",
-        help="where an inpainting model draws anew: white, or what is painted on a transparent layer",
+        help="where it is drawn anew: white, or what is painted on a transparent layer",
     )
     return group
 

@@ -32,7 +32,7 @@ from ldm.pipeline.conditioning import encode_texts
 from ldm.pipeline.inputs import NOTHING, Inputs, count_images
 from ldm.pipeline.model import Model
 from ldm.pipeline.resolve import Images, meaningless_eta, resolve
-from ldm.pipeline.start import Edit, Enlarge, FromImage, FromLatents, FromNoise, Inpaint
+from ldm.pipeline.start import Edit, Enlarge, FromImage, FromLatents, FromNoise, Inpaint, Masked
 from ldm.request import Request
 
 LCM = "LatentConsistencyModelPipeline"  # as diffusers names it
@@ -261,7 +261,8 @@ def start_of(
         return Edit(shape, grid, device, vae, pixels)
     if images.mask is not None:
         mask, keeps = fit_mask(images.mask, size), request.strength != 1
-        return Inpaint(shape, grid, device, vae, pixels, mask, keeps_image=keeps, samples=samples)
+        within = Inpaint if model.kind is Kind.INPAINT else Masked
+        return within(shape, grid, device, vae, pixels, mask, keeps_image=keeps, samples=samples)
     return FromImage(shape, grid, device, vae, pixels, samples=samples)
 
 

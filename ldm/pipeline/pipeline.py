@@ -172,8 +172,8 @@ class Pipeline(Model):
             guidance: a function like `ldm.diffusion.guidance.CFG`, in place of guidance_scale and _rescale.
             image: to draw from: a path, a PIL image, an array [H, W, 3] of 8 bits or in 0..1, a tensor
                 [3, H, W] in 0..1, or its latents; resized as in diffusers. One, or one for each prompt.
-            mask_image: white where an inpainting model draws anew, or where it has transparent parts, what is
-                not; the rest keeps the image's own pixels.
+            mask_image: white where the image is drawn anew, or where it has transparent parts, what is not;
+                the rest keeps the image's own pixels.
             strength: the share of the steps that is drawn, from the image with as much noise.
             classifier_class, classifier_scale: what `with_classifier`'s gradient leads to, and how strongly.
             output_type: "pil" (list), "np" [B, H, W, 3] in 0..1, "pt" [B, 3, H, W] in 0..1, or "latent".

@@ -76,15 +76,12 @@ def check(request: Request, has_image: bool, has_mask: bool, parts: Parts) -> No
         )
     if kind is Kind.INPAINT and not has_mask:
         raise UserError("this model draws what a mask covers: give one (mask_image, --mask)")
+    begins = has_image and kind in (Kind.TEXT, Kind.INPAINT)  # with it
     two_encoders = parts.text_encoder is not None and parts.text_encoder_2 is not None
     sizes = [name for name in Request.model_fields if name.endswith(("_size", "_top_left"))]
     rules = [
-        (kind is Kind.INPAINT, "inpainting models, whose U-Net takes 9 channels,", ["mask_image"]),
-        (
-            has_image and kind in (Kind.TEXT, Kind.INPAINT),
-            "img2img and inpainting, with an image,",
-            ["strength"],
-        ),
+        (begins, "text-to-image and inpainting models, with an image,", ["mask_image"]),
+        (begins, "img2img and inpainting, with an image,", ["strength"]),
         (kind is Kind.PIX2PIX, "instruct-pix2pix models", ["image_guidance_scale"]),
         (kind is Kind.UPSCALE, "upscalers, as --model,", ["noise_level"]),
         (two_encoders, "models with two text encoders", ["prompt_2", "negative_prompt_2"]),
@@ -129,7 +126,7 @@ def _defaults(model: Model, request: Request, images: Images) -> dict[str, Any]:
     parts, schedule = model.parts, model.schedule
     height, width = _drawn_size(parts, images.size)
     values = {
-        **_kind_defaults(parts, images.image is not None),
+        **_kind_defaults(parts, images.image is not None, images.mask is not None),
         **{name: value for name, value in asdict(parts.defaults).items() if value is not None},
         "height": height,
         "width": width,
@@ -143,7 +140,7 @@ def _defaults(model: Model, request: Request, images: Images) -> dict[str, Any]:
     return {**values, "sampler": sampler.name, "spacing": spacing, "eta": sampler.options.get("eta")}
 
 
-def _kind_defaults(parts: Parts, has_image: bool) -> dict[str, Any]:
+def _kind_defaults(parts: Parts, has_image: bool, has_mask: bool) -> dict[str, Any]:
     """Fields of a Request -> what they are where neither the caller nor ldm.json says, as in diffusers."""
     is_xl = "time_ids" in parts.unet.config.conditioning
     values = {"num_inference_steps": 50, "guidance_scale": 7.5}
@@ -151,6 +148,7 @@ def _kind_defaults(parts: Parts, has_image: bool) -> dict[str, Any]:
         case Kind.TEXT:
             values["guidance_scale"] = 5.0 if is_xl else 7.5
             values |= {"strength": 0.3 if is_xl else 0.8} if has_image else {}
+            values |= {"strength": 1.0} if has_mask else {}
         case Kind.UPSCALE:
             values = {"num_inference_steps": 75, "guidance_scale": 9.0, "noise_level": 20}
         case Kind.PIX2PIX:

@@ -67,9 +67,10 @@ def sample(job: Job, batch: Batch) -> Generator[Step, Change | None, None]:
     given = [picture.latents for picture in batch if picture.latents is not None]
     prompts = [picture.prompt for picture in batch]
     cond, uncond = zip(*map(job.encode, prompts), strict=True)
-    x, branches = job.start.rows(prompts).begin(
+    begun = job.start.rows(prompts).begin(
         noise, torch.stack(given) if given else None, Conditioning.cat(cond), Conditioning.cat(uncond)
     )
+    branches, known = begun.branches, begun.known
     predict = networks.predict(job.model.unet, job.grid, branches)
     schedule = job.model.schedule
 
@@ -80,8 +81,9 @@ def sample(job: Job, batch: Batch) -> Generator[Step, Change | None, None]:
 
     guided = Exchangeable(guide(job.guidance))
     denoise = guided if schedule.bounds is None else schedule.bounded(guided, job.sampler)
-    for step in job.sampler.solver(denoise, x, job.grid.sigmas, noise, **job.options):
-        change = yield step
+    denoise = denoise if known is None else known.around(denoise)
+    for step in job.sampler.solver(denoise, begun.x, job.grid.sigmas, noise, **job.options):
+        change = yield step if known is None else known.put_back(step)
         if change is not None:
             for name, texts in change.texts.items():
                 branches[name] = replace(texts, concat=branches[name].concat)

@@ -1,8 +1,8 @@
 """How pictures begin and end: from noise, from an image, beside an image, within a mask.
 
-Each start is a frozen value of a `Job`. `begin` gives the first state and what a guidance may ask for, with
-what is concatenated with the latents in every step; `finish` the finished pictures. Images are encoded at the
-first use, once for all batches.
+Each start is a frozen value of a `Job`. `begin` gives the first state, what a guidance may ask for, with what
+is concatenated with the latents in every step, and what a mask keeps; `finish` the finished pictures. Images
+are encoded at the first use, once for all batches.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ldm.diffusion.masked import Known
 from ldm.diffusion.noise import Noise
 from ldm.diffusion.schedule import Grid
 from ldm.models import VAE, LatentDist
@@ -23,6 +24,15 @@ from ldm.models.conditioning import Conditioning
 from ldm.pipeline import networks
 
 Branches = dict[str, Conditioning]  # what a guidance may ask for, by name
+
+
+@dataclass(frozen=True, eq=False)
+class Beginning:
+    """What the solver of a batch begins with, and what its denoiser is made of."""
+
+    x: Tensor  # the first state [B, C, h, w]
+    branches: Branches
+    known: Known | None = None  # what is put back at every noise level
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,13 +45,13 @@ class FromNoise:
 
     def begin(
         self, noise: Noise, given: Tensor | None, cond: Conditioning, uncond: Conditioning
-    ) -> tuple[Tensor, Branches]:
-        """The first state x [B, C, h, w], and the branches with the text ("cond") and without ("uncond").
+    ) -> Beginning:
+        """The first state, and the branches with the text ("cond") and without ("uncond").
 
         `given` is unit noise in place of what `noise` gives. Draws from each picture's generator in
         diffusers' order.
         """
-        return self.grid.initial_scale * self.unit(noise, given), {"cond": cond, "uncond": uncond}
+        return Beginning(self.grid.initial_scale * self.unit(noise, given), {"cond": cond, "uncond": uncond})
 
     def unit(self, noise: Noise, given: Tensor | None) -> Tensor:
         """Unit noise [B, C, h, w], drawn if it is not given."""
@@ -79,10 +89,10 @@ class FromImage(FromNoise):
 
     def begin(
         self, noise: Noise, given: Tensor | None, cond: Conditioning, uncond: Conditioning
-    ) -> tuple[Tensor, Branches]:
+    ) -> Beginning:
         x0 = self.sample(self.latents, noise)
         x = x0 + float(self.grid.sigmas[0]) * self.unit(noise, given)
-        return x, {"cond": cond, "uncond": uncond}
+        return Beginning(x, {"cond": cond, "uncond": uncond})
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,9 +103,9 @@ class FromLatents(FromNoise):
 
     def begin(
         self, noise: Noise, given: Tensor | None, cond: Conditioning, uncond: Conditioning
-    ) -> tuple[Tensor, Branches]:
+    ) -> Beginning:
         x = self.image_latents.to(self.device) + float(self.grid.sigmas[0]) * self.unit(noise, given)
-        return x, {"cond": cond, "uncond": uncond}
+        return Beginning(x, {"cond": cond, "uncond": uncond})
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,17 +114,18 @@ class Edit(FromImage):
 
     def begin(
         self, noise: Noise, given: Tensor | None, cond: Conditioning, uncond: Conditioning
-    ) -> tuple[Tensor, Branches]:
+    ) -> Beginning:
         """A third branch, "image", has the image without the text; without the text "uncond" has neither."""
-        x, _ = FromNoise.begin(self, noise, given, cond, uncond)
+        begun = FromNoise.begin(self, noise, given, cond, uncond)
         # These latents are not scaled: so the models were trained.
         latents = self.latents.mean / self.vae.scaling_factor + self.vae.shift_factor
-        concat = latents.expand(len(x), -1, -1, -1)
-        return x, {
+        concat = latents.expand(len(begun.x), -1, -1, -1)
+        branches = {
             "cond": replace(cond, concat=concat),
             "image": replace(uncond, concat=concat),
             "uncond": replace(uncond, concat=torch.zeros_like(concat)),
         }
+        return replace(begun, branches=branches)
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,18 +137,42 @@ class Enlarge(FromNoise):
 
     def begin(
         self, noise: Noise, given: Tensor | None, cond: Conditioning, uncond: Conditioning
-    ) -> tuple[Tensor, Branches]:
+    ) -> Beginning:
         low_noise = noise.initial((3, *self.shape[1:])).to(self.device)
         concat = self.signal**0.5 * self.low_res + (1 - self.signal) ** 0.5 * low_noise
         return super().begin(noise, given, replace(cond, concat=concat), replace(uncond, concat=concat))
 
 
 @dataclass(frozen=True, eq=False)
-class Inpaint(FromImage):
-    """Inpainting models: noise or the noised image, with a mask and what it leaves beside it."""
+class Masked(FromImage):
+    """Any text-to-image model within a mask: what the mask keeps is put back at every noise level."""
 
-    mask: Tensor  # [1, 1, H, W], 1 where it is drawn anew, else 0
+    mask: Tensor  # [1 or prompts, 1, H, W], 1 where it is drawn anew, else 0
     keeps_image: bool  # whether what the mask covers begins with the image too
+
+    @property
+    def small(self) -> Tensor:
+        """The mask at the size of latents, its nearest pixels, [1 or prompts, 1, h, w]."""
+        return F.interpolate(self.mask, self.shape[1:]).to(self.device)
+
+    def begin(
+        self, noise: Noise, given: Tensor | None, cond: Conditioning, uncond: Conditioning
+    ) -> Beginning:
+        x0 = self.sample(self.latents, noise)
+        unit = self.unit(noise, given)
+        if self.samples:
+            noise.initial(self.shape)  # diffusers has a sample of the masked picture too, and no use for it
+        x = x0 + float(self.grid.sigmas[0]) * unit if self.keeps_image else self.grid.initial_scale * unit
+        return Beginning(x, {"cond": cond, "uncond": uncond}, Known(self.grid, x0, unit, self.small))
+
+    def finish(self, images: Tensor) -> Tensor:
+        """What the mask does not cover is as it was."""
+        return torch.where(self.mask.to(images.device) > 0, images, self.pixels.to(images))
+
+
+@dataclass(frozen=True, eq=False)
+class Inpaint(Masked):
+    """Inpainting models: noise or the noised image, with a mask and what it leaves beside it."""
 
     @cached_property
     def masked(self) -> LatentDist:
@@ -146,14 +181,10 @@ class Inpaint(FromImage):
 
     def begin(
         self, noise: Noise, given: Tensor | None, cond: Conditioning, uncond: Conditioning
-    ) -> tuple[Tensor, Branches]:
+    ) -> Beginning:
         first = FromImage if self.keeps_image else FromNoise
-        x, _ = first.begin(self, noise, given, cond, uncond)
+        begun = first.begin(self, noise, given, cond, uncond)
         masked = self.sample(self.masked, noise)
-        small = F.interpolate(self.mask, self.shape[1:]).to(self.device)
-        concat = torch.cat([each.expand(len(x), -1, -1, -1) for each in (small, masked)], 1)
-        return x, {"cond": replace(cond, concat=concat), "uncond": replace(uncond, concat=concat)}
-
-    def finish(self, images: Tensor) -> Tensor:
-        """What the mask does not cover is as it was."""
-        return torch.where(self.mask.to(images.device) > 0, images, self.pixels.to(images))
+        concat = torch.cat([each.expand(len(begun.x), -1, -1, -1) for each in (self.small, masked)], 1)
+        branches = {"cond": replace(cond, concat=concat), "uncond": replace(uncond, concat=concat)}
+        return replace(begun, branches=branches)

@@ -55,13 +55,13 @@ def test_each_prompt_has_its_own_picture(made, form, monkeypatch):
     assert error(together[:2], together[2:4]) > 1e-2
 
 
-@pytest.mark.parametrize("family", ["inpaint", "pix2pix", "upscaler"])
+@pytest.mark.parametrize("family", ["inpaint", "sd1", "pix2pix", "upscaler"])
 def test_each_prompt_has_its_own_picture_and_mask_in_every_kind(families, family):
     pipe = ldm.load(families(family)[0], device="cpu", dtype="fp32")
     side = 8 if family == "upscaler" else 16
     images = [picture(side, side, seed) for seed in (1, 2)]
     masks = []
-    if family == "inpaint":
+    if family in ("inpaint", "sd1"):
         masks = [np.zeros((16, 16), dtype=bool), np.zeros((16, 16), dtype=bool)]
         masks[0][4:], masks[1][:, :5] = True, True
     prompts, common = ["sea", "the boat"], {"num_inference_steps": 2, "output_type": "pt"}

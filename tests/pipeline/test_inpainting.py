@@ -15,9 +15,10 @@ from ldm import cli
 from ldm.images.fitting import fit_mask, take
 
 
-@pytest.mark.parametrize("family", ["inpaint", "inpaint_xl"])
+@pytest.mark.parametrize("family", ["inpaint", "inpaint_xl", "sd1", "sdxl", "lcm"])
 def test_pixels_outside_the_mask_are_untouched(models, family):
-    (drawn,) = models(family)("sea", num_inference_steps=2, seed=1, **INPUTS[family]).images
+    given = {"image": picture(), "mask_image": mask()} | INPUTS[family]
+    (drawn,) = models(family)("sea", num_inference_steps=2, seed=1, **given).images
     same = np.asarray(drawn) == np.asarray(picture())
     kept = np.asarray(mask()) == 0
     assert same[kept].all()
@@ -66,22 +67,27 @@ def test_a_moved_file_is_found_where_one_says(models, tmp_path, drawn_from_files
     assert np.array_equal(again.images[0], drawn_from_files.images[0])
 
 
+@pytest.fixture(params=["inpaint", "sd1"])
+def family(request):
+    return request.param
+
+
 @pytest.fixture
-def drawn_by_command(folder_of, tmp_path, monkeypatch):
+def drawn_by_command(folder_of, family, tmp_path, monkeypatch):
     """Draws out.png from photo.png and mask.png, which lie beside it, and gives the model's flags."""
     monkeypatch.chdir(tmp_path)
     picture().save("photo.png")
     mask().save("mask.png")
-    model = ["--model", str(folder_of("inpaint")), "--device", "cpu", "--dtype", "fp32", "--quiet"]
+    model = ["--model", str(folder_of(family)), "--device", "cpu", "--dtype", "fp32", "--quiet"]
     asked = ["-p", "sea", "--steps", "3", "-s", "3", "-o", "out.png"]
     files = ["-i", "photo.png", "--mask", "mask.png", "--strength", "0.7"]
     assert cli.txt2img([*model, *asked, *files]) == 0
     return model
 
 
-def test_the_command_draws_what_python_draws(models, drawn_by_command):
+def test_the_command_draws_what_python_draws(models, family, drawn_by_command):
     files = {"image": "photo.png", "mask_image": "mask.png"}
-    (drawn,) = models("inpaint")("sea", num_inference_steps=3, seed=3, strength=0.7, **files).images
+    (drawn,) = models(family)("sea", num_inference_steps=3, seed=3, strength=0.7, **files).images
     assert np.array_equal(np.asarray(Image.open("out.png")), np.asarray(drawn))
 
 

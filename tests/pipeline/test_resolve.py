@@ -12,6 +12,7 @@ import ldm
 from ldm import cli
 from ldm.checkpoint import Defaults
 from ldm.models.kind import Kind
+from ldm.pipeline.inputs import Inputs
 from ldm.pipeline.resolve import size_from
 
 
@@ -26,6 +27,14 @@ from ldm.pipeline.resolve import size_from
 )
 def test_size_of_the_picture_is_the_images(kind, factor, given, drawn):
     assert size_from(given, kind, factor) == drawn
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl", "refiner", "inpaint"])
+def test_what_a_mask_covers_is_drawn_anew_whole_unless_a_strength_is_said(models, family):
+    given = Inputs(image=picture(), mask_image=mask())
+    job = models(family).prepare(ldm.Request(num_inference_steps=3), given)
+    assert job.request.strength == 1
+    assert len(job.grid.timesteps) == 3
 
 
 def test_asked_size_wins(models):
@@ -69,10 +78,12 @@ def test_defaults_are_those_of_diffusers(models, tmp_path, family, wanted):
         ("pix2pix", {}, "draws from an image .pix2pix."),
         ("upscaler", {}, "draws from an image .upscale."),
         (
-            "sd1",
+            "pix2pix",
             {"image": picture(), "mask_image": mask()},
-            "mask_image .* only inpainting models, .* 9 channels",
+            "mask_image is not allowed here: only text-to-image and inpainting models, with an image, can",
         ),
+        ("upscaler", {"image": picture(8, 8), "mask_image": mask(8, 8)}, "mask_image .* only text-to-image"),
+        ("sd1", {"mask_image": mask()}, "mask_image .* with an image, can use it"),
         ("sd1", {"strength": 0.5}, "strength is not allowed here"),
         ("sd1", {"image": picture(), "strength": 0.1}, "strength 0.1 of 3 steps leaves none"),
         ("sd1", {"image": torch.zeros(3, 4)}, r"an image of shape \[3, 4\] is not allowed"),
