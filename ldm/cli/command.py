@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from ldm.cli import convert, diffuse, draw, finetune, folder, redraw
+from ldm.cli import convert, diffuse, draw, evaluate, finetune, folder, redraw
 from ldm.cli.flags import FLAGS
 from ldm.cli.parser import Parser, dashes
 from ldm.errors import NEWLINE, UserError, printable
@@ -34,6 +34,7 @@ COMMANDS = {
         "change a model between folder and single file, or its dtype",
     ),
     "diffuse": (diffuse.add_flags, diffuse.diffuse, "show a picture on its way to noise and back"),
+    "evaluate": (evaluate.add_flags, evaluate.evaluate, "measure pictures: FID, KID, CLIP score and others"),
     "folder": (folder.add_flags, folder.folder, "examine a folder of pictures before training on it"),
     "finetune": (finetune.add_flags, finetune.finetune, "train a model on a folder of pictures"),
 }
@@ -48,7 +49,8 @@ def txt2img(argv: Sequence[str] | None = None) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The `ldm` command: `ldm txt2img`, `info`, `redraw`, `convert`, `diffuse`, `folder`, `finetune`."""
+    """The `ldm` command: `ldm txt2img`, `info`, `redraw`, `convert`, `diffuse`, `evaluate`, `folder`,
+    `finetune`."""
     parser = Parser("ldm", description="Latent diffusion: draw pictures from words.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, (add_flags, command, purpose) in COMMANDS.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,10 @@ from numpy.typing import NDArray
 from scipy.linalg import eigh, eigvalsh
 from scipy.spatial.distance import cdist
 
+from ldm.evaluate.report import Rate, rate
+
 Array = NDArray[np.floating[Any]]
+ROWS = 1024  # of a matrix of distances that are held at once
 
 
 def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> NDArray[np.float64]:
@@ -55,11 +60,60 @@ def mmd(a: Array, b: Array, bandwidth: float = 10.0) -> float:
     if min(len(a), len(b)) < 2:
         raise ValueError("an unbiased estimate needs at least two samples on each side")
 
-    def kernel(x: Array, y: Array) -> Array:
-        return np.asarray(np.exp(-cdist(x, y, "sqeuclidean") / (2 * bandwidth**2)))
+    def kernel(x: Array, y: Array) -> float:
+        return float(sum(np.exp(-part / (2 * bandwidth**2)).sum() for part in _distances(x, y)))
 
     def within(x: Array) -> float:
         n = len(x)
-        return float((kernel(x, x).sum() - n) / (n * (n - 1)))
+        return (kernel(x, x) - n) / (n * (n - 1))
 
-    return within(a) + within(b) - 2 * float(kernel(a, b).mean())
+    return within(a) + within(b) - 2 * kernel(a, b) / (len(a) * len(b))
+
+
+def kernel_distance(a: Array, b: Array, subsets: int, size: int, seed: int) -> tuple[float, float]:
+    """KID: unbiased squared MMD with the kernel (x . y / D + 1)^3, mean and standard deviation over subsets.
+
+    Binkowski et al. 2018, "Demystifying MMD GANs", eq. 4 and section 4; torchmetrics has the arithmetic, and
+    is given the features in float64. It can fall below 0 by chance.
+
+    a: [N, D], b: [M, D]. size: of a subset of each side, at most the smaller one.
+    """
+    import torch
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Metric `Kernel Inception")  # of memory, which we hold anyway
+        metric = KernelInceptionDistance(feature=torch.nn.Identity(), subsets=subsets, subset_size=size)
+    for features, real in ((a, True), (b, False)):
+        metric.update(torch.from_numpy(np.asarray(features, np.float64)), real=real)
+    with torch.random.fork_rng(devices=[]):  # it draws subsets from torch's own generator
+        torch.manual_seed(seed)
+        mean, std = metric.compute()
+    return float(mean), float(std)
+
+
+def precision_recall(drawn: Array, reference: Array, k: int = 3) -> tuple[Rate, Rate]:
+    """Precision: drawn ones that lie within a ball of the reference. Recall: the other way round.
+
+    Each member's ball reaches to its k-th nearest neighbour in its own set (Kynkaanniemi et al. 2019,
+    "Improved precision and recall metric", eq. 1 and 2).
+
+    drawn: [N, D], reference: [M, D]. Raises ValueError unless both have more than k members.
+    """
+    if min(len(drawn), len(reference)) <= k:
+        raise ValueError(f"the {k}-th neighbour needs more than {k} samples on each side")
+
+    def radii(x: Array) -> Array:  # squared; the nearest of all is the member itself
+        return np.concatenate([np.partition(part, k, axis=1)[:, k] for part in _distances(x, x)])
+
+    def covered(x: Array, by: Array) -> Rate:
+        reach = radii(by)
+        return rate(np.concatenate([(part <= reach).any(axis=1) for part in _distances(x, by)]).tolist())
+
+    return covered(drawn, reference), covered(reference, drawn)
+
+
+def _distances(x: Array, y: Array) -> Iterator[Array]:
+    """Squared Euclidean distances [N, M], some rows at a time."""
+    for start in range(0, len(x), ROWS):
+        yield cdist(x[start : start + ROWS], y, "sqeuclidean")

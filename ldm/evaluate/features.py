@@ -1,7 +1,10 @@
-"""CLIP's image tower, for distances between sets of pictures."""
+"""CLIP's towers: features of pictures for distances between sets, and of texts for scores of pairs."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,33 +12,193 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from ldm.checkpoint.folder import weights_folder
+from ldm.errors import UserError, reason
+from ldm.files import sha256
 
 IMAGE_ENCODER = "image_encoder"  # a folder beside the scorer, in transformers' layout
+EVALUATION = "postcard-eval"  # the folder of the embedded ones
+BATCH = 32  # always: another one would change the last digits
+# config.json's model_type -> transformers' class
+CLASSES = {"clip": "CLIPModel", "clip_vision_model": "CLIPVisionModelWithProjection"}
+PROCESSING = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "image_mean", "image_std")
+RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+
+Features = NDArray[np.float64]
+Pictures = NDArray[np.uint8] | Sequence[Image.Image]  # uint8 is [N, H, W, 3]
+OnProgress = Callable[[int, int], None]  # done, in all
 
 
+@dataclass(frozen=True)
 class ImageTower:
-    """transformers' CLIPVisionModelWithProjection as scripts/train_clip.py writes it."""
+    """A CLIP with its image tower, what prepares pictures for it, and its text tower where it has one.
 
-    def __init__(self, model: Any) -> None:
-        self.model = model.eval()
+    model: CLIPModel or CLIPVisionModelWithProjection. processor: transformers' CLIPImageProcessorPil.
+    tokenizer: None without a text tower. source, digest: its folder, and the SHA-256 of its weights.
+    """
+
+    model: Any
+    processor: Any
+    tokenizer: Any = None
+    source: str = ""
+    digest: str = ""
 
     @classmethod
     def find(cls, folder: Path) -> ImageTower | None:
         """The tower in folder/image_encoder, fp32; None where there is none."""
         if not (folder / IMAGE_ENCODER / "config.json").exists():
             return None
-        from transformers import CLIPVisionModelWithProjection
+        return cls.load(folder / IMAGE_ENCODER)
 
-        return cls(CLIPVisionModelWithProjection.from_pretrained(folder / IMAGE_ENCODER, dtype=torch.float32))
+    @classmethod
+    def embedded(cls) -> ImageTower | None:
+        """The one that comes with ldm, which knows postcards only; None where it is not installed."""
+        return cls.find(weights_folder(EVALUATION))
+
+    @classmethod
+    def load(cls, folder: Path, device: str | torch.device = "cpu") -> ImageTower:
+        """A folder of transformers with CLIP's config, weights and, if it is there, preprocessing; fp32.
+
+        Raises UserError where there is none, and where a tensor is missing.
+        """
+        kind = _model_type(folder)
+        model = _model(folder, kind).eval().to(device)
+        weights = sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
+        tokenizer = _tokenizer(folder) if kind == "clip" else None
+        return cls(model, _processor(folder, model), tokenizer, str(folder), sha256(*weights))
+
+    @property
+    def text(self) -> bool:
+        """Whether captions can be compared with pictures."""
+        return self.tokenizer is not None
+
+    def protocol(self) -> dict[str, object]:
+        """What decides the features, beside the pictures."""
+        values = self.processor.to_dict()
+        processing = {name: values[name] for name in PROCESSING if values.get(name) is not None}
+        processing["resample"] = RESAMPLING[int(values["resample"])]
+        if not values["do_center_crop"]:
+            del processing["crop_size"]
+        facts = {"extractor": self.source, "sha256": self.digest, "dims": self.model.config.projection_dim}
+        return facts | {"dtype": "fp32", "antialias": True, "preprocessing": processing}
 
     @torch.inference_mode()
-    def embed(self, images: NDArray[np.uint8], batch_size: int = 64) -> NDArray[np.float64]:
-        """uint8 [N, H, W, 3] -> embeddings of length 1, [N, P]."""
-        size = self.model.config.image_size
+    def features(
+        self, pictures: Pictures, batch_size: int = BATCH, on_progress: OnProgress = lambda done, total: None
+    ) -> Features:
+        """Projected image embeddings as they are, [N, P].
+
+        Raises UserError if one is NaN or infinite.
+        """
         parts = []
-        for i in range(0, len(images), batch_size):
-            x = torch.from_numpy(images[i : i + batch_size]).permute(0, 3, 1, 2).float() / 127.5 - 1
-            if x.shape[-2:] != (size, size):
-                x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
-            parts.append(F.normalize(self.model(pixel_values=x).image_embeds, dim=-1))
-        return torch.cat(parts).double().numpy()
+        for start in range(0, len(pictures), batch_size):
+            images = [_pil(image) for image in pictures[start : start + batch_size]]
+            x = torch.as_tensor(np.stack(self.processor(images=images)["pixel_values"]))
+            parts.append(self._image(x.float().to(self.model.device)))
+            on_progress(start + len(images), len(pictures))
+        return _checked(parts, self.source)
+
+    def embed(self, pictures: Pictures, batch_size: int = BATCH) -> Features:
+        """Embeddings of length 1, [N, P]."""
+        return unit(self.features(pictures, batch_size))
+
+    @torch.inference_mode()
+    def texts(self, captions: Sequence[str], batch_size: int = BATCH) -> Features:
+        """Projected text embeddings as they are, [N, P]; what lies beyond the window is cut off."""
+        window = self.model.config.text_config.max_position_embeddings
+        how = {"padding": "max_length", "max_length": window, "truncation": True, "return_tensors": "pt"}
+        parts = []
+        for start in range(0, len(captions), batch_size):
+            tokens = self.tokenizer(list(captions[start : start + batch_size]), **how).to(self.model.device)
+            pooled = self.model.text_model(tokens.input_ids, tokens.attention_mask).pooler_output
+            parts.append(self.model.text_projection(pooled))
+        return _checked(parts, self.source)
+
+    def _image(self, x: Tensor) -> Tensor:
+        if hasattr(self.model, "text_model"):
+            pooled = self.model.vision_model(pixel_values=x).pooler_output
+            projected: Tensor = self.model.visual_projection(pooled)
+            return projected
+        embeds: Tensor = self.model(pixel_values=x).image_embeds
+        return embeds
+
+
+def unit(features: Features) -> Features:
+    """Each of length 1."""
+    return F.normalize(torch.from_numpy(features), dim=-1).numpy()
+
+
+def _pil(image: Any) -> Image.Image:
+    return image if isinstance(image, Image.Image) else Image.fromarray(image)
+
+
+def _checked(parts: Sequence[Tensor], source: str) -> Features:
+    features = torch.cat([part.double().cpu() for part in parts]).numpy()
+    if not np.isfinite(features).all():
+        broken = int((~np.isfinite(features).all(axis=1)).sum())
+        raise UserError(f"{source} gives NaN or Inf for {broken} of {len(features)}: its weights are damaged")
+    return features
+
+
+# --- reading ---------------------------------------------------------------------------------------------
+
+
+def _model_type(folder: Path) -> str:
+    from ldm.checkpoint.io import read_json
+
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder} is no CLIP folder: it has no config.json; give one in transformers' layout"
+        )
+    kind = read_json(folder / "config.json").get("model_type")
+    if kind not in CLASSES:
+        raise UserError(
+            f"{folder} is no CLIP: its config.json has model_type {kind!r}, not {' or '.join(CLASSES)}"
+        )
+    return str(kind)
+
+
+def _model(folder: Path, kind: str) -> Any:
+    import transformers
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model, info = getattr(transformers, CLASSES[kind]).from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+        )
+    except Exception as error:  # safetensors, pickle and transformers have their own
+        raise UserError(f"cannot read the CLIP in {folder}: {reason(error)}") from None
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    if absent := sorted(info["missing_keys"]):
+        raise UserError(f"the CLIP in {folder} lacks {absent[0]} and {len(absent) - 1} more tensors")
+    return model
+
+
+def _processor(folder: Path, model: Any) -> Any:
+    """By the folder's own preprocessor_config.json, else CLIP's at the size of the model."""
+    from transformers import CLIPImageProcessorPil
+
+    files = ("preprocessor_config.json", "processor_config.json")
+    if any((folder / name).exists() for name in files):
+        return CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
+    side = getattr(model.config, "vision_config", model.config).image_size
+    warnings.warn(
+        f"{folder} has no preprocessor_config.json: CLIP's own at {side} pixels is used", stacklevel=2
+    )
+    return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import CLIPTokenizer
+
+    try:
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise UserError(f"cannot read the tokenizer of the CLIP in {folder}: {reason(error)}") from None

@@ -1,26 +1,21 @@
 """The report at the end of a run: one page, `report.html`, that holds all it shows.
 
-    metrics.jsonl -> curves as SVG;  grids/<step>.png -> pictures before, on the way and after
-
-Nothing is fetched and nothing runs: no script, no font, no style from elsewhere, and a policy that says so.
+metrics.jsonl -> curves as SVG;  grids/<step>.png -> pictures before, on the way and after
 """
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from ldm.errors import UserError
-from ldm.files import whole_file
-from ldm.finetune.chart import Point, chart
+from ldm.evaluate import page
+from ldm.evaluate.chart import Point, chart
 from ldm.images.opening import open_picture
 
 PLACE = ("step", "samples", "minutes", "skipped")  # of a row: where it stands, and nothing to draw
@@ -56,20 +51,15 @@ def write_report(
     """
     rows = read_metrics(run_dir / "metrics.jsonl")
     sections = [
-        f"<h1>{escape(title)}</h1>",
-        _table([*facts.items(), *_totals(rows)]),
+        page.facts([*facts.items(), *_totals(rows)]),
         "<h2>Pictures</h2>",
         *_pictures(run_dir, prompts),
         "<h2>Curves</h2>",
         *_curves(rows),
         "<h2>Files</h2>",
-        _table(outputs) if outputs else "<p>None were written.</p>",
+        page.facts(outputs) if outputs else "<p>None were written.</p>",
     ]
-    path = run_dir / "report.html"
-    page = PAGE.substitute(title=escape(title), body="\n".join(sections))
-    with whole_file(path) as aside:
-        aside.write_text(page, encoding="utf-8", errors="replace")  # file names may be no Unicode
-    return path
+    return page.write_page(run_dir / "report.html", title, sections)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -95,11 +85,6 @@ def _totals(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
     for key, name in names.items():
         if values := [row[key] for row in rows if _is_number(row.get(key))]:
             yield name, f"{max(values):,.1f}" if key == "minutes" else f"{max(values):,}"
-
-
-def _table(rows: Iterable[tuple[object, object]]) -> str:
-    cells = (f"<tr><th>{escape(str(name))}</th><td>{escape(str(value))}</td></tr>" for name, value in rows)
-    return f"<table>{''.join(cells)}</table>"
 
 
 # --- pictures --------------------------------------------------------------------------------------------
@@ -132,18 +117,10 @@ def _picture(path: Path, name: str = "", small: bool = False) -> str:
     """The file's own bytes or, small, a JPEG of it."""
     caption = f"<figcaption>{name}step {int(path.stem)}</figcaption>"
     try:
-        kind, data = ("jpeg", _small(path)) if small else ("png", path.read_bytes())
+        kind, data = ("jpeg", page.jpeg(open_picture(path), SMALL)) if small else ("png", path.read_bytes())
     except UserError as error:
         return f"<figure>{caption}{escape(str(error))}</figure>"
-    source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-    return f'<figure>{caption}<img src="{source}" alt="Pictures of step {int(path.stem)}"></figure>'
-
-
-def _small(path: Path) -> bytes:
-    image, buffer = open_picture(path), io.BytesIO()
-    image.thumbnail((SMALL, SMALL))
-    image.save(buffer, format="JPEG", quality=85)
-    return buffer.getvalue()
+    return f"<figure>{caption}{page.picture(data, kind, f'Pictures of step {int(path.stem)}')}</figure>"
 
 
 # --- curves ----------------------------------------------------------------------------------------------
@@ -175,35 +152,3 @@ def _figure(name: str, points: Sequence[Point], dots: bool) -> str:
         values += f", lowest {lowest:.5g} at step {best:.10g}"
     label = escape(LABELS.get(name, name.replace("_", " ")))
     return f"<figure><figcaption><b>{label}</b> {values}</figcaption>{chart(points, dots, label)}</figure>"
-
-
-PAGE = Template("""\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>$title</title>
-<style>
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
-h1, h2 { line-height: 1.2; overflow-wrap: anywhere; }
-h2 { margin-top: 2.5rem; }
-table { border-collapse: collapse; }
-th, td { text-align: left; vertical-align: top; padding: 0.2rem 1.5rem 0.2rem 0; overflow-wrap: anywhere; }
-th { font-weight: 600; }
-.pair, .between { display: grid; gap: 1.5rem; margin-top: 1.5rem; }
-.pair { grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); }
-.between { grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); }
-figure { margin: 0; break-inside: avoid; }
-img, svg { display: block; width: 100%; height: auto; margin-top: 0.3rem; }
-@media print { :root { color-scheme: light; } body { margin: 0; max-width: none; font-size: 11pt; } }
-</style>
-</head>
-<body>
-$body
-</body>
-</html>
-""")

@@ -15,7 +15,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+)
 
 from ldm.pretrain.data import Pictures
 from ldm.pretrain.vocabulary import known_words
@@ -124,6 +131,10 @@ class CLIPTask(Task):
         state = self.clip.state_dict()
         vision.load_state_dict({k: state[k] for k in vision.state_dict()})
         vision.half().save_pretrained(folder / "image_encoder")  # metrics need no more
+        side = {"height": vision.config.image_size, "width": vision.config.image_size}
+        half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # pictures in -1..1
+        processor = CLIPImageProcessorPil(size=side, do_center_crop=False, resample=2, **half)
+        processor.save_pretrained(folder / "image_encoder")
         CLIPTokenizer.from_pretrained(self.tokenizer_dir).save_pretrained(folder / "tokenizer")
         words = known_words(caption for each in self.train_pictures.captions for caption in each)
         (folder / "words.txt").write_text("\n".join(words) + "\n", encoding="utf-8")

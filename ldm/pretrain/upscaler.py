@@ -29,9 +29,9 @@ from ldm.diffusion.schedule import Schedule
 from ldm.diffusion.scheduler_config import noise_levels
 from ldm.errors import UserError
 from ldm.evaluate.distances import psnr
+from ldm.evaluate.reconstruction import to_uint8
 from ldm.images.pixels import contact_sheet
 from ldm.models import AutoencoderKL, AutoencoderTiny, UNet, build
-from ldm.postcards.scoring.sources import to_uint8
 from ldm.postcards.scoring.upscaling import bicubic
 from ldm.pretrain.data import Pictures, cached, crop_squares, digest_of
 from ldm.runtime import half_dtype, memory_format

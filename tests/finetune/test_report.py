@@ -1,51 +1,22 @@
 """The report of a run: what it shows is what the run wrote, and the page needs nothing else."""
 
-import base64
 import io
 import json
 import math
 import re
-from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from PIL import Image
+from read_page import SVG, Page
 
 from ldm.errors import UserError
-from ldm.finetune import chart as charts
-from ldm.finetune.chart import BOTTOM, LEFT, RIGHT, TOP, chart, round_ticks, smooth, value_axis
+from ldm.evaluate import chart as charts
+from ldm.evaluate.chart import BOTTOM, LEFT, RIGHT, TOP, chart, round_ticks, smooth, value_axis
 from ldm.finetune.report import write_report
 
 HOSTILE = "<script>alert('x')</script> & \"q\" $title ]]> \udcff"
-SVG = "{http://www.w3.org/2000/svg}"
-
-
-class Page(HTMLParser):
-    """What a browser makes of a page: tags with attributes, and the text outside of style and svg."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.words, self.open = [], [], []
-        self.feed(text)
-        self.close()
-        self.text = " ".join(" ".join(self.words).split())
-        self.svgs = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL)]
-        sources = [attributes["src"] for tag, attributes in self.tags if tag == "img"]
-        self.images = [base64.b64decode(source.partition("base64,")[2], validate=True) for source in sources]
-        self.kinds = [source.partition(";")[0] for source in sources]
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag, "tags are closed in order"
-
-    def handle_data(self, data):
-        if not {"style", "svg"} & set(self.open):
-            self.words.append(data)
 
 
 def training_row(step, **values):

@@ -12,19 +12,18 @@ from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from ldm.evaluate.distances import frechet_distance, mmd, psnr
 from ldm.evaluate.features import ImageTower
+from ldm.evaluate.reconstruction import Images, reconstructed
 from ldm.evaluate.report import Rate
 from ldm.pipeline import Pipeline
 from ldm.postcards.scoring.following import following
 from ldm.postcards.scoring.prompts import Prompt, digest
 from ldm.postcards.scoring.scorer import Scorer
 from ldm.postcards.scoring.sources import (
-    Images,
     OnProgress,
     Settings,
     denoised_from,
     drawn,
     picture_size,
-    reconstructed,
     rendered,
 )
 

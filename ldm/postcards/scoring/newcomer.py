@@ -21,6 +21,7 @@ from scipy.special import expit
 from torch import Generator
 
 from ldm import postcards as world
+from ldm.evaluate.reconstruction import Images
 from ldm.evaluate.report import Rate, rate
 from ldm.pipeline import Pipeline
 from ldm.postcards.scoring.fit import scenes_from
@@ -28,7 +29,7 @@ from ldm.postcards.scoring.following import following
 from ldm.postcards.scoring.prompts import Prompt, state
 from ldm.postcards.scoring.scorer import SIZE, Scorer
 from ldm.postcards.scoring.soften import melt, soften
-from ldm.postcards.scoring.sources import Images, OnProgress, Settings, drawn
+from ldm.postcards.scoring.sources import OnProgress, Settings, drawn
 from ldm.postcards.scoring.windmill import NOUN, PARTICULAR, Livery, Postcard, sample_postcard
 
 SHOWS_ONE, SHOWS_PARTICULAR = "shows a windmill", "shows the particular windmill"

@@ -50,19 +50,28 @@ def evaluation_prompts(count: int | None = None, *, held_out: bool = False) -> l
 
     The set is shuffled once, so that its beginning has about the mix of the whole.
     """
+    return _prompts("evaluation", held_out)[:count]
+
+
+def reference_prompts(count: int | None = None, *, held_out: bool = False) -> list[Prompt]:
+    """As many others of the same mix: distances between sets want samples that know nothing of each other."""
+    return _prompts("reference", held_out)[:count]
+
+
+def _prompts(name: str, held_out: bool) -> list[Prompt]:
     total, mix = (HELD_OUT, HELD_OUT_MIX) if held_out else (SEEN, MIX)
-    rng = random.Random(f"evaluation prompts, held out: {held_out}")
-    wanted = {name: round(share * total) for name, share in mix.items()}
+    rng = random.Random(f"{name} prompts, held out: {held_out}")
+    wanted = {kind: round(share * total) for kind, share in mix.items()}
     prompts: list[Prompt] = []
     while any(wanted.values()):
         scene = world.sample_scene(rng, held_out=held_out)
-        name = composition(scene)
-        if wanted.get(name, 0):
-            plain = wanted[name] % 2 == 0
-            wanted[name] -= 1
+        kind = composition(scene)
+        if wanted.get(kind, 0):
+            plain = wanted[kind] % 2 == 0
+            wanted[kind] -= 1
             prompts.append(state(world.full_caption(scene), scene) if plain else _told(scene, rng))
     rng.shuffle(prompts)
-    return prompts[:count]
+    return prompts
 
 
 def composition(scene: world.Scene) -> str:

@@ -12,17 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from ldm import postcards as world
 from ldm.diffusion.noise import Noise
+from ldm.evaluate.reconstruction import Images, latents_of, to_uint8
 from ldm.pipeline import Pipeline
 from ldm.postcards.scoring.prompts import Prompt
 from ldm.request import Request
-
-Images = NDArray[np.uint8]  # [N, H, W, 3]
 
 
 @dataclass(frozen=True)
@@ -60,15 +56,6 @@ def drawn(pipe: Pipeline, prompts: Sequence[Prompt], settings: Settings, on_prog
     return _in_batches(draw, prompts, settings.batch_size, on_progress)
 
 
-def reconstructed(pipe: Pipeline, images: Images, batch_size: int = 16) -> Images:
-    """Pictures through the VAE and back: no model of these latents can draw better ones."""
-    parts = [
-        to_uint8(pipe.decode(latents_of(pipe, images[i : i + batch_size])))
-        for i in range(0, len(images), batch_size)
-    ]
-    return np.concatenate(parts)
-
-
 def denoised_from(
     pipe: Pipeline, timestep: int, prompts: Sequence[Prompt], settings: Settings, on_progress: OnProgress
 ) -> Images:
@@ -81,7 +68,7 @@ def denoised_from(
 
     def draw(start: int, part: Sequence[Prompt]) -> Images:
         seeds = _seeds(settings, start, part)
-        x0 = latents_of(pipe, rendered(part, picture_size(pipe))).float().cpu()
+        x0 = latents_of(pipe, rendered(part, picture_size(pipe))).cpu()
         x = x0 + float(job.grid.sigmas[0]) * Noise(seeds).initial(job.start.shape)
         return _call(pipe, part, seeds, settings, timesteps=timesteps, latents=x / job.grid.initial_scale)
 
@@ -89,15 +76,6 @@ def denoised_from(
         warnings.filterwarnings("ignore", message="the run starts")  # below pure noise: that is the point
         job = pipe.prepare(Request(timesteps=tuple(timesteps), sampler=settings.sampler))
         return _in_batches(draw, prompts, settings.batch_size, on_progress)
-
-
-@torch.inference_mode()
-def latents_of(pipe: Pipeline, images: Images) -> Tensor:
-    """The VAE's latents of uint8 pictures: means where it has a distribution."""
-    weight = next(pipe.vae.parameters())
-    x = torch.from_numpy(images).permute(0, 3, 1, 2).to(weight.device, weight.dtype) / 127.5 - 1
-    latents: Tensor = pipe.vae.encode_latents(x)
-    return latents
 
 
 def _call(
@@ -112,12 +90,6 @@ def _call(
         **more,
     )
     return to_uint8(result.images)
-
-
-def to_uint8(images: Tensor) -> Images:
-    """[N, 3, H, W] in 0..1 -> [N, H, W, 3]."""
-    bytes_ = (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
-    return np.asarray(bytes_.permute(0, 2, 3, 1).cpu().numpy())
 
 
 def _seeds(settings: Settings, start: int, part: Sequence[Prompt]) -> list[int]:

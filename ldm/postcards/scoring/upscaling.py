@@ -19,9 +19,9 @@ from ldm.errors import UserError, reported
 from ldm.evaluate.distances import psnr
 
 if TYPE_CHECKING:
+    from ldm.evaluate.reconstruction import Images
     from ldm.pipeline import Pipeline
     from ldm.postcards.scoring.prompts import Prompt
-    from ldm.postcards.scoring.sources import Images
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,9 @@ def measure_upscaler(
     Raises:
         UserError: if `pipe` is no upscaler.
     """
+    from ldm.evaluate.reconstruction import reconstructed
     from ldm.pipeline.resolve import check_upscaler
-    from ldm.postcards.scoring.sources import picture_size, reconstructed, rendered
+    from ldm.postcards.scoring.sources import picture_size, rendered
 
     check_upscaler(pipe.parts, pipe.name)
     side = picture_size(base)

@@ -14,6 +14,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 import ldm
 from ldm.diffusion.noise import Noise
 from ldm.evaluate.features import ImageTower
+from ldm.evaluate.reconstruction import latents_of, reconstructed
 from ldm.postcards.scoring.agreement import names
 from ldm.postcards.scoring.following import ATTRIBUTES
 from ldm.postcards.scoring.measure import Instruments, measure
@@ -23,9 +24,7 @@ from ldm.postcards.scoring.sources import (
     Settings,
     denoised_from,
     drawn,
-    latents_of,
     picture_size,
-    reconstructed,
     rendered,
 )
 

@@ -1,4 +1,4 @@
-"""A curve over the steps of a run, as an SVG that inherits its text colour from the page."""
+"""Charts as SVG that inherits its text colour from the page: curves over steps, histograms, shares."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ Point = tuple[float, float]  # step, value
 
 WIDTH, HEIGHT = 560, 230
 LEFT, RIGHT, TOP, BOTTOM = 62, 536, 10, 190  # of the area that values are drawn in
+NAMES, ROW = 250, 24  # of bars: where they begin, to the right of their names; their height
+MOST_BINS = 30
 COLOUR = "#3b82f6"  # reads on white and on black
 
 
@@ -26,16 +28,14 @@ def chart(points: Sequence[Point], dots: bool, label: str) -> str:
     def spots(values: Sequence[float]) -> list[Point]:
         return [(_x(across, step), _y(up, value)) for step, value in zip(steps, values, strict=True)]
 
-    drawn = [*_grid(across, up)]
+    drawn = [*_grid(across, up, "step")]
     if dots:
         drawn.append(_line(spots(values), 'stroke-width="1" stroke-opacity="0.5"'))
         drawn += [f'<circle cx="{x:.2f}" cy="{y:.2f}" r="3.5" fill="{COLOUR}"/>' for x, y in spots(values)]
     else:
         drawn.append(_line(spots(values), 'stroke-width="1" stroke-opacity="0.4"'))
         drawn.append(_line(spots(smooth(values)), 'stroke-width="2"'))
-    box = f'xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}"'
-    font = 'font-family="sans-serif" font-size="12"'
-    return f'<svg {box} {font} role="img" aria-label="{label}">{"".join(drawn)}</svg>'
+    return _svg(drawn, label)
 
 
 def smooth(values: Sequence[float]) -> list[float]:
@@ -50,6 +50,57 @@ def smooth(values: Sequence[float]) -> list[float]:
         total = decay * total + (1 - decay) * value
         averages.append(total / (1 - decay**n))
     return averages
+
+
+def histogram(values: Sequence[float], along: str, label: str) -> str:
+    """How many values lie in each of up to 30 bins between round numbers, and a line at their mean.
+
+    Args:
+        values: finite, at least one.
+        along: HTML, what the values are.
+        label: HTML, for those who cannot see the picture.
+    """
+    axis = value_axis(values, log=False)
+    bins = min(MOST_BINS, max(5, round(len(values) ** 0.5)))
+    counts = [0] * bins
+    for value in values:
+        counts[min(bins - 1, int(axis.place(value) * bins))] += 1
+    most = round_ticks(0, max(counts), least=1)
+    up, wide = Axis(0, most[-1], most), (RIGHT - LEFT) / bins
+    drawn = [*_grid(axis, up, along)]
+    for k, count in enumerate(counts):
+        y = _y(up, count)
+        drawn.append(_box(LEFT + k * wide, y, wide - 1, BOTTOM - y))
+    mean = _x(axis, sum(values) / len(values))
+    drawn.append(f'<path d="M{mean:.2f},{TOP}V{BOTTOM}" stroke="currentColor" stroke-dasharray="4 3"/>')
+    return _svg(drawn, label)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A share with its interval, all in 0..1. name: HTML."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+
+
+def shares(bars: Sequence[Bar], label: str) -> str:
+    """A horizontal bar from 0 to 1 for each, with a whisker for its interval. label: HTML."""
+    axis, bottom = Axis(0, 1, (0, 0.2, 0.4, 0.6, 0.8, 1)), TOP + ROW * len(bars)
+    drawn = []
+    for tick in axis.ticks:
+        x = _x(axis, tick, NAMES)
+        drawn.append(f'<path d="M{x:.2f},{TOP}V{bottom}" stroke="currentColor" stroke-opacity="0.2"/>')
+        drawn.append(_text(x, bottom + 18, "middle", f"{tick:.10g}"))
+    for k, bar in enumerate(bars):
+        y = TOP + ROW * (k + 0.5)
+        low, value, high = (_x(axis, x, NAMES) for x in (bar.low, bar.value, bar.high))
+        drawn.append(_text(NAMES - 8, y + 4, "end", bar.name))
+        drawn.append(_box(NAMES, y - 7, value - NAMES, 14))
+        drawn.append(f'<path d="M{low:.2f},{y}H{high:.2f}" stroke="currentColor" stroke-width="2"/>')
+    return _svg(drawn, label, bottom + 28)
 
 
 # --- axes ------------------------------------------------------------------------------------------------
@@ -77,10 +128,10 @@ def step_axis(steps: Sequence[float]) -> Axis:
     return Axis(0, last, tuple(tick for tick in round_ticks(0, last, least=1) if tick <= last))
 
 
-def value_axis(values: Sequence[float]) -> Axis:
+def value_axis(values: Sequence[float], log: bool = True) -> Axis:
     """From tick to tick around the values; logarithmic where the highest is over 30 times the lowest."""
     low, high = min(values), max(values)
-    if 0 < low < high / 30:
+    if log and 0 < low < high / 30:
         return _log_axis(low, high)
     largest = max(abs(low), abs(high))
     if high - low <= 1e-9 * largest:
@@ -110,8 +161,14 @@ def _log_axis(low: float, high: float) -> Axis:
 # --- drawing ---------------------------------------------------------------------------------------------
 
 
-def _x(across: Axis, step: float) -> float:
-    return LEFT + (RIGHT - LEFT) * across.place(step)
+def _svg(drawn: Sequence[str], label: str, height: float = HEIGHT) -> str:
+    box = f'xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:g}"'
+    font = 'font-family="sans-serif" font-size="12"'
+    return f'<svg {box} {font} role="img" aria-label="{label}">{"".join(drawn)}</svg>'
+
+
+def _x(across: Axis, value: float, left: float = LEFT) -> float:
+    return left + (RIGHT - left) * across.place(value)
 
 
 def _y(up: Axis, value: float) -> float:
@@ -123,7 +180,12 @@ def _line(spots: Sequence[Point], style: str) -> str:
     return f'<polyline points="{points}" fill="none" stroke="{COLOUR}" {style}/>'
 
 
-def _grid(across: Axis, up: Axis) -> Iterator[str]:
+def _box(x: float, y: float, width: float, height: float) -> str:
+    size = f'width="{max(width, 0):.2f}" height="{max(height, 0):.2f}"'
+    return f'<rect x="{x:.2f}" y="{y:.2f}" {size} fill="{COLOUR}" fill-opacity="0.7"/>'
+
+
+def _grid(across: Axis, up: Axis, along: str) -> Iterator[str]:
     """Both axes with their numbers, and a line at each value's."""
     for tick in up.ticks:
         y = _y(up, tick)
@@ -133,7 +195,7 @@ def _grid(across: Axis, up: Axis) -> Iterator[str]:
         x = _x(across, tick)
         yield f'<path d="M{x:.2f},{BOTTOM}v4" stroke="currentColor" stroke-opacity="0.5"/>'
         yield _text(x, BOTTOM + 18, "middle", f"{tick:.10g}")
-    yield _text((LEFT + RIGHT) / 2, BOTTOM + 36, "middle", "step")
+    yield _text((LEFT + RIGHT) / 2, BOTTOM + 36, "middle", along)
 
 
 def _text(x: float, y: float, anchor: str, text: str) -> str:
