@@ -23,11 +23,11 @@ from scipy.spatial.distance import pdist
 from ldm import postcards as world
 from ldm.errors import reported
 from ldm.evaluate.distances import frechet_distance
+from ldm.evaluate.reconstruction import Images, to_uint8
 from ldm.evaluate.report import Rate, rate
 from ldm.images.pixels import contact_sheet
 from ldm.pipeline import Pipeline
 from ldm.postcards.scoring.scorer import Scorer
-from ldm.postcards.scoring.sources import Images, to_uint8
 
 CLASSIFIER, FREE, BOTH = "classifier, no prompt", "classifier-free, a prompt", "classifier, with the prompt"
 SCALES: Mapping[str, tuple[float, ...]] = {

@@ -20,10 +20,11 @@ from ldm.diffusion.solvers import Denoise, Denoised, Variance, ddpm
 from ldm.diffusion.variance import with_learned_variance
 from ldm.errors import reported
 from ldm.evaluate.distances import frechet_distance
+from ldm.evaluate.reconstruction import Images, latents_of, to_uint8
 from ldm.models.conditioning import Conditioning
 from ldm.pipeline import networks
 from ldm.postcards.scoring.prompts import Prompt
-from ldm.postcards.scoring.sources import Images, latents_of, picture_size, rendered, to_uint8
+from ldm.postcards.scoring.sources import picture_size, rendered
 from ldm.request import Request
 
 if TYPE_CHECKING:
