@@ -150,9 +150,11 @@ def ddpm(
     """
     for i, sigma, sigma_next in _steps(sigmas):
         d = denoise(x, sigmas[i])
-        down, _ = _split(sigma, sigma_next, 1.0)
+        down, up = _split(sigma, sigma_next, 1.0)
         x = _move(_anchored(x, d), d.x0, down / sigma)
-        if sigma_next:
+        if d.log_variance is None and variance in (None, "fixed_small"):
+            x = _add_noise(x, up, noise, sigma, sigma_next)  # the bits of `ancestral`
+        elif sigma_next:
             log_variance = step_log_variance(d, sigmas[i], sigmas[i + 1], variance)
             x = x + (log_variance / 2).exp().to(x) * noise(x, sigma, sigma_next)
         yield Step(i, sigma_next, x, d.x0)

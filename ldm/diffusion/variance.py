@@ -6,7 +6,7 @@ find it in `Denoised.log_variance`: `ddpm` draws with it, all others need x0 onl
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -15,14 +15,17 @@ from ldm.diffusion.guidance import Guidance, Predict, ToX0
 from ldm.diffusion.solvers import Denoise, Denoised
 
 
-def with_learned_variance(guidance: Guidance) -> Guidance:
-    """`guidance` of a network that has learned its variance: it sees the mean's channels, as of any other.
+@dataclass(frozen=True)
+class LearnedVariance:
+    """`base`, of a network that has learned its variance: it sees the mean's channels, as of any other.
 
     The variance is that of the branch "cond", as in diffusers' IFPipeline: guidance moves the mean alone.
     From a guidance that never asks for that branch there is none.
     """
 
-    def around(predict: Predict, to_x0: ToX0) -> Denoise:
+    base: Guidance
+
+    def __call__(self, predict: Predict, to_x0: ToX0) -> Denoise:
         said: dict[str, Tensor] = {}
 
         def means(x: Tensor, sigma: Tensor, branches: tuple[str, ...]) -> dict[str, Tensor]:
@@ -31,7 +34,7 @@ def with_learned_variance(guidance: Guidance) -> Guidance:
                 found[name], said[name] = output.chunk(2, dim=1)
             return found
 
-        guided = guidance(means, to_x0)
+        guided = self.base(means, to_x0)
 
         def denoise(x: Tensor, sigma: Tensor) -> Denoised:
             said.clear()
@@ -46,5 +49,3 @@ def with_learned_variance(guidance: Guidance) -> Guidance:
             return replace(d, log_variance=log_variance)
 
         return denoise
-
-    return around

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ldm.diffusion.guidance import CFG, ClassifierGuidance, InstructPix2Pix
 from ldm.diffusion.solvers import Step
+from ldm.diffusion.variance import LearnedVariance
 from ldm.errors import UserError
 from ldm.models.conditioning import Conditioning
-from ldm.pipeline.job import Batch, Job, guidance_of, with_class
+from ldm.pipeline.job import Batch, Job, completed, guidance_of
 from ldm.pipeline.sample import Change
 
 # (pipeline, step, timestep, {"latents": ...}) -> None, or what to replace: {"latents": ...}
@@ -60,7 +61,8 @@ class Watch:
     def branches(self) -> tuple[str, ...]:
         """Those that guidance asks for, in the order in which diffusers has them in one tensor."""
         guidance = self.job.guidance
-        guidance = guidance.base if isinstance(guidance, ClassifierGuidance) else guidance
+        while isinstance(guidance, ClassifierGuidance | LearnedVariance):
+            guidance = guidance.base
         if isinstance(guidance, InstructPix2Pix):
             return ("cond", "image", "uncond")
         return ("cond",) if guidance == CFG(1.0) else ("uncond", "cond")
@@ -122,7 +124,7 @@ class Watch:
             return None
         self.guidance_scale = scale
         asked, model = self.job.request.replace(guidance_scale=scale), self.job.model
-        return with_class(guidance_of(asked, model.parts), asked, model)
+        return completed(guidance_of(asked, model.parts), asked, model)
 
 
 def _checked(name: str, new: Any, old: Tensor, *rows: int) -> Tensor:

@@ -22,6 +22,7 @@ from ldm.diffusion.guidance import CFG, ClassifierGuidance, Guidance, InstructPi
 from ldm.diffusion.samplers import Sampler, resolve_sampler
 from ldm.diffusion.schedule import Grid
 from ldm.diffusion.scheduler_config import noise_levels
+from ldm.diffusion.variance import LearnedVariance
 from ldm.errors import UserError, printable
 from ldm.images.fitting import fit_image, fit_mask, read_file, same_shape, size_of, take
 from ldm.images.opening import to_mask, to_rgb
@@ -140,7 +141,7 @@ def prepare(
         sampler=sampler,
         options=options_of(first, sampler, grid),
         grid=grid,
-        guidance=with_class(inputs.guidance or guidance_of(first, model.parts), first, model),
+        guidance=completed(inputs.guidance or guidance_of(first, model.parts), first, model),
         start=start,
         batches=tuple(cut_into_batches(model, pictures, inputs, batch_size)),
     )
@@ -293,13 +294,17 @@ def guidance_of(request: Request, parts: Parts) -> Guidance:
     return InstructPix2Pix(scale, image_scale, request.guidance_rescale) if image_scale >= 1 else CFG(1.0)
 
 
-def with_class(guidance: Guidance, request: Request, model: Model) -> Guidance:
-    """`guidance` of a resolved request, with its classifier's beside it if it names a class."""
-    if request.classifier_class is None or model.classifier is None or request.classifier_scale is None:
-        return guidance
-    classifier = model.classifier.network
-    number = classifier.config.classes.index(request.classifier_class)
-    return ClassifierGuidance(guidance, networks.class_gradient(classifier, number), request.classifier_scale)
+def completed(guidance: Guidance, request: Request, model: Model) -> Guidance:
+    """`guidance` with what goes around any: the gradient of a classifier, if the request names a class, and
+    the variance that the network says, if it has learned one.
+    """
+    if request.classifier_class is not None and model.classifier is not None:
+        classifier, scale = model.classifier.network, request.classifier_scale
+        gradient = networks.class_gradient(
+            classifier, classifier.config.classes.index(request.classifier_class)
+        )
+        guidance = ClassifierGuidance(guidance, gradient, 1.0 if scale is None else scale)
+    return LearnedVariance(guidance) if model.parts.learns_variance else guidance
 
 
 def cut_into_batches(

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.guidance import Exchangeable, Guidance
-from ldm.diffusion.solvers import Denoise, Step
-from ldm.diffusion.variance import with_learned_variance
+from ldm.diffusion.solvers import Step
 from ldm.models.conditioning import Conditioning
 from ldm.pipeline import networks
 from ldm.pipeline.inputs import Inputs
@@ -73,13 +72,7 @@ def sample(job: Job, batch: Batch) -> Generator[Step, Change | None, None]:
     branches, known = begun.branches, begun.known
     predict = networks.predict(job.model.unet, job.grid, branches)
     schedule = job.model.schedule
-
-    def guide(guidance: Guidance) -> Denoise:
-        learned = schedule.variance == "learned_range"
-        around = with_learned_variance(guidance) if learned else guidance
-        return around(predict, schedule.prediction.x0)
-
-    guided = Exchangeable(guide(job.guidance))
+    guided = Exchangeable(job.guidance(predict, schedule.prediction.x0))
     denoise = guided if schedule.bounds is None else schedule.bounded(guided, job.sampler)
     denoise = denoise if known is None else known.around(denoise)
     for step in job.sampler.solver(denoise, begun.x, job.grid.sigmas, noise, **job.options):
@@ -88,7 +81,7 @@ def sample(job: Job, batch: Batch) -> Generator[Step, Change | None, None]:
             for name, texts in change.texts.items():
                 branches[name] = replace(texts, concat=branches[name].concat)
             if change.guidance is not None:
-                guided.current = guide(change.guidance)
+                guided.current = change.guidance(predict, schedule.prediction.x0)
 
 
 def enlarge(job: Job, batch: Batch, images: Tensor) -> Tensor:

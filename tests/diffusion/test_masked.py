@@ -28,7 +28,11 @@ def across(x, sigma):
     """A denoiser whose every value depends on all of the state."""
     scaled = x / (1 + sigma**2)
     x0 = scaled + 0.5 * torch.tanh(scaled.sum(-1, keepdim=True))
-    return Denoised(x0, log_variance=scaled)
+    return Denoised(x0, log_variance=as_learned)
+
+
+def as_learned(sigma_next):
+    return torch.log(sigma_next**2 / 2)
 
 
 def draw(name, schedule, begin=lambda x: x):
@@ -52,7 +56,9 @@ def test_every_solver_sees_the_known_part_at_every_level(name, snr):
     assert all(step.x.isfinite().all() for step in steps)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize(
+    "name", [name for name in SAMPLERS if name != "pc"]
+)  # its steps are as long as norms
 def test_what_a_solver_makes_of_the_known_part_does_not_matter(name):
     """Only the first state, which is the run's own, is seen there."""
     sampler, grid = SAMPLERS[name], schedule().grid(6, None, SAMPLERS[name])
@@ -79,7 +85,7 @@ def test_an_answer_keeps_its_other_fields():
     plain, d = across(seen, sigma), known.around(across)(x, sigma)
     assert torch.equal(d.x0, torch.where(KEPT, X0, plain.x0))
     assert d.anchor is d.x0
-    assert torch.equal(d.log_variance, plain.log_variance)
+    assert d.log_variance is plain.log_variance is as_learned
     anchored = known.around(lambda x, sigma: Denoised(2 * x, anchor=3 * x))(x, sigma)
     assert torch.equal(anchored.anchor, torch.where(KEPT, X0, 3 * seen))
     assert torch.equal(anchored.x0, torch.where(KEPT, X0, 2 * seen))

@@ -16,7 +16,7 @@ from ldm.diffusion.prediction import Prediction
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.schedule import Schedule
 from ldm.diffusion.solvers import PURE_NOISE, Denoised, ancestral, ddpm, step_log_variance
-from ldm.diffusion.variance import with_learned_variance
+from ldm.diffusion.variance import LearnedVariance
 from ldm.errors import UserError
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -199,7 +199,7 @@ def means(x, sigma, branches):
 @pytest.mark.parametrize("guidance", [CFG(1.0), CFG(7.0), CFG(7.0, 0.7), InstructPix2Pix(7.0, 1.5)])
 def test_guidance_mixes_the_mean_and_the_variance_is_conds(guidance):
     sigma, sigma_next = f64(3.0), f64(1.0)
-    d = with_learned_variance(guidance)(predict, Prediction.V.x0)(X, sigma)
+    d = LearnedVariance(guidance)(predict, Prediction.V.x0)(X, sigma)
     plain = guidance(means, Prediction.V.x0)(X, sigma)
     assert torch.equal(d.x0, plain.x0)
     assert plain.log_variance is None
@@ -225,7 +225,7 @@ def test_a_guidance_keeps_its_state_and_its_anchor():
 
         return denoise
 
-    denoise = with_learned_variance(own)(predict, None)
+    denoise = LearnedVariance(own)(predict, None)
     for _ in range(2):
         d = denoise(X, f64(2.0))
     assert calls == ["made"]
@@ -237,7 +237,7 @@ def test_without_the_branch_cond_there_is_no_variance():
     def own(predict, to_x0):
         return lambda x, sigma: Denoised(predict(x, sigma, ("uncond",))["uncond"])
 
-    denoise = with_learned_variance(own)(predict, None)
+    denoise = LearnedVariance(own)(predict, None)
     assert denoise(X, f64(2.0)).log_variance is None
     with pytest.raises(UserError, match="a guidance that asks for the branch cond"):
         list(ddpm(denoise, X, f64([2.0, 1.0]), Noise([0, 1]), variance="learned_range"))

@@ -17,7 +17,7 @@ from ldm.diffusion.forward import sigma_log_variances
 from ldm.diffusion.guidance import CFG
 from ldm.diffusion.noise import Noise
 from ldm.diffusion.solvers import Denoise, Denoised, Variance, ddpm
-from ldm.diffusion.variance import with_learned_variance
+from ldm.diffusion.variance import LearnedVariance
 from ldm.errors import reported
 from ldm.evaluate.distances import frechet_distance
 from ldm.evaluate.reconstruction import Images, latents_of, to_uint8
@@ -94,7 +94,7 @@ def bits_of(pipe: Pipeline, prompts: Sequence[Prompt], steps: int) -> dict[Varia
 def denoiser(pipe: Pipeline, job: Job) -> Denoise:
     """The model itself on the prompts of a job, all at once, without guidance."""
     cond = Conditioning.cat([job.encode(p)[0] for p in range(len(job.requests))])
-    guidance = with_learned_variance(CFG(1.0)) if pipe.parts.learns_variance else CFG(1.0)
+    guidance = LearnedVariance(CFG(1.0)) if pipe.parts.learns_variance else CFG(1.0)
     predict = networks.predict(pipe.unet, job.grid, {"cond": cond})
     return guidance(predict, pipe.schedule.prediction.x0)
 
