@@ -179,6 +179,11 @@ class UNetTask(Task):
         prompts: list[str],
     ) -> None:
         super().__init__()
+        if parts.learns_variance:
+            raise UserError(
+                "variance_type learned_range is not trained from nothing: train with fixed_small, and then "
+                "`ldm finetune --mode full --variance hybrid`"
+            )
         self.parts, self.prompts = parts, prompts
         self.unet, self.text_encoder = parts.unet, parts.text_encoder
         self.schedule = Schedule.from_config(parts.scheduler)

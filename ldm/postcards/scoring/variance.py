@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ldm.pipeline import Pipeline
-    from ldm.pipeline.job import Job
+    from ldm.pipeline.job import Batch, Job
     from ldm.postcards.scoring.scorer import Scorer
 
 
@@ -76,24 +77,29 @@ def draw(
 @torch.inference_mode()
 def bits_of(pipe: Pipeline, prompts: Sequence[Prompt], steps: int) -> dict[Variance, tuple[float, float]]:
     """(bound, its steps alone) in bits/dim of the latents of the prompts' own renders, by variance."""
-    images, found = rendered(prompts, picture_size(pipe)), {each: [0.0, 0.0] for each in variances_of(pipe)}
-    for first in range(0, len(prompts), 16):
-        some = prompts[first : first + 16]
-        asked = [Request(prompt=each.text, sampler="ddpm", num_inference_steps=steps) for each in some]
-        job, x0 = pipe.prepare(asked), latents_of(pipe, images[first : first + 16]).float()
-        denoise = remembered(denoiser(pipe, job))
+    found = {each: [0.0, 0.0] for each in variances_of(pipe)}
+    job, x0 = asked(pipe, prompts, steps)
+    for batch in job.batches:
+        rows, denoise = [each.prompt for each in batch], remembered(denoiser(pipe, job, batch))
         for variance, totals in found.items():
-            noise = Noise(range(first, first + len(some)))  # the same states, so that one answer serves all
-            for term in bound(denoise, x0, job.grid.sigmas, noise, variance=variance):
+            noise = Noise(rows)  # the same states, so that one answer serves all
+            for term in bound(denoise, x0[rows], job.grid.sigmas, noise, variance=variance):
                 bits = float(bits_per_dim(term.nats, x0[0].numel()).sum()) / len(prompts)
                 totals[0] += bits
                 totals[1] += bits if term.name == "step" else 0.0
     return {variance: (total, only) for variance, (total, only) in found.items()}
 
 
-def denoiser(pipe: Pipeline, job: Job) -> Denoise:
-    """The model itself on the prompts of a job, all at once, without guidance."""
-    cond = Conditioning.cat([job.encode(p)[0] for p in range(len(job.requests))])
+def asked(pipe: Pipeline, prompts: Sequence[Prompt], steps: int) -> tuple[Job, Tensor]:
+    """A drawing of the prompts by DDPM, and the latents of their renders, fp32 [N, c, h, w]."""
+    requests = [Request(prompt=each.text, sampler="ddpm", num_inference_steps=steps) for each in prompts]
+    job = pipe.prepare(requests, batch_size=16)
+    return job, latents_of(pipe, rendered(prompts, picture_size(pipe))).float()
+
+
+def denoiser(pipe: Pipeline, job: Job, batch: Batch) -> Denoise:
+    """The model itself on the prompts of a batch, without guidance."""
+    cond = Conditioning.cat([job.encode(picture.prompt)[0] for picture in batch])
     guidance = LearnedVariance(CFG(1.0)) if pipe.parts.learns_variance else CFG(1.0)
     predict = networks.predict(pipe.unet, job.grid, {"cond": cond})
     return guidance(predict, pipe.schedule.prediction.x0)
@@ -103,36 +109,33 @@ def remembered(denoise: Denoise) -> Denoise:
     """`denoise` that answers once for each noise level, of whatever state it is asked first."""
     known: dict[float, Denoised] = {}
 
-    def asked(x: Tensor, sigma: Tensor) -> Denoised:
+    def once(x: Tensor, sigma: Tensor) -> Denoised:
         if float(sigma) not in known:
             known[float(sigma)] = denoise(x, sigma)
         return known[float(sigma)]
 
-    return asked
+    return once
 
 
 @torch.inference_mode()
 def learned_shares(pipe: Pipeline, prompts: Sequence[Prompt], steps: int) -> dict[float, float]:
-    """What the model has learned: u of equation 15, mean over latents, by timestep."""
-    job = pipe.prepare(
-        [Request(prompt=each.text, sampler="ddpm", num_inference_steps=steps) for each in prompts]
-    )
-    x0, denoise = latents_of(pipe, rendered(prompts, picture_size(pipe))).float(), denoiser(pipe, job)
-    sigmas, noise, found = job.grid.sigmas, Noise(range(len(prompts))), {}
-    for t, sigma, sigma_next in zip(job.grid.timesteps, sigmas, sigmas[1:], strict=False):
-        d = denoise(x0 + sigma.to(x0) * noise(x0, 0, 0), sigma)
-        if d.log_variance is not None and sigma_next > 0:
+    """What the model has learned: u of equation 15, mean over latents, by timestep but the last."""
+    job, x0 = asked(pipe, prompts, steps)
+    found = dict.fromkeys(job.grid.timesteps[:-1].tolist(), 0.0)
+    for batch in job.batches:
+        rows, denoise = [each.prompt for each in batch], denoiser(pipe, job, batch)
+        noise = Noise(rows)
+        for t, (sigma, sigma_next) in zip(found, pairwise(job.grid.sigmas), strict=False):
+            d = denoise(x0[rows] + sigma.to(x0) * noise(x0[rows], 0, 0), sigma)
+            assert d.log_variance is not None
             lower, upper = sigma_log_variances(sigma, sigma_next)
-            found[float(t)] = float(((d.log_variance(sigma_next) - lower) / (upper - lower)).mean())
+            u = (d.log_variance(sigma_next) - lower) / (upper - lower)
+            found[t] += float(u.mean()) * len(rows) / len(prompts)
     return found
 
 
 def measure(
-    pipe: Pipeline,
-    scorer: Scorer,
-    prompts: Sequence[Prompt],
-    steps: int,
-    latents: int,
+    pipe: Pipeline, scorer: Scorer, prompts: Sequence[Prompt], steps: int, latents: int
 ) -> list[Figures]:
     """Every variance in so many steps; the bound of the first `latents` prompts' renders."""
     wanted, found = scorer.read(rendered(prompts, picture_size(pipe))).features, []
@@ -164,7 +167,7 @@ def _run(args: argparse.Namespace) -> None:
     from ldm.postcards.scoring.scorer import Scorer
 
     pipe, scorer, prompts = load(args.model), Scorer.load(args.scorer), evaluation_prompts(args.n)
-    shares = learned_shares(pipe, prompts[:16], 25)
+    shares = learned_shares(pipe, prompts[:16], 25) if pipe.parts.learns_variance else {}
     print(shares, flush=True)
     found = [each for n in args.steps for each in measure(pipe, scorer, prompts, n, args.latents)]
     write_json(args.out, {"figures": [asdict(each) for each in found], "u": shares, "prompts": args.n})
