@@ -29,21 +29,21 @@ from ldm.images.pixels import contact_sheet
 from ldm.pipeline import Pipeline
 from ldm.postcards.scoring.scorer import Scorer
 
-CLASSIFIER, FREE, BOTH = "classifier, no prompt", "classifier-free, a prompt", "classifier, with the prompt"
+Images = NDArray[np.uint8]  # [N, H, W, 3]
+
+CLASSIFIER, FREE = "classifier guidance, no prompt", "classifier-free guidance, a prompt"
 SCALES: Mapping[str, tuple[float, ...]] = {
     CLASSIFIER: (0, 1, 2, 4, 8, 16),
     FREE: (1, 1.5, 2.5, 4, 8),
-    BOTH: (1, 4),
 }
-COLOURS = {CLASSIFIER: "#d9480f", FREE: "#1c7ed6", BOTH: "#2f9e44"}
+COLOURS = {CLASSIFIER: "#d9480f", FREE: "#1c7ed6"}
 
 
 def arguments(way: str, kind: str, scale: float) -> dict[str, Any]:
     """Of the pipeline's call, for a picture of that kind."""
-    prompt = "" if way == CLASSIFIER else f"a {kind}"
     if way == FREE:
-        return {"prompt": prompt, "guidance_scale": scale}
-    return {"prompt": prompt, "guidance_scale": 1.0, "classifier_class": kind, "classifier_scale": scale}
+        return {"prompt": f"a {kind}", "guidance_scale": scale}
+    return {"prompt": "", "guidance_scale": 1.0, "classifier_class": kind, "classifier_scale": scale}
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,11 @@ def measure_guidance(
 
 def draw(pipe: Pipeline, seeds: Sequence[int], batch: int = 8, **call: Any) -> Images:
     """One picture for each seed."""
-    prompt, parts = call.pop("prompt"), []
+    prompt, pictures = call.pop("prompt"), list[Image.Image]()
     for i in range(0, len(seeds), batch):
         some = list(seeds[i : i + batch])
-        parts.append(to_uint8(pipe([prompt] * len(some), seed=some, output_type="pt", **call).images))
-    return np.concatenate(parts)
+        pictures += pipe([prompt] * len(some), seed=some, **call).images
+    return np.stack([np.asarray(each) for each in pictures])
 
 
 def renders(kind: str, count: int) -> Images:
