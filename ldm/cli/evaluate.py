@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 MOST_LINES = 5  # about files that are left out
 OWN_FEATURES = "features of the embedded CLIP, which has seen postcards only: --features FOLDER for others"
+TOLD = ("model", "model_hash", "sampler", "spacing", "num_inference_steps", "guidance_scale")  # of a drawing
 WORLD = ("postcard", "postcard-held-out")  # in place of a file: the embedded world's evaluation prompts
 EPILOG = """
 what needs what:
@@ -94,15 +95,16 @@ def evaluate(args: argparse.Namespace) -> int:
     reference = None if folder is None else read(folder, args)
     pictures = None if args.pictures is None else read(args.pictures, args)
     tools = make_tools(args)
+    protocol: dict[str, object] = {"command": " ".join(["ldm", *sys.argv[1:]])}
     if tools.vae is not None and args.prompts is not None:
         prompts = drawn_prompts(args)
         if args.reference in WORLD:
             reference = read(render(tools.vae, len(prompts), args), args)
-        draw(tools.vae, prompts, args)
+        protocol["drawn"] = draw(tools.vae, prompts, args)
     pictures = pictures or read(args.out / "drawn", args)
     progress = partial(bar, unit="images/s", quiet=args.quiet)
     parts = [evaluate(pictures, reference, tools, progress), caption_following(pictures)]
-    found = merge([Found(protocol={"command": " ".join(["ldm", *sys.argv[1:]])}), *parts])
+    found = merge([Found(protocol=protocol), *parts])
     written = [args.out / "evaluate.json", args.out / "evaluate.html"]
     write_json(written[0], found)
     folders = {name: pictures if name not in VAE else reference or pictures for name in found.per_picture}
@@ -181,8 +183,8 @@ def drawn_prompts(args: argparse.Namespace) -> list[str]:
     return [texts[k % len(texts)] for k in range(args.count or len(texts))]
 
 
-def draw(pipe: Pipeline, prompts: Sequence[str], args: argparse.Namespace) -> None:
-    """Write --out/drawn, a PNG a prompt with its request in it, or nothing at all."""
+def draw(pipe: Pipeline, prompts: Sequence[str], args: argparse.Namespace) -> dict[str, object]:
+    """Write --out/drawn, a PNG a prompt with its request in it, or nothing at all. Returns how."""
     from ldm.files import whole_folder
     from ldm.images.png import save_png
     from ldm.request import Request
@@ -201,6 +203,8 @@ def draw(pipe: Pipeline, prompts: Sequence[str], args: argparse.Namespace) -> No
                     save_png(image, aside / f"{done:05d}.png", picture.request)
                     done += 1
                 on_progress(done, len(requests))
+    told = {name: getattr(jobs[0].request, name) for name in TOLD}
+    return {"prompts": args.prompts, "first_seed": args.seed, **told, "dtype": str(pipe.dtype)}
 
 
 def render(pipe: Pipeline, total: int, args: argparse.Namespace) -> Path:

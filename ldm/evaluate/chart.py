@@ -10,7 +10,7 @@ Point = tuple[float, float]  # step, value
 
 WIDTH, HEIGHT = 560, 230
 LEFT, RIGHT, TOP, BOTTOM = 62, 536, 10, 190  # of the area that values are drawn in
-NAMES, ROW = 250, 24  # of bars: where they begin, to the right of their names; their height
+NAMES, ROW = 276, 24  # of bars: where they begin, to the right of their names; their height
 MOST_BINS = 30
 COLOUR = "#3b82f6"  # reads on white and on black
 

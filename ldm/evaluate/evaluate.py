@@ -200,7 +200,8 @@ def _vae(pictures: Pictures, own: bool, tools: Tools, progress: Progress) -> Fou
         left_out[VAE[2]] = "needs --features FOLDER and 2 pictures or more"
     protocol = {
         "model": tools.vae.name,
-        "dtype": str(tools.vae.runtime.dtype).removeprefix("torch."),
+        "model_hash": tools.vae.model_hash,
+        "dtype": str(next(tools.vae.vae.parameters()).dtype),
         "resize": f"Lanczos until it covers {size[1]}x{size[0]}, the middle cut out",
         "psnr": f"10 log10(255^2 / MSE) on RGB bytes, at most {MOST_DB:g} dB a picture",
         "ssim": "Gaussian window of 11 pixels, sigma 1.5, borders mirrored, RGB in 0..1",

@@ -63,7 +63,8 @@ def _of_pictures(name: str, values: Mapping[str, float], folder: Path) -> Iterat
     """How a figure spreads over the pictures, and the pictures at its ends."""
     label = escape(name)
     chart = histogram(list(values.values()), label, f"{label}: how many pictures")
-    yield f'<h2>{label}</h2><div class="pair"><figure>{chart}</figure></div>'
+    what = "<figcaption>How many pictures have which value; the mean is dashed</figcaption>"
+    yield f'<h2>{label}</h2><div class="pair"><figure>{what}{chart}</figure></div>'
     order = sorted(values, key=lambda picture: (values[picture], picture))
     shown = min(SHOWN, len(order) // 2)
     ends = {"Lowest": order[:shown], "Highest": order[::-1][:shown]} if shown else {"All": order}

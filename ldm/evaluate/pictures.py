@@ -95,7 +95,7 @@ def check_apart(pictures: Pictures, reference: Pictures) -> list[str]:
         raise UserError(
             f"every picture of {pictures.folder} lies in {reference.folder} too: there is nothing to compare"
         )
-    return [f"{len(shared)} pictures lie in both folders"] if shared else []
+    return [f"{len(shared)} of the pictures lie in both folders"] if shared else []
 
 
 def _check(examined: Examined) -> None:

@@ -48,7 +48,7 @@ def ssim(a: Images, b: Images) -> NDArray[np.float64]:
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    x, y = (torch.from_numpy(each).permute(0, 3, 1, 2).double() / 255 for each in (a, b))
+    x, y = (torch.from_numpy(each).permute(0, 3, 1, 2).float() / 255 for each in (a, b))
     values = structural_similarity_index_measure(x, y, data_range=1.0, reduction="none")
     assert isinstance(values, Tensor)
-    return np.asarray(values.numpy())
+    return np.asarray(values.double().numpy())

@@ -122,7 +122,7 @@ class CLIPTask(Task):
         return None
 
     def export(self, folder: Path) -> None:
-        """text_encoder/, tokenizer/, words.txt (for a pipeline) and image_encoder/ (for metrics)."""
+        """text_encoder/, tokenizer/, words.txt (for a pipeline), image_encoder/ and clip/ (for metrics)."""
         text = CLIPTextModel(self.clip.config.text_config)
         prefix = "text_model." if any(k.startswith("text_model.") for k in text.state_dict()) else ""
         text.load_state_dict({prefix + k: v for k, v in self.clip.text_model.state_dict().items()})
@@ -135,6 +135,9 @@ class CLIPTask(Task):
         half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # pictures in -1..1
         processor = CLIPImageProcessorPil(size=side, do_center_crop=False, resample=2, **half)
         processor.save_pretrained(folder / "image_encoder")
-        CLIPTokenizer.from_pretrained(self.tokenizer_dir).save_pretrained(folder / "tokenizer")
+        tokenizer = CLIPTokenizer.from_pretrained(self.tokenizer_dir)
+        tokenizer.save_pretrained(folder / "tokenizer")
+        for part in (self.clip, tokenizer, processor):  # both towers: what `ldm evaluate --clip` reads
+            part.save_pretrained(folder / "clip")
         words = known_words(caption for each in self.train_pictures.captions for caption in each)
         (folder / "words.txt").write_text("\n".join(words) + "\n", encoding="utf-8")

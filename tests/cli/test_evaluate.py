@@ -73,6 +73,9 @@ def test_pictures_are_drawn_first(here, tiny_folder, clips):
     found = json.loads((here / "out" / "evaluate.json").read_text())
     assert found["figures"]["CLIP score"]["counts"] == {"with captions": 3}
     assert found["figures"]["FID"]["counts"] == {"measured": 3, "reference": 7}
+    how = found["protocol"]["drawn"]
+    assert (how["prompts"], how["first_seed"], how["num_inference_steps"]) == ("prompts.txt", 7, 2)
+    assert how["model"] == tiny_folder.name
     assert run(*argv, "--out", "out") == 2  # nothing is drawn over
 
 

@@ -7,13 +7,15 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from tiny_tasks import tiny_parts, tiny_pictures, tiny_tokenizer, tiny_vae, unet_config
+from transformers import CLIPTokenizer
 
 import ldm
 from ldm.checkpoint import save_module
 from ldm.checkpoint.clip import load_text_encoder, load_tokenizer
 from ldm.errors import UserError
+from ldm.evaluate.features import ImageTower, unit
 from ldm.models import build
-from ldm.pretrain.clip import CLIPTask
+from ldm.pretrain.clip import CLIPTask, tokenise
 from ldm.pretrain.unet import UNetTask, prepare
 from ldm.pretrain.vae import VAETask, build_vae, load_vae
 from ldm.pretrain.widen import widen_vae
@@ -240,3 +242,11 @@ def test_clip_loss_is_the_papers_and_export_loads(tokenizer_dir, pictures, tmp_p
     ours = text(input_ids=batch["ids"]).last_hidden_state
     theirs = task.clip.text_model(input_ids=batch["ids"]).last_hidden_state
     assert torch.equal(ours, theirs)
+    images, captions = pictures.images[:4], [captions[0] for captions in pictures.captions[:4]]
+    both = ImageTower.load(tmp_path / "clip" / "clip")
+    ids = tokenise(CLIPTokenizer.from_pretrained(tokenizer_dir), [[caption] for caption in captions])[:, 0]
+    with torch.no_grad():
+        x = pictures.tensors(torch.arange(4))
+        image, words, _ = task._embed(x, ids.long())
+    np.testing.assert_allclose(both.embed(images), image, atol=1e-5)
+    np.testing.assert_allclose(unit(both.texts(captions)), words, atol=1e-5)

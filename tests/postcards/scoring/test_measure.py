@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_clip import make_tower
 from tiny_pipeline import make_folder
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import ldm
 from ldm.diffusion.noise import Noise
@@ -53,12 +53,7 @@ def scorer():
 @pytest.fixture(scope="module")
 def tower_folder(tmp_path_factory, scorer):
     folder = tmp_path_factory.mktemp("instruments")
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "projection_dim": 8}
-    config = CLIPVisionConfig(
-        **sizes, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16
-    )
-    torch.manual_seed(0)
-    CLIPVisionModelWithProjection(config).save_pretrained(folder / "image_encoder")
+    make_tower(folder / "image_encoder")
     scorer.save(folder)
     return folder
 
