@@ -7,10 +7,11 @@ import argparse
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm.errors import UserError, reported
+from ldm.errors import reported
 
 
 def main() -> None:
@@ -28,18 +29,15 @@ def main() -> None:
 
 
 def _render(args: argparse.Namespace) -> None:
-    from PIL import Image
-
+    from ldm.postcards.folder import write_folder
     from ldm.postcards.scoring.windmill import PARTICULAR, sample_postcard
 
-    if args.folder.is_dir() and any(args.folder.iterdir()):
-        raise UserError(f"{args.folder} is not empty: give a new folder, or empty it")
-    args.folder.mkdir(parents=True, exist_ok=True)
-    for k in range(args.count):
+    def make(k: int) -> tuple[Any, str]:
         rng = random.Random(f"windmill {args.seed} {k}")
         postcard = sample_postcard(rng, PARTICULAR if args.particular else None)
-        Image.fromarray(postcard.render(args.size)).save(args.folder / f"{k:03d}.png")
-        (args.folder / f"{k:03d}.txt").write_text(postcard.caption(rng, args.noun) + "\n", encoding="utf-8")
+        return postcard.render(args.size), postcard.caption(rng, args.noun)
+
+    write_folder(args.folder, args.count, make)
 
 
 if __name__ == "__main__":

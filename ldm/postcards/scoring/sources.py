@@ -56,6 +56,24 @@ def drawn(pipe: Pipeline, prompts: Sequence[Prompt], settings: Settings, on_prog
     return _in_batches(draw, prompts, settings.batch_size, on_progress)
 
 
+def filled(
+    pipe: Pipeline,
+    prompts: Sequence[Prompt],
+    images: Images,
+    masks: NDArray[np.bool_],
+    settings: Settings,
+    on_progress: OnProgress,
+) -> Images:
+    """Pictures, one for each prompt, with what masks [N, H, W] cover drawn anew."""
+
+    def draw(start: int, part: Sequence[Prompt]) -> Images:
+        own, seeds = slice(start, start + len(part)), _seeds(settings, start, part)
+        given = {"image": images[own], "mask_image": masks[own], "num_inference_steps": settings.steps}
+        return _call(pipe, part, seeds, settings, **given)
+
+    return _in_batches(draw, prompts, settings.batch_size, on_progress)
+
+
 def denoised_from(
     pipe: Pipeline, timestep: int, prompts: Sequence[Prompt], settings: Settings, on_progress: OnProgress
 ) -> Images:
