@@ -113,6 +113,9 @@ class Request(_Checked):
     `not_kept` names the arguments of Python's call that no JSON can hold (a solver of one's own, latents, an
     image in memory): without them, this is not the request that draws the picture again.
 
+    `target_prompt` makes an edit of it: the image is inverted under `prompt` up to `strength`, and drawn
+    again under that (`ldm.pipeline.edit`).
+
     Tags in the prompt, `<lora:name:0.8>`, leave it and become `loras`: None is those that the pipeline has.
 
     Raises `ldm.errors.UserError`, naming the field, its value and what is allowed.
@@ -122,6 +125,7 @@ class Request(_Checked):
     negative_prompt: Text | None = None  # None and "" differ in SDXL: zeros, or the encoding of no words
     prompt_2: Text | None = None  # for a second text encoder; None: as the first
     negative_prompt_2: Text | None = None
+    target_prompt: Text | None = None  # what an edit makes of the image, which `prompt` tells
     height: Side | None = None  # pixels
     width: Side | None = None
     num_inference_steps: Steps | None = None
@@ -178,10 +182,16 @@ class Request(_Checked):
 
     @property
     def texts(self) -> tuple[list[str], list[str]]:
-        """The prompt and the negative prompt, as a first text encoder reads them, and as a second does."""
+        """Prompt, negative prompt, and an edit's target, as a first text encoder reads them, and a second."""
         negative = self.negative_prompt or ""
-        first = [self.prompt, negative]
-        return first, [self.prompt_2 or self.prompt, self.negative_prompt_2 or negative]
+        target = [] if self.target_prompt is None else [self.target_prompt]
+        first = [self.prompt, negative, *target]
+        return first, [self.prompt_2 or self.prompt, self.negative_prompt_2 or negative, *target]
+
+    @property
+    def shown(self) -> str:
+        """What the finished picture shows: the prompt, or an edit's target."""
+        return self.prompt if self.target_prompt is None else self.target_prompt
 
     @property
     def num_grid_steps(self) -> int | None:
@@ -298,7 +308,7 @@ class Request(_Checked):
         return levels
 
 
-_PROMPTS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2")
+_PROMPTS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "target_prompt")
 
 
 def consecutive_seeds(seed: int | Iterable[int] | None, count: int = 1) -> tuple[int, ...]:

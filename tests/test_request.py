@@ -27,6 +27,7 @@ WHOLE = Request(
     clip_skip=1,
     prompt_2="ein Boot",
     negative_prompt_2="Nebel",
+    target_prompt="ein Haus",
     image="pictures/boat.png",
     image_sha256="0" * 64,
     mask_image="pictures/mask.png",

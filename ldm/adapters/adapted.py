@@ -95,8 +95,7 @@ def used_embeddings(request: Request, held: Sequence[Embedding]) -> tuple[Embedd
                 f"the textual inversion {use.name} ({use.sha256[:10]}...) that this picture was drawn with "
                 f"{fault}: give it by --embedding {use.name}=FILE"
             )
-    texts = (request.prompt, request.negative_prompt, request.prompt_2, request.negative_prompt_2)
-    words = "\n".join(text for text in texts if text).lower()
+    words = "\n".join(text for texts in request.texts for text in texts).lower()
     return tuple(
         EmbeddingUse(name=each.name, sha256=each.sha256) for each in held if each.name.lower() in words
     )

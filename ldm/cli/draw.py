@@ -78,9 +78,11 @@ def make_requests(args: argparse.Namespace) -> list[Request]:
             f"{len(prompts) * each} pictures are too many for one run: ask for at most {MAX_PICTURES}"
         )
     (seed,) = consecutive_seeds(args.seed)
+    check_edit(args)
     same_name = (Request.model_fields.keys() & vars(args).keys()) - {"prompt", "model"}
+    fields = {name: getattr(args, name) for name in same_name} | {"image": args.invert or args.image}
     one = Request(
-        **{name: getattr(args, name) for name in same_name},
+        **fields,
         num_inference_steps=args.steps,
         guidance_scale=args.scale,
         spacing=args.scheduler,
@@ -94,6 +96,16 @@ def make_requests(args: argparse.Namespace) -> list[Request]:
         one.replace(prompt=prompt, seeds=consecutive_seeds(seed + p * each, each))
         for p, prompt in enumerate(prompts)
     ]
+
+
+def check_edit(args: argparse.Namespace) -> None:
+    """Raise UserError for one of --invert and --to without the other, and for two pictures."""
+    if args.invert is None and args.target_prompt is not None:
+        raise UserError("--to TEXT needs --invert FILE: the picture that becomes what the text says")
+    if args.invert is not None and args.target_prompt is None:
+        raise UserError("--invert FILE needs --to TEXT: what the picture becomes (-p says what it shows now)")
+    if args.invert is not None and args.image is not None:
+        raise UserError("--invert and --init-image both name a picture: give --invert alone to edit one")
 
 
 def prepare_jobs(pipe: Pipeline, requests: Sequence[Request], batch_size: int) -> list[Job]:
@@ -208,7 +220,7 @@ def warn_of_unknown_words(pipe: Pipeline, args: argparse.Namespace, requests: Se
 
     if args.model not in (None, EMBEDDED[0]) or args.quiet:
         return
-    prompts = dict.fromkeys(request.prompt for request in requests)
+    prompts = dict.fromkeys(text for request in requests for text in (request.prompt, request.shown))
     unknown = dict.fromkeys(word for prompt in prompts for word in pipe.unknown_words(prompt))
     if unknown:
         print(
@@ -300,6 +312,13 @@ def add_image_flags(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="0 to 1: how much of the picture is drawn anew (default: 0.8; of SDXL 0.3; with a mask 1)",
     )
+    add(
+        "--invert",
+        metavar="FILE",
+        help="edit this picture: it is inverted to the noise that draws it (-p says what it shows) and drawn "
+        "again as --to says; --mask covers what may change (default: where the two texts differ)",
+    )
+    add("--to", dest="target_prompt", metavar="TEXT", help="what the picture of --invert becomes")
     add(
         "--image-guidance-scale",
         type=float,

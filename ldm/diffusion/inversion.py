@@ -1,4 +1,4 @@
-"""From a picture to the noise that draws it, and back.
+"""From a picture to the noise that draws it, and back; and an edit: back under another prompt.
 
 `ddim_invert` walks the probability-flow ODE upwards by Euler's steps, each with the noise estimate of the
 level that it starts from, so the way back differs from it by the ODE's error. `bdia_invert` and `bdia` are
@@ -8,10 +8,13 @@ Integration Approximation", equations 17 and 19, which in sigma space need no sc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ldm.diffusion.solvers import Denoise, Step
 
@@ -34,33 +37,69 @@ def ddim_invert(denoise: Denoise, x0: Tensor, sigmas: Tensor) -> Tensor:
     return x
 
 
-def bdia_invert(denoise: Denoise, x0: Tensor, sigmas: Tensor, gamma: float = 1.0) -> tuple[Tensor, Tensor]:
-    """The states at ``sigmas[0]`` and ``sigmas[1]`` from which `bdia` draws exactly this picture.
+def fading_gamma(steps: int, fade: float = 8.0) -> float:
+    """The gamma that leaves ``exp(-fade)`` of an oscillation at the end of `steps` steps.
+
+    With gamma 1 the leapfrog keeps what a step's error, or another prompt on the way back, sets swinging
+    between even and odd steps: edits come out as stains. A fixed gamma fades more over more steps.
+    """
+    return math.exp(-fade / steps)
+
+
+def bdia_invert(denoise: Denoise, x0: Tensor, sigmas: Tensor, gamma: float = 1.0) -> list[Tensor]:
+    """The states at each of `sigmas`, of which `bdia` draws exactly this picture again from the first two.
 
     Needs two levels above 0. Arguments as in `ddim_invert`; `gamma` as in `bdia`.
     """
     levels = sigmas.to(x0)
-    lower, x = x0, x0 + levels[-2] * _eps(denoise, x0, sigmas[-2])
+    path = [x0 + levels[-2] * _eps(denoise, x0, sigmas[-2]), x0]  # built from the picture up
     for i in range(len(sigmas) - 2, 0, -1):
+        x, lower = path[:2]
         eps = _eps(denoise, x, sigmas[i])
         down, up = (levels[i + 1] - levels[i]) * eps, (levels[i - 1] - levels[i]) * eps
-        lower, x = x, x + (lower - x - down) / gamma + up
-    return x, lower
+        path.insert(0, x + (lower - x - down) / gamma + up)
+    return path
 
 
-def bdia(denoise: Denoise, x: Tensor, x_next: Tensor, sigmas: Tensor, gamma: float = 1.0) -> Iterator[Step]:
+def bdia(
+    denoise: Denoise, path: Sequence[Tensor], sigmas: Tensor, gamma: float = 1.0, mask: Tensor | None = None
+) -> Iterator[Step]:
     """Draw from two neighbouring states: ``x'' = x' + d_down + gamma ((x - x') - d_up)``.
 
     ``d_down`` and ``d_up`` are Euler's steps from x' to the next level and back to the last one, by one noise
     estimate. Gamma 1 is the leapfrog; 0 would be DDIM, which cannot be inverted.
+
+    Args:
+        path: the two states at ``sigmas[0]`` and ``sigmas[1]``; with a mask one at each level.
+        mask: bool [B or 1, 1, H, W]; where it is False the state is that of `path`, to the last bit.
     """
-    levels = sigmas.to(x)
+    levels, (x, x_next) = sigmas.to(path[0]), path[:2]
     for i in range(1, len(sigmas) - 1):
         d = denoise(x_next, sigmas[i])
         eps = (x_next - d.anchor) / levels[i]
         down, up = (levels[i + 1] - levels[i]) * eps, (levels[i - 1] - levels[i]) * eps
         x, x_next = x_next, x_next + down + gamma * (x - x_next - up)
+        if mask is not None:
+            x_next = torch.where(mask, x_next, path[i + 1])
         yield Step(i, float(sigmas[i + 1]), x_next, d.x0)
+
+
+def edit_mask(
+    source: Denoise, target: Denoise, path: Sequence[Tensor], sigmas: Tensor, threshold: float = 0.2
+) -> Tensor:
+    """Where two prompts see another picture in the states of an inversion: bool [B, 1, H, W].
+
+    Where the root mean square over channels of ``x0_target - x0_source`` is above `threshold` (in latents,
+    whose spread is about 1) at any of four levels, and a cell around that. DiffEdit (Couairon et al. 2023,
+    section 3.2) takes noised pictures and a share of the largest difference; the states of the inversion need
+    no averaging, and a fixed threshold lets an edit of everything be one.
+    """
+    seen = []
+    for i in torch.linspace(0, len(sigmas) - 2, min(4, len(sigmas) - 1)).round().int().tolist():
+        gap = target(path[i], sigmas[i]).x0 - source(path[i], sigmas[i]).x0
+        seen.append(gap.square().mean(1, keepdim=True).sqrt())
+    found = torch.stack(seen).amax(0) > threshold
+    return F.max_pool2d(found.float(), 3, stride=1, padding=1) > 0
 
 
 def _eps(denoise: Denoise, x: Tensor, sigma: Tensor) -> Tensor:

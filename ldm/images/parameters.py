@@ -32,6 +32,7 @@ def format_parameters(request: Request) -> str:
         "Clip skip": None if not request.clip_skip else request.clip_skip + 1,  # there, 1 skips no layer
         "CFG rescale": request.guidance_rescale or None,
         "Denoising strength": request.strength,
+        "Target prompt": request.target_prompt,
         "Eta": request.eta,
         "Version": f"ldm {__version__}",
     }

@@ -16,25 +16,32 @@ from ldm.pipeline.model import Model
 from ldm.request import Request
 
 
-def encode_texts(model: Model, request: Request, inputs: Inputs, p: int) -> tuple[Conditioning, Conditioning]:
+def encode_texts(
+    model: Model, request: Request, inputs: Inputs, p: int, source: bool = False
+) -> tuple[Conditioning, Conditioning]:
     """(cond, uncond) of a resolved request, number `p` of its job: one row each, of equal length.
+
+    An edit's cond is of its target, or with `source` of the prompt that tells its image, as long as that.
 
     Raises UserError for embeddings that do not fit the model or each other.
     """
     extra, negative_extra = _extra(request, model.parts, model.runtime.device)
-    cond, uncond = _read(model, request, inputs, p)
+    cond, uncond = _read(model, request, inputs, p, source)
     return replace(cond, **extra), replace(uncond, **negative_extra)
 
 
-def _read(model: Model, request: Request, inputs: Inputs, p: int) -> tuple[Conditioning, Conditioning]:
+def _read(
+    model: Model, request: Request, inputs: Inputs, p: int, source: bool
+) -> tuple[Conditioning, Conditioning]:
     """(cond, uncond): embeddings that are given, and the others of their texts."""
     text, (texts, texts_2), device = model.text, request.texts, model.runtime.device
     cond = _given(p, device, inputs.prompt_embeds, inputs.pooled_prompt_embeds)
     uncond = _given(p, device, inputs.negative_prompt_embeds, inputs.negative_pooled_prompt_embeds)
     given = cond is not None or uncond is not None
     if cond is None:
-        both = text.encode(texts, request.clip_skip, prompts_2=texts_2)
-        cond, encoded = both[:1], both[1:]
+        read = text.encode(texts, request.clip_skip, prompts_2=texts_2)
+        shown = slice(1) if source or request.target_prompt is None else slice(2, 3)
+        cond, encoded = read[shown], read[1:2]
     absent = request.negative_prompt is None and request.negative_prompt_2 is None
     unused = not text.clips and (request.guidance_scale or 0) <= 1
     if uncond is None and absent and (model.parts.force_zeros_for_empty_prompt or unused):

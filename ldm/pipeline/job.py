@@ -30,6 +30,7 @@ from ldm.models.conditioning import Conditioning
 from ldm.models.kind import Kind
 from ldm.pipeline import before, networks
 from ldm.pipeline.conditioning import encode_texts
+from ldm.pipeline.edit import Invert, check_edit, invertible
 from ldm.pipeline.inputs import NOTHING, Inputs, count_images
 from ldm.pipeline.model import Model
 from ldm.pipeline.resolve import Images, meaningless_eta, resolve
@@ -38,7 +39,7 @@ from ldm.request import Request
 
 LCM = "LatentConsistencyModelPipeline"  # as diffusers names it
 # What the requests of one job may differ in: their texts, and what follows from those.
-OWN = {"prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "seeds", "embeddings"}
+OWN = {"prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "target_prompt", "seeds", "embeddings"}
 
 # An argument of the call that no request keeps -> what of a request means nothing beside it.
 INSTEAD: dict[str, dict[str, Any]] = {
@@ -110,6 +111,7 @@ def prepare(
     """
     asked = (request,) if isinstance(request, Request) else tuple(request)
     check_alike(asked)
+    check_edit(asked, inputs)
     check_images(model, asked, inputs)
     images = read_images(asked[0], inputs, model.vae.downscale)
     requests = tuple(resolve(model, each, images) for each in asked)
@@ -131,7 +133,15 @@ def prepare(
     if first.is_old and spacing == "ays" and n is not None:
         grid = before.align_your_steps(model.schedule, sampler, n)
     grid = grid if spread else trim_to_strength(grid, first)
-    start = start_of(model, first, grid, images, inputs.image_latents)
+    grid = grid if first.target_prompt is None else invertible(grid)
+    start = start_of(
+        model,
+        first,
+        grid,
+        images,
+        lambda p: encode_texts(model, requests[p], inputs, p, source=True)[0],
+        inputs.image_latents,
+    )
     kept = requests if inputs is NOTHING and not first.not_kept else as_kept(requests, inputs)
     pictures = list_pictures(kept, inputs, start.shape)
     return Job(
@@ -238,9 +248,14 @@ def trim_to_strength(grid: Grid, request: Request) -> Grid:
 
 
 def start_of(
-    model: Model, request: Request, grid: Grid, images: Images, latents: Tensor | None = None
+    model: Model,
+    request: Request,
+    grid: Grid,
+    images: Images,
+    source: Callable[[int], Conditioning],
+    latents: Tensor | None = None,
 ) -> FromNoise:
-    """How the pictures of a resolved request begin, with its images resized."""
+    """How the pictures of a resolved request begin, with its images resized; `source` is of `Invert`."""
     size, factor, vae = request.size, model.vae.downscale, model.vae
     small = (size[0] // factor, size[1] // factor)
     shape, device = (vae.latent_channels, *small), model.runtime.device
@@ -260,9 +275,11 @@ def start_of(
     pixels, samples = fit_image(images.image, size), vae.is_variational or request.is_old
     if model.kind is Kind.PIX2PIX:
         return Edit(shape, grid, device, vae, pixels)
-    if images.mask is not None:
-        mask, keeps = fit_mask(images.mask, size), request.strength != 1
-        within = Inpaint if model.kind is Kind.INPAINT else Masked
+    mask = None if images.mask is None else fit_mask(images.mask, size)
+    if request.target_prompt is not None:
+        return Invert(shape, grid, device, vae, pixels, mask, source, samples=False)
+    if mask is not None:
+        keeps, within = request.strength != 1, Inpaint if model.kind is Kind.INPAINT else Masked
         return within(shape, grid, device, vae, pixels, mask, keeps_image=keeps, samples=samples)
     return FromImage(shape, grid, device, vae, pixels, samples=samples)
 

@@ -144,6 +144,7 @@ class Pipeline(Model):
         noise_level: int | None = None,
         classifier_class: str | None = None,
         classifier_scale: float | None = None,
+        target_prompt: str | Sequence[str] | None = None,
         prompt_2: str | Sequence[str] | None = None,
         negative_prompt_2: str | Sequence[str] | None = None,
         pooled_prompt_embeds: Tensor | None = None,
@@ -176,6 +177,8 @@ class Pipeline(Model):
                 the rest keeps the image's own pixels.
             strength: the share of the steps that is drawn, from the image with as much noise.
             classifier_class, classifier_scale: what `with_classifier`'s gradient leads to, and how strongly.
+            target_prompt: an edit: the image, which `prompt` tells, becomes this; the rest is kept.
+                `strength` says how far towards noise it is taken back, mask_image where it may change.
             output_type: "pil" (list), "np" [B, H, W, 3] in 0..1, "pt" [B, 3, H, W] in 0..1, or "latent".
             callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}) with the latents at
                 the network's scale, x / sqrt(sigma^2 + 1). What it returns under a name replaces that from
@@ -251,6 +254,7 @@ class Pipeline(Model):
             one_each(negative_prompt, len(prompts), "negative_prompt"),
             one_each(prompt_2, len(prompts), "prompt_2"),
             one_each(negative_prompt_2, len(prompts), "negative_prompt_2"),
+            one_each(target_prompt, len(prompts), "target_prompt"),
             strict=True,
         )
         requests = [
@@ -259,9 +263,10 @@ class Pipeline(Model):
                 negative_prompt=negative,
                 prompt_2=text_2,
                 negative_prompt_2=negative_2,
+                target_prompt=target,
                 seeds=seeds[p * each : (p + 1) * each],
             )
-            for p, (text, negative, text_2, negative_2) in enumerate(texts)
+            for p, (text, negative, text_2, negative_2, target) in enumerate(texts)
         ]
         job = self.prepare(requests, inputs)
         if callback_on_step_end is None:

@@ -19,6 +19,7 @@ from ldm.diffusion.samplers import SAMPLERS, resolve_sampler
 from ldm.errors import UserError, printable
 from ldm.images.fitting import InMemory, size_of
 from ldm.models.kind import Kind
+from ldm.pipeline import edit
 from ldm.pipeline.model import Model
 from ldm.request import MAX_SIDE, Request
 
@@ -80,6 +81,7 @@ def check(request: Request, has_image: bool, has_mask: bool, parts: Parts) -> No
     two_encoders = parts.text_encoder is not None and parts.text_encoder_2 is not None
     sizes = [name for name in Request.model_fields if name.endswith(("_size", "_top_left"))]
     rules = [
+        (has_image and kind is Kind.TEXT, "text-to-image models, with an image,", ["target_prompt"]),
         (begins, "text-to-image and inpainting models, with an image,", ["mask_image"]),
         (begins, "img2img and inpainting, with an image,", ["strength"]),
         (kind is Kind.PIX2PIX, "instruct-pix2pix models", ["image_guidance_scale"]),
@@ -133,6 +135,8 @@ def _defaults(model: Model, request: Request, images: Images) -> dict[str, Any]:
         "model": model.name,
         "model_hash": model.model_hash,
     }
+    if request.target_prompt is not None:
+        values |= {"sampler": edit.SAMPLER, "strength": edit.STRENGTH}
     sampler, implied = resolve_sampler(request.sampler or values.get("sampler") or schedule.default_sampler)
     spacing = None
     if not (request.timesteps or request.sigmas):

@@ -16,6 +16,7 @@ from ldm.diffusion.guidance import Exchangeable, Guidance
 from ldm.diffusion.solvers import Step
 from ldm.models.conditioning import Conditioning
 from ldm.pipeline import networks
+from ldm.pipeline.edit import Invert
 from ldm.pipeline.inputs import Inputs
 from ldm.pipeline.job import Batch, Job, prepare
 
@@ -36,7 +37,7 @@ def draw_batch(job: Job, batch: Batch, on_step: OnStep | None = None) -> Tensor:
     """The images [B, 3, H, W] in 0..1 of one batch, enlarged where the model has an upscaler."""
     latents = draw_latents(job, batch, on_step)
     start = job.start.rows([picture.prompt for picture in batch])
-    images = start.finish(networks.decode(job.model.vae, latents))
+    images = start.finish(networks.decode(job.model.vae, latents), latents)
     return images if job.model.upscaler is None else enlarge(job, batch, images)
 
 
@@ -66,7 +67,8 @@ def sample(job: Job, batch: Batch) -> Generator[Step, Change | None, None]:
     given = [picture.latents for picture in batch if picture.latents is not None]
     prompts = [picture.prompt for picture in batch]
     cond, uncond = zip(*map(job.encode, prompts), strict=True)
-    begun = job.start.rows(prompts).begin(
+    start = job.start.rows(prompts)
+    begun = start.begin(
         noise, torch.stack(given) if given else None, Conditioning.cat(cond), Conditioning.cat(uncond)
     )
     branches, known = begun.branches, begun.known
@@ -75,7 +77,10 @@ def sample(job: Job, batch: Batch) -> Generator[Step, Change | None, None]:
     guided = Exchangeable(job.guidance(predict, schedule.prediction.x0))
     denoise = guided if schedule.bounds is None else schedule.bounded(guided, job.sampler)
     denoise = denoise if known is None else known.around(denoise)
-    for step in job.sampler.solver(denoise, begun.x, job.grid.sigmas, noise, **job.options):
+    solver = job.sampler.solver
+    if isinstance(start, Invert):
+        solver = start.solver(predict, schedule.prediction.x0)
+    for step in solver(denoise, begun.x, job.grid.sigmas, noise, **job.options):
         change = yield step if known is None else known.put_back(step)
         if change is not None:
             for name, texts in change.texts.items():
@@ -91,7 +96,7 @@ def enlarge(job: Job, batch: Batch, images: Tensor) -> Tensor:
     for picture, image in zip(batch, (images * 255).round() / 255, strict=True):
         small = picture.request
         assert small.upscaling is not None
-        asked = small.upscaling.replace(prompt=small.prompt, seeds=small.seeds)
+        asked = small.upscaling.replace(prompt=small.shown, seeds=small.seeds)
         own = prepare(upscaler, asked, Inputs(image=image))
         large += [draw_batch(own, each) for each in own.batches]
     return torch.cat(large)

@@ -57,8 +57,8 @@ class FromNoise:
         """Unit noise [B, C, h, w], drawn if it is not given."""
         return (noise.initial(self.shape) if given is None else given).to(self.device, torch.float32)
 
-    def finish(self, images: Tensor) -> Tensor:
-        """Finished pictures [B, 3, H, W] in 0..1 of decoded ones."""
+    def finish(self, images: Tensor, latents: Tensor) -> Tensor:
+        """Finished pictures [B, 3, H, W] in 0..1 of decoded ones; `latents` are what was decoded."""
         return images
 
     def rows(self, prompts: Sequence[int]) -> Self:
@@ -165,7 +165,7 @@ class Masked(FromImage):
         x = x0 + float(self.grid.sigmas[0]) * unit if self.keeps_image else self.grid.initial_scale * unit
         return Beginning(x, {"cond": cond, "uncond": uncond}, Known(self.grid, x0, unit, self.small))
 
-    def finish(self, images: Tensor) -> Tensor:
+    def finish(self, images: Tensor, latents: Tensor) -> Tensor:
         """What the mask does not cover is as it was."""
         return torch.where(self.mask.to(images.device) > 0, images, self.pixels.to(images))
 

@@ -23,13 +23,11 @@ from scipy.spatial.distance import pdist
 from ldm import postcards as world
 from ldm.errors import reported
 from ldm.evaluate.distances import frechet_distance
-from ldm.evaluate.reconstruction import Images, to_uint8
+from ldm.evaluate.reconstruction import Images
 from ldm.evaluate.report import Rate, rate
 from ldm.images.pixels import contact_sheet
 from ldm.pipeline import Pipeline
 from ldm.postcards.scoring.scorer import Scorer
-
-Images = NDArray[np.uint8]  # [N, H, W, 3]
 
 CLASSIFIER, FREE = "classifier guidance, no prompt", "classifier-free guidance, a prompt"
 SCALES: Mapping[str, tuple[float, ...]] = {

@@ -21,13 +21,14 @@ from scipy.ndimage import distance_transform_edt
 from ldm.dataset.masks import random_masks
 from ldm.errors import UserError
 from ldm.evaluate.distances import frechet_distance
+from ldm.evaluate.reconstruction import Images, reconstructed
 from ldm.evaluate.report import NORMAL_95, Rate, rate
 from ldm.images.pixels import contact_sheet
 from ldm.pipeline import Pipeline
 from ldm.postcards.scoring.following import judge
 from ldm.postcards.scoring.prompts import Prompt, evaluation_prompts
 from ldm.postcards.scoring.scorer import Scorer
-from ldm.postcards.scoring.sources import Images, Settings, filled, reconstructed, rendered
+from ldm.postcards.scoring.sources import Settings, filled, rendered
 from ldm.train.recipe import MaskSection
 
 Masks = NDArray[np.bool_]  # [N, H, W], true where it is drawn anew
