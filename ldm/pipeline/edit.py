@@ -75,8 +75,9 @@ class Invert(FromImage):
     def finish(self, images: Tensor, latents: Tensor) -> Tensor:
         """What is not changed has the photo's own pixels, with a soft edge unless the mask is the user's."""
         if self.mask is None:
-            kept = (latents == self.latents.mean).all(1, keepdim=True).float()
-            share = 1 - F.interpolate(kept, images.shape[-2:], mode="bilinear")
+            changed = (latents != self.latents.mean).any(1, keepdim=True).float()
+            around = F.max_pool2d(changed, 3, stride=1, padding=1)  # the decoder looks beyond a latent
+            share = F.interpolate(around, images.shape[-2:], mode="bilinear")
         else:
             share = self.mask.to(images)
         return torch.where(share > 0, images.lerp(self.pixels.to(images), 1 - share), self.pixels.to(images))
@@ -86,7 +87,7 @@ def check_edit(requests: Sequence[Request], inputs: Inputs) -> None:
     """Raise UserError for what an edit cannot heed."""
     for request in requests:
         if request.target_prompt is None:
-            continue
+            raise UserError("prompts of one call are all edits, or none: give the others to another call")
         if len(request.seeds) > 1:
             raise UserError(
                 f"{len(request.seeds)} seeds: an edit draws no noise, and every seed gives the same picture: "

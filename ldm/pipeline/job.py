@@ -111,7 +111,8 @@ def prepare(
     """
     asked = (request,) if isinstance(request, Request) else tuple(request)
     check_alike(asked)
-    check_edit(asked, inputs)
+    if any(each.target_prompt is not None for each in asked):
+        check_edit(asked, inputs)
     check_images(model, asked, inputs)
     images = read_images(asked[0], inputs, model.vae.downscale)
     requests = tuple(resolve(model, each, images) for each in asked)
