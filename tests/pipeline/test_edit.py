@@ -32,8 +32,8 @@ def ddim_round_trip(pipe, request, inputs):
     """The latents of the picture, and those that DDIM's inversion and DDIM make of them."""
     job = pipe.prepare(request, inputs)
     start = job.start.rows([0])
-    x0, branches = start.begin(None, None, *job.encode(0))
-    predict = networks.predict(pipe.unet, job.grid, branches)
+    begun = start.begin(None, None, *job.encode(0))
+    x0, predict = begun.x, networks.predict(pipe.unet, job.grid, begun.branches)
     denoise = CFG(1.0)(predict, pipe.schedule.prediction.x0)
     noise = ddim_invert(denoise, x0, job.grid.sigmas)
     *_, step = ancestral(denoise, noise, job.grid.sigmas, None, eta=0.0)

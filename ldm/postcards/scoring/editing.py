@@ -125,9 +125,9 @@ def reconstructed(pipe: Pipeline, case: Case, steps: int) -> tuple[Images, list[
     asked = Request(prompt=caption, target_prompt=caption, guidance_scale=1, num_inference_steps=steps)
     white = Image.new("L", (8, 8), 255)  # nothing is kept for its own sake
     job = pipe.prepare(asked, replace(inputs, mask_image=white))
-    start = job.start.rows([0])
-    x0, branches = start.begin(Noise([0]), None, *job.encode(0))
-    denoise = CFG(1.0)(networks.predict(pipe.unet, job.grid, branches), pipe.schedule.prediction.x0)
+    begun = job.start.rows([0]).begin(Noise([0]), None, *job.encode(0))
+    denoise = CFG(1.0)(networks.predict(pipe.unet, job.grid, begun.branches), pipe.schedule.prediction.x0)
+    x0 = begun.x
     noise = ddim_invert(denoise, x0, job.grid.sigmas)
     *_, step = ancestral(denoise, noise, job.grid.sigmas, Noise([0]), eta=0.0)
     latents = [x0, step.x, pipe.draw(job, output_type="latent").images]
