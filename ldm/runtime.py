@@ -155,13 +155,13 @@ class Finite(Generic[M]):
     in one step of a drawing would do so in the next. So one is made for each drawing, and forgotten with it.
     """
 
-    def __init__(self, module: M, what: str) -> None:
-        """`what` names the network in messages."""
-        self.module, self.what = module, what
+    def __init__(self, module: M, what: str, gradients: bool = False) -> None:
+        """`what` names the network in messages; with `gradients` its answers can be differentiated."""
+        self.module, self.what, self.gradients = module, what, gradients
 
     def __call__(self, call: Callable[[M], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """`call` of the network. Raises FloatingPointError if fp32 does not help."""
-        with torch.no_grad():
+        with torch.set_grad_enabled(self.gradients):
             out = tuple(each.float() for each in call(self.module))
             if all(bool(each.isfinite().all()) for each in out):
                 return out

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from ldm.cli import convert, diffuse, draw, evaluate, finetune, folder, redraw
+from ldm.cli import convert, diffuse, draw, evaluate, finetune, folder, likelihood, redraw
 from ldm.cli.flags import FLAGS
 from ldm.cli.parser import Parser, dashes
 from ldm.errors import NEWLINE, UserError, printable
@@ -35,6 +35,11 @@ COMMANDS = {
     ),
     "diffuse": (diffuse.add_flags, diffuse.diffuse, "show a picture on its way to noise and back"),
     "evaluate": (evaluate.add_flags, evaluate.evaluate, "measure pictures: FID, KID, CLIP score and others"),
+    "likelihood": (
+        likelihood.add_flags,
+        likelihood.likelihood,
+        "say how likely a model finds pictures, and which do not fit in",
+    ),
     "folder": (folder.add_flags, folder.folder, "examine a folder of pictures before training on it"),
     "finetune": (finetune.add_flags, finetune.finetune, "train a model on a folder of pictures"),
 }
@@ -49,8 +54,7 @@ def txt2img(argv: Sequence[str] | None = None) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The `ldm` command: `ldm txt2img`, `info`, `redraw`, `convert`, `diffuse`, `evaluate`, `folder`,
-    `finetune`."""
+    """The `ldm` command: `ldm txt2img`, `ldm redraw`, ...: all of COMMANDS."""
     parser = Parser("ldm", description="Latent diffusion: draw pictures from words.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, (add_flags, command, purpose) in COMMANDS.items():

@@ -8,12 +8,13 @@ From the picture at the lowest level to noise at the highest, where the density 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ldm.diffusion.solvers import Denoise
@@ -21,20 +22,45 @@ from ldm.errors import UserError
 
 Trace = Literal["exact", "rademacher", "gaussian"]
 
+MAX_EXACT = 4096  # dimensions: each costs a gradient in every evaluation
+MAX_EVALUATIONS = 3000  # a network in fp32 has no tolerance that is met with more
+
 
 @dataclass(frozen=True)
 class Likelihood:
-    """log p(x) of one picture in nats; `std_error` of the trace's estimate; calls of the network."""
+    """log p(x) of one picture in nats: the mean of its estimates, one for each random vector.
 
-    nats: float
-    std_error: float
-    evaluations: int
+    An exact one has one estimate without an error.
+    """
+
+    estimates: tuple[float, ...]
+    evaluations: int  # calls of the network
     dims: int
+    exact: bool = False
+
+    @property
+    def nats(self) -> float:
+        return float(np.mean(self.estimates))
+
+    @property
+    def std_error(self) -> float:
+        """Of `nats`, in nats, from the estimates' spread: 0 if exact, infinite for one estimate."""
+        return 0.0 if self.exact else _std_error(self.estimates)
 
     @property
     def bits_per_dim(self) -> float:
         """``-log p / (dims ln 2)``: lower is likelier."""
         return -self.nats / (self.dims * math.log(2))
+
+    def gain_over(self, other: Likelihood) -> tuple[float, float]:
+        """How many nats likelier than `other`, and the standard error of that: estimates made with the same
+        random vectors err alike, so their difference errs less than either."""
+        gains = np.subtract(self.estimates, other.estimates)
+        return float(gains.mean()), 0.0 if self.exact and other.exact else _std_error(gains)
+
+
+def _std_error(values: Sequence[float] | NDArray[np.float64]) -> float:
+    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.inf
 
 
 def log_likelihood(
@@ -60,11 +86,17 @@ def log_likelihood(
         probes: how many v; the standard error comes from their spread, and is infinite for one.
 
     Raises:
-        UserError: for a picture with NaN, and where the solver misses its tolerance, with how far it came.
+        UserError: for a picture with NaN, for one too large for the exact trace, and where the solver misses
+            its tolerance, with how far it came.
     """
     if len(x) != 1 or not bool(x.isfinite().all()):
         raise UserError("a likelihood is of one picture of finite numbers")
     dims, shape = x.numel(), x.shape
+    if trace == "exact" and dims > MAX_EXACT:
+        raise UserError(
+            f"the exact trace of {dims} dimensions needs as many gradients a step, and {MAX_EXACT} are the "
+            "most: take rademacher or gaussian"
+        )
     vectors = _probes(trace, probes, x, seed)
     field = _field(denoise, vectors, shape, x)
     start = np.concatenate(
@@ -73,12 +105,7 @@ def log_likelihood(
     end, evaluations = _integrate(field, start, math.log(sigma_min), math.log(sigma_max), rtol, atol)
     prior_variance = 1 + sigma_max**2
     prior = -0.5 * (end[:dims] @ end[:dims] / prior_variance + dims * math.log(2 * math.pi * prior_variance))
-    totals = prior + end[dims:]
-    if trace == "exact":
-        error = 0.0
-    else:
-        error = float(np.std(totals, ddof=1) / math.sqrt(probes)) if probes > 1 else math.inf
-    return Likelihood(float(totals.mean()), error, evaluations, dims)
+    return Likelihood(tuple((prior + end[dims:]).tolist()), evaluations, dims, trace == "exact")
 
 
 def _probes(trace: Trace, count: int, x: Tensor, seed: int) -> Tensor:
@@ -115,10 +142,23 @@ def _integrate(
 ) -> tuple[Any, int]:
     from scipy.integrate import solve_ivp
 
-    found = solve_ivp(field, (low, high), start, method="RK45", rtol=rtol, atol=atol)
+    calls = 0
+
+    def counted(u: float, state: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > MAX_EVALUATIONS:
+            raise _missed(u, high, f"after {MAX_EVALUATIONS} evaluations", rtol)
+        return field(u, state)
+
+    found = solve_ivp(counted, (low, high), start, method="RK45", rtol=rtol, atol=atol)
     if not found.success:
-        raise UserError(
-            f"the likelihood's solver stopped at noise level {math.exp(found.t[-1]):.4g} of "
-            f"{math.exp(high):.4g} ({found.message}): give a larger tolerance"
-        )
-    return found.y[:, -1], int(found.nfev)
+        raise _missed(found.t[-1], high, f"({found.message})", rtol)
+    return found.y[:, -1], calls
+
+
+def _missed(u: float, high: float, why: str, rtol: float) -> UserError:
+    return UserError(
+        f"the likelihood's solver stopped at noise level {math.exp(u):.4g} of {math.exp(high):.4g} {why}: "
+        f"give a larger tolerance than {rtol:g}"
+    )

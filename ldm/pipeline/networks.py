@@ -18,9 +18,12 @@ from ldm.models.conditioning import Conditioning
 from ldm.runtime import Finite, finite, memory_format
 
 
-def predict(unet: UNet, grid: Grid, branches: Mapping[str, Conditioning]) -> Predict:
-    """The U-Net's raw output, fp32, for the branches that a guidance asks for, in one call."""
-    network = Finite(unet, "the U-Net")
+def predict(unet: UNet, grid: Grid, branches: Mapping[str, Conditioning], gradients: bool = False) -> Predict:
+    """The U-Net's raw output, fp32, for the branches that a guidance asks for, in one call.
+
+    With `gradients` it can be differentiated in x, as likelihoods need it.
+    """
+    network = Finite(unet, "the U-Net", gradients)
 
     def call(x: Tensor, sigma: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
         cond = Conditioning.cat([branches[name] for name in names])

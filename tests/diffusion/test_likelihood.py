@@ -78,6 +78,23 @@ def test_terms_of_the_bound_in_closed_form():
     assert decoder == pytest.approx(3 * 0.5 * (0.01 / variance + math.log(2 * math.pi * variance)), rel=1e-9)
 
 
+def test_a_tolerance_that_is_never_met_ends():
+    """A field that is rough at any scale: no step is small enough."""
+    rough = torch.Generator().manual_seed(0)
+    with pytest.raises(
+        UserError, match=r"stopped at .* after 3000 evaluations: give a larger tolerance than 1e"
+    ):
+        log_likelihood(
+            lambda x, s: Denoised(x * torch.rand(1, generator=rough, dtype=torch.float64)),
+            LINE.sample(1),
+            LOW,
+            HIGH,
+            **EXACT,
+        )
+    with pytest.raises(UserError, match="the exact trace of 4097 dimensions needs as many gradients a step"):
+        log_likelihood(LINE.denoise, torch.zeros(1, 1, 1, 4097), LOW, HIGH, trace="exact")
+
+
 def test_what_has_no_likelihood_is_told():
     with pytest.raises(UserError, match="one picture of finite numbers"):
         log_likelihood(LINE.denoise, torch.full((1, 1, 1, 1), torch.nan), LOW, HIGH)

@@ -60,6 +60,7 @@ VALUES: dict[str, tuple[list[str], Any]] = {
     "missing_caption": (["skip"], "skip"),
     "lr_scheduler": (["cosine"], "cosine"),
     "loss_type": (["huber"], "huber"),
+    "variance": (["hybrid"], "hybrid"),
     "mixed_precision": (["bf16"], "bf16"),
     "on_nan": (["skip"], "skip"),
     "report_to": (["tensorboard"], "tensorboard"),
