@@ -22,7 +22,6 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ldm.diffusion.guidance import CFG
 from ldm.diffusion.likelihood import Likelihood, Trace, log_likelihood
 from ldm.diffusion.noise import Noise
 from ldm.diffusion.schedule import Schedule
@@ -166,7 +165,7 @@ def under(
         rows = [picture.prompt for picture in batch]
         cond = Conditioning.cat([job.encode(p)[0] for p in rows])
         predict = networks.predict(job.model.unet, job.grid, {"cond": cond}, gradients=True)
-        groups.append(Under(rows, CFG(1.0)(predict, pipe.schedule.prediction.x0)))
+        groups.append(Under(rows, job.guidance(predict, pipe.schedule.prediction.x0)))
     return job.grid.sigmas, groups
 
 

@@ -4,9 +4,11 @@ import copy
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from PIL import Image
 from tiny_finetune import QUICK, interrupted, result, run, write_pictures
 from torch.nn import functional as F
 
@@ -14,6 +16,8 @@ import ldm
 from ldm.checkpoint import load_parts
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import UserError
+from ldm.evaluate.bound import picture_bounds
+from ldm.evaluate.likelihood import denoising_bounds
 from ldm.finetune import finetune as module
 from ldm.finetune.finetune import finetune
 from ldm.finetune.recipe import FinetuneRecipe
@@ -174,3 +178,14 @@ def test_what_cannot_be_taught_is_told(task, families, data, tmp_path):
     given = {"train_data_dir": data, "output_dir": tmp_path / "run", "variance": "hybrid"}
     with pytest.raises(ValueError, match="variance trains the U-Net, textual_inversion a word"):
         FinetuneRecipe.model_validate(given | word)
+
+
+def test_a_widened_models_bound_and_likelihood_are_as_before(families):
+    """Its mean is what the likelihood is of, and its variance is the one that the bound had."""
+    parts = load_parts(families("sd1")[0], None)
+    pipes = [Pipeline.from_parts(each) for each in (parts, widen_output(parts))]
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    before, after = (denoising_bounds(pipe, picture, ["red boat"], levels=4)[0].nats for pipe in pipes)
+    assert after == pytest.approx(before, rel=1e-5)
+    before, after = (picture_bounds(pipe, [picture], ["red boat"], steps=4).pictures for pipe in pipes)
+    assert torch.allclose(after, before, rtol=1e-4)
