@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from ldm.pipeline.job import Batch, Job
     from ldm.postcards.scoring.scorer import Scorer
 
+BATCH = 16
+
 
 @dataclass(frozen=True)
 class Figures:
@@ -57,17 +59,18 @@ def variances_of(pipe: Pipeline) -> list[Variance]:
 
 
 def draw(
-    pipe: Pipeline, prompts: Sequence[Prompt], steps: int, variance: Variance, batch: int = 16
+    pipe: Pipeline, prompts: Sequence[Prompt], steps: int, variance: Variance, scale: float | None = None
 ) -> Images:
-    """What DDPM of that variance draws; prompt i with seed i."""
+    """What DDPM of that variance draws at a guidance scale (None: the model's); prompt i with seed i."""
     parts = []
-    for first in range(0, len(prompts), batch):
-        some = prompts[first : first + batch]
+    for first in range(0, len(prompts), BATCH):
+        some = prompts[first : first + BATCH]
         result = pipe(
             [prompt.text for prompt in some],
             seed=list(range(first, first + len(some))),
             sampler=partial(ddpm, variance=variance),
             num_inference_steps=steps,
+            guidance_scale=scale,
             output_type="pt",
         )
         parts.append(to_uint8(result.images))
@@ -93,7 +96,7 @@ def bits_of(pipe: Pipeline, prompts: Sequence[Prompt], steps: int) -> dict[Varia
 def asked(pipe: Pipeline, prompts: Sequence[Prompt], steps: int) -> tuple[Job, Tensor]:
     """A drawing of the prompts by DDPM, and the latents of their renders, fp32 [N, c, h, w]."""
     requests = [Request(prompt=each.text, sampler="ddpm", num_inference_steps=steps) for each in prompts]
-    job = pipe.prepare(requests, batch_size=16)
+    job = pipe.prepare(requests, batch_size=BATCH)
     return job, latents_of(pipe, rendered(prompts, picture_size(pipe))).float()
 
 
@@ -135,13 +138,12 @@ def learned_shares(pipe: Pipeline, prompts: Sequence[Prompt], steps: int) -> dic
 
 
 def measure(
-    pipe: Pipeline, scorer: Scorer, prompts: Sequence[Prompt], steps: int, latents: int
+    pipe: Pipeline, scorer: Scorer, prompts: Sequence[Prompt], steps: int, args: argparse.Namespace
 ) -> list[Figures]:
-    """Every variance in so many steps; the bound of the first `latents` prompts' renders."""
+    """Every variance in so many steps, as the command line asks."""
     wanted, found = scorer.read(rendered(prompts, picture_size(pipe))).features, []
-    bits = bits_of(pipe, prompts[:latents], steps)
-    for variance, (total, only) in bits.items():
-        features = scorer.read(draw(pipe, prompts, steps, variance)).features
+    for variance, (total, only) in bits_of(pipe, prompts[: args.latents], steps).items():
+        features = scorer.read(draw(pipe, prompts, steps, variance, args.scale)).features
         found.append(Figures(variance, steps, frechet_distance(wanted, features), total, only))
         print(found[-1], flush=True)
     return found
@@ -155,6 +157,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=300, help="prompts; default: %(default)s")
     parser.add_argument("--latents", type=int, default=64, help="of the bound; default: %(default)s")
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 25, 100])
+    parser.add_argument("--scale", type=float, help="guidance scale of what is drawn (default: the model's)")
     parser.add_argument("--out", type=Path, required=True, help="figures go here as JSON")
     with reported():
         _run(parser.parse_args())
@@ -169,5 +172,5 @@ def _run(args: argparse.Namespace) -> None:
     pipe, scorer, prompts = load(args.model), Scorer.load(args.scorer), evaluation_prompts(args.n)
     shares = learned_shares(pipe, prompts[:16], 25) if pipe.parts.learns_variance else {}
     print(shares, flush=True)
-    found = [each for n in args.steps for each in measure(pipe, scorer, prompts, n, args.latents)]
+    found = [each for n in args.steps for each in measure(pipe, scorer, prompts, n, args)]
     write_json(args.out, {"figures": [asdict(each) for each in found], "u": shares, "prompts": args.n})

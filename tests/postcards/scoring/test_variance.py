@@ -19,6 +19,7 @@ from ldm.diffusion.noise import Noise
 from ldm.diffusion.solvers import ddpm
 from ldm.finetune.variance import widen_output
 from ldm.pipeline import Pipeline
+from ldm.postcards.scoring import variance as module
 from ldm.postcards.scoring.agreement import names
 from ldm.postcards.scoring.prompts import evaluation_prompts
 from ldm.postcards.scoring.scorer import Scorer
@@ -68,12 +69,14 @@ def test_a_learned_share_is_what_the_network_says(pipe):
     assert variances_of(fixed) == ["fixed_small", "fixed_large"]
 
 
-def test_pictures_are_of_their_variance(pipe):
-    drawn = draw(pipe, PROMPTS, 3, "fixed_large", batch=2)
+def test_pictures_are_of_their_variance(pipe, monkeypatch):
+    monkeypatch.setattr(module, "BATCH", 2)
+    drawn = draw(pipe, PROMPTS, 3, "fixed_large", 2.0)
     solver = partial(ddpm, variance="fixed_large")
-    (alone,) = pipe(PROMPTS[2].text, seed=2, sampler=solver, num_inference_steps=3, output_type="pt").images
+    given = {"num_inference_steps": 3, "guidance_scale": 2.0, "output_type": "pt"}
+    (alone,) = pipe(PROMPTS[2].text, seed=2, sampler=solver, **given).images
     assert abs(drawn[2].astype(int) - to_uint8(alone[None])[0].astype(int)).max() <= 1
-    assert (drawn != draw(pipe, PROMPTS, 3, "learned_range", batch=2)).any()
+    assert (drawn != draw(pipe, PROMPTS, 3, "learned_range", 2.0)).any()
 
 
 def test_the_command_writes_its_figures(pipe, tmp_path, monkeypatch, capsys):
