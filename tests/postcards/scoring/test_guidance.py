@@ -4,8 +4,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import ldm
 from ldm.evaluate.report import rate
 from ldm.postcards.scoring import guidance
 from ldm.postcards.scoring.guidance import CLASSIFIER, FREE, Point, arguments, plot, renders, spread
@@ -72,6 +74,16 @@ def test_one_grey_picture_over_and_over_has_neither(small):
 def test_a_kind_s_renders_are_its_own_and_the_same_each_time():
     assert np.array_equal(renders("duck", 2), renders("duck", 3)[:2])
     assert {scene.groups[0].kind for scene in guidance._scenes("duck", 5)} == {"duck"}
+
+
+def test_the_embedded_classifier_names_what_the_embedded_model_s_latents_show():
+    pipe = ldm.load(device="cpu", dtype="fp32").with_classifier("postcard-classifier")
+    assert pipe.classifier.network.config.classes == KINDS
+    images = torch.from_numpy(np.concatenate([renders(kind, 2) for kind in KINDS]))
+    x0 = pipe.encode(images.permute(0, 3, 1, 2) / 255).mean
+    x = x0 + torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
+    named = pipe.classifier.network(x, torch.tensor(1.0)).argmax(1).reshape(-1, 2)
+    assert int((named == torch.arange(len(KINDS))[:, None]).sum()) >= 26  # of 28
 
 
 def test_spread_is_the_mean_distance_of_pairs():
