@@ -146,7 +146,7 @@ class Request(_Checked):
     image_guidance_scale: Scale | None = None  # instruct-pix2pix
     noise_level: NoiseLevel | None = None  # upscaler: timestep to which its input is noised
     classifier_class: Text | None = None  # towards which a classifier's gradient goes
-    classifier_scale: Scale | None = None  # how far: 1 is Bayes' rule
+    classifier_scale: Scale | None = None  # how strongly: 1 is Bayes' rule
     classifier_sha256: Digest | None = None
     original_size: Size | None = None
     crops_coords_top_left: Size | None = None

@@ -358,7 +358,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         "--classifier-scale",
         type=float,
         metavar="SCALE",
-        help="how strongly; 1 is Bayes' rule (default: 1)",
+        help="how strongly; 1 is Bayes' rule (default: 4)",
     )
     add(
         "--guidance-rescale",

@@ -59,12 +59,12 @@ def test_equals_guided_diffusion_s_formula(pipe, prompt, guidance_scale):
     assert error(latents(pipe, prompt, guidance_scale=guidance_scale, **FEW), want) > 1e-2
 
 
-def test_a_scale_of_0_is_none_and_the_default_is_1(pipe):
+def test_a_scale_of_0_is_none_and_the_default_is_4(pipe):
     assert torch.equal(
         latents(pipe, classifier_class="duck", classifier_scale=0.0, **FEW), latents(pipe, **FEW)
     )
     request = pipe.resolve(ldm.Request(classifier_class="duck"))
-    assert (request.classifier_scale, request.classifier_sha256) == (1.0, pipe.classifier.sha256)
+    assert (request.classifier_scale, request.classifier_sha256) == (4.0, pipe.classifier.sha256)
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m_sde", "heun"])
