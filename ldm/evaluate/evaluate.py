@@ -6,7 +6,8 @@ import importlib.util
 import platform
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from importlib.metadata import version
 
 import numpy as np
@@ -29,9 +30,10 @@ BATCH = 16  # pictures at once
 SETS = ("FID", "KID", "CMMD x 1000", "precision", "recall")
 PAIRS = ("CLIP score", "own caption is nearest")
 VAE = ("PSNR of the VAE, dB", "SSIM of the VAE", "rFID of the VAE")
-PACKAGES = ("torch", "transformers", "torchmetrics", "numpy", "scipy", "pillow")
+PACKAGES = ("torch", "transformers", "numpy", "scipy", "pillow")
 # title -> a context with on_progress(done, in all)
 Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
+Featured = Callable[[ImageTower, Pictures], Features]
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,11 @@ def evaluate(pictures: Pictures, reference: Pictures | None, tools: Tools, progr
     Raises UserError where two sets cannot be compared, and FloatingPointError for NaN from the VAE.
     """
     told = [] if reference is None else check_apart(pictures, reference)
+    featured = cache(partial(_features, progress=progress))  # --clip may be the extractor, too
     parts = [
         Found(protocol=_protocol(pictures, reference, tools)),
-        _distances(pictures, reference, tools, progress, told),
-        _captions(pictures, tools, progress),
+        _distances(pictures, reference, tools, featured, told),
+        _captions(pictures, tools, featured),
         _vae(pictures if reference is None else reference, reference is None, tools, progress),
     ]
     return merge(parts)
@@ -68,7 +71,8 @@ def evaluate(pictures: Pictures, reference: Pictures | None, tools: Tools, progr
 
 def _protocol(pictures: Pictures, reference: Pictures | None, tools: Tools) -> dict[str, object]:
     """All that decides the figures."""
-    versions = {name: version(name) for name in PACKAGES if importlib.util.find_spec(_module(name))}
+    used = (*PACKAGES, "torchmetrics") if _torchmetrics() else PACKAGES
+    versions = {"ldm": __version__, "python": platform.python_version()} | {p: version(p) for p in used}
     found: dict[str, object] = {"pictures": pictures.protocol()}
     if reference is not None:
         found["reference"] = reference.protocol()
@@ -76,28 +80,24 @@ def _protocol(pictures: Pictures, reference: Pictures | None, tools: Tools) -> d
         found["features"] = tools.extractor.protocol()
     if tools.clip is not None:
         found["clip"] = tools.clip.protocol()
-    return {
-        **found,
-        "seed": tools.seed,
-        "versions": {"ldm": __version__, "python": platform.python_version(), **versions},
-    }
+    return {**found, "seed": tools.seed, "versions": versions}
 
 
-def _module(package: str) -> str:
-    return {"pillow": "PIL"}.get(package, package)
+def _torchmetrics() -> bool:
+    return importlib.util.find_spec("torchmetrics") is not None
 
 
 # --- two sets --------------------------------------------------------------------------------------------
 
 
 def _distances(
-    pictures: Pictures, reference: Pictures | None, tools: Tools, progress: Progress, told: Sequence[str]
+    pictures: Pictures, reference: Pictures | None, tools: Tools, featured: Featured, told: Sequence[str]
 ) -> Found:
     if reference is None:
         return Found(left_out=dict.fromkeys(SETS, "needs --reference FOLDER"))
     if tools.extractor is None:
         return Found(left_out=dict.fromkeys(SETS, "needs --features FOLDER, a CLIP's image tower"))
-    a, b = (_features(tools.extractor, each, progress) for each in (pictures, reference))
+    a, b = (featured(tools.extractor, each) for each in (pictures, reference))
     return compare(a, b, tools.seed, [*tools.notes, *told])
 
 
@@ -120,7 +120,7 @@ def compare(drawn: Features, reference: Features, seed: int = 0, notes: Sequence
     fid = frechet_distance(drawn, reference)
     figures = [Figure("FID", fid, "lower", counts, notes=(*shared, *few))]
     left_out, protocol = {}, {"fid": "Frechet distance of projected CLIP embeddings, not of Inception's"}
-    if importlib.util.find_spec("torchmetrics"):
+    if _torchmetrics():
         size = max(2, min(LARGEST_SUBSET, fewer // 2))
         mean, std = kernel_distance(drawn, reference, SUBSETS, size, seed)
         spread = f"one standard deviation over {SUBSETS} subsets of {size}"
@@ -135,7 +135,7 @@ def compare(drawn: Features, reference: Features, seed: int = 0, notes: Sequence
         precision, recall = precision_recall(drawn, reference, NEIGHBOURS)
         figures.append(rate_figure("precision", precision, counts, shared))
         figures.append(rate_figure("recall", recall, counts, shared))
-        protocol["precision_recall"] = f"balls to the {NEIGHBOURS}rd neighbour"
+        protocol["precision_recall"] = f"balls to the nearest neighbour but {NEIGHBOURS - 1}"
     else:
         left_out |= dict.fromkeys(SETS[3:], f"needs more than {NEIGHBOURS} pictures in each folder")
     return Found(tuple(figures), left_out, {}, protocol)
@@ -144,14 +144,14 @@ def compare(drawn: Features, reference: Features, seed: int = 0, notes: Sequence
 # --- pictures and their captions -------------------------------------------------------------------------
 
 
-def _captions(pictures: Pictures, tools: Tools, progress: Progress) -> Found:
+def _captions(pictures: Pictures, tools: Tools, featured: Featured) -> Found:
     if tools.clip is None or not tools.clip.text:
         return Found(left_out=dict.fromkeys(PAIRS, "needs --clip FOLDER, a CLIP with its text tower"))
     told = [(k, caption) for k, caption in enumerate(pictures.captions) if caption is not None]
     if not told:
         why = f"no picture of {pictures.folder} has a caption, beside it or in its metadata"
         return Found(left_out=dict.fromkeys(PAIRS, why))
-    images = unit(_features(tools.clip, pictures, progress)[[k for k, _ in told]])
+    images = unit(featured(tools.clip, pictures)[[k for k, _ in told]])
     names, captions = pictures.names(), [caption for _, caption in told]
     texts = dict.fromkeys(captions)
     rows = {caption: row for row, caption in enumerate(texts)}
@@ -161,7 +161,10 @@ def _captions(pictures: Pictures, tools: Tools, progress: Progress) -> Found:
         names[k]: 100 * float(cosine)
         for (k, _), cosine in zip(told, cosines[np.arange(len(own)), own], strict=True)
     }
-    figures, left_out = [mean_figure(PAIRS[0], scores, "with captions", tools.seed)], {}
+    cut = tools.clip.cut(captions)
+    notes = (f"{cut} of the captions are longer than this CLIP reads: cut",) if cut else ()
+    figures = [replace(mean_figure(PAIRS[0], scores, "with captions", tools.seed), notes=notes)]
+    left_out = {}
     if len(texts) > 1:
         nearest = rate((cosines.argmax(axis=1) == own).tolist())
         figures.append(rate_figure(PAIRS[1], nearest, {"pictures": len(own), "captions": len(texts)}))
@@ -222,7 +225,7 @@ class _Through:
 
 def _through(pipe: Pipeline, pictures: Pictures, tower: ImageTower | None, progress: Progress) -> _Through:
     found = _Through(pipe.resolve(Request()).size)
-    structure = min(found.size) >= SMALLEST and importlib.util.find_spec("torchmetrics") is not None
+    structure = min(found.size) >= SMALLEST and _torchmetrics()
     with progress("through the VAE") as on_progress:
         for batch in pictures.batches(BATCH):
             images = np.stack([fitted(image, found.size) for image in batch])

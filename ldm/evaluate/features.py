@@ -32,7 +32,7 @@ Pictures = NDArray[np.uint8] | Sequence[Image.Image]  # uint8 is [N, H, W, 3]
 OnProgress = Callable[[int, int], None]  # done, in all
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImageTower:
     """A CLIP with its image tower, what prepares pictures for it, and its text tower where it has one.
 
@@ -108,14 +108,22 @@ class ImageTower:
     @torch.inference_mode()
     def texts(self, captions: Sequence[str], batch_size: int = BATCH) -> Features:
         """Projected text embeddings as they are, [N, P]; what lies beyond the window is cut off."""
-        window = self.model.config.text_config.max_position_embeddings
-        how = {"padding": "max_length", "max_length": window, "truncation": True, "return_tensors": "pt"}
+        how = {"padding": "max_length", "max_length": self._window, "truncation": True}
         parts = []
         for start in range(0, len(captions), batch_size):
-            tokens = self.tokenizer(list(captions[start : start + batch_size]), **how).to(self.model.device)
+            part = list(captions[start : start + batch_size])
+            tokens = self.tokenizer(part, **how, return_tensors="pt").to(self.model.device)
             pooled = self.model.text_model(tokens.input_ids, tokens.attention_mask).pooler_output
             parts.append(self.model.text_projection(pooled))
         return _checked(parts, self.source)
+
+    def cut(self, captions: Sequence[str]) -> int:
+        """How many captions are longer than the window."""
+        return sum(len(ids) > self._window for ids in self.tokenizer(list(captions), verbose=False).input_ids)
+
+    @property
+    def _window(self) -> int:
+        return int(self.model.config.text_config.max_position_embeddings)
 
     def _image(self, x: Tensor) -> Tensor:
         if hasattr(self.model, "text_model"):

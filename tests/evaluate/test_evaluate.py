@@ -113,6 +113,29 @@ def test_each_picture_is_scored_with_its_own_caption(tmp_path, clip):
     assert got["CLIP score"].value == pytest.approx(100 * cosines.trace() / 3, rel=1e-4)
     right = int((cosines.argmax(axis=1) == np.arange(3)).sum())
     assert got["own caption is nearest"].value == right / 3
+    assert got["CLIP score"].notes == ()
+
+
+def test_a_caption_that_is_cut_is_said(tmp_path, clip):
+    pictures = read_pictures(make_set(tmp_path / "a", range(2), ["boat " * 15, "a sea"]))
+    (score, _) = evaluate(pictures, None, Tools(clip=clip), nobody).figures
+    assert score.notes == ("1 of the captions are longer than this CLIP reads: cut",)
+
+
+def test_features_of_one_tower_are_taken_once(tmp_path, clip):
+    a, b = (
+        read_pictures(make_set(tmp_path / name, seeds, CAPTIONS))
+        for name, seeds in (("a", range(3)), ("b", range(9, 12)))
+    )
+    titles = []
+
+    @contextmanager
+    def watched(title):
+        titles.append(title)
+        yield lambda done, total: None
+
+    evaluate(a, b, Tools(extractor=clip, clip=clip), watched)
+    assert titles == ["features of a", "features of b"]
 
 
 def test_a_picture_s_own_metadata_is_its_caption(tmp_path, clip):
