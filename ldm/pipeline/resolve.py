@@ -136,7 +136,8 @@ def _defaults(model: Model, request: Request, images: Images) -> dict[str, Any]:
         "model_hash": model.model_hash,
     }
     if request.target_prompt is not None:
-        values |= {"sampler": edit.SAMPLER, "strength": edit.STRENGTH}
+        steps = max(values["num_inference_steps"], edit.STEPS)
+        values |= {"sampler": edit.SAMPLER, "strength": edit.STRENGTH, "num_inference_steps": steps}
     sampler, implied = resolve_sampler(request.sampler or values.get("sampler") or schedule.default_sampler)
     spacing = None
     if not (request.timesteps or request.sigmas):

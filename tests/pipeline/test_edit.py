@@ -134,6 +134,13 @@ def test_edits_of_a_batch_are_those_alone(models):
     assert error(together, torch.cat(alone)) < 1e-4
 
 
+def test_an_edits_own_defaults(models):
+    asked = ldm.Request(prompt="sea", target_prompt="boat")
+    lcm, sd1 = (models(name).resolve(asked, Inputs(image=picture())) for name in ("lcm", "sd1"))
+    assert (lcm.num_inference_steps, sd1.num_inference_steps) == (20, 50)
+    assert (sd1.sampler, sd1.strength, sd1.eta) == ("ddim", 0.9, 0.0)
+
+
 def test_each_step_is_seen_and_may_be_changed(models):
     """Of 6 steps at strength 0.9 five are levels, and the first of them is where the picture is taken to."""
     pipe, seen = models("sd1"), []

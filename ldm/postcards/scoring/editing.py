@@ -143,7 +143,7 @@ def measured(scorer: Scorer, cases: Sequence[Case], drawn: Images) -> dict[str, 
     """
     read, wanted = scorer.read(drawn), [world.render(case.target) for case in cases]
     figures = {}
-    for what in WHAT:
+    for what in dict.fromkeys(case.what for case in cases):
         of = [i for i, case in enumerate(cases) if case.what == what]
         prompts = {i: state(world.full_caption(cases[i].target), cases[i].target) for i in of}
         right = rate(all(ok for _, ok in judge(prompts[i], read, i, scorer.config)) for i in of)
