@@ -21,9 +21,10 @@ from ldm.diffusion.noise import Noise
 from ldm.diffusion.schedule import Grid
 from ldm.diffusion.solvers import Denoise, Denoised, Solver, Step
 from ldm.errors import UserError
+from ldm.models import LatentDist
 from ldm.models.conditioning import Conditioning
 from ldm.pipeline.inputs import Inputs
-from ldm.pipeline.start import Beginning, FromImage
+from ldm.pipeline.start import Beginning, FromNoise
 from ldm.request import Request
 
 SAMPLER = "ddim"  # whose levels an edit goes over, by BDIA's steps
@@ -36,12 +37,20 @@ UNUSED = ("prompt_embeds", "negative_prompt_embeds", "latents", "sampler")
 
 
 @dataclass(frozen=True, eq=False)
-class Invert(FromImage):
+class Invert(FromNoise):
     """An edit: the latents of the image, to be inverted by the branch "source" before "cond" draws."""
 
+    pixels: Tensor  # [1 or prompts, 3, H, W] in 0..1
     mask: Tensor | None  # [1 or prompts, 1, H, W], 1 where it may change; None: where the texts differ
     source: Callable[[int], Conditioning]  # number of a prompt -> the text that tells the image
+    encode: Callable[[], LatentDist]  # of all images, once: `finish` compares with them to the last bit
     prompts: tuple[int, ...] = ()  # of the pictures of a batch
+
+    @property
+    def x0(self) -> Tensor:
+        """The latents of the image, or of each picture's own, [1 or B, C, h, w]."""
+        every = self.encode().mean
+        return every[list(self.prompts)] if len(every) > 1 else every
 
     def rows(self, prompts: Sequence[int]) -> Self:
         return replace(super().rows(prompts), prompts=tuple(prompts))
@@ -51,7 +60,7 @@ class Invert(FromImage):
     ) -> Beginning:
         """The image's latents [B, C, h, w], without noise, and one more branch: "source"."""
         source = Conditioning.cat([self.source(p) for p in self.prompts])
-        x = self.latents.mean.expand(len(self.prompts), -1, -1, -1)
+        x = self.x0.expand(len(self.prompts), -1, -1, -1)
         return Beginning(x, {"cond": cond, "uncond": uncond, "source": source})
 
     def solver(self, predict: Predict, to_x0: ToX0) -> Solver:
@@ -76,7 +85,7 @@ class Invert(FromImage):
     def finish(self, images: Tensor, latents: Tensor) -> Tensor:
         """What is not changed has the photo's own pixels, with a soft edge unless the mask is the user's."""
         if self.mask is None:
-            changed = (latents != self.latents.mean).any(1, keepdim=True).float()
+            changed = (latents != self.x0).any(1, keepdim=True).float()
             around = F.max_pool2d(changed, 3, stride=1, padding=1)  # the decoder looks beyond a latent
             share = F.interpolate(around, images.shape[-2:], mode="bilinear")
         else:

@@ -278,7 +278,8 @@ def start_of(
         return Edit(shape, grid, device, vae, pixels)
     mask = None if images.mask is None else fit_mask(images.mask, size)
     if request.target_prompt is not None:
-        return Invert(shape, grid, device, vae, pixels, mask, source, samples=False)
+        encode = lru_cache(maxsize=1)(lambda: networks.encode(vae, pixels))
+        return Invert(shape, grid, device, pixels, mask, source, encode)
     if mask is not None:
         keeps, within = request.strength != 1, Inpaint if model.kind is Kind.INPAINT else Masked
         return within(shape, grid, device, vae, pixels, mask, keeps_image=keeps, samples=samples)

@@ -7,7 +7,7 @@ day or the place. Beside it image to image, which knows no source, and both inve
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -88,31 +88,33 @@ def renders(cases: Sequence[Case]) -> Images:
     return np.stack([world.render(case.source) for case in cases])
 
 
-def edited(pipe: Pipeline, cases: Sequence[Case], batch: int = 12, **arguments: Any) -> Images:
+def edited(pipe: Pipeline, cases: Sequence[Case], **arguments: Any) -> Images:
     """What becomes of each source as an edit; in steps, strength and so on as `arguments` say."""
-    return _drawn(pipe, cases, batch, lambda case: world.full_caption(case.source), arguments)
+    captions = {
+        "prompt": [world.full_caption(case.source) for case in cases],
+        "target_prompt": [world.full_caption(case.target) for case in cases],
+    }
+    return _drawn(pipe, cases, captions, arguments)
 
 
-def image_to_image(pipe: Pipeline, cases: Sequence[Case], batch: int = 12, **arguments: Any) -> Images:
+def image_to_image(pipe: Pipeline, cases: Sequence[Case], **arguments: Any) -> Images:
     """What image to image makes of each source under the target's caption."""
-    return _drawn(pipe, cases, batch, None, arguments)
+    captions = {"prompt": [world.full_caption(case.target) for case in cases]}
+    return _drawn(pipe, cases, captions, arguments)
 
 
 def _drawn(
     pipe: Pipeline,
     cases: Sequence[Case],
-    batch: int,
-    tell: Callable[[Case], str] | None,
+    captions: Mapping[str, Sequence[str]],
     arguments: Mapping[str, Any],
+    batch: int = 12,
 ) -> Images:
     drawn: list[Image.Image] = []
     for i in range(0, len(cases), batch):
-        some = cases[i : i + batch]
-        texts: dict[str, Any] = {"prompt": [world.full_caption(case.target) for case in some]}
-        if tell is not None:
-            texts = {"prompt": [*map(tell, some)], "target_prompt": texts["prompt"]}
-        images = [Image.fromarray(image) for image in renders(some)]
-        drawn += pipe(image=images, seed=range(i, i + len(some)), **texts, **arguments).images
+        images = [Image.fromarray(image) for image in renders(cases[i : i + batch])]
+        texts: dict[str, Any] = {name: each[i : i + batch] for name, each in captions.items()}
+        drawn += pipe(image=images, seed=range(i, i + len(images)), **texts, **arguments).images
     return np.stack([np.asarray(image) for image in drawn])
 
 
