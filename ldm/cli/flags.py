@@ -17,6 +17,7 @@ FLAGS = {
     "num_inference_steps": "--steps",
     "spacing": "--scheduler",
     "seeds": "--seed",
+    "target_prompt": "--to",
 }
 
 
