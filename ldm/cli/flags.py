@@ -13,7 +13,6 @@ from ldm.cli.parser import count
 FLAGS = {
     "image": "--init-image",
     "mask_image": "--mask",
-    "target_prompt": "--to",
     "num_inference_steps": "--steps",
     "spacing": "--scheduler",
     "seeds": "--seed",
