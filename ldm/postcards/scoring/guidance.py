@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -126,43 +127,60 @@ def grid(pipe: Pipeline, kinds: Sequence[str], scales: Sequence[float], seed: in
     return contact_sheet([Image.fromarray(each) for each in pictures], len(scales))
 
 
-def edits(pipe: Pipeline, before: Image.Image, kinds: Sequence[str], strength: float) -> list[Image.Image]:
-    """What a picture becomes, noised to a strength and denoised without a prompt towards each kind."""
-    common: dict[str, Any] = {"image": before, "strength": strength, "seed": 0, "num_inference_steps": 20}
-    return [pipe(**arguments(CLASSIFIER, kind, 8.0), **common).images[0] for kind in kinds]
+def edits(pipe: Pipeline, prompts: Sequence[str], kinds: Sequence[str], strength: float) -> Image.Image:
+    """A row for each prompt: its picture, and that noised to a strength and led, without a prompt, to kinds."""
+    shown = list[Image.Image]()
+    for seed, prompt in enumerate(prompts, 1):
+        before = pipe(prompt, seed=seed).images[0]
+        common: dict[str, Any] = {"image": before, "strength": strength, "seed": 0, "num_inference_steps": 20}
+        shown += [before, *(pipe(**arguments(CLASSIFIER, kind, 8.0), **common).images[0] for kind in kinds)]
+    return contact_sheet(shown, 1 + len(kinds))
 
 
 SIZE, BIG = (620, 470), 3  # of a plot, and how much larger it is drawn, for smooth lines
 LEFT, TOP, RIGHT, BOTTOM = 62, 14, 604, 424
 
 
-def plot(curves: Curves, value: Callable[[Point], float], label: str, highest: float) -> Image.Image:
-    """`value` from 0 to `highest` over diversity from 0 to 1.2: a line for each way, a dot for each scale."""
+def plot(curves: Curves, value: Callable[[Point], float], label: str, apart: float) -> Image.Image:
+    """`value` over diversity: a line for each way, a dot for each scale; lines of the grid `apart`."""
     canvas = Image.new("RGB", (SIZE[0] * BIG, SIZE[1] * BIG), "white")
     pen = ImageDraw.Draw(canvas)
+    points = [point for each in curves.values() for point in each]
+    across, up = _ticks([each.diversity for each in points], 0.05), _ticks(list(map(value, points)), apart)
 
     def at(x: float, y: float) -> tuple[float, float]:
-        return BIG * (LEFT + (RIGHT - LEFT) * x / 1.2), BIG * (BOTTOM - (BOTTOM - TOP) * y / highest)
+        right, top = ((v - low) / (high - low) for v, (low, *_, high) in ((x, across), (y, up)))
+        return BIG * (LEFT + (RIGHT - LEFT) * right), BIG * (BOTTOM - (BOTTOM - TOP) * top)
 
-    def write(place: tuple[float, float], text: str, anchor: str, colour: str = "#333") -> None:
-        pen.text(place, text, colour, anchor=anchor, font_size=13 * BIG)
+    def write(x: float, y: float, text: str, anchor: str, colour: str = "#333") -> None:
+        rim = 2 * BIG  # white, for what is written on a line
+        pen.text(
+            (x, y), text, colour, None, anchor, stroke_width=rim, stroke_fill="white", font_size=13 * BIG
+        )
 
-    for i in range(7):
-        x, y = i * 0.2, i * highest / 6
-        pen.line([at(0, y), at(1.2, y)], "#ddd", BIG)
-        pen.line([at(x, 0), at(x, highest)], "#eee", BIG)
-        write((at(0, y)[0] - 6 * BIG, at(0, y)[1]), f"{y:.3g}", "rm")
-        write((at(x, 0)[0], at(x, 0)[1] + 6 * BIG), f"{x:.1f}", "mt")
-    write((BIG * (LEFT + RIGHT) / 2, BIG * (SIZE[1] - 6)), "diversity (1: that of renders)", "ms")
-    write((BIG * (LEFT + 8), BIG * (TOP + 4)), label, "lt")
-    for n, (way, points) in enumerate(curves.items()):
-        spots = [at(point.diversity, value(point)) for point in points]
+    for x in across:
+        pen.line([at(x, up[0]), at(x, up[-1])], "#eee", BIG)
+        write(at(x, 0)[0], BIG * (BOTTOM + 6), f"{x:.2f}", "mt")
+    for y in up:
+        pen.line([at(across[0], y), at(across[-1], y)], "#ddd", BIG)
+        write(BIG * (LEFT - 6), at(0, y)[1], f"{y:.3g}", "rm")
+    write(BIG * (LEFT + RIGHT) / 2, BIG * (SIZE[1] - 6), "diversity (1: that of renders)", "ms")
+    write(BIG * (LEFT + 8), BIG * (BOTTOM - 48), label, "lb")
+    for n, (way, own) in enumerate(curves.items()):
+        write(BIG * (LEFT + 8), BIG * (BOTTOM - 30 + 18 * n), way, "lb", COLOURS[way])
+        spots = [at(point.diversity, value(point)) for point in own]
         pen.line(spots, COLOURS[way], 2 * BIG)
-        for point, (x, y) in zip(points, spots, strict=True):
+        for i, (x, y) in enumerate(spots):
             pen.circle((x, y), 4 * BIG, COLOURS[way])
-            write((x + 7 * BIG, y - 3 * BIG), f"{point.scale:g}", "ls", COLOURS[way])
-        write((BIG * (LEFT + 8), BIG * (TOP + 24 + 18 * n)), way, "lt", COLOURS[way])
+            side, anchor = (-8, "rm") if i % 2 else (8, "lm")  # neighbours may lie near each other
+            write(x + side * BIG, y, f"{own[i].scale:g}", anchor, COLOURS[way])
     return canvas.resize(SIZE, Image.Resampling.LANCZOS)
+
+
+def _ticks(values: Sequence[float], apart: float) -> list[float]:
+    """Multiples of `apart`, at least two, around the values."""
+    low, high = math.floor(min(values) / apart), math.ceil(max(values) / apart)
+    return [k * apart for k in range(low, max(high, low + 1) + 1)]
 
 
 # --- the command -----------------------------------------------------------------------------------------
@@ -191,15 +209,15 @@ def _measure(args: argparse.Namespace) -> None:
         for way, points in curves.items()
     }
     (args.out / "guidance.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    farthest = max(point.frechet for points in curves.values() for point in points)
     plots = (
-        plot(curves, lambda point: point.share.share, "share of pictures that show the class", 1.2),
-        plot(curves, lambda point: point.frechet, "Frechet distance to renders of the class", 1.1 * farthest),
+        plot(curves, lambda point: point.share.share, "share of pictures that show the class", 0.2),
+        plot(curves, lambda point: point.frechet, "Frechet distance to renders of the class", 5),
     )
     contact_sheet(plots, 2).save(args.out / "guidance.webp", quality=85)
     grid(pipe, ("castle", "duck", "tree", "rocket"), SCALES[CLASSIFIER], seed=5).save(
         args.out / "guidance_grid.webp", quality=85
     )
-    before = pipe("a white cat in a meadow", seed=1).images[0]
-    made = edits(pipe, before, ("snowman", "flower", "mushroom"), strength=0.7)
-    contact_sheet([before, *made], 4).save(args.out / "guidance_edit.webp", quality=85)
+    before = ("an orange cat in a meadow", "a red car in the city", "a blue house in the forest")
+    edits(pipe, before, ("snowman", "mushroom", "castle"), strength=0.7).save(
+        args.out / "guidance_edit.webp", quality=85
+    )

@@ -98,8 +98,10 @@ def test_each_way_asks_for_what_it_is():
 
 
 def test_a_plot_has_its_dots_where_they_belong():
-    point = Point(scale=2, share=rate([True, False]), frechet=3.0, diversity=0.6)
-    drawn = plot({FREE: [point]}, lambda point: point.share.share, "share", 1.0)
-    x, y = (guidance.LEFT + guidance.RIGHT) // 2, (guidance.TOP + guidance.BOTTOM) // 2
+    """A quarter of the way between the lines of the grid at 0.6 and 0.65, and half-way from 0.4 to 0.6."""
+    point = Point(scale=2, share=rate([True, False]), frechet=3.0, diversity=0.6125)
+    drawn = plot({FREE: [point]}, lambda point: point.share.share, "share", 0.2)
+    x = round(guidance.LEFT + (guidance.RIGHT - guidance.LEFT) / 4)
+    y = (guidance.TOP + guidance.BOTTOM) // 2
     assert drawn.getpixel((x, y)) == (0x1C, 0x7E, 0xD6)
-    assert drawn.getpixel((x + 30, y + 30)) == (255, 255, 255)
+    assert drawn.getpixel((x - 30, y + 30)) == (255, 255, 255)
