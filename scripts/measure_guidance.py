@@ -1,4 +1,4 @@
-"""Guidance compared: `python scripts/measure_guidance.py --classifier export --out runs/g`."""
+"""Guidance compared: `python scripts/measure_guidance.py --out runs/guidance`."""
 
 import sys
 from pathlib import Path

@@ -22,7 +22,8 @@ from PIL import Image, ImageDraw
 from scipy.spatial.distance import pdist
 
 from ldm import postcards as world
-from ldm.errors import reported
+from ldm.checkpoint.classifier import EMBEDDED_CLASSIFIER
+from ldm.errors import UserError, reported
 from ldm.evaluate.distances import frechet_distance
 from ldm.evaluate.reconstruction import Images
 from ldm.evaluate.report import Rate, rate
@@ -128,7 +129,7 @@ def grid(pipe: Pipeline, kinds: Sequence[str], scales: Sequence[float], seed: in
 
 
 def edits(pipe: Pipeline, prompts: Sequence[str], kinds: Sequence[str], strength: float) -> Image.Image:
-    """A row for each prompt: its picture, and that noised to a strength and led, without a prompt, to kinds."""
+    """A row for each prompt: its picture, and that noised to a strength and led to kinds without a prompt."""
     shown = list[Image.Image]()
     for seed, prompt in enumerate(prompts, 1):
         before = pipe(prompt, seed=seed).images[0]
@@ -153,10 +154,8 @@ def plot(curves: Curves, value: Callable[[Point], float], label: str, apart: flo
         return BIG * (LEFT + (RIGHT - LEFT) * right), BIG * (BOTTOM - (BOTTOM - TOP) * top)
 
     def write(x: float, y: float, text: str, anchor: str, colour: str = "#333") -> None:
-        rim = 2 * BIG  # white, for what is written on a line
-        pen.text(
-            (x, y), text, colour, None, anchor, stroke_width=rim, stroke_fill="white", font_size=13 * BIG
-        )
+        size, rim = 13 * BIG, 2 * BIG  # the rim is for what is written on a line
+        pen.text((x, y), text, colour, None, anchor, font_size=size, stroke_width=rim, stroke_fill="white")
 
     for x in across:
         pen.line([at(x, up[0]), at(x, up[-1])], "#eee", BIG)
@@ -189,7 +188,7 @@ def _ticks(values: Sequence[float], apart: float) -> list[float]:
 def main() -> None:
     """Parse the command line, measure, draw; a user's mistake is one line and exit code 2."""
     parser = argparse.ArgumentParser(description="Fidelity against diversity over guidance scales.")
-    parser.add_argument("--classifier", required=True, help="a folder that train_classifier.py exported")
+    parser.add_argument("--classifier", default=EMBEDDED_CLASSIFIER, help="default: %(default)s")
     parser.add_argument("--model", help="as for txt2img (default: the embedded model)")
     parser.add_argument("--scorer", type=Path, default=Path("weights/postcard-eval"))
     parser.add_argument("--each", type=int, default=8, help="pictures of each kind at each scale")
@@ -201,6 +200,8 @@ def main() -> None:
 def _measure(args: argparse.Namespace) -> None:
     from ldm import load
 
+    if args.each < 2:
+        raise UserError(f"--each must be at least 2 (got {args.each}): diversity is of pairs")
     args.out.mkdir(parents=True, exist_ok=True)
     pipe, scorer = load(args.model).with_classifier(args.classifier), Scorer.load(args.scorer)
     curves = measure_guidance(pipe, scorer, args.each, lambda *found: print(*found, flush=True))
