@@ -99,7 +99,7 @@ def likelihood(args: argparse.Namespace) -> int:
     elif args.among:
         lines, figures = of_prompts(args, judge_of(args, pipe), subjects[0])
     elif args.file.is_dir():
-        lines, figures = of_folder(args, judge_of(args, pipe), subjects)
+        lines, figures = of_folder(args, pipe, judge_of(args, pipe), subjects)
     else:
         lines, figures = of_picture(args, judge_of(args, pipe), subjects[0])
     for line in lines:
@@ -201,17 +201,20 @@ def of_prompts(args: argparse.Namespace, judge: Judge, subject: Subject) -> tupl
 
 
 def of_folder(
-    args: argparse.Namespace, judge: Judge, subjects: Sequence[Subject]
+    args: argparse.Namespace, pipe: Pipeline, judge: Judge, subjects: Sequence[Subject]
 ) -> tuple[list[str], dict[str, Any]]:
     """Every picture under its caption and without, those that fit in least first."""
+    from ldm.evaluate.likelihood import CONTENT, content_errors
     from ldm.evaluate.outliers import FAR, robust_scores
 
-    rows = []
+    rows, errors = [], []
     with bar("judging", "pictures/s", args.quiet, len(subjects)) as on_progress:
         for done, subject in enumerate(subjects, 1):
-            rows.append((subject, judge(_open(subject), subject.prompts)))
+            picture = _open(subject)
+            rows.append((subject, judge(picture, subject.prompts)))
+            errors += content_errors(pipe, picture, [subject.caption], seed=args.seed)
             on_progress(done, len(subjects))
-    scores = robust_scores([found[0].bits_per_dim for _, found in rows])
+    scores = robust_scores(errors)
     lines = [
         f"{args.file}: {_what(args)}",
         f"{'score':>7} {'bits/dim':>9} {'without':>9} {'caption is worth':>17}  picture",
@@ -225,13 +228,14 @@ def of_folder(
         path = subject.path.relative_to(args.file)
         bits = f"{own.bits_per_dim:9.4f} {none.bits_per_dim:9.4f}"
         lines.append(f"{scores[i]:7.2f} {bits} {gain:>17}  {path}{mark}")
-        figures.append(
-            {"path": str(subject.path), "score": scores[i], "figures": _figures(found, subject.prompts)}
-        )
+        told = {"path": str(subject.path), "score": scores[i], "content_error": errors[i]}
+        figures.append({**told, "figures": _figures(found, subject.prompts)})
+    low, high = CONTENT
     lines.append(
-        "score: robust standard deviations of bits/dim from this folder's median; those of "
-        f"{FAR} and more stand apart: above, stranger to the model than the others, below, plainer. "
-        "A caption worth less than 0 nats makes its picture less likely"
+        f"score: of the error of denoising it under its caption, at noise levels from {low} to {high}: "
+        f"so many robust standard deviations from this folder's median. From {FAR} on a picture stands "
+        "apart: foreign, damaged, or not what its caption says. A caption worth less than 0 nats makes "
+        "its picture less likely"
     )
     return lines, {"pictures": figures}
 

@@ -15,7 +15,16 @@ from ldm.diffusion.noise import Noise
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
 from ldm.evaluate import likelihood
-from ldm.evaluate.likelihood import denoising_bounds, ends, fit, log_likelihoods, posterior, under
+from ldm.evaluate.likelihood import (
+    CONTENT,
+    content_errors,
+    denoising_bounds,
+    ends,
+    fit,
+    log_likelihoods,
+    posterior,
+    under,
+)
 from ldm.evaluate.outliers import robust_scores
 from ldm.models.kind import Kind
 
@@ -92,6 +101,17 @@ def test_bayes_rule_by_denoising_error(exact):
     assert error < found[0].std_error  # paired
     assert abs(gain - (logs[0] - logs[1])) < 4 * error
     assert posterior(found)[0] == pytest.approx(1 / (1 + math.exp(logs[1] - logs[0])), abs=0.15)
+
+
+def test_the_contents_error_in_closed_form(exact, monkeypatch):
+    """Of N(0, v): E |noise - estimate|^2 = (1 - s)^2 x^2 / sigma^2 + s^2, with s = v / (v + sigma^2)."""
+    v, x = 0.8, torch.linspace(-2, 2, 500).reshape(1, 1, 1, 500)
+    monkeypatch.setitem(CLASSES, "wide", Mixture([1.0], [[0.0] * 500], [v]))
+    found = np.mean([content_errors(exact, x, ["wide"], seed=seed, levels=8) for seed in range(40)])
+    u = np.linspace(*np.log(CONTENT), 2001)
+    s = v / (v + np.exp(2 * u))
+    error = (1 - s) ** 2 * float(x.square().sum()) / np.exp(2 * u) + 500 * s**2
+    assert found == pytest.approx(np.trapezoid(error, u), rel=0.02)
 
 
 def test_the_standard_error_covers():

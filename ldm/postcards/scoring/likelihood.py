@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from PIL import Image
 from ldm import postcards as world
 from ldm.diffusion.likelihood import Likelihood
 from ldm.evaluate.bound import picture_bounds
-from ldm.evaluate.likelihood import denoising_bounds, log_likelihoods, posterior
+from ldm.evaluate.likelihood import content_errors, denoising_bounds, log_likelihoods, posterior
 from ldm.evaluate.outliers import FAR, robust_scores
 from ldm.evaluate.report import NORMAL_95, rate
 from ldm.pipeline import Pipeline
@@ -57,8 +57,7 @@ def captions(pipe: Pipeline, judge: Judge, n: int) -> dict[str, Any]:
     for i, prompt in enumerate(prompts):
         texts = [prompt.text, "", prompts[(i + 1) % n].text]
         rows.append(judge(pipe, render(prompt.scene), texts, i))
-    bits = np.array([[each.bits_per_dim for each in row] for row in rows])
-    own, none, other = bits.T
+    own, none, other = np.array([[each.bits_per_dim for each in row] for row in rows]).T
     return {
         "n": n,
         "own caption": interval(own),
@@ -185,21 +184,34 @@ def strangers() -> dict[str, Image.Image]:
     return found
 
 
-def outliers(pipe: Pipeline, n: int, judge: Judge = by_error) -> dict[str, Any]:
-    """Among n renders, all without captions: the ranks and scores of the strangers."""
+def bits(pipe: Pipeline, picture: Image.Image, seed: int) -> float:
+    """Of the whole bound, for each dimension, without a caption."""
+    return by_error(pipe, picture, [""], seed)[0].bits_per_dim
+
+
+def content(pipe: Pipeline, picture: Image.Image, seed: int) -> float:
+    """The part that the noise levels make at which content is decided, in nats, without a caption."""
+    return content_errors(pipe, picture, [""], seed=seed)[0]
+
+
+MEASURES = {"bits/dim": bits, "content error": content}
+
+
+def outliers(
+    pipe: Pipeline, n: int, measures: Mapping[str, Callable[..., float]] = MEASURES
+) -> dict[str, Any]:
+    """Among n renders: ranks and scores of the strangers, by each measure."""
     foreign = strangers()
-    names = [f"render {i}" for i in range(n)] + list(foreign)
     pictures = [render(prompt.scene) for prompt in evaluation_prompts(n)] + list(foreign.values())
-    bits = [judge(pipe, picture, [""], i)[0].bits_per_dim for i, picture in enumerate(pictures)]
-    scores = robust_scores(bits)
-    order = np.argsort(-np.abs(scores))
-    return {
-        "n": n,
-        "strangers": {
-            names[i]: {"rank": rank, "bits/dim": bits[i], "score": float(scores[i])}
-            for rank, i in enumerate(order, 1)
-            if names[i] in foreign
-        },
-        "renders called outliers": int((np.abs(scores[:n]) > FAR).sum()),
-        "renders' largest score": float(np.abs(scores[:n]).max()),
-    }
+    found: dict[str, Any] = {"n": n}
+    for name, measure in measures.items():
+        scores = np.abs(robust_scores([measure(pipe, picture, i) for i, picture in enumerate(pictures)]))
+        found[name] = {
+            "strangers: rank, score": {
+                each: (1 + int((scores > score).sum()), float(score))
+                for each, score in zip(foreign, scores[n:], strict=True)
+            },
+            "renders that stand apart": int((scores[:n] >= FAR).sum()),
+            "renders' largest score": float(scores[:n].max()),
+        }
+    return found

@@ -9,6 +9,7 @@ from PIL import Image
 import ldm
 from ldm import postcards as world
 from ldm.diffusion.likelihood import Likelihood
+from ldm.evaluate.outliers import robust_scores
 from ldm.postcards.scoring import likelihood
 from ldm.postcards.scoring.curves import BOTTOM, COLOURS, LEFT, RIGHT, TOP, draw_curves
 from ldm.postcards.scoring.prompts import evaluation_prompts
@@ -63,21 +64,22 @@ def test_kinds_are_those_of_the_likeliest_prompt(monkeypatch):
 
 
 def test_strangers_are_ranked_among_renders():
-    """By a judge of colour alone: the grey picture has none."""
+    """By colour, of which grey has none; and by a measure that knows nothing."""
 
-    def judge(pipe, picture, prompts, seed):
-        colour = float(np.asarray(picture.convert("HSV"), np.float64)[..., 1].mean())
-        return [Likelihood((-colour,), 1, 1)]
+    def colour(pipe, picture, seed):
+        return float(np.asarray(picture.convert("HSV"), np.float64)[..., 1].mean())
 
-    found = likelihood.outliers(None, 5, judge)
-    assert set(found["strangers"]) == set(likelihood.strangers())
-    grey = found["strangers"]["grey"]
-    assert grey["score"] < 0
-    assert grey["bits/dim"] == 0
-    ranks = [each["rank"] for each in found["strangers"].values()]
-    assert ranks == sorted(ranks)
-    scores = [abs(each["score"]) for each in found["strangers"].values()]
-    assert scores == sorted(scores, reverse=True)
+    found = likelihood.outliers(None, 5, {"colour": colour, "nothing": lambda *args: 1.0})
+    told = found["colour"]["strangers: rank, score"]
+    assert set(told) == set(likelihood.strangers())
+    values = [colour(None, likelihood.render(prompt.scene), 0) for prompt in evaluation_prompts(5)]
+    values += [colour(None, picture, 0) for picture in likelihood.strangers().values()]
+    scores = np.abs(robust_scores(values))
+    assert [score for _, score in told.values()] == pytest.approx(scores[5:].tolist())
+    assert [rank for rank, _ in told.values()] == [1 + int((scores > score).sum()) for score in scores[5:]]
+    assert found["colour"]["renders' largest score"] == pytest.approx(scores[:5].max())
+    assert {score for _, score in found["nothing"]["strangers: rank, score"].values()} == {0.0}
+    assert found["nothing"]["renders that stand apart"] == 0
 
 
 def test_the_bounds_figures_add_up(tiny_folder, tmp_path):
