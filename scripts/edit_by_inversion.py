@@ -21,31 +21,32 @@ from ldm.postcards.scoring.scorer import Scorer
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--n", type=int, default=48, help="edits, the four kinds in turn")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument(
-        "--strengths", type=float, nargs="+", default=[0.3, 0.4, 0.6, 0.9], help="image to image"
-    )
-    parser.add_argument("--rows", type=int, nargs="+", default=[0, 5, 9, 14, 3, 6], help="cases on the sheet")
-    parser.add_argument("--scorer", type=Path, default=Path("weights/postcard-eval"))
-    parser.add_argument("--out", type=Path, help="the sheet, WebP or PNG")
+    add = parser.add_argument
+    add("--n", type=int, default=48, help="pictures, the four kinds of edit in turn")
+    add("--steps", type=int, default=20)
+    add("--edits", type=float, nargs="+", default=[0.8, 0.9], help="strengths of edits")
+    add("--img2img", type=float, nargs="+", default=[0.4, 0.6, 0.9], help="strengths of image to image")
+    add("--rows", type=int, nargs="+", default=[4, 8, 1, 9, 2, 7], help="pictures on the sheet")
+    add("--scorer", type=Path, default=Path("weights/postcard-eval"))
+    add("--out", type=Path, help="the sheet, WebP or PNG")
     args = parser.parse_args()
     pipe, scorer = ldm.load(device="cpu", dtype="fp32"), Scorer.load(args.scorer)
-    cases, steps = editing.sample_cases(args.n), {"num_inference_steps": args.steps}
-    ways = {
-        f"img2img {s:g}": editing.image_to_image(pipe, cases, strength=s, **steps) for s in args.strengths
-    }
-    ways["edit"] = editing.edited(pipe, cases, **steps)
+    cases, ways = editing.sample_cases(args.n), dict[str, editing.Images]()
+    for way, strengths in ((editing.edited, args.edits), (editing.image_to_image, args.img2img)):
+        for strength in strengths:
+            drawn = way(pipe, cases, num_inference_steps=args.steps, strength=strength)
+            ways[f"{way.__name__} {strength:g}"] = drawn
     print("| | " + " | ".join(editing.WHAT) + " |\n|---|" + "---|" * len(editing.WHAT))
     for name, drawn in ways.items():
         figures = editing.measured(scorer, cases, drawn).values()
         print(f"| {name} | " + " | ".join(f"{r.right} of {r.n}, {db:.1f} dB" for r, db in figures) + " |")
+    if args.out:
+        shown = [drawn[args.rows] for drawn in ways.values()]
+        sheet = editing.sheet(pipe, [cases[i] for i in args.rows], shown, 10)
+        sheet.save(args.out, quality=85)
     for n in (10, 50):
         errors = np.array([editing.reconstructed(pipe, case, n)[1] for case in cases[:4]])
         print(f"round trip, {n} steps: DDIM {errors[:, 0].max():.1e}, exact {errors[:, 1].max():.1e}")
-    if args.out:
-        some, shown = [cases[i] for i in args.rows], (ways["edit"], next(iter(ways.values())))
-        editing.sheet(pipe, some, [each[args.rows] for each in shown], args.steps).save(args.out, quality=85)
 
 
 if __name__ == "__main__":

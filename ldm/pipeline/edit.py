@@ -28,7 +28,7 @@ from ldm.pipeline.start import Beginning, FromNoise
 from ldm.request import Request
 
 SAMPLER = "ddim"  # whose levels an edit goes over, by BDIA's steps
-STRENGTH = 0.9
+STRENGTH = 0.8
 STEPS = 20  # at least, by default: a model's own few are those of a sampler that adds noise
 # Sigma above which a state in fp32 no longer holds the picture: that of zero terminal SNR.
 HIDDEN = 1000.0

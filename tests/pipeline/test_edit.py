@@ -138,21 +138,22 @@ def test_an_edits_own_defaults(models):
     asked = ldm.Request(prompt="sea", target_prompt="boat")
     lcm, sd1 = (models(name).resolve(asked, Inputs(image=picture())) for name in ("lcm", "sd1"))
     assert (lcm.num_inference_steps, sd1.num_inference_steps) == (20, 50)
-    assert (sd1.sampler, sd1.strength, sd1.eta) == ("ddim", 0.9, 0.0)
+    assert (sd1.sampler, sd1.strength, sd1.eta) == ("ddim", 0.8, 0.0)
 
 
 def test_each_step_is_seen_and_may_be_changed(models):
-    """Of 6 steps at strength 0.9 five are levels, and the first of them is where the picture is taken to."""
+    """Of 6 steps at strength 0.9 five levels are left, and the first is where the picture is taken to."""
     pipe, seen = models("sd1"), []
 
     def watch(pipe, i, t, given):
         seen.append((i, t))
         return {"latents": given["latents"] * 0} if i == 4 else {}
 
-    drawn = edit(pipe, mask_image=EVERYWHERE, output_type="latent", callback_on_step_end=watch).images
+    common = {"mask_image": EVERYWHERE, "strength": 0.9}
+    drawn = edit(pipe, **common, output_type="latent", callback_on_step_end=watch).images
     assert [i for i, _ in seen] == [1, 2, 3, 4]
     assert float(drawn.abs().max()) == 0
-    asked = ldm.Request(prompt="sea", target_prompt="boat", num_inference_steps=6)
+    asked = ldm.Request(prompt="sea", target_prompt="boat", num_inference_steps=6, strength=0.9)
     steps = list(pipe.denoise(asked, Inputs(image=picture())))
     assert [step.i for step in steps] == [1, 2, 3, 4]
     assert steps[-1].sigma == 0
