@@ -154,10 +154,11 @@ def run(monkeypatch, name, *arguments):
     runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
 
 
-def test_the_command_writes_table_and_sheet(models, tmp_path, monkeypatch, capsys):
+def test_the_command_writes_table_and_sheet(models, scorer, tmp_path, monkeypatch, capsys):
+    scorer.save(tmp_path / "scorer")
     out, picture = tmp_path / "figures.json", tmp_path / "sheet.webp"
     arguments = ["--model", models / "base", "--trained", models / "trained", "--n", 2, "--steps", 1]
-    arguments += ["--scorer", ROOT / "weights" / "postcard-eval", "--sampler", "euler"]
+    arguments += ["--scorer", tmp_path / "scorer", "--sampler", "euler"]
     run(monkeypatch, "compare_inpainting.py", *arguments, "--out", out, "--sheet", picture)
     figures = json.loads(out.read_text(encoding="utf-8"))["found"]
     assert list(figures) == list(inpainting.KINDS)
