@@ -55,15 +55,20 @@ def test_one_command_draws_what_two_draw():
     assert np.array_equal(pixels("large.png"), pixels("again.png"))
 
 
-def test_an_edit_is_enlarged_as_what_it_became():
-    """By the upscaler's own command, with the target as its prompt."""
-    Image.new("RGB", (16, 16), "red").save("photo.png")
-    edit = ["-p", "sea", "--invert", "photo.png", "--to", "a boat", "--steps", "3", "-s", "5"]
-    assert cli.txt2img([*MODEL, *edit, "-o", "large.png", "--upscaler", "upscaler"]) == 0
-    assert cli.txt2img([*MODEL, *edit, "-o", "small.png"]) == 0
-    second = ["-m", "upscaler", *MODEL[2:], "-p", "a boat", "-s", "5", "-i", "small.png", "-o", "again.png"]
-    assert cli.txt2img(second) == 0
-    assert np.array_equal(pixels("large.png"), pixels("again.png"))
+def test_an_edit_is_enlarged_as_what_it_became(both, monkeypatch):
+    from ldm.pipeline import sample
+
+    asked, prepare = [], sample.prepare
+
+    def noted(model, request, inputs):
+        asked.append(request.prompt)
+        return prepare(model, request, inputs)
+
+    monkeypatch.setattr(sample, "prepare", noted)
+    photo = Image.new("RGB", (16, 16), "red")
+    (large,) = both("sea", image=photo, target_prompt="a boat", num_inference_steps=3).images
+    assert asked == ["a boat"]
+    assert large.size == (32, 32)
 
 
 def test_the_png_tells_how_it_was_enlarged_and_redraws(root, capsys):
