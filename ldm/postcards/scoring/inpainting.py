@@ -7,7 +7,7 @@ true pictures, but at its border the rest of the picture says much: there a fill
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 import numpy as np
@@ -17,18 +17,25 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress, TaskID
 from scipy.ndimage import distance_transform_edt
+from torch import Tensor
 
 from ldm.dataset.masks import random_masks
+from ldm.diffusion.noise import Noise
 from ldm.errors import UserError
 from ldm.evaluate.distances import frechet_distance
-from ldm.evaluate.reconstruction import Images, reconstructed
+from ldm.evaluate.reconstruction import Images, reconstructed, to_uint8
 from ldm.evaluate.report import NORMAL_95, Rate, rate
 from ldm.images.pixels import contact_sheet
+from ldm.models.conditioning import Conditioning
+from ldm.models.kind import Kind
 from ldm.pipeline import Pipeline
+from ldm.pipeline.inputs import Inputs, as_image
+from ldm.pipeline.start import Beginning, Inpaint, Masked
 from ldm.postcards.scoring.following import judge
 from ldm.postcards.scoring.prompts import Prompt, evaluation_prompts
 from ldm.postcards.scoring.scorer import Scorer
-from ldm.postcards.scoring.sources import Settings, filled, rendered
+from ldm.postcards.scoring.sources import OnProgress, Settings, rendered
+from ldm.request import Request
 from ldm.train.recipe import MaskSection
 
 Masks = NDArray[np.bool_]  # [N, H, W], true where it is drawn anew
@@ -211,15 +218,59 @@ def measure_filling(scorer: Scorer, case: Case, ways: Mapping[str, Images]) -> d
     return found
 
 
+@dataclass(frozen=True, eq=False)
+class PutBack(Inpaint):
+    """An inpainting model that need not draw what the mask keeps: that is put back, as for other models."""
+
+    def begin(
+        self, noise: Noise, given: Tensor | None, cond: Conditioning, uncond: Conditioning
+    ) -> Beginning:
+        kept = Masked.begin(self, noise, given, cond, uncond)
+        return replace(kept, branches=super().begin(noise, given, cond, uncond).branches)
+
+
 def fill(pipes: Mapping[str, Pipeline], case: Case, settings: Settings) -> dict[str, Images]:
-    """The case filled by each model, and by the first one's autoencoder alone: no model can fill better."""
+    """The case filled by each model; by inpainting models also with what is kept put back beside; and by the
+    first model's autoencoder alone: none can fill better. Picture i is drawn with the same seed in each way.
+    """
+    starts: dict[str, tuple[Pipeline, type[PutBack] | None]] = {}
+    for name, pipe in pipes.items():
+        starts[name] = (pipe, None)
+        if pipe.kind is Kind.INPAINT:
+            starts[f"{name}, and put back"] = (pipe, PutBack)
     ways = {}
     with Progress(console=Console(stderr=True)) as progress:
-        for name, pipe in pipes.items():
+        for name, (pipe, start) in starts.items():
             bar = partial(_advance, progress, progress.add_task(name, total=len(case.prompts)))
-            ways[name] = filled(pipe, case.prompts, case.sources, case.masks, settings, bar)
+            ways[name] = case.compose(_filled(pipe, case, settings, start, bar))
     alone = reconstructed(next(iter(pipes.values())), case.sources)
-    return {name: case.compose(images) for name, images in (*ways.items(), ("its autoencoder alone", alone))}
+    return {**ways, "its autoencoder alone": case.compose(alone)}
+
+
+def _filled(
+    pipe: Pipeline, case: Case, settings: Settings, start: type[PutBack] | None, on_progress: OnProgress
+) -> Images:
+    parts: list[Images] = []
+    asked = Request(
+        num_inference_steps=settings.steps,
+        sampler=settings.sampler,
+        guidance_scale=settings.guidance_scale,
+    )
+    for first in range(0, len(case.prompts), settings.batch_size):
+        own = slice(first, first + settings.batch_size)
+        texts = enumerate(case.prompts[own], settings.seed + first)
+        given = Inputs(
+            image=as_image(case.sources[own], "image")[1],
+            mask_image=as_image(case.masks[own], "mask_image")[1],
+        )
+        job = pipe.prepare([asked.replace(prompt=text.text, seeds=(seed,)) for seed, text in texts], given)
+        if start is not None:
+            job = replace(
+                job, start=start(**{each.name: getattr(job.start, each.name) for each in fields(job.start)})
+            )
+        parts.append(to_uint8(pipe.draw(job, output_type="pt").images))
+        on_progress(first + len(parts[-1]))
+    return np.concatenate(parts)
 
 
 def _advance(progress: Progress, task: TaskID, done: int) -> None:

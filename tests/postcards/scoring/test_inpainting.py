@@ -141,7 +141,11 @@ def test_both_are_drawn_of_the_same_seeds(models):
     pipes = {name: ldm.load(models / name, dtype="fp32", device="cpu") for name in ("base", "trained")}
     case = make_case("half", 3, 16)
     ways = inpainting.fill(pipes, case, Settings(2, guidance_scale=2.0, batch_size=2))
-    assert list(ways) == ["base", "trained", "its autoencoder alone"]
+    assert list(ways) == ["base", "trained", "trained, and put back", "its autoencoder alone"]
+    # Its U-Net was only widened: it draws what the base draws, if what is kept is put back for both.
+    off = np.abs(ways["base"].astype(int) - ways["trained, and put back"])
+    assert off.max() <= 1
+    assert np.abs(ways["base"].astype(int) - ways["trained"]).max() > 10
     for i, prompt in enumerate(case.prompts):
         given = {"image": Image.fromarray(case.sources[i]), "mask_image": case.masks[i]}
         for name, pipe in pipes.items():
@@ -165,7 +169,7 @@ def test_the_command_writes_table_and_sheet(models, scorer, tmp_path, monkeypatc
     trained = figures["half"]["trained on masks"]
     assert f"| trained on masks | {Mean(**trained['border'])} |" in capsys.readouterr().out
     with Image.open(picture) as sheet:
-        assert sheet.size == (8 * (16 + 2) + 2, 3 * (16 + 2) + 2)
+        assert sheet.size == (10 * (16 + 2) + 2, 3 * (16 + 2) + 2)
 
 
 def test_too_few_pictures_are_told():
