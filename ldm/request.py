@@ -25,9 +25,11 @@ from pydantic import (
 )
 
 from ldm.errors import UserError, abbreviate
+from ldm.prompts.grammar import Grammar
+from ldm.prompts.script import Scripts, read_scripts
 from ldm.prompts.tags import take_tags
 
-VERSION: Literal[2] = 2  # of the JSON form, and of the rules by which pictures are drawn
+VERSION: Literal[3] = 3  # of the JSON form, and of the rules by which pictures are drawn
 MAX_SIDE = 4096
 MAX_STEPS = 1000
 MAX_SEED = 2**63 - 1
@@ -56,6 +58,7 @@ Levels = Annotated[
     tuple[Level, ...],
     Field(min_length=1, max_length=MAX_STEPS + 1, description="finite numbers from 0 up, strictly falling"),
 ]
+Marks = Annotated[Grammar, Field(description="a1111, comfy or plain")]
 Text = Annotated[
     str, AfterValidator(_writable), Field(description="valid Unicode text without NUL characters")
 ]
@@ -126,6 +129,7 @@ class Request(_Checked):
     prompt_2: Text | None = None  # for a second text encoder; None: as the first
     negative_prompt_2: Text | None = None
     target_prompt: Text | None = None  # what an edit makes of the image, which `prompt` tells
+    prompt_grammar: Marks | None = None  # what marks in prompts mean
     height: Side | None = None  # pixels
     width: Side | None = None
     num_inference_steps: Steps | None = None
@@ -162,7 +166,7 @@ class Request(_Checked):
     model_hash: Text | None = None
     upscaling: Request | None = None  # by a second model; prompt, seed and image are those of the picture
     not_kept: Annotated[tuple[Text, ...], Field(description="a list of names")] = ()
-    version: Literal[1, 2] = VERSION  # 1: drawn by the rules of before, `ldm.pipeline.before`
+    version: Literal[1, 2, 3] = VERSION  # 1: drawn by the rules of before, `ldm.pipeline.before`
 
     @property
     def is_old(self) -> bool:
@@ -187,6 +191,17 @@ class Request(_Checked):
         target = [] if self.target_prompt is None else [self.target_prompt]
         first = [self.prompt, negative, *target]
         return first, [self.prompt_2 or self.prompt, self.negative_prompt_2 or negative, *target]
+
+    @property
+    def grammar(self) -> Grammar:
+        """What marks in its texts mean; before version 3 they were text."""
+        return self.prompt_grammar or ("a1111" if self.version > 2 else "plain")
+
+    @property
+    def scripts(self) -> Scripts:
+        """What its texts say over the steps, in the order of `read_scripts`."""
+        (prompt, negative, *target), (prompt_2, negative_2, *_) = self.texts
+        return read_scripts(self.grammar, prompt, negative, prompt_2, negative_2, *target)
 
     @property
     def shown(self) -> str:
@@ -293,6 +308,11 @@ class Request(_Checked):
             if names.count(name) > 1:
                 raise UserError(f"the LoRA {name} is given twice: give it once, with one weight")
         return loras or None
+
+    @model_validator(mode="after")
+    def _marks_are_allowed(self) -> Self:
+        self.scripts  # noqa: B018  # raises
+        return self
 
     @model_validator(mode="after")
     def _one_grid(self) -> Self:

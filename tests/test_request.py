@@ -13,6 +13,7 @@ from ldm.errors import UserError
 from ldm.request import MAX_SEED, Request, consecutive_seeds
 
 WHOLE = Request(
+    prompt_grammar="comfy",
     prompt='a "red" boat,\nnach Süden ⛵',
     negative_prompt="blurry: yes",
     height=64,
@@ -59,12 +60,12 @@ def test_json_round_trip_keeps_every_field():
     assert {name for name in Request.model_fields if getattr(WHOLE, name) is None} == NOT_IN_WHOLE
     given = Request(timesteps=[999, 500.5, 1])
     assert Request.from_json(given.to_json()) == given
-    assert json.loads(WHOLE.to_json())["version"] == 2
+    assert json.loads(WHOLE.to_json())["version"] == 3
 
 
 def test_json_leaves_out_what_the_model_decides():
     assert json.loads(Request(prompt="a boat").to_json()) == {
-        "version": 2,
+        "version": 3,
         "prompt": "a boat",
         "guidance_rescale": 0.0,
         "seeds": [0],
@@ -191,7 +192,7 @@ def test_json_of_before_keeps_its_version():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "3", '{"version": 3}', '{"version": "2"}', '{"prompt": "no version"}']
+    "text", ["", "{", "[]", "3", '{"version": 4}', '{"version": "2"}', '{"prompt": "no version"}']
 )
 def test_damaged_and_newer_json_is_refused(text):
     with pytest.raises(UserError, match="this request"):

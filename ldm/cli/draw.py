@@ -6,7 +6,6 @@ import argparse
 import itertools
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,7 +40,8 @@ def draw(args: argparse.Namespace) -> int:
     if args.classifier is not None and args.classifier_class is None:
         raise UserError("--classifier leads to a class: give --classifier-class, the name of one")
     check_output(args, sum(request.num_images for request in requests))
-    warn_of_weights(requests)
+    if args.prompt_grammar is None:
+        tell_of_marks(args, requests)
     pipe = load(args)
     check_latents(pipe, args)
     warn_of_unknown_words(pipe, args, requests)
@@ -201,27 +201,25 @@ def check_batch(request: Request, count: int) -> None:
         )
 
 
-def warn_of_weights(requests: Sequence[Request]) -> None:
-    """Say once that the weights in brackets of other programs are read as they stand."""
-    from ldm.prompts.weights import find_weight
+def tell_of_marks(args: argparse.Namespace, requests: Sequence[Request]) -> None:
+    """Say once what the marks in prompts do, where nobody chose a grammar: in diffusers they are text."""
+    from ldm.prompts.script import describe
 
-    texts = (text for request in requests for pair in request.texts for text in pair)
-    found = next(filter(None, map(find_weight, texts)), None)
+    prompts = dict.fromkeys(text for request in requests for text in request.texts[0])
+    found = next(filter(None, (describe(prompt, "a1111") for prompt in prompts)), None)
     if found is not None:
-        warnings.warn(
-            f"{found}: weights in brackets and BREAK are read as plain text",
-            stacklevel=2,
-        )
+        echo(args, f"{found}: as in AUTOMATIC1111; --prompt-grammar plain takes marks for text")
 
 
 def warn_of_unknown_words(pipe: Pipeline, args: argparse.Namespace, requests: Sequence[Request]) -> None:
     """The embedded model knows a small world: say which words lie outside it. Nothing on other models."""
     from ldm.checkpoint.parts import EMBEDDED
+    from ldm.prompts.script import all_words
 
     if args.model not in (None, EMBEDDED[0]) or args.quiet:
         return
-    prompts = dict.fromkeys(text for request in requests for text in (request.prompt, request.shown))
-    unknown = dict.fromkeys(word for prompt in prompts for word in pipe.unknown_words(prompt))
+    texts = [all_words(text, each.grammar) for each in requests for text in (each.prompt, each.shown)]
+    unknown = dict.fromkeys(word for text in dict.fromkeys(texts) for word in pipe.unknown_words(text))
     if unknown:
         print(
             f"the embedded model has never seen: {', '.join(unknown)} "
@@ -267,6 +265,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     words.add_argument("-p", "--prompt", help="what the picture shows; empty draws anything")
     words.add_argument("--from-file", metavar="FILE", help="one prompt per line; - reads stdin")
     add("-n", "--negative-prompt", metavar="TEXT", help="what the picture should not show")
+    add(
+        "--prompt-grammar",
+        choices=("a1111", "comfy", "plain"),
+        help="what marks in prompts mean: (word:1.3), [word], BREAK, AND, [from:to:0.5] as in AUTOMATIC1111, "
+        "(word:1.3) as in ComfyUI, or nothing (default: a1111)",
+    )
     add("--prompt-2", metavar="TEXT", help="for a second text encoder, as in SDXL (default: the prompt)")
     add("--negative-prompt-2", metavar="TEXT", help="likewise (default: the negative prompt)")
     add("-W", "--width", "--W", type=int, metavar="PIXELS", help="a multiple of 8 (default: the model's)")

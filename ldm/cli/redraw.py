@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.cli.draw import check_output, draw_images, warn_of_weights
+from ldm.cli.draw import check_output, draw_images, tell_of_marks
 from ldm.cli.flags import FLAGS, add_common_flags, add_input_flags, add_model_flags
 from ldm.cli.models import load
 from ldm.errors import UserError, printable
@@ -67,7 +67,7 @@ def redraw(args: argparse.Namespace) -> int:
         check_output(args, 1)
     inputs = find_inputs(args, request)
     if CHUNK not in read_texts(args.file):
-        warn_of_weights([request])
+        tell_of_marks(args, [request])
     pipe = load(args)
     warn_of_other_models(pipe, request, args.file)
     upscaling = request.upscaling if pipe.upscaler else None

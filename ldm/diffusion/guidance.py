@@ -66,6 +66,28 @@ class CFG:
         return rescale_to(guided, cond, self.rescale) if self.rescale else guided
 
 
+def composed(predict: Predict, shares: Tensor) -> Predict:
+    """`predict` with a branch "cond" that is composed: of "cond", "cond_1", ..., shares [B, K].
+
+    ``base + sum_k share_k (cond_k - base)``, base the branch without any of them: Liu et al. 2022,
+    "Compositional Visual Generation with Composable Diffusion Models", equation 11. A guidance takes it for
+    the condition's answer, so that its scale multiplies the sum, as in AUTOMATIC1111.
+    """
+    parts = ("cond", *(f"cond_{k}" for k in range(1, shares.shape[1])))
+
+    def call(x: Tensor, sigma: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
+        if "cond" not in names:
+            return predict(x, sigma, names)
+        without = "image" if "image" in names else "uncond"
+        outputs = predict(x, sigma, tuple(dict.fromkeys((*names, without, *parts))))
+        base, whole = outputs[without], outputs[without]
+        for name, share in zip(parts, shares.to(base).unbind(1), strict=True):
+            whole = whole + share[:, None, None, None] * (outputs[name] - base)
+        return {name: whole if name == "cond" else outputs[name] for name in names}
+
+    return call
+
+
 @dataclass(frozen=True)
 class InstructPix2Pix:
     """Guidance towards a text and towards an image, each with its own scale.

@@ -13,20 +13,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
+from ldm.diffusion.ancestral import ancestral, ddpm, lcm, pc
 from ldm.diffusion.noise import BrownianNoise, Noise
 from ldm.diffusion.solvers import (
     PURE_NOISE,
     Solver,
-    ancestral,
-    ddpm,
     dpmpp_2m,
     dpmpp_2s,
     dpmpp_sde,
     heun,
-    lcm,
     lms,
     multistep_orders,
-    pc,
     pndm,
     singlestep_orders,
     unipc,

@@ -87,28 +87,28 @@ def step_log_variance(d: Denoised, sigma: Tensor, sigma_next: Tensor, variance: 
     return upper if variance == "fixed_large" else lower
 
 
-def _steps(sigmas: Tensor) -> Iterator[tuple[int, float, float]]:
+def steps(sigmas: Tensor) -> Iterator[tuple[int, float, float]]:
     """(i, sigma, sigma_next) of each step."""
     levels = sigmas.tolist()
     yield from zip(range(len(levels)), levels, levels[1:], strict=False)
 
 
-def _anchored(x: Tensor, d: Denoised) -> Tensor:
+def anchored(x: Tensor, d: Denoised) -> Tensor:
     """The state with noise ``(x - anchor) / sigma`` about x0, so that every solver honours an anchor."""
     return x if d.anchor is d.x0 else x + (d.x0 - d.anchor)
 
 
-def _slope(x: Tensor, d: Denoised, sigma: float) -> Tensor:
+def slope(x: Tensor, d: Denoised, sigma: float) -> Tensor:
     """``(x - anchor) / sigma``: dx / dsigma of the probability flow."""
     return (x - d.anchor) / sigma
 
 
-def _move(x: Tensor, x0: Tensor, ratio: float) -> Tensor:
+def move(x: Tensor, x0: Tensor, ratio: float) -> Tensor:
     """Scale the noise of `x` about `x0` by ``ratio = sigma_next / sigma``."""
     return x0 + ratio * (x - x0) if ratio else x0
 
 
-def _split(sigma: float, sigma_next: float, eta: float) -> tuple[float, float]:
+def split(sigma: float, sigma_next: float, eta: float) -> tuple[float, float]:
     """(down, up): step to `down`, then add `up` of fresh noise, ``down^2 + up^2 = sigma_next^2``.
 
     ``up = eta * sigma_next * sqrt(1 - (sigma_next / sigma)^2)``; Song et al. 2021, "DDIM", equation 16.
@@ -117,47 +117,8 @@ def _split(sigma: float, sigma_next: float, eta: float) -> tuple[float, float]:
     return math.sqrt(sigma_next**2 - up**2), up
 
 
-def _add_noise(x: Tensor, up: float, noise: Noise, sigma: float, sigma_next: float) -> Tensor:
+def add_noise(x: Tensor, up: float, noise: Noise, sigma: float, sigma_next: float) -> Tensor:
     return x + up * noise(x, sigma, sigma_next) if up else x
-
-
-def ancestral(
-    denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, *, eta: float = 1.0
-) -> Iterator[Step]:
-    """Euler (eta 0), DDIM(eta), Euler ancestral and DDPM (eta 1): one method under four names.
-
-    ``x' = x0 + (down / sigma) (x - x0) + up * noise``; Song et al. 2021, "DDIM", equations 12 and 16, which
-    in sigma space is the Euler step of Karras et al. 2022, equation 3, and at eta 1 the posterior of Ho et
-    al. 2020, equation 7 (``fixed_small``).
-    """
-    for i, sigma, sigma_next in _steps(sigmas):
-        d = denoise(x, sigmas[i])
-        down, up = _split(sigma, sigma_next, eta)
-        x = _move(_anchored(x, d), d.x0, down / sigma)
-        x = _add_noise(x, up, noise, sigma, sigma_next)
-        yield Step(i, sigma_next, x, d.x0)
-
-
-def ddpm(
-    denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, *, variance: Variance | None = None
-) -> Iterator[Step]:
-    """DDPM on any grid: the posterior's mean about x0, and noise of one of its variances.
-
-    ``x' = x0 + (sigma' / sigma)^2 (x - x0) + exp(log_variance / 2) noise``; Ho et al. 2020, algorithm 2 and
-    section 3.2, with Nichol and Dhariwal 2021, "Improved DDPM", section 3.1, for a learned variance and
-    section 4 for fewer steps. `variance` as in `step_log_variance`. The step to sigma = 0 ends at x0, without
-    noise, as in that algorithm, whatever the variance (diffusers does so at timestep 0 only).
-    """
-    for i, sigma, sigma_next in _steps(sigmas):
-        d = denoise(x, sigmas[i])
-        down, up = _split(sigma, sigma_next, 1.0)
-        x = _move(_anchored(x, d), d.x0, down / sigma)
-        if d.log_variance is None and variance in (None, "fixed_small"):
-            x = _add_noise(x, up, noise, sigma, sigma_next)  # the bits of `ancestral`
-        elif sigma_next:
-            log_variance = step_log_variance(d, sigmas[i], sigmas[i + 1], variance)
-            x = x + (log_variance / 2).exp().to(x) * noise(x, sigma, sigma_next)
-        yield Step(i, sigma_next, x, d.x0)
 
 
 def heun(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise) -> Iterator[Step]:
@@ -166,14 +127,14 @@ def heun(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise) -> Iterator[
     ``x' = x + (sigma' - sigma) (slope + slope') / 2``, ``slope = (x - x0) / sigma``; of first order where
     sigma' = 0, and from pure noise, where the slope has no trapezium.
     """
-    for i, sigma, sigma_next in _steps(sigmas):
+    for i, sigma, sigma_next in steps(sigmas):
         d = denoise(x, sigmas[i])
-        x = _anchored(x, d)
-        slope = (x - d.x0) / sigma
-        x = _move(x, d.x0, sigma_next / sigma)
+        x = anchored(x, d)
+        before = (x - d.x0) / sigma
+        x = move(x, d.x0, sigma_next / sigma)
         if sigma_next and sigma < PURE_NOISE:
             d = denoise(x, sigmas[i + 1])
-            x = x + (sigma_next - sigma) / 2 * (_slope(x, d, sigma_next) - slope)
+            x = x + (sigma_next - sigma) / 2 * (slope(x, d, sigma_next) - before)
         yield Step(i, sigma_next, x, d.x0)
 
 
@@ -185,15 +146,15 @@ def pndm(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise) -> Iterator[
     """
     weights = ([1.0], [1.5, -0.5], [23 / 12, -16 / 12, 5 / 12], [55 / 24, -59 / 24, 37 / 24, -9 / 24])
     history: list[Tensor] = []
-    for i, sigma, sigma_next in _steps(sigmas):
+    for i, sigma, sigma_next in steps(sigmas):
         d = denoise(x, sigmas[i])
-        x = _anchored(x, d)
+        x = anchored(x, d)
         eps = (x - d.x0) / sigma
         history = [eps, *history[:3]]
-        x = _move(x, d.x0, sigma_next / sigma)
+        x = move(x, d.x0, sigma_next / sigma)
         if i == 0 and len(sigmas) > 2 and sigma < PURE_NOISE:
             d = denoise(x, sigmas[i + 1])
-            change = (_slope(x, d, sigma_next) - eps) / 2
+            change = (slope(x, d, sigma_next) - eps) / 2
             x = x + (sigma_next - sigma) * change
         elif i > 0:
             for weight, old in zip(weights[len(history) - 1], history, strict=True):
@@ -209,11 +170,11 @@ def lms(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, *, order: int
     """
     levels = sigmas.tolist()
     history: list[Tensor] = []
-    for i, sigma, sigma_next in _steps(sigmas):
+    for i, sigma, sigma_next in steps(sigmas):
         d = denoise(x, sigmas[i])
-        x = _anchored(x, d)
+        x = anchored(x, d)
         history = [(x - d.x0) / sigma, *history[: order - 1]]
-        x = _move(x, d.x0, sigma_next / sigma)
+        x = move(x, d.x0, sigma_next / sigma)
         nodes = [levels[i - k] for k in range(len(history))]
         for k in range(1, len(history)):
             x = x + _lagrange_integral(nodes, k, sigma, sigma_next) * (history[k] - history[0])
@@ -271,15 +232,15 @@ def dpmpp_2m(
     """
     orders = orders or multistep_orders(len(sigmas) - 1, bool(sigmas[-1] == 0))
     h_before, before = 0.0, x
-    for i, sigma, sigma_next in _steps(sigmas):
+    for i, sigma, sigma_next in steps(sigmas):
         d = denoise(x, sigmas[i])
         ratio = sigma_next / sigma
         target, h = d.x0, -math.log(ratio) if ratio else math.inf
         if i > 0 and orders[i] == 2:
             target = d.x0 + h / (2 * h_before) * (d.x0 - before)
-        x = _move(_anchored(x, d), target, ratio ** (1 + eta))
+        x = move(anchored(x, d), target, ratio ** (1 + eta))
         if eta:
-            x = _add_noise(x, sigma_next * math.sqrt(1 - ratio ** (2 * eta)), noise, sigma, sigma_next)
+            x = add_noise(x, sigma_next * math.sqrt(1 - ratio ** (2 * eta)), noise, sigma, sigma_next)
         h_before, before = h, d.x0
         yield Step(i, sigma_next, x, d.x0)
 
@@ -295,15 +256,15 @@ def dpmpp_2s(
     """
     orders = orders or singlestep_orders(len(sigmas) - 1, bool(sigmas[-1] == 0))
     base, first, start = x, x, 0.0
-    for i, sigma, sigma_next in _steps(sigmas):
+    for i, sigma, sigma_next in steps(sigmas):
         d = denoise(x, sigmas[i])
         if i > 0 and orders[i] == 2:
             ratio = sigma_next / start
             target = first + math.log(ratio) / (2 * math.log(sigma / start)) * (d.x0 - first)
-            x = _move(base, target, ratio)
+            x = move(base, target, ratio)
         else:  # a run that begins within a pair begins with a step of its own
-            base, first, start = _anchored(x, d), d.x0, sigma
-            x = _move(base, first, sigma_next / sigma)
+            base, first, start = anchored(x, d), d.x0, sigma
+            x = move(base, first, sigma_next / sigma)
         yield Step(i, sigma_next, x, d.x0)
 
 
@@ -315,16 +276,16 @@ def dpmpp_sde(
     The first ends at ``sqrt(sigma sigma')``. Lu et al. 2022, "DPM-Solver++", algorithm 1 with r = 1/2, with
     the ancestral noise of k-diffusion's ``sample_dpmpp_sde``. Of first order to 0 and from pure noise.
     """
-    for i, sigma, sigma_next in _steps(sigmas):
+    for i, sigma, sigma_next in steps(sigmas):
         d = denoise(x, sigmas[i])
-        x = _anchored(x, d)
+        x = anchored(x, d)
         if sigma_next and sigma < PURE_NOISE:
             middle = math.sqrt(sigma * sigma_next)
-            down, up = _split(sigma, middle, eta)
-            between = _add_noise(_move(x, d.x0, down / sigma), up, noise, sigma, middle)
+            down, up = split(sigma, middle, eta)
+            between = add_noise(move(x, d.x0, down / sigma), up, noise, sigma, middle)
             d = denoise(between, torch.tensor(middle, dtype=torch.float64))
-        down, up = _split(sigma, sigma_next, eta)
-        x = _add_noise(_move(x, d.x0, down / sigma), up, noise, sigma, sigma_next)
+        down, up = split(sigma, sigma_next, eta)
+        x = add_noise(move(x, d.x0, down / sigma), up, noise, sigma, sigma_next)
         yield Step(i, sigma_next, x, d.x0)
 
 
@@ -339,16 +300,16 @@ def unipc(
     orders = orders or unipc_orders(len(sigmas) - 1, bool(sigmas[-1] == 0))
     levels, old = sigmas.tolist(), x
     x0s: list[Tensor] = []  # newest first: as many as the last prediction used
-    for i, sigma, sigma_next in _steps(sigmas):
+    for i, sigma, sigma_next in steps(sigmas):
         d = denoise(x, sigmas[i])
         if i > 0:
             x = _unic(old, [d.x0, *x0s], levels[i::-1])
-        old = _anchored(x, d)
+        old = anchored(x, d)
         target, used = d.x0, [d.x0]
         if i > 0 and orders[i] == 2:
             h_before, h = math.log(levels[i - 1] / sigma), math.log(sigma / sigma_next)
             target, used = d.x0 + h / (2 * h_before) * (d.x0 - x0s[0]), [d.x0, x0s[0]]
-        x, x0s = _move(old, target, sigma_next / sigma), used
+        x, x0s = move(old, target, sigma_next / sigma), used
         yield Step(i, sigma_next, x, d.x0)
 
 
@@ -368,48 +329,4 @@ def _unic(x: Tensor, x0s: list[Tensor], levels: list[float]) -> Tensor:
         b_1, b_2, r = phi_2 / phi_1, 2 * phi_3 / phi_1, -math.log(levels[2] / levels[1]) / h
         rho = (b_2 - r * b_1) / (1 - r)
         target = here + (b_1 - rho) / r * (before[0] - here) + rho * (new - here)
-    return _move(x, target, ratio)
-
-
-def pc(
-    denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, *, snr: float = 0.16, correct_steps: int = 1
-) -> Iterator[Step]:
-    """Predictor-corrector: an ancestral step to the next level, then Langevin steps there.
-
-    Song et al. 2021, "Score-Based Generative Modeling through Stochastic Differential Equations", algorithms
-    2 and 4 (3 and 5 in the variance-preserving space). The predictor is its ancestral sampling, equation 47,
-    which is finite from pure noise. `snr` and `correct_steps` are r and M there; sigma = 0 has no corrector.
-    """
-    for i, sigma, sigma_next in _steps(sigmas):
-        d = denoise(x, sigmas[i])
-        down, up = _split(sigma, sigma_next, 1.0)
-        x = _move(_anchored(x, d), d.x0, down / sigma)
-        x = _add_noise(x, up, noise, sigma, sigma_next)
-        for _ in range(correct_steps if sigma_next else 0):
-            d = denoise(x, sigmas[i + 1])
-            x = _langevin(x, d, sigma_next, noise(x, sigma_next, sigma_next), snr)
-        yield Step(i, sigma_next, x, d.x0)
-
-
-def _langevin(x: Tensor, d: Denoised, sigma: float, z: Tensor, snr: float) -> Tensor:
-    """``x' = x + e score + sqrt(2 e) z`` with ``e = 2 (snr |z| / |score|)^2``, norms and e of each picture.
-
-    Written with the noise estimate ``-sigma score``, whose norm is about that of z. Where it is next to
-    nothing the step is as long as adds no more noise than the level has.
-    """
-    eps = _slope(x, d, sigma)
-    z_norm, eps_norm = (each.flatten(1).norm(dim=1).view(-1, 1, 1, 1) for each in (z, eps))
-    share = torch.where(2 * snr * z_norm < eps_norm, snr * z_norm / eps_norm, 0.5)
-    return x - 2 * share**2 * sigma * eps + 2 * share * sigma * z
-
-
-def lcm(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise) -> Iterator[Step]:
-    """Latent consistency: jump to x0, add the next level's noise; Luo et al. 2023, algorithm 3.
-
-    ``x' = x0 + sigma' * noise``. The boundary condition ``c_skip x + c_out x0`` of its equation 9 is left
-    out: at the timesteps an LCM is drawn with c_skip is below 1e-5, and without it the last state is x0.
-    """
-    for i, sigma, sigma_next in _steps(sigmas):
-        d = denoise(x, sigmas[i])
-        x = _add_noise(d.x0, sigma_next, noise, sigma, sigma_next)
-        yield Step(i, sigma_next, x, d.x0)
+    return move(x, target, ratio)

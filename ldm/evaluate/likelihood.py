@@ -168,7 +168,7 @@ def under(
     groups = []
     for batch in job.batches:
         rows = [picture.prompt for picture in batch]
-        cond = Conditioning.cat([job.encode(p)[0] for p in rows])
+        cond = Conditioning.cat([job.encode(p, 0)[0] for p in rows])
         predict = networks.predict(job.model.unet, job.grid, {"cond": cond}, gradients=True)
         groups.append(Under(rows, job.guidance(predict, pipe.schedule.prediction.x0)))
     return job.grid.sigmas, groups

@@ -93,7 +93,7 @@ def _check_word(word: str, vectors: int, clip: Clip) -> None:
 def _initial_rows(initial: str, vectors: int, clip: Clip, parts: Parts) -> Tensor:
     """[n, D]: the embeddings of the tokens of `initial`, over and over. Raises UserError."""
     ids = clip.tokenizer(initial, add_special_tokens=False, verbose=False)["input_ids"]
-    ids = spell_out(ids, clip.tokenizer.get_added_vocab())
+    ids = [i for spelt in spell_out(ids, clip.tokenizer.get_added_vocab()) for i in spelt]
     begins = f"the new word cannot begin as {initial!r}"
     if not ids:
         raise UserError(f'{begins}: give what it is close to in meaning, such as "cat"')

@@ -34,6 +34,7 @@ def format_parameters(request: Request) -> str:
         "Denoising strength": request.strength,
         "Target prompt": request.target_prompt,
         "Eta": request.eta,
+        "Prompt grammar": None if request.prompt_grammar == "a1111" else request.prompt_grammar,
         "Version": f"ldm {__version__}",
     }
     settings = ", ".join(f"{key}: {_quoted(value)}" for key, value in values.items() if value is not None)
@@ -124,6 +125,7 @@ _FIELDS = {
     "CFG scale": "guidance_scale",
     "CFG rescale": "guidance_rescale",
     "Eta": "eta",
+    "Prompt grammar": "prompt_grammar",
     "Model": "model",
     "Model hash": "model_hash",
 }

@@ -1,4 +1,7 @@
-"""How pictures of requests of version 1 are drawn, so that they can be drawn again equal: the whole list.
+"""How pictures of earlier requests are drawn, so that they can be drawn again equal: the whole list.
+
+Since version 3 prompts are read for weights, edits over the steps and composition; before, as text
+(`Request.grammar`).
 
 Since version 2, as in diffusers (a mask's alpha as in programs that paint masks):
 

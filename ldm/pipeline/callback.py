@@ -17,7 +17,7 @@ from ldm.diffusion.variance import LearnedVariance
 from ldm.errors import UserError
 from ldm.models.conditioning import Conditioning
 from ldm.pipeline.job import Batch, Job, completed, guidance_of
-from ldm.pipeline.sample import Change
+from ldm.pipeline.sample import Change, texts_of
 
 # (pipeline, step, timestep, {"latents": ...}) -> None, or what to replace: {"latents": ...}
 Callback = Callable[[Any, int, float, dict[str, Any]], Mapping[str, Any] | None]
@@ -53,9 +53,7 @@ class Watch:
     @cached_property
     def texts(self) -> dict[str, Conditioning]:
         """What the branches have of the texts now."""
-        conds, unconds = zip(*(self.job.encode(picture.prompt) for picture in self.batch), strict=True)
-        cond, uncond = Conditioning.cat(conds), Conditioning.cat(unconds)
-        return {"cond": cond, "uncond": uncond, "image": uncond}
+        return texts_of(self.job, self.batch, 0)[0]
 
     @property
     def branches(self) -> tuple[str, ...]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -16,39 +18,101 @@ from ldm.pipeline.model import Model
 from ldm.request import Request
 
 
-def encode_texts(
-    model: Model, request: Request, inputs: Inputs, p: int, source: bool = False
-) -> tuple[Conditioning, Conditioning]:
-    """(cond, uncond) of a resolved request, number `p` of its job: one row each, of equal length.
+@dataclass(frozen=True)
+class Texts:
+    """What a first text encoder reads in one step of a drawing, and what a second does."""
 
-    An edit's cond is of its target, or with `source` of the prompt that tells its image, as long as that.
+    prompts: tuple[str, ...]  # those that are composed
+    negative: str
+    prompts_2: tuple[str, ...]
+    negative_2: str
+    target: tuple[str, ...] = ()  # of an edit by inversion
+
+    @property
+    def columns(self) -> tuple[list[str], list[str]]:
+        """All that each encoder reads."""
+        return (
+            [*self.prompts, self.negative, *self.target],
+            [*self.prompts_2, self.negative_2, *self.target],
+        )
+
+
+def texts_at(request: Request, step: int, steps: int) -> Texts:
+    """What a resolved request says in step `step` (from 0) of `steps`."""
+    prompts, negative, prompts_2, negative_2 = (script.at(step, steps) for script in request.scripts)
+    target = () if request.target_prompt is None else (request.target_prompt,)
+    return Texts(prompts, negative[0], prompts_2, negative_2[0], target)
+
+
+def windows_of(model: Model, request: Request, steps: int) -> int:
+    """How many windows of the text encoders the longest text of any of `steps` steps needs."""
+    said = {texts_at(request, step, steps) for step in range(steps)}
+    grammar = request.grammar
+    return max(model.text.count_windows(*texts.columns, grammar) for texts in said)
+
+
+class Telling:
+    """What the U-Net is told of each prompt of a job in each step, encoded once while its texts stay."""
+
+    def __init__(self, model: Model, requests: Sequence[Request], inputs: Inputs, steps: int) -> None:
+        self.model, self.requests, self.inputs, self.steps = model, requests, inputs, steps
+        self._encode = lru_cache(maxsize=8)(self._encoded)
+        self._windows = cache(lambda p: windows_of(model, requests[p], steps))
+
+    def __call__(self, p: int, step: int = 0, source: bool = False) -> tuple[Conditioning, Conditioning]:
+        """`encode_texts` of prompt `p` in a step: the same objects in all steps with the same texts."""
+        return self._encode(p, texts_at(self.requests[p], step, self.steps), source)
+
+    def _encoded(self, p: int, texts: Texts, source: bool) -> tuple[Conditioning, Conditioning]:
+        changes = any(script.changes for script in self.requests[p].scripts)
+        windows = self._windows(p) if changes else None
+        return encode_texts(self.model, self.requests[p], self.inputs, p, texts, windows, source)
+
+    def shares(self, p: int) -> tuple[float, ...]:
+        """Of the prompts that prompt `p` is composed of."""
+        return self.requests[p].scripts[0].shares
+
+    def length(self, p: int) -> int:
+        """Of what is told of prompt `p`, in windows; embeddings that are given have one length."""
+        return 1 if self.inputs.prompt_embeds is not None else self._windows(p)
+
+
+def encode_texts(
+    model: Model, request: Request, inputs: Inputs, p: int, texts: Texts, windows: int | None, source: bool
+) -> tuple[Conditioning, Conditioning]:
+    """(cond, uncond) of a resolved request, number `p` of its job, of equal length.
+
+    cond has a row for each prompt that is composed; `windows` is how long both are, where steps differ. An
+    edit's cond is of its target, or with `source` of the prompt that tells its image, as long as that.
 
     Raises UserError for embeddings that do not fit the model or each other.
     """
     extra, negative_extra = _extra(request, model.parts, model.runtime.device)
-    cond, uncond = _read(model, request, inputs, p, source)
-    return replace(cond, **extra), replace(uncond, **negative_extra)
+    cond, uncond = _read(model, request, inputs, p, texts, windows, source)
+    rows = {name: value.expand(len(cond), *value.shape[1:]) for name, value in extra.items()}
+    return replace(cond, **rows), replace(uncond, **negative_extra)
 
 
 def _read(
-    model: Model, request: Request, inputs: Inputs, p: int, source: bool
+    model: Model, request: Request, inputs: Inputs, p: int, texts: Texts, windows: int | None, source: bool
 ) -> tuple[Conditioning, Conditioning]:
     """(cond, uncond): embeddings that are given, and the others of their texts."""
-    text, (texts, texts_2), device = model.text, request.texts, model.runtime.device
+    text, (first, second), device = model.text, texts.columns, model.runtime.device
+    grammar, count = request.grammar, len(texts.prompts)
     cond = _given(p, device, inputs.prompt_embeds, inputs.pooled_prompt_embeds)
     uncond = _given(p, device, inputs.negative_prompt_embeds, inputs.negative_pooled_prompt_embeds)
     given = cond is not None or uncond is not None
     if cond is None:
-        read = text.encode(texts, request.clip_skip, prompts_2=texts_2)
-        shown = slice(1) if source or request.target_prompt is None else slice(2, 3)
-        cond, encoded = read[shown], read[1:2]
+        read = text.encode(first, request.clip_skip, windows, second, grammar)
+        shown = slice(count) if source or not texts.target else slice(count + 1, None)
+        cond, encoded = read[shown], read[count : count + 1]
     absent = request.negative_prompt is None and request.negative_prompt_2 is None
     unused = not text.clips and (request.guidance_scale or 0) <= 1
     if uncond is None and absent and (model.parts.force_zeros_for_empty_prompt or unused):
-        uncond = cond.zeros()
+        uncond = cond[:1].zeros()
     elif uncond is None and inputs.prompt_embeds is not None:
         windows = max(1, cond.tokens.shape[1] // text.window) if text.clips else 1
-        uncond = text.encode(texts[1:], request.clip_skip, windows, texts_2[1:])
+        uncond = text.encode([texts.negative], request.clip_skip, windows, [texts.negative_2], grammar)
     elif uncond is None:
         uncond = encoded
     if given:

@@ -29,7 +29,7 @@ from ldm.images.opening import to_mask, to_rgb
 from ldm.models.conditioning import Conditioning
 from ldm.models.kind import Kind
 from ldm.pipeline import before, networks
-from ldm.pipeline.conditioning import encode_texts
+from ldm.pipeline.conditioning import Telling
 from ldm.pipeline.edit import Invert, check_edit, invertible
 from ldm.pipeline.inputs import NOTHING, Inputs, count_images
 from ldm.pipeline.model import Model
@@ -73,9 +73,7 @@ class Job:
 
     model: Model  # with the LoRAs that the requests name
     requests: tuple[Request, ...]  # one for each prompt, all filled in, alike but for texts and seeds
-    encode: Callable[
-        [int], tuple[Conditioning, Conditioning]
-    ]  # prompt number -> (cond, uncond), one row each
+    encode: Telling  # (prompt number, step) -> (cond, with a row for each prompt that is composed; uncond)
     sampler: Sampler
     options: Mapping[str, Any]  # of the sampler's solver
     grid: Grid
@@ -135,12 +133,13 @@ def prepare(
         grid = before.align_your_steps(model.schedule, sampler, n)
     grid = grid if spread else trim_to_strength(grid, first)
     grid = grid if first.target_prompt is None else invertible(grid)
+    telling = Telling(model, requests, inputs, len(grid.timesteps))
     start = start_of(
         model,
         first,
         grid,
         images,
-        lambda p: encode_texts(model, requests[p], inputs, p, source=True)[0],
+        lambda p: telling(p, source=True)[0],
         inputs.image_latents,
     )
     kept = requests if inputs is NOTHING and not first.not_kept else as_kept(requests, inputs)
@@ -148,13 +147,13 @@ def prepare(
     return Job(
         model=model,
         requests=kept,
-        encode=lru_cache(maxsize=1)(lambda p: encode_texts(model, requests[p], inputs, p)),
+        encode=telling,
         sampler=sampler,
         options=options_of(first, sampler, grid),
         grid=grid,
         guidance=completed(inputs.guidance or guidance_of(first, model.parts), first, model),
         start=start,
-        batches=tuple(cut_into_batches(model, pictures, inputs, batch_size)),
+        batches=tuple(cut_into_batches(model, pictures, telling.length, batch_size)),
     )
 
 
@@ -327,19 +326,18 @@ def completed(guidance: Guidance, request: Request, model: Model) -> Guidance:
 
 
 def cut_into_batches(
-    model: Model, pictures: Sequence[Picture], inputs: Inputs, size: int | None
+    model: Model, pictures: Sequence[Picture], length: Callable[[int], int], size: int | None
 ) -> Iterator[Batch]:
     """Neighbours, at most `size` of them, and no more than memory holds.
 
-    Padding a prompt to its neighbour's length would change its picture: only those of one length go together.
+    Padding a prompt to its neighbour's length would change its picture: only those of one length, in windows
+    of the text encoder, go together.
     """
-    prompts = {picture.prompt: picture.prompt_request for picture in pictures}
-    lengths = dict.fromkeys(prompts, 1)  # given embeddings have one length, and so has one prompt
-    if inputs.prompt_embeds is None and len(prompts) > 1:
-        lengths = {p: model.text.count_windows(*request.texts) for p, request in prompts.items()}
     if size != 1:
         at_once = model.runtime.images_at_once(*pictures[0].prompt_request.size, model.bytes_per_pixel)
         size = at_once if size is None else min(size, at_once)
+    prompts = {picture.prompt for picture in pictures}
+    lengths = {p: length(p) for p in prompts} if len(prompts) > 1 else dict.fromkeys(prompts, 1)
     for _, alike in itertools.groupby(pictures, key=lambda picture: lengths[picture.prompt]):
         group = tuple(alike)
         yield from (group[i : i + size] for i in range(0, len(group), size))

@@ -145,6 +145,7 @@ class Pipeline(Model):
         classifier_class: str | None = None,
         classifier_scale: float | None = None,
         target_prompt: str | Sequence[str] | None = None,
+        prompt_grammar: str | None = None,
         prompt_2: str | Sequence[str] | None = None,
         negative_prompt_2: str | Sequence[str] | None = None,
         pooled_prompt_embeds: Tensor | None = None,
@@ -164,7 +165,7 @@ class Pipeline(Model):
         """Draw. Names and meanings are those of diffusers; None is the model's default.
 
         Args:
-            prompt: one text or several; "" draws without one.
+            prompt: one text or several, read by prompt_grammar ("a1111", "comfy", "plain"); "" is none.
             height, width: in pixels; by default the image's, if there is one, cut to multiples of 8.
             seed: picture k is drawn with seed + k; a list gives each its own; None starts at a random one.
             latents: [images, C, h, w] unit noise, instead of what the seeds give.
@@ -221,6 +222,7 @@ class Pipeline(Model):
             spacing=spacing,
             image=image_file,
             mask_image=mask_file,
+            prompt_grammar=prompt_grammar,
             strength=strength,
             image_guidance_scale=image_guidance_scale,
             noise_level=noise_level,
@@ -249,24 +251,20 @@ class Pipeline(Model):
             solver=sampler if callable(sampler) else None,
             guidance=guidance,
         )
-        texts = zip(
-            prompts,
-            one_each(negative_prompt, len(prompts), "negative_prompt"),
-            one_each(prompt_2, len(prompts), "prompt_2"),
-            one_each(negative_prompt_2, len(prompts), "negative_prompt_2"),
-            one_each(target_prompt, len(prompts), "target_prompt"),
-            strict=True,
-        )
+        texts = {
+            "negative_prompt": negative_prompt,
+            "prompt_2": prompt_2,
+            "negative_prompt_2": negative_prompt_2,
+            "target_prompt": target_prompt,
+        }
+        columns = {name: one_each(given, len(prompts), name) for name, given in texts.items()}
         requests = [
             shared.replace(
                 prompt=text or "",
-                negative_prompt=negative,
-                prompt_2=text_2,
-                negative_prompt_2=negative_2,
-                target_prompt=target,
                 seeds=seeds[p * each : (p + 1) * each],
+                **{name: column[p] for name, column in columns.items()},
             )
-            for p, (text, negative, text_2, negative_2, target) in enumerate(texts)
+            for p, text in enumerate(prompts)
         ]
         job = self.prepare(requests, inputs)
         if callback_on_step_end is None:

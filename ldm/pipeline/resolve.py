@@ -132,6 +132,7 @@ def _defaults(model: Model, request: Request, images: Images) -> dict[str, Any]:
         **{name: value for name, value in asdict(parts.defaults).items() if value is not None},
         "height": height,
         "width": width,
+        "prompt_grammar": request.grammar,
         "model": model.name,
         "model_hash": model.model_hash,
     }

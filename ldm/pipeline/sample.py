@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ldm.diffusion.guidance import Exchangeable, Guidance
+from ldm.diffusion.guidance import Exchangeable, Guidance, composed
 from ldm.diffusion.solvers import Step
 from ldm.models.conditioning import Conditioning
 from ldm.pipeline import networks
@@ -66,13 +66,14 @@ def sample(job: Job, batch: Batch) -> Generator[Step, Change | None, None]:
     noise = job.sampler.noise([picture.source for picture in batch])
     given = [picture.latents for picture in batch if picture.latents is not None]
     prompts = [picture.prompt for picture in batch]
-    cond, uncond = zip(*map(job.encode, prompts), strict=True)
+    texts, shares = texts_of(job, batch, 0)
     start = job.start.rows(prompts)
-    begun = start.begin(
-        noise, torch.stack(given) if given else None, Conditioning.cat(cond), Conditioning.cat(uncond)
-    )
+    begun = start.begin(noise, torch.stack(given) if given else None, texts["cond"], texts["uncond"])
     branches, known = begun.branches, begun.known
     predict = networks.predict(job.model.unet, job.grid, branches)
+    if shares is not None:
+        tell(branches, texts)
+        predict = composed(predict, shares)
     schedule = job.model.schedule
     guided = Exchangeable(job.guidance(predict, schedule.prediction.x0))
     denoise = guided if schedule.bounds is None else schedule.bounded(guided, job.sampler)
@@ -82,11 +83,39 @@ def sample(job: Job, batch: Batch) -> Generator[Step, Change | None, None]:
         solver = start.solver(predict, schedule.prediction.x0)
     for step in solver(denoise, begun.x, job.grid.sigmas, noise, **job.options):
         change = yield step if known is None else known.put_back(step)
+        if any(job.encode(p, step.i + 1) is not job.encode(p, step.i) for p in prompts):
+            tell(branches, texts_of(job, batch, step.i + 1)[0])
         if change is not None:
-            for name, texts in change.texts.items():
-                branches[name] = replace(texts, concat=branches[name].concat)
+            tell(branches, change.texts)
             if change.guidance is not None:
                 guided.current = change.guidance(predict, schedule.prediction.x0)
+
+
+def texts_of(job: Job, batch: Batch, step: int) -> tuple[dict[str, Conditioning], Tensor | None]:
+    """What a batch is told in a step, a row for each picture: "cond", "uncond" and "image", which is without
+    the text too; and where prompts are composed "cond_1" and so on, with the shares [B, K] of all, else None.
+    """
+    shares = [job.encode.shares(picture.prompt) for picture in batch]
+    told = [job.encode(picture.prompt, step) for picture in batch]
+    most = max(map(len, shares))
+    uncond = Conditioning.cat([each for _, each in told])
+    texts = {"uncond": uncond, "image": uncond}
+    for k in range(most):  # of fewer the first stands in the others' place, with no share
+        rows = [cond[k : k + 1] if k < len(cond) else cond[:1] for cond, _ in told]
+        texts[f"cond_{k}" if k else "cond"] = Conditioning.cat(rows)
+    if all(each == (1.0,) for each in shares):
+        return texts, None
+    return texts, torch.tensor([[*each, *[0.0] * (most - len(each))] for each in shares])
+
+
+def tell(branches: dict[str, Conditioning], texts: Mapping[str, Conditioning]) -> None:
+    """Put other texts into the branches; what is concatenated with the latents stays.
+
+    One that is new has what "cond" has. "image" is a branch of instruct-pix2pix alone.
+    """
+    for name, each in texts.items():
+        if name != "image" or name in branches:
+            branches[name] = replace(each, concat=branches.get(name, branches["cond"]).concat)
 
 
 def enlarge(job: Job, batch: Batch, images: Tensor) -> Tensor:
@@ -96,7 +125,8 @@ def enlarge(job: Job, batch: Batch, images: Tensor) -> Tensor:
     for picture, image in zip(batch, (images * 255).round() / 255, strict=True):
         small = picture.request
         assert small.upscaling is not None
-        asked = small.upscaling.replace(prompt=small.shown, seeds=small.seeds)
+        said = {"prompt": small.shown, "prompt_grammar": small.prompt_grammar}
+        asked = small.upscaling.replace(**said, seeds=small.seeds)
         own = prepare(upscaler, asked, Inputs(image=image))
         large += [draw_batch(own, each) for each in own.batches]
     return torch.cat(large)

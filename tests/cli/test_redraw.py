@@ -151,7 +151,7 @@ def used(seed=3):
 
 
 def own_solver(denoise, x, sigmas, noise):
-    from ldm.diffusion.solvers import ancestral
+    from ldm.diffusion.ancestral import ancestral
 
     return ancestral(denoise, x, sigmas, noise)
 
@@ -211,18 +211,20 @@ def test_a_jpeg_is_drawn_again_from_its_comment(pipe, again, capsys):
     assert Image.open("b.png").tobytes() == result.images[0].tobytes()
 
 
-def test_weights_in_brackets_are_told_once(again, tiny_folder, capsys):
-    Path("p").write_text("(sea:1.2)\n((boat))\n(two) boats\n", encoding="utf-8")
+def test_marks_in_prompts_are_told_once(again, tiny_folder, capsys):
+    Path("p").write_text("two boats\n(sea:1.2)\n((boat))\n", encoding="utf-8")
+    again = [flag for flag in again if flag != "--quiet"]
     drawn = ["txt2img", "--from-file", "p", "--steps", "1", *again[2:], "--outdir", "o", "--skip-save"]
     assert cli.main(drawn) == 0
-    told = capsys.readouterr().err
-    assert told.count("are read as plain text") == 1
-    assert "'(sea:1.2)'" in told
-    assert cli.main(["txt2img", "-p", "(two) boats", "--steps", "1", *again[2:], "--skip-save"]) == 0
-    assert "plain text" not in capsys.readouterr().err
+    told = capsys.readouterr().out
+    assert told.count("AUTOMATIC1111") == 1
+    assert "'sea' has weight 1.2: as in AUTOMATIC1111; --prompt-grammar plain takes marks for text" in told
+    for silent in (["--prompt-grammar", "a1111"], ["--prompt-grammar", "plain"], ["-q"]):
+        assert cli.main([*drawn, *silent]) == 0
+        assert "AUTOMATIC1111" not in capsys.readouterr().out
     write("((sea))\nSteps: 1, Size: 64x64")
     cli.main(again)
-    assert "'((sea))': weights in brackets and BREAK are read as plain text" in capsys.readouterr().err
+    assert "'sea' has weight 1.21" in capsys.readouterr().out
 
 
 def test_fresh_generators_are_kept_as_their_seeds(pipe):

@@ -4,10 +4,11 @@ import pytest
 import torch
 from mixture import PLANE
 
+from ldm.diffusion.ancestral import ancestral
 from ldm.diffusion.inversion import bdia, bdia_invert, ddim_invert, edit_mask, fading_gamma
 from ldm.diffusion.noise import Noise
 from ldm.diffusion.schedule import Schedule
-from ldm.diffusion.solvers import Denoised, ancestral
+from ldm.diffusion.solvers import Denoised
 
 SCHEDULE = Schedule.from_config({"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"})
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
+from ldm.diffusion.ancestral import ancestral, ddpm
 from ldm.diffusion.bound import bound
 from ldm.diffusion.bounds import Bounds
 from ldm.diffusion.forward import interpolated_log_variance, sigma_log_variances, sigma_posterior
@@ -15,7 +16,7 @@ from ldm.diffusion.noise import Noise
 from ldm.diffusion.prediction import Prediction
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.schedule import Schedule
-from ldm.diffusion.solvers import PURE_NOISE, Denoised, ancestral, ddpm, step_log_variance
+from ldm.diffusion.solvers import PURE_NOISE, Denoised, step_log_variance
 from ldm.diffusion.variance import LearnedVariance
 from ldm.errors import UserError
 

@@ -16,8 +16,8 @@ from tiny_pipeline import SCHEDULER, make_folder, randomise, tiny_unet
 
 import ldm
 from ldm.checkpoint import save_folder, save_model
+from ldm.diffusion.ancestral import ddpm
 from ldm.diffusion.samplers import SAMPLERS
-from ldm.diffusion.solvers import ddpm
 from ldm.errors import UserError
 
 PROMPT, NEGATIVE = "the red boat", "sea"

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 import ldm
 from ldm import cli
+from ldm.diffusion.ancestral import ancestral
 from ldm.diffusion.guidance import CFG
 from ldm.diffusion.inversion import ddim_invert
-from ldm.diffusion.solvers import ancestral
 from ldm.images.png import read_request
 from ldm.pipeline import Inputs, networks
 
@@ -32,7 +32,7 @@ def ddim_round_trip(pipe, request, inputs):
     """The latents of the picture, and those that DDIM's inversion and DDIM make of them."""
     job = pipe.prepare(request, inputs)
     start = job.start.rows([0])
-    begun = start.begin(None, None, *job.encode(0))
+    begun = start.begin(None, None, *job.encode(0, 0))
     x0, predict = begun.x, networks.predict(pipe.unet, job.grid, begun.branches)
     denoise = CFG(1.0)(predict, pipe.schedule.prediction.x0)
     noise = ddim_invert(denoise, x0, job.grid.sigmas)

@@ -8,7 +8,7 @@ from tiny_families import make_family
 from tiny_pipeline import WINDOW, randomise, tiny_text_encoder, write_tokenizer
 
 from ldm.errors import UserError
-from ldm.prompts.text_encoder import Clip, TextEncoder
+from ldm.prompts.text_encoder import Clip, TextEncoder, weighted
 
 ROOM = WINDOW - 2
 
@@ -142,3 +142,59 @@ def test_the_refiner_has_the_second_only(xl):
     both = xl.encode(["sea"], prompts_2=["the red boat"])
     assert torch.allclose(alone.tokens, both.tokens[..., 24:], atol=1e-5)
     assert torch.allclose(alone.pooled, both.pooled, atol=1e-5)
+
+
+# --- weights ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grammar", ["a1111", "comfy"])
+def test_weights_of_1_change_no_bit(text, grammar):
+    plain = tokens(text, ["a red boat at sea"])
+    assert torch.equal(plain, tokens(text, ["a (red:1) (boat at:1.0) sea"], grammar=grammar))
+    assert torch.equal(plain, tokens(text, ["a red boat at sea"], grammar=grammar))
+
+
+def test_weights_scale_and_the_windows_mean_stays(text):
+    """AUTOMATIC1111's rule, window by window."""
+    prompt, written = "the red boat " * 6, "the (red:1.4) boat " * 6
+    plain = tokens(text, [prompt]).reshape(-1, WINDOW, text.width)
+    found = tokens(text, [written], grammar="a1111").reshape(plain.shape)
+    ids = text.clips[0].tokenise(prompt, len(plain))
+    red = text.clips[0].tokenizer.convert_tokens_to_ids("red</w>")
+    scaled = plain.double() * torch.where(ids == red, 1.4, 1.0)[..., None]
+    wanted = scaled * (plain.double().mean((1, 2)) / scaled.mean((1, 2)))[:, None, None]
+    assert (found.double() - wanted).norm() < 1e-6 * wanted.norm()
+    assert found.mean((1, 2)) == pytest.approx(plain.mean((1, 2)), rel=1e-4)
+
+
+def test_comfys_weights_lead_away_from_the_empty_prompt(text):
+    plain, empty = tokens(text, ["red boat", ""])
+    (found,) = tokens(text, ["(red:1.5) boat"], grammar="comfy")
+    wanted = plain.clone()
+    wanted[1] = empty[1] + 1.5 * (plain[1] - empty[1])  # after the start
+    assert torch.allclose(found, wanted, atol=1e-6)
+    assert torch.equal(found[[0, *range(2, WINDOW)]], plain[[0, *range(2, WINDOW)]])
+
+
+@pytest.mark.parametrize("grammar", ["a1111", "comfy"])
+def test_weights_do_not_depend_on_the_neighbours(text, grammar):
+    alone = tokens(text, ["(red:1.5) boat"], grammar=grammar)
+    beside = tokens(text, ["(the sea:0.2)", "(red:1.5) boat", "boat"], grammar=grammar)
+    assert torch.allclose(alone[0], beside[1], atol=1e-6)
+    assert torch.allclose(beside[2], tokens(text, ["boat"])[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("grammar", ["a1111", "comfy"])
+def test_both_encoders_weigh_and_pooled_text_does_not(xl, grammar):
+    plain, found = xl.encode(["a red boat"]), xl.encode(["a (red:1.5) boat"], grammar=grammar)
+    assert torch.allclose(plain.pooled, found.pooled, atol=1e-6)
+    for part in (slice(24), slice(24, None)):
+        assert (plain.tokens[0, 2, part] - found.tokens[0, 2, part]).norm() > 0.1 * plain.tokens[
+            0, 2, part
+        ].norm()
+
+
+def test_weights_that_cancel_are_told():
+    hidden = torch.ones(1, 4, 2)
+    with pytest.raises(UserError, match="cancel each other"):
+        weighted(hidden, torch.tensor([[1.0, -3.0, 1.0, 1.0]]), hidden[:0])

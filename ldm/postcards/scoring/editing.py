@@ -18,10 +18,10 @@ from PIL import Image
 from torch.nn import functional as F
 
 from ldm import postcards as world
+from ldm.diffusion.ancestral import ancestral
 from ldm.diffusion.guidance import CFG
 from ldm.diffusion.inversion import ddim_invert
 from ldm.diffusion.noise import Noise
-from ldm.diffusion.solvers import ancestral
 from ldm.evaluate.distances import psnr
 from ldm.evaluate.report import Rate, rate
 from ldm.images.pixels import contact_sheet, to_pil
@@ -127,7 +127,7 @@ def reconstructed(pipe: Pipeline, case: Case, steps: int) -> tuple[Images, list[
     asked = Request(prompt=caption, target_prompt=caption, guidance_scale=1, num_inference_steps=steps)
     white = Image.new("L", (8, 8), 255)  # nothing is kept for its own sake
     job = pipe.prepare(asked, replace(inputs, mask_image=white))
-    begun = job.start.rows([0]).begin(Noise([0]), None, *job.encode(0))
+    begun = job.start.rows([0]).begin(Noise([0]), None, *job.encode(0, 0))
     denoise = CFG(1.0)(networks.predict(pipe.unet, job.grid, begun.branches), pipe.schedule.prediction.x0)
     x0 = begun.x
     noise = ddim_invert(denoise, x0, job.grid.sigmas)

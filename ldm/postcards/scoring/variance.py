@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, get_args
 import numpy as np
 import torch
 
+from ldm.diffusion.ancestral import ddpm
 from ldm.diffusion.bound import bits_per_dim, bound
 from ldm.diffusion.forward import sigma_log_variances
 from ldm.diffusion.guidance import CFG
 from ldm.diffusion.noise import Noise
-from ldm.diffusion.solvers import Denoise, Denoised, Variance, ddpm
+from ldm.diffusion.solvers import Denoise, Denoised, Variance
 from ldm.diffusion.variance import LearnedVariance
 from ldm.errors import reported
 from ldm.evaluate.distances import frechet_distance
@@ -102,7 +103,7 @@ def asked(pipe: Pipeline, prompts: Sequence[Prompt], steps: int) -> tuple[Job, T
 
 def denoiser(pipe: Pipeline, job: Job, batch: Batch) -> Denoise:
     """The model itself on the prompts of a batch, without guidance."""
-    cond = Conditioning.cat([job.encode(picture.prompt)[0] for picture in batch])
+    cond = Conditioning.cat([job.encode(picture.prompt, 0)[0] for picture in batch])
     guidance = LearnedVariance(CFG(1.0)) if pipe.parts.learns_variance else CFG(1.0)
     predict = networks.predict(pipe.unet, job.grid, {"cond": cond})
     return guidance(predict, pipe.schedule.prediction.x0)
