@@ -163,6 +163,7 @@ def under(
         spacing="linspace",
         num_inference_steps=steps or len(pipe.schedule.alphas_cumprod),
         guidance_scale=1.0,
+        prompt_grammar="plain",  # a caption is one text
     )
     job = prepare(pipe, [shared.replace(prompt=prompt) for prompt in prompts])
     groups = []

@@ -233,3 +233,13 @@ def test_robust_scores():
     assert np.abs(scores[:-1] - (np.array(values[:-1]) - 7) / 2).max() < 0.3
     assert scores[-1] > 1e5
     assert robust_scores([1.0, 1.0, 1.0, 2.0]).tolist() == [0, 0, 0, math.inf]
+
+
+def test_marks_in_a_caption_are_text(pipe):
+    """As in training: a caption with AND is one text."""
+    captions = ["red boat AND sea", "(red boat:1.5)"]
+    found = denoising_bounds(pipe, picture(pipe), captions, levels=2, noises=1)
+    assert len(found) == 2
+    assert found[0].nats != found[1].nats
+    _, groups = under(pipe, captions, likelihood.own_size(pipe))
+    assert [row for group in groups for row in group.rows] == [0, 1]
