@@ -58,7 +58,7 @@ def answer(question: str, args: argparse.Namespace) -> dict[str, Any]:
         case "bound":
             return asked.bounds(pipe, n, steps=500, chart=args.chart)
         case _:
-            return asked.kinds(pipe, Scorer.load(args.scorer), n, levels=8)
+            return asked.kinds(pipe, Scorer.load(args.scorer), n)
 
 
 if __name__ == "__main__":

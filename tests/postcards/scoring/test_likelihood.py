@@ -52,15 +52,19 @@ def test_kinds_are_those_of_the_likeliest_prompt(monkeypatch):
         said = "a house" if kind == "duck" else f"a {kind}"
         return [Likelihood((10.0 if prompt == said else 0.0,), levels, 10) for prompt in prompts]
 
+    def errors(pipe, picture, prompts, *, seed, levels):
+        kind = kinds[np.asarray(picture).tobytes()]
+        return [0.0 if prompt == f"a {kind}" else 1.0 for prompt in prompts]
+
     monkeypatch.setattr(likelihood, "denoising_bounds", judge)
+    monkeypatch.setattr(likelihood, "content_errors", errors)
     presence = np.zeros((14, 14), np.float32)
     presence[:, world.KINDS.index("house")] = 1
     scorer = types.SimpleNamespace(read=lambda images: types.SimpleNamespace(presence=presence))
-    found = likelihood.kinds(None, scorer, 14, levels=3)
-    assert found["by denoising error"]["right"] == 13
-    assert found["by the scorer"]["right"] == 1
-    assert found["wrong: is, said"] == [("duck", "house")]
-    assert found["evaluations of each prompt"] == 3
+    found = likelihood.kinds(None, scorer, 14)
+    assert [found[name]["right"] for name in ("8 levels", "4 levels of content", "the scorer")] == [13, 14, 1]
+    assert found["wrong: is, said"]["8 levels"] == [("duck", "house")]
+    assert found["wrong: is, said"]["4 levels of content"] == []
 
 
 def test_strangers_are_ranked_among_renders():
