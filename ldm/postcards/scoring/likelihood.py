@@ -164,10 +164,13 @@ def kinds(pipe: Pipeline, scorer: Scorer, n: int) -> dict[str, Any]:
 
 
 def strangers() -> dict[str, Image.Image]:
-    """Pictures of other worlds: six things of the sprites, noise, grey, and a postcard of random blocks."""
-    rng, sprites = random.Random("strangers"), make_world()
+    """Pictures of other worlds: twelve things of the sprites, noise, grey, and a postcard in pieces.
+
+    None of these sprites was looked at when `ldm.evaluate.likelihood.CONTENT` was chosen.
+    """
+    rng, sprites = random.Random("strangers of the second draw"), make_world()
     found = {}
-    for thing in rng.sample(list(sprites.things), 6):
+    for thing in rng.sample(list(sprites.things), 12):
         scene = alone(thing, next(iter(thing.sprites)), rng)
         found[f"sprite: {thing.noun}"] = Image.fromarray(draw(scene, SIDE))
     values = np.random.default_rng(0)
@@ -199,7 +202,8 @@ def outliers(
 ) -> dict[str, Any]:
     """Among n renders: ranks and scores of the strangers, by each measure."""
     foreign = strangers()
-    pictures = [render(prompt.scene) for prompt in evaluation_prompts(n)] + list(foreign.values())
+    scenes = [prompt.scene for prompt in evaluation_prompts(n, held_out=True)]
+    pictures = [*map(render, scenes), *foreign.values()]
     found: dict[str, Any] = {"n": n}
     for name, measure in measures.items():
         scores = np.abs(robust_scores([measure(pipe, picture, i) for i, picture in enumerate(pictures)]))

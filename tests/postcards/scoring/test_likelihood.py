@@ -76,7 +76,9 @@ def test_strangers_are_ranked_among_renders():
     found = likelihood.outliers(None, 5, {"colour": colour, "nothing": lambda *args: 1.0})
     told = found["colour"]["strangers: rank, score"]
     assert set(told) == set(likelihood.strangers())
-    values = [colour(None, likelihood.render(prompt.scene), 0) for prompt in evaluation_prompts(5)]
+    values = [
+        colour(None, likelihood.render(prompt.scene), 0) for prompt in evaluation_prompts(5, held_out=True)
+    ]
     values += [colour(None, picture, 0) for picture in likelihood.strangers().values()]
     scores = np.abs(robust_scores(values))
     assert [score for _, score in told.values()] == pytest.approx(scores[5:].tolist())
