@@ -122,7 +122,7 @@ class Clip:
         if grammar == "comfy" and bool((weights != 1).any()):  # one row more: the empty window
             ids = torch.cat([ids, self.fill([Window()], 1)[0]])
         hidden, *pooled = finite(self.model, lambda model: _read(model, ids, layer, norm), "the text encoder")
-        hidden = weighted(hidden[: len(weights)], weights.to(hidden), hidden[len(weights) :])
+        hidden = weighted(hidden[: len(weights)], weights, hidden[len(weights) :])
         return self._join((hidden, *(each[: len(weights)] for each in pooled)), windows)
 
     def read(self, ids: Tensor, windows: int, layer: int = -1, norm: bool = True) -> Conditioning:
@@ -270,7 +270,7 @@ def _read(model: Any, ids: Tensor, layer: int, norm: bool) -> tuple[Tensor, ...]
 
 
 def weighted(hidden: Tensor, weights: Tensor, empty: Tensor) -> Tensor:
-    """The embeddings [R, N, D] of R windows with the weights [R, N] of their tokens.
+    """The embeddings [R, N, D] of R windows with the weights [R, N], on the CPU, of their tokens.
 
     As in AUTOMATIC1111: ``z w``, then times ``mean(z) / mean(z w)``, the mean over one window (there it is
     over the whole batch, so that a picture would depend on its neighbours). Where `empty`, the embedding of
@@ -280,10 +280,11 @@ def weighted(hidden: Tensor, weights: Tensor, empty: Tensor) -> Tensor:
     Raises:
         UserError: if weights bring a mean to 0, so that nothing finite is left.
     """
-    changed = (weights != 1).any(1)
-    if not bool(changed.any()):
+    changed = (weights != 1).any(1).nonzero().flatten()
+    if not len(changed):
         return hidden
-    w, z = weights[changed][..., None], hidden[changed]
+    w, changed = weights[changed, :, None].to(hidden), changed.to(hidden.device)
+    z = hidden[changed]
     if len(empty):
         z = torch.where(w == 1, z, empty + w * (z - empty))
     else:
