@@ -2,12 +2,15 @@
 
 Filled are renders that no model was trained on, by their own captions. What the mask hides is one of many
 true pictures, but at its border the rest of the picture says much: there a filling can be right or wrong.
+Beneath the mask the models are shown another render, as one does who wants something else there. Their own
+would be a hint: the latents that are kept beside a mask are made of pixels beneath it too.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -16,26 +19,19 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 from rich.progress import Progress, TaskID
-from scipy.ndimage import distance_transform_edt
-from torch import Tensor
+from scipy.ndimage import distance_transform_edt, maximum_filter
 
 from ldm.dataset.masks import random_masks
-from ldm.diffusion.noise import Noise
 from ldm.errors import UserError
 from ldm.evaluate.distances import frechet_distance
-from ldm.evaluate.reconstruction import Images, reconstructed, to_uint8
+from ldm.evaluate.reconstruction import Images, reconstructed
 from ldm.evaluate.report import NORMAL_95, Rate, rate
 from ldm.images.pixels import contact_sheet
-from ldm.models.conditioning import Conditioning
-from ldm.models.kind import Kind
 from ldm.pipeline import Pipeline
-from ldm.pipeline.inputs import Inputs, as_image
-from ldm.pipeline.start import Beginning, Inpaint, Masked
 from ldm.postcards.scoring.following import judge
 from ldm.postcards.scoring.prompts import Prompt, evaluation_prompts
 from ldm.postcards.scoring.scorer import Scorer
-from ldm.postcards.scoring.sources import OnProgress, Settings, rendered
-from ldm.request import Request
+from ldm.postcards.scoring.sources import Settings, filled, rendered
 from ldm.train.recipe import MaskSection
 
 Masks = NDArray[np.bool_]  # [N, H, W], true where it is drawn anew
@@ -100,6 +96,11 @@ class Case:
     sources: Images
     masks: Masks
 
+    @property
+    def shown(self) -> Images:
+        """What is given to be filled: the sources, and beneath the masks the one before."""
+        return np.where(self.masks[..., None], np.roll(self.sources, 1, axis=0), self.sources)
+
     def compose(self, images: Images) -> Images:
         """`images` within the masks, else the sources."""
         return np.where(self.masks[..., None], images, self.sources)
@@ -119,17 +120,20 @@ def make_case(kind: str, count: int, size: int = 128) -> Case:
 
 
 def _boxes(prompts: Sequence[Prompt], size: int) -> Masks:
-    """The room of the first things that are named, and a margin."""
+    """The room of the first things that are named, and a margin, up to whole cells of the latents."""
     masks = np.zeros((len(prompts), size, size), bool)
     for mask, prompt in zip(masks, prompts, strict=True):
         room = prompt.scene.groups[0].boxes
         top, left = (min(getattr(box, name) for box in room) - MARGIN for name in ("top", "left"))
         bottom, right = (max(getattr(box, name) for box in room) + MARGIN for name in ("bottom", "right"))
-        rows, columns = (
-            slice(max(0, round(size * a)), round(size * b)) for a, b in ((top, bottom), (left, right))
-        )
-        mask[rows, columns] = True
+        mask[_cells(top, bottom, size), _cells(left, right, size)] = True
     return masks
+
+
+def _cells(start: float, stop: float, size: int) -> slice:
+    """Pixels from share `start` to `stop` of a side, up to sixteenths of it: of 128 pixels, to eights."""
+    cell = size // 16
+    return slice(max(0, math.floor(16 * start) * cell), math.ceil(16 * stop) * cell)
 
 
 def _strokes(prompts: Sequence[Prompt], size: int) -> Masks:
@@ -218,59 +222,27 @@ def measure_filling(scorer: Scorer, case: Case, ways: Mapping[str, Images]) -> d
     return found
 
 
-@dataclass(frozen=True, eq=False)
-class PutBack(Inpaint):
-    """An inpainting model that need not draw what the mask keeps: that is put back, as for other models."""
-
-    def begin(
-        self, noise: Noise, given: Tensor | None, cond: Conditioning, uncond: Conditioning
-    ) -> Beginning:
-        kept = Masked.begin(self, noise, given, cond, uncond)
-        return replace(kept, branches=super().begin(noise, given, cond, uncond).branches)
-
-
 def fill(pipes: Mapping[str, Pipeline], case: Case, settings: Settings) -> dict[str, Images]:
-    """The case filled by each model; by inpainting models also with what is kept put back beside; and by the
-    first model's autoencoder alone: none can fill better. Picture i is drawn with the same seed in each way.
+    """The case filled by each model, and by the first one's autoencoder alone: none can fill better.
+
+    By the first also with masks a cell of its latents larger, so that what it keeps is not made of what is
+    beneath; and with the picture itself beneath, to see what that gives away. Picture i has one seed in all.
     """
-    starts: dict[str, tuple[Pipeline, type[PutBack] | None]] = {}
-    for name, pipe in pipes.items():
-        starts[name] = (pipe, None)
-        if pipe.kind is Kind.INPAINT:
-            starts[f"{name}, and put back"] = (pipe, PutBack)
+    first, *others = pipes
+    larger = maximum_filter(case.masks, (1, *(2 * pipes[first].vae.downscale + 1,) * 2))
+    given = {
+        first: (pipes[first], case.shown, case.masks),
+        f"{first}, the mask a cell larger": (pipes[first], case.shown, larger),
+        **{name: (pipes[name], case.shown, case.masks) for name in others},
+        f"{first}, the picture itself beneath": (pipes[first], case.sources, case.masks),
+    }
     ways = {}
     with Progress(console=Console(stderr=True)) as progress:
-        for name, (pipe, start) in starts.items():
+        for name, (pipe, images, masks) in given.items():
             bar = partial(_advance, progress, progress.add_task(name, total=len(case.prompts)))
-            ways[name] = case.compose(_filled(pipe, case, settings, start, bar))
-    alone = reconstructed(next(iter(pipes.values())), case.sources)
-    return {**ways, "its autoencoder alone": case.compose(alone)}
-
-
-def _filled(
-    pipe: Pipeline, case: Case, settings: Settings, start: type[PutBack] | None, on_progress: OnProgress
-) -> Images:
-    parts: list[Images] = []
-    asked = Request(
-        num_inference_steps=settings.steps,
-        sampler=settings.sampler,
-        guidance_scale=settings.guidance_scale,
-    )
-    for first in range(0, len(case.prompts), settings.batch_size):
-        own = slice(first, first + settings.batch_size)
-        texts = enumerate(case.prompts[own], settings.seed + first)
-        given = Inputs(
-            image=as_image(case.sources[own], "image")[1],
-            mask_image=as_image(case.masks[own], "mask_image")[1],
-        )
-        job = pipe.prepare([asked.replace(prompt=text.text, seeds=(seed,)) for seed, text in texts], given)
-        if start is not None:
-            job = replace(
-                job, start=start(**{each.name: getattr(job.start, each.name) for each in fields(job.start)})
-            )
-        parts.append(to_uint8(pipe.draw(job, output_type="pt").images))
-        on_progress(first + len(parts[-1]))
-    return np.concatenate(parts)
+            ways[name] = case.compose(filled(pipe, case.prompts, images, masks, settings, bar))
+    ways["its autoencoder alone"] = case.compose(reconstructed(pipes[first], case.sources))
+    return ways
 
 
 def _advance(progress: Progress, task: TaskID, done: int) -> None:
@@ -278,11 +250,10 @@ def _advance(progress: Progress, task: TaskID, done: int) -> None:
 
 
 def sheet(cases: Mapping[str, tuple[Case, Mapping[str, Images]]], each: int = 4) -> Image.Image:
-    """Source, mask and the models' pictures side by side, `each` of a kind, two groups in a row."""
-    shown, columns = [], 0
+    """Source, mask and the first three ways' pictures side by side, `each` of a kind, two groups in a row."""
+    shown = []
     for case, ways in cases.values():
         hidden = np.where(case.masks[..., None], np.uint8(128), case.sources)
-        stacks = [case.sources, hidden, *list(ways.values())[:-1]]
-        columns = 2 * len(stacks)
+        stacks = [case.sources, hidden, *list(ways.values())[:3]]
         shown += [stack[i] for i in range(min(each, len(case.sources))) for stack in stacks]
-    return contact_sheet([Image.fromarray(image) for image in shown], columns)
+    return contact_sheet([Image.fromarray(image) for image in shown], columns=10)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ldm import postcards as world
 from ldm.diffusion.noise import Noise
@@ -52,6 +53,24 @@ def drawn(pipe: Pipeline, prompts: Sequence[Prompt], settings: Settings, on_prog
 
     def draw(start: int, part: Sequence[Prompt]) -> Images:
         return _call(pipe, part, _seeds(settings, start, part), settings, num_inference_steps=settings.steps)
+
+    return _in_batches(draw, prompts, settings.batch_size, on_progress)
+
+
+def filled(
+    pipe: Pipeline,
+    prompts: Sequence[Prompt],
+    images: Images,
+    masks: NDArray[np.bool_],
+    settings: Settings,
+    on_progress: OnProgress,
+) -> Images:
+    """Pictures, one for each prompt, with what masks [N, H, W] cover drawn anew."""
+
+    def draw(start: int, part: Sequence[Prompt]) -> Images:
+        own, seeds = slice(start, start + len(part)), _seeds(settings, start, part)
+        given = {"image": images[own], "mask_image": masks[own], "num_inference_steps": settings.steps}
+        return _call(pipe, part, seeds, settings, **given)
 
     return _in_batches(draw, prompts, settings.batch_size, on_progress)
 

@@ -81,6 +81,8 @@ def test_masks_are_of_their_kind():
         alone = postcards.object_mask(postcards.Scene("sea", "day", "clear", prompt.scene.groups[:1], 0), 128)
         assert not (alone & ~mask).any()
         assert mask.mean() < 0.8
+        cells = mask.reshape(16, 8, 16, 8)
+        assert np.array_equal(cells.any((1, 3)), cells.all((1, 3)))
     assert half.masks.mean((1, 2)).tolist() == [0.5] * 8
     assert [bool(mask[0, 0]) for mask in half.masks] == [True, False, True, False] * 2
     assert half.masks[2][:64].all()
@@ -141,16 +143,26 @@ def test_both_are_drawn_of_the_same_seeds(models):
     pipes = {name: ldm.load(models / name, dtype="fp32", device="cpu") for name in ("base", "trained")}
     case = make_case("half", 3, 16)
     ways = inpainting.fill(pipes, case, Settings(2, guidance_scale=2.0, batch_size=2))
-    assert list(ways) == ["base", "trained", "trained, and put back", "its autoencoder alone"]
-    # Its U-Net was only widened: it draws what the base draws, if what is kept is put back for both.
-    off = np.abs(ways["base"].astype(int) - ways["trained, and put back"])
-    assert off.max() <= 1
-    assert np.abs(ways["base"].astype(int) - ways["trained"]).max() > 10
+    hint = "base, the picture itself beneath"
+    larger = "base, the mask a cell larger"
+    assert list(ways) == ["base", larger, "trained", hint, "its autoencoder alone"]
+    wide = np.zeros((16, 16), bool)
+    wide[:, :10] = True  # the first's left half, and a cell of two pixels
+    given = {"image": Image.fromarray(case.shown[0]), "mask_image": wide}
+    (alone,) = pipes["base"](
+        case.prompts[0].text, seed=0, num_inference_steps=2, guidance_scale=2.0, **given
+    ).images
+    assert np.abs(np.asarray(alone)[:, :8].astype(int) - ways[larger][0][:, :8]).max() <= 1
+    assert np.array_equal(ways[larger][0][:, 8:], case.sources[0][:, 8:])
+    assert np.array_equal(case.shown[1, :, :8], case.sources[1, :, :8])  # its right half is hidden
+    assert np.array_equal(case.shown[1, :, 8:], case.sources[0, :, 8:])
     for i, prompt in enumerate(case.prompts):
-        given = {"image": Image.fromarray(case.sources[i]), "mask_image": case.masks[i]}
+        given = {"image": Image.fromarray(case.shown[i]), "mask_image": case.masks[i]}
+        assert (ways[hint][i] != ways["base"][i]).any()
         for name, pipe in pipes.items():
             (alone,) = pipe(prompt.text, seed=i, num_inference_steps=2, guidance_scale=2.0, **given).images
-            assert np.abs(np.asarray(alone).astype(int) - ways[name][i]).max() <= 1
+            filled = np.where(case.masks[i][..., None], np.asarray(alone), case.sources[i])
+            assert np.abs(filled.astype(int) - ways[name][i]).max() <= 1
 
 
 def run(monkeypatch, name, *arguments):
