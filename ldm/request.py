@@ -14,77 +14,46 @@ import secrets
 from collections.abc import Container, Iterable
 from typing import Annotated, Any, Literal, Self, TypeGuard
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from ldm.errors import UserError, abbreviate
+from ldm.fields import (
+    Checked,
+    Digest,
+    Fraction,
+    Layers,
+    Levels,
+    Marks,
+    NoiseLevel,
+    Scale,
+    Seeds,
+    Side,
+    Size,
+    Steps,
+    Text,
+    short,
+)
 from ldm.prompts.grammar import Grammar
 from ldm.prompts.script import Scripts, read_scripts
 from ldm.prompts.tags import take_tags
 
 VERSION: Literal[3] = 3  # of the JSON form, and of the rules by which pictures are drawn
-MAX_SIDE = 4096
-MAX_STEPS = 1000
-MAX_SEED = 2**63 - 1
+# Fields that a pipeline notes of itself and its files: no argument of a drawing.
+NOTED = (
+    "image_sha256",
+    "mask_image_sha256",
+    "classifier_sha256",
+    "loras",
+    "embeddings",
+    "model",
+    "model_hash",
+    "upscaling",
+    "not_kept",
+    "version",
+)
 
 
-def _writable(text: str) -> str:
-    # Undecodable bytes of a command line arrive as lone surrogates, which no PNG chunk can hold.
-    if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
-        raise ValueError("not writable")
-    return text
-
-
-Side = Annotated[
-    int, Field(ge=8, le=MAX_SIDE, multiple_of=8, description=f"a multiple of 8 from 8 to {MAX_SIDE}")
-]
-Steps = Annotated[int, Field(ge=1, le=MAX_STEPS, description=f"a whole number from 1 to {MAX_STEPS}")]
-Scale = Annotated[float, Field(allow_inf_nan=False, description="a finite number")]
-Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, description="a number from 0 to 1")]
-Layers = Annotated[int, Field(ge=0, le=100, description="how many last text layers to skip, 0 or more")]
-Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
-Seeds = Annotated[
-    tuple[Seed, ...], Field(min_length=1, description="at least one seed, each from 0 to 2**63 - 1")
-]
-Level = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Levels = Annotated[
-    tuple[Level, ...],
-    Field(min_length=1, max_length=MAX_STEPS + 1, description="finite numbers from 0 up, strictly falling"),
-]
-Marks = Annotated[Grammar, Field(description="a1111, comfy or plain")]
-Text = Annotated[
-    str, AfterValidator(_writable), Field(description="valid Unicode text without NUL characters")
-]
-Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$", description="a SHA-256 in 64 hex digits")]
-Pixels = Annotated[int, Field(ge=0, le=2**20)]
-Size = Annotated[tuple[Pixels, Pixels], Field(description="two whole numbers of pixels, height first")]
-NoiseLevel = Annotated[int, Field(ge=0, description="a whole number from 0 up")]
-
-
-class _Checked(BaseModel):
-    """A frozen pydantic model whose validation errors are one line in the user's words."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    def __init__(self, **fields: Any) -> None:
-        try:
-            super().__init__(**fields)
-        except ValidationError as error:
-            raise UserError(_explain(type(self), error)) from None
-
-    def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed, validated again."""
-        return type(self)(**{**self.model_dump(), **changes})
-
-
-class LoraUse(_Checked):
+class LoraUse(Checked):
     """An adapter by its name, how strongly it acts, and which file it was."""
 
     name: Text
@@ -93,14 +62,14 @@ class LoraUse(_Checked):
     sha256: Digest | None = None
 
 
-class EmbeddingUse(_Checked):
+class EmbeddingUse(Checked):
     """A textual inversion by the word that it is written as, and which file it was."""
 
     name: Text
     sha256: Digest
 
 
-class Request(_Checked):
+class Request(Checked):
     """What to draw. One picture per seed; the pictures of one request share everything else.
 
     Names and meanings are diffusers' (`clip_skip` counts skipped layers, so 1 is the penultimate layer).
@@ -253,7 +222,7 @@ class Request(_Checked):
         version = fields.get("version") if isinstance(fields, dict) else None
         if version not in range(1, VERSION + 1):
             raise UserError(
-                f"this request has version {_short(version)}; this ldm reads versions 1 to {VERSION}"
+                f"this request has version {short(version)}; this ldm reads versions 1 to {VERSION}"
             )
         if isinstance(fields.get("upscaling"), dict):
             fields["upscaling"] = {"version": version, **fields["upscaling"]}
@@ -271,7 +240,7 @@ class Request(_Checked):
         names = {name: fields.get(name) for name in ("sampler", "spacing")}
         for name, value in names.items():
             if value is not None and not isinstance(value, str):
-                raise UserError(f"{name} {_short(value)} is not allowed: it must be a name")
+                raise UserError(f"{name} {short(value)} is not allowed: it must be a name")
         if names == {"sampler": None, "spacing": None}:
             return fields
         # Solvers need torch, and a request that names none does not.
@@ -341,7 +310,7 @@ def consecutive_seeds(seed: int | Iterable[int] | None, count: int = 1) -> tuple
     if seed is not None and first is None:
         seeds = None if isinstance(seed, str | float) or not _is_several(seed) else [*map(_whole, seed)]
         if seeds is None or None in seeds:
-            raise UserError(f"seed {_short(seed)} is not allowed: give a whole number, or one per picture")
+            raise UserError(f"seed {short(seed)} is not allowed: give a whole number, or one per picture")
         if count not in (1, len(seeds)):
             raise UserError(f"{len(seeds)} seeds for {count} pictures: give one seed, or one per picture")
         return tuple(each for each in seeds if each is not None)
@@ -360,33 +329,3 @@ def _whole(number: Any) -> int | None:
 
 def _is_several(seed: Any) -> TypeGuard[Iterable[int]]:
     return isinstance(seed, Iterable) and getattr(seed, "ndim", 1) > 0
-
-
-def _explain(model: type[BaseModel], error: ValidationError) -> str:
-    """One line for all that is wrong: field, value, what is allowed."""
-    lines: dict[str, str] = {}  # by field: a tuple reports each of its bad items, and the first is enough
-    for fault in error.errors(include_url=False):
-        name = str(next(iter(fault["loc"]), ""))
-        cause = fault.get("ctx", {}).get("error")
-        if isinstance(cause, UserError):
-            lines.setdefault(name, str(cause))
-        elif name not in model.model_fields:
-            lines.setdefault(name, f"{name} is not a field of a {model.__name__}")
-        else:
-            allowed = _allowed(model, name) or fault["msg"]
-            lines.setdefault(name, f"{name} {_short(fault['input'])} is not allowed: it must be {allowed}")
-    return "; ".join(lines.values())
-
-
-def _allowed(model: type[BaseModel], name: str) -> str:
-    # Optional fields keep the description on the member of their union that is not None.
-    whole = model.model_json_schema()
-    whole = whole.get("$defs", {}).get(model.__name__, whole)  # where a model holds its own kind
-    schema = whole["properties"][name]
-    members = [schema, *schema.get("anyOf", [])]
-    return next((str(member["description"]) for member in members if "description" in member), "")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

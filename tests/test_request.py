@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from ldm.errors import UserError
-from ldm.request import MAX_SEED, Request, consecutive_seeds
+from ldm.fields import MAX_SEED
+from ldm.request import Request, consecutive_seeds
 
 WHOLE = Request(
     prompt_grammar="comfy",

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from ldm.cli import convert, diffuse, draw, evaluate, finetune, folder, likelihood, redraw
+from ldm.cli import convert, diffuse, draw, draw_flags, evaluate, finetune, folder, likelihood, redraw
 from ldm.cli.flags import FLAGS
 from ldm.cli.parser import Parser, dashes
 from ldm.errors import NEWLINE, UserError, printable
@@ -21,7 +21,7 @@ from ldm.errors import NEWLINE, UserError, printable
 SPELLING = "Flags may be spelt with dashes or underscores."
 # name -> (its flags, what runs it, what it does)
 COMMANDS = {
-    "txt2img": (draw.add_flags, draw.draw, "draw pictures from words"),
+    "txt2img": (draw_flags.add_flags, draw.draw, "draw pictures from words"),
     "info": (redraw.add_info_flags, redraw.info, "show how a PNG was drawn"),
     "redraw": (
         redraw.add_flags,
@@ -48,7 +48,7 @@ COMMANDS = {
 def txt2img(argv: Sequence[str] | None = None) -> int:
     """The `txt2img` command. Returns its exit code; argparse exits by itself with 2 on a bad flag."""
     parser = Parser("txt2img", description=f"Draw pictures from words. {SPELLING}")
-    draw.add_flags(parser)
+    draw_flags.add_flags(parser)
     parser.set_defaults(command=draw.draw)
     return run(parser, argv)
 

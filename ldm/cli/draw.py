@@ -10,9 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.cli.flags import add_common_flags, add_input_flags, add_model_flags
 from ldm.cli.models import load
-from ldm.cli.parser import count
 from ldm.cli.terminal import bar, echo
 from ldm.errors import UserError, reason
 
@@ -23,12 +21,6 @@ if TYPE_CHECKING:
     from ldm.pipeline.job import Batch
     from ldm.request import Request
 
-OUTDIR = "outputs/txt2img-samples"
-SIZES = tuple(
-    negative + size
-    for negative in ("", "negative-")
-    for size in ("original-size", "crops-coords-top-left", "target-size")
-)
 MAX_PICTURES = 100_000  # of one run
 MAX_BATCH_PIXELS = 2**26  # 4 pictures of 4096 x 4096, 4096 of 128 x 128
 GRID_LIMIT = 100  # pictures on one grid: a run may be endless, a sheet may not
@@ -253,144 +245,3 @@ def print_peak_memory(pipe: Pipeline, args: argparse.Namespace) -> None:
     from ldm.runtime import peak_memory
 
     echo(args, f"peak memory {peak_memory(pipe.runtime.device) / 2**20:.0f} MiB")
-
-
-# --- flags -----------------------------------------------------------------------------------------------
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("what to draw")
-    add = group.add_argument
-    words = group.add_mutually_exclusive_group(required=True)
-    words.add_argument("-p", "--prompt", help="what the picture shows; empty draws anything")
-    words.add_argument("--from-file", metavar="FILE", help="one prompt per line; - reads stdin")
-    add("-n", "--negative-prompt", metavar="TEXT", help="what the picture should not show")
-    add(
-        "--prompt-grammar",
-        choices=("a1111", "comfy", "plain"),
-        help="what marks in prompts mean: (word:1.3), [word], BREAK, AND, [from:to:0.5] as in AUTOMATIC1111, "
-        "(word:1.3) as in ComfyUI, or nothing (default: a1111)",
-    )
-    add("--prompt-2", metavar="TEXT", help="for a second text encoder, as in SDXL (default: the prompt)")
-    add("--negative-prompt-2", metavar="TEXT", help="likewise (default: the negative prompt)")
-    add("-W", "--width", "--W", type=int, metavar="PIXELS", help="a multiple of 8 (default: the model's)")
-    add("-H", "--height", "--H", type=int, metavar="PIXELS", help="a multiple of 8 (default: the model's)")
-    add("-s", "--seed", type=int, default=42, help="of the first picture; negative: random (default: 42)")
-    add(
-        "-b",
-        "--n-iter",
-        "--batch-count",
-        type=count,
-        default=1,
-        metavar="N",
-        help="batches per prompt (default: 1)",
-    )
-    add(
-        "--n-samples",
-        "--batch-size",
-        type=count,
-        default=1,
-        metavar="N",
-        help="pictures in a batch (default: 1)",
-    )
-    add("--fixed-code", action="store_true", help="every batch starts from the same noise")
-    add_image_flags(parser)
-    add_sampling_flags(parser)
-    add_model_flags(parser)
-    add("--C", type=int, metavar="CHANNELS", help="latent channels: checked against the model")
-    add("--f", type=int, metavar="FACTOR", help="downsampling factor: checked against the model")
-    add = parser.add_argument_group("output").add_argument
-    add("--outdir", type=Path, default=Path(OUTDIR), metavar="FOLDER", help=f"(default: {OUTDIR})")
-    add("-o", "--output", type=Path, metavar="FILE", help="write the one picture here instead")
-    add("--skip-save", action="store_true", help="do not write the single pictures")
-    add("--skip-grid", action="store_true", help="do not write a grid of several pictures")
-    add("--n-rows", type=count, metavar="N", help="pictures in each row of the grid (default: --n-samples)")
-    add_common_flags(parser)
-
-
-def add_image_flags(parser: argparse.ArgumentParser) -> None:
-    add = add_input_flags(parser, "drawing from a picture").add_argument
-    add(
-        "--strength",
-        type=float,
-        metavar="SHARE",
-        help="0 to 1: how much of the picture is drawn anew (default: 0.8; of SDXL 0.3; with a mask 1)",
-    )
-    add(
-        "--invert",
-        metavar="FILE",
-        help="edit this picture: it is inverted to the noise that draws it (-p says what it shows) and drawn "
-        "again as --to says; --mask covers what may change (default: where the two texts differ)",
-    )
-    add("--to", dest="target_prompt", metavar="TEXT", help="what the picture of --invert becomes")
-    add(
-        "--image-guidance-scale",
-        type=float,
-        metavar="SCALE",
-        help="instruct-pix2pix: how closely to keep to the picture (default: 1.5)",
-    )
-    add(
-        "--noise-level",
-        type=int,
-        metavar="N",
-        help="upscalers: noise on the picture (default: the model's)",
-    )
-
-
-def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("how to draw it (default of each: the model's)")
-    add = group.add_argument
-    add(
-        "--steps",
-        "--ddim-steps",
-        "--num-inference-steps",
-        type=int,
-        metavar="N",
-        help="denoising steps, 1 to 1000",
-    )
-    add(
-        "--cfg-scale",
-        "--scale",
-        "--guidance-scale",
-        dest="scale",
-        type=float,
-        metavar="SCALE",
-        help="classifier-free guidance; 1 is none",
-    )
-    add("--classifier-class", metavar="NAME", help="what the gradient of --classifier leads to")
-    add(
-        "--classifier-scale",
-        type=float,
-        metavar="SCALE",
-        help="how strongly; 1 is Bayes' rule (default: 4)",
-    )
-    add(
-        "--guidance-rescale",
-        type=float,
-        default=0.0,
-        metavar="PHI",
-        help="0 to 1: less overexposure at high scales",
-    )
-    sampler = group.add_mutually_exclusive_group()
-    sampler.add_argument("--sampler", metavar="NAME", help='e.g. "DPM++ 2M Karras", euler_a, ddim, unipc')
-    sampler.add_argument("--plms", dest="sampler", action="store_const", const="pndm", help="--sampler pndm")
-    sampler.add_argument(
-        "--dpm-solver", dest="sampler", action="store_const", const="dpmpp_2m", help="--sampler dpmpp_2m"
-    )
-    add("--scheduler", "--spacing", metavar="NAME", help="spacing of the steps, e.g. karras, trailing")
-    add(
-        "--eta",
-        "--ddim-eta",
-        type=float,
-        metavar="ETA",
-        help="0 to 1: fresh noise in each step, where the sampler adds any",
-    )
-    add("--clip-skip", type=int, metavar="N", help="skip the last N layers of the text encoder")
-    add = parser.add_argument_group(
-        "what SDXL is told of the picture (default of sizes: its own)"
-    ).add_argument
-    for name in SIZES:
-        pair = ("TOP", "LEFT") if name.endswith("top-left") else ("HEIGHT", "WIDTH")
-        add(f"--{name}", nargs=2, type=int, metavar=pair)
-    add("--aesthetic-score", type=float, metavar="SCORE", help="refiners only (default: 6)")
-    add("--negative-aesthetic-score", type=float, metavar="SCORE", help="refiners only (default: 2.5)")

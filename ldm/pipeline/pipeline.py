@@ -42,7 +42,7 @@ from ldm.pipeline.job import Batch, Job, Picture, prepare, requests_of
 from ldm.pipeline.model import Model
 from ldm.pipeline.resolve import check_upscaler
 from ldm.pipeline.sample import OnStep, draw_batch, draw_latents, sample
-from ldm.request import Request
+from ldm.request import NOTED, Request
 from ldm.runtime import choose
 
 
@@ -141,11 +141,7 @@ class Pipeline(Model):
         mask_image: Any = None,
         strength: float | None = None,
         image_guidance_scale: float | None = None,
-        noise_level: int | None = None,
-        classifier_class: str | None = None,
-        classifier_scale: float | None = None,
         target_prompt: str | Sequence[str] | None = None,
-        prompt_grammar: str | None = None,
         prompt_2: str | Sequence[str] | None = None,
         negative_prompt_2: str | Sequence[str] | None = None,
         pooled_prompt_embeds: Tensor | None = None,
@@ -177,7 +173,6 @@ class Pipeline(Model):
             mask_image: white where the image is drawn anew, or where it has transparent parts, what is not;
                 the rest keeps the image's own pixels.
             strength: the share of the steps that is drawn, from the image with as much noise.
-            classifier_class, classifier_scale: what `with_classifier`'s gradient leads to, and how strongly.
             target_prompt: an edit: the image, which `prompt` tells, becomes this; the rest is kept.
                 `strength` says how far towards noise it is taken back, mask_image where it may change.
             output_type: "pil" (list), "np" [B, H, W, 3] in 0..1, "pt" [B, 3, H, W] in 0..1, or "latent".
@@ -189,12 +184,14 @@ class Pipeline(Model):
                 add_text_embeds, negative_pooled_prompt_embeds, add_time_ids, guidance_scale.
             cross_attention_kwargs: {"scale": 0.5} multiplies the weights of the LoRAs.
             return_dict: either value; a Result has `.images` and is a tuple's like, `[0]`.
-            others: not taken; the error says what to write instead.
+            others: any other field of a `Request` by its name, but those that the pipeline notes.
 
         Raises:
             UserError: naming the argument that is not allowed, its value and what is.
         """
-        refuse_arguments(others, CALL_ARGUMENTS)
+        refuse_arguments(
+            others.keys() - Request.model_fields.keys(), [*CALL_ARGUMENTS, *Request.model_fields]
+        )
         check_output_type(output_type)
         check_names(callback_on_step_end_tensor_inputs)
         each = num_images_per_prompt
@@ -209,6 +206,7 @@ class Pipeline(Model):
         generators = own_generators(generator, count)
         seeds = seeds_of(seed, generators, count)
         shared = Request(
+            **others,
             height=height,
             width=width,
             num_inference_steps=num_inference_steps,
@@ -222,12 +220,8 @@ class Pipeline(Model):
             spacing=spacing,
             image=image_file,
             mask_image=mask_file,
-            prompt_grammar=prompt_grammar,
             strength=strength,
             image_guidance_scale=image_guidance_scale,
-            noise_level=noise_level,
-            classifier_class=classifier_class,
-            classifier_scale=classifier_scale,
             original_size=original_size,
             crops_coords_top_left=crops_coords_top_left,
             target_size=target_size,
@@ -398,3 +392,5 @@ class Pipeline(Model):
 
 
 CALL_ARGUMENTS = tuple(inspect.signature(Pipeline.__call__).parameters)[1:-1]
+# Of a request, what comes by `others`: `seeds` is the call's seed.
+FIELDS = tuple(name for name in Request.model_fields if name not in (*NOTED, *CALL_ARGUMENTS, "seeds"))

@@ -17,11 +17,12 @@ from ldm.adapters import used_embeddings, wanted_loras
 from ldm.checkpoint import Parts
 from ldm.diffusion.samplers import SAMPLERS, resolve_sampler
 from ldm.errors import UserError, printable
+from ldm.fields import MAX_SIDE
 from ldm.images.fitting import InMemory, size_of
 from ldm.models.kind import Kind
 from ldm.pipeline import edit
 from ldm.pipeline.model import Model
-from ldm.request import MAX_SIDE, Request
+from ldm.request import Request
 
 CLASSIFIER_SCALE = 4.0  # by default: of the embedded classifier's the nearest to renders; 1 is Bayes' rule
 

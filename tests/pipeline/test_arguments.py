@@ -4,24 +4,13 @@ import dataclasses
 from collections.abc import Sequence
 
 import ldm
-from ldm.cli.draw import add_flags
+from ldm.cli.draw_flags import add_flags
 from ldm.cli.flags import FLAGS
 from ldm.cli.parser import Parser
 from ldm.pipeline import Inputs
-from ldm.request import Request
+from ldm.pipeline.pipeline import FIELDS
+from ldm.request import NOTED, Request
 
-NO_ARGUMENT = {
-    "image_sha256": "noted by the pipeline",
-    "mask_image_sha256": "noted by the pipeline",
-    "loras": "with_lora, --lora",
-    "embeddings": "with_embedding, --embedding",
-    "classifier_sha256": "noted by the pipeline",
-    "model": "noted by the pipeline; --model finds it",
-    "model_hash": "noted by the pipeline",
-    "not_kept": "noted by the pipeline",
-    "upscaling": "with_upscaler, --upscaler",
-    "version": "of the rules",
-}
 NO_FIELD = {
     "num_images_per_prompt", "generator", "latents", "output_type", "callback_on_step_end",
     "callback_on_step_end_tensor_inputs", "guidance", "cross_attention_kwargs", "return_dict", "others",
@@ -41,17 +30,19 @@ def test_each_argument_is_in_the_call_the_request_the_flags_and_the_json():
     defaults = {flag: action.default for action in parser._actions for flag in action.option_strings}
     for name, field in Request.model_fields.items():
         argument = RENAMED.get(name, name)
-        assert (argument in call) != (name in NO_ARGUMENT), name
-        if name in NO_ARGUMENT:
+        if name in NOTED:
+            assert argument not in call, name
             continue
-        if name not in ("seeds", "prompt"):  # random in Python, 42 on the command line, 0 in a request
+        if argument in call and name not in ("seeds", "prompt"):  # random in Python, 42 on the command line
             assert call[argument].default == field.default, name
+        assert argument in call or argument in FIELDS, name
         flag = FLAGS.get(name, f"--{name.replace('_', '-')}")
         assert (flag in flags) != (name in NO_FLAG), name
         if flag in flags and name not in ("seeds", "prompt"):
             assert defaults[flag] == field.default, name
     renamed = {RENAMED.get(name, name) for name in Request.model_fields}
     assert call.keys() - renamed - {"self"} == NO_FIELD
+    assert not call.keys() & {*NOTED, *FIELDS}
     assert {each.name for each in dataclasses.fields(Inputs)} - call.keys() == {
         "generators", "solver", "image_latents"
     }  # fmt: skip

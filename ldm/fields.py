@@ -1,0 +1,93 @@
+"""What a field of a `Request` may hold, and how what it may not is told: pydantic's types with our words."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from ldm.errors import UserError
+from ldm.prompts.grammar import Grammar
+
+MAX_SIDE = 4096
+MAX_STEPS = 1000
+MAX_SEED = 2**63 - 1
+
+
+def _writable(text: str) -> str:
+    # Undecodable bytes of a command line arrive as lone surrogates, which no PNG chunk can hold.
+    if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
+        raise ValueError("not writable")
+    return text
+
+
+Side = Annotated[
+    int, Field(ge=8, le=MAX_SIDE, multiple_of=8, description=f"a multiple of 8 from 8 to {MAX_SIDE}")
+]
+Steps = Annotated[int, Field(ge=1, le=MAX_STEPS, description=f"a whole number from 1 to {MAX_STEPS}")]
+Scale = Annotated[float, Field(allow_inf_nan=False, description="a finite number")]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, description="a number from 0 to 1")]
+Layers = Annotated[int, Field(ge=0, le=100, description="how many last text layers to skip, 0 or more")]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+Seeds = Annotated[
+    tuple[Seed, ...], Field(min_length=1, description="at least one seed, each from 0 to 2**63 - 1")
+]
+Level = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Levels = Annotated[
+    tuple[Level, ...],
+    Field(min_length=1, max_length=MAX_STEPS + 1, description="finite numbers from 0 up, strictly falling"),
+]
+Marks = Annotated[Grammar, Field(description="a1111, comfy or plain")]
+Text = Annotated[
+    str, AfterValidator(_writable), Field(description="valid Unicode text without NUL characters")
+]
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$", description="a SHA-256 in 64 hex digits")]
+Pixels = Annotated[int, Field(ge=0, le=2**20)]
+Size = Annotated[tuple[Pixels, Pixels], Field(description="two whole numbers of pixels, height first")]
+NoiseLevel = Annotated[int, Field(ge=0, description="a whole number from 0 up")]
+
+
+class Checked(BaseModel):
+    """A frozen pydantic model whose validation errors are one line in the user's words."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise UserError(explain(type(self), error)) from None
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed, validated again."""
+        return type(self)(**{**self.model_dump(), **changes})
+
+
+def explain(model: type[BaseModel], error: ValidationError) -> str:
+    """One line for all that is wrong: field, value, what is allowed."""
+    lines: dict[str, str] = {}  # by field: a tuple reports each of its bad items, and the first is enough
+    for fault in error.errors(include_url=False):
+        name = str(next(iter(fault["loc"]), ""))
+        cause = fault.get("ctx", {}).get("error")
+        if isinstance(cause, UserError):
+            lines.setdefault(name, str(cause))
+        elif name not in model.model_fields:
+            lines.setdefault(name, f"{name} is not a field of a {model.__name__}")
+        else:
+            allowed = _allowed(model, name) or fault["msg"]
+            lines.setdefault(name, f"{name} {short(fault['input'])} is not allowed: it must be {allowed}")
+    return "; ".join(lines.values())
+
+
+def _allowed(model: type[BaseModel], name: str) -> str:
+    # Optional fields keep the description on the member of their union that is not None.
+    whole = model.model_json_schema()
+    whole = whole.get("$defs", {}).get(model.__name__, whole)  # where a model holds its own kind
+    schema = whole["properties"][name]
+    members = [schema, *schema.get("anyOf", [])]
+    return next((str(member["description"]) for member in members if "description" in member), "")
+
+
+def short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
