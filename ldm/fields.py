@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -44,6 +45,12 @@ Text = Annotated[
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$", description="a SHA-256 in 64 hex digits")]
 Pixels = Annotated[int, Field(ge=0, le=2**20)]
 Size = Annotated[tuple[Pixels, Pixels], Field(description="two whole numbers of pixels, height first")]
+Growth = Annotated[float, Field(ge=1, le=8, allow_inf_nan=False, description="a number from 1 to 8")]
+Overlap = Annotated[
+    int,
+    Field(ge=0, lt=MAX_SIDE, multiple_of=8, description=f"a multiple of 8 from 0 to less than {MAX_SIDE}"),
+]
+Axes = Annotated[Literal["x", "y", "xy"], Field(description="x, y or xy")]
 NoiseLevel = Annotated[int, Field(ge=0, description="a whole number from 0 up")]
 
 
@@ -74,9 +81,18 @@ def explain(model: type[BaseModel], error: ValidationError) -> str:
         elif name not in model.model_fields:
             lines.setdefault(name, f"{name} is not a field of a {model.__name__}")
         else:
-            allowed = _allowed(model, name) or fault["msg"]
+            allowed = (_allowed(model, name) or fault["msg"]) + _nearest(fault)
             lines.setdefault(name, f"{name} {short(fault['input'])} is not allowed: it must be {allowed}")
     return "; ".join(lines.values())
+
+
+def _nearest(fault: Mapping[str, Any]) -> str:
+    """The multiples beside a whole number that is none."""
+    unit = fault.get("ctx", {}).get("multiple_of")
+    if fault["type"] != "multiple_of" or not isinstance(fault["input"], int):
+        return ""
+    below = fault["input"] // unit * unit
+    return f" (the nearest are {below} and {below + unit})"
 
 
 def _allowed(model: type[BaseModel], name: str) -> str:

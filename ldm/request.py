@@ -18,13 +18,16 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 
 from ldm.errors import UserError, abbreviate
 from ldm.fields import (
+    Axes,
     Checked,
     Digest,
     Fraction,
+    Growth,
     Layers,
     Levels,
     Marks,
     NoiseLevel,
+    Overlap,
     Scale,
     Seeds,
     Side,
@@ -48,9 +51,12 @@ NOTED = (
     "model",
     "model_hash",
     "upscaling",
+    "hires_upscaler_sha256",
+    "refining",
     "not_kept",
     "version",
 )
+NESTED = ("upscaling", "hires", "refining")  # requests within one
 
 
 class LoraUse(Checked):
@@ -134,6 +140,17 @@ class Request(Checked):
     model: Text | None = None  # for the record in the PNG: not used to find the model
     model_hash: Text | None = None
     upscaling: Request | None = None  # by a second model; prompt, seed and image are those of the picture
+    hires_scale: Growth | None = None  # how many times as large it is drawn again ("hires fix"); None: 2
+    hires_upscaler: Text | None = None  # what enlarges it before: a name of `ldm.images.enlarging`, or a file
+    hires_upscaler_sha256: Digest | None = None
+    hires: Request | None = None  # the second pass: what it says nothing of is as in the first
+    tile_size: Side | None = None  # pixels: the U-Net sees windows of at most so many a side
+    tile_overlap: Overlap | None = None  # pixels that neighbours share; None: half of a tile
+    tiling: Axes | None = None  # axes along which the picture continues at its other edge
+    denoising_start: Fraction | None = None  # diffusers' names: the share of the timesteps at which its
+    denoising_end: Fraction | None = None  # latents begin, and at which it leaves them
+    refiner_switch_at: Fraction | None = None  # the share at which a second model goes on
+    refining: Request | None = None  # by that; prompt, seed, sampler and steps are those of the picture
     not_kept: Annotated[tuple[Text, ...], Field(description="a list of names")] = ()
     version: Literal[1, 2, 3] = VERSION  # 1: drawn by the rules of before, `ldm.pipeline.before`
 
@@ -207,7 +224,11 @@ class Request(Checked):
     def filled_in(self, mode: str = "python") -> dict[str, Any]:
         """The fields that say something, as Python's values or JSON's."""
         fields = self.model_dump(mode=mode, exclude_none=True)
-        for each in (fields, fields.get("upscaling", {})):
+        for name in ("hires", "refining"):  # which say what is other in them
+            if (own := getattr(self, name)) is not None:
+                fields[name] = own.model_dump(mode=mode, exclude_defaults=True)
+                fields[name] |= {} if own.version == self.version else {"version": own.version}
+        for each in (fields, *(fields.get(name, {}) for name in NESTED)):
             if not each.get("not_kept"):
                 each.pop("not_kept", None)
         return fields
@@ -224,8 +245,9 @@ class Request(Checked):
             raise UserError(
                 f"this request has version {short(version)}; this ldm reads versions 1 to {VERSION}"
             )
-        if isinstance(fields.get("upscaling"), dict):
-            fields["upscaling"] = {"version": version, **fields["upscaling"]}
+        for name in NESTED:
+            if isinstance(fields.get(name), dict):
+                fields[name] = {"version": version, **fields[name]}
         try:
             return cls(**fields)
         except RecursionError:

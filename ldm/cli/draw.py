@@ -73,6 +73,7 @@ def make_requests(args: argparse.Namespace) -> list[Request]:
     check_edit(args)
     same_name = (Request.model_fields.keys() & vars(args).keys()) - {"prompt", "model"}
     fields = {name: getattr(args, name) for name in same_name} | {"image": args.invert or args.image}
+    fields["hires"] = hires_of(args)
     one = Request(
         **fields,
         num_inference_steps=args.steps,
@@ -88,6 +89,16 @@ def make_requests(args: argparse.Namespace) -> list[Request]:
         one.replace(prompt=prompt, seeds=consecutive_seeds(seed + p * each, each))
         for p, prompt in enumerate(prompts)
     ]
+
+
+def hires_of(args: argparse.Namespace) -> Request | None:
+    """What flags say of a second pass; None if nothing. Its scale and upscaler are fields of their own."""
+    from ldm.request import Request
+
+    flags = {"num_inference_steps": "steps", "strength": "strength", "prompt": "prompt", "sampler": "sampler"}
+    given = {name: getattr(args, f"hires_{flag}") for name, flag in flags.items()}
+    given = {name: value for name, value in given.items() if value is not None}
+    return Request(**given) if given else None
 
 
 def check_edit(args: argparse.Namespace) -> None:
@@ -114,10 +125,10 @@ def draw_images(job: Job, batch: Batch, title: str, quiet: bool) -> list[Image]:
     from ldm.pipeline.sample import draw_batch
     from ldm.runtime import is_out_of_memory
 
-    steps = len(job.grid.timesteps)
     try:
         if quiet:
             return to_pil(draw_batch(job, batch))
+        steps = job.count_steps(batch)
         with bar(title, "it/s", quiet, steps) as on_progress:
             return to_pil(draw_batch(job, batch, lambda step: on_progress(step.i + 1, steps)))
     except (MemoryError, RuntimeError) as error:
@@ -183,7 +194,7 @@ def print_loras(pipe: Pipeline, args: argparse.Namespace, jobs: Sequence[Job]) -
 
 def check_batch(request: Request, count: int) -> None:
     """A batch's finished pictures are held in memory together."""
-    finished = request.upscaling or request
+    finished = request.upscaling or request.hires or request
     size, most = (finished.width or 0) * (finished.height or 0), MAX_BATCH_PIXELS
     if count * size > most:
         shape = f"{finished.width}x{finished.height}"
