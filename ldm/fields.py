@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -44,6 +44,18 @@ Text = Annotated[
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$", description="a SHA-256 in 64 hex digits")]
 Pixels = Annotated[int, Field(ge=0, le=2**20)]
 Size = Annotated[tuple[Pixels, Pixels], Field(description="two whole numbers of pixels, height first")]
+Sides = Annotated[
+    tuple[Pixels, Pixels, Pixels, Pixels],
+    Field(description="four whole numbers of pixels: left, top, right, bottom"),
+]
+Radius = Annotated[float, Field(ge=0, le=1024, allow_inf_nan=False, description="0 to 1024 pixels")]
+Growth = Annotated[int, Field(ge=-1024, le=1024, description="-1024 to 1024 whole pixels")]
+Delta = Annotated[int, Field(ge=0, le=2**32, description="a whole number from 0 to 2**32")]
+NoiseSource = Annotated[Literal["cpu", "gpu"], Field(description="cpu or gpu")]
+MaskFill = Annotated[
+    Literal["original", "blur", "noise", "nothing"],
+    Field(description="original, blur, noise or nothing"),
+]
 NoiseLevel = Annotated[int, Field(ge=0, description="a whole number from 0 up")]
 
 
