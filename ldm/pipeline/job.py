@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ldm.checkpoint import Parts
 from ldm.checkpoint.save import pipeline_class
-from ldm.diffusion.guidance import CFG, ClassifierGuidance, Guidance, InstructPix2Pix
-from ldm.diffusion.samplers import Sampler, resolve_sampler
+from ldm.diffusion.guidance import CFG, CFGPlusPlus, ClassifierGuidance, Guidance, InstructPix2Pix
+from ldm.diffusion.samplers import SAMPLERS, Sampler, resolve_sampler
 from ldm.diffusion.schedule import Grid
 from ldm.diffusion.scheduler_config import noise_levels
 from ldm.diffusion.variance import LearnedVariance
@@ -128,7 +128,8 @@ def prepare(
     # As in diffusers: its pipeline for LCMs makes all steps within the strength, the others their last share.
     spread = spacing == "lcm" and not first.is_old and pipeline_class(model.parts) == LCM
     strength = 1.0 if first.strength is None or not spread else first.strength
-    grid = model.schedule.grid(n, spacing, sampler, first.timesteps, first.sigmas, strength)
+    solver_options, rho = chosen_options(first, sampler, spacing)
+    grid = model.schedule.grid(n, spacing, sampler, first.timesteps, first.sigmas, strength, rho)
     if first.is_old and spacing == "ays" and n is not None:
         grid = before.align_your_steps(model.schedule, sampler, n)
     grid = grid if spread else trim_to_strength(grid, first)
@@ -149,11 +150,11 @@ def prepare(
         requests=kept,
         encode=telling,
         sampler=sampler,
-        options=options_of(first, sampler, grid),
+        options=solver_options | options_of(first, sampler, grid),
         grid=grid,
         guidance=completed(inputs.guidance or guidance_of(first, model.parts), first, model),
         start=start,
-        batches=tuple(cut_into_batches(model, pictures, telling.length, batch_size)),
+        batches=tuple(cut_into_batches(model, pictures, telling.length, 1 if sampler.alone else batch_size)),
     )
 
 
@@ -223,8 +224,22 @@ def read_images(request: Request, inputs: Inputs, downscale: int = 1) -> Images:
     return Images(image, mask, digests)
 
 
+def chosen_options(
+    request: Request, sampler: Sampler, spacing: str | None
+) -> tuple[dict[str, float], float | None]:
+    """`sampler_options` of a request: the solver's keyword arguments, and ``rho`` of its spacing or None.
+
+    Raises UserError for what neither takes.
+    """
+    asked: dict[str, float] = dict(getattr(request, "sampler_options", None) or {})
+    rho = asked.pop("rho", None)
+    if rho is not None and (spacing is None or rho <= 0):
+        raise UserError(f"sampler option rho={rho:g} is not allowed: it is above 0, and of a spacing")
+    return sampler.chosen(asked), rho
+
+
 def options_of(request: Request, sampler: Sampler, grid: Grid) -> dict[str, Any]:
-    """Keyword arguments of the sampler's solver."""
+    """Keyword arguments of the sampler's solver, but for the request's own options."""
     options: dict[str, Any] = {}
     if sampler.takes_eta and request.eta is not None:
         options["eta"] = request.eta
@@ -232,6 +247,8 @@ def options_of(request: Request, sampler: Sampler, grid: Grid) -> dict[str, Any]
         options["orders"] = grid.orders
     if sampler.takes_variance:
         options["variance"] = grid.schedule.variance
+    if sampler.takes_times:
+        options["times"] = grid
     return options
 
 
@@ -303,10 +320,18 @@ def list_pictures(requests: Sequence[Request], inputs: Inputs, shape: tuple[int,
 
 
 def guidance_of(request: Request, parts: Parts) -> Guidance:
-    """As in diffusers, a scale of at most 1 means no guidance, and a model told the scale needs none."""
+    """As in diffusers, a scale of at most 1 means no guidance, and a model told the scale needs none.
+
+    Raises UserError for a CFG++ sampler where an image guides too.
+    """
     scale, image_scale = request.guidance_scale or 1.0, request.image_guidance_scale
     if scale <= 1 or "timestep_cond" in parts.unet.config.conditioning:
         return CFG(1.0)
+    sampler = SAMPLERS.get(request.sampler or "")
+    if sampler is not None and sampler.cfg_pp:
+        if image_scale is not None:
+            raise UserError(f"{sampler.name} is not for instruct-pix2pix models: give one without cfg_pp")
+        return CFGPlusPlus(scale, request.guidance_rescale)
     if image_scale is None:
         return CFG(scale, request.guidance_rescale)
     return InstructPix2Pix(scale, image_scale, request.guidance_rescale) if image_scale >= 1 else CFG(1.0)
