@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ldm.errors import UserError
 from ldm.prompts.grammar import Grammar
@@ -27,6 +28,11 @@ Side = Annotated[
 Steps = Annotated[int, Field(ge=1, le=MAX_STEPS, description=f"a whole number from 1 to {MAX_STEPS}")]
 Scale = Annotated[float, Field(allow_inf_nan=False, description="a finite number")]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, description="a number from 0 to 1")]
+Options = Annotated[
+    tuple[tuple[str, Scale], ...],
+    BeforeValidator(lambda given: given.items() if isinstance(given, Mapping) else given),
+    Field(description="names of options, each with a finite number"),
+]
 Layers = Annotated[int, Field(ge=0, le=100, description="how many last text layers to skip, 0 or more")]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Seeds = Annotated[

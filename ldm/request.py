@@ -29,6 +29,7 @@ from ldm.fields import (
     MaskFill,
     NoiseLevel,
     NoiseSource,
+    Options,
     Pixels,
     Radius,
     Scale,
@@ -121,6 +122,7 @@ class Request(Checked):
     sampler: str | None = None
     spacing: str | None = None
     eta: Fraction | None = None
+    sampler_options: Options | None = None  # such as s_churn, order; rho is that of the spacing
     clip_skip: Layers | None = None
     timesteps: Levels | None = None
     sigmas: Levels | None = None

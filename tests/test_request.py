@@ -36,6 +36,7 @@ WHOLE = Request(
     mask_image_sha256="f" * 64,
     strength=0.6,
     noise="gpu",
+    sampler_options={"s_churn": 2.0},
     variation_seed=8,
     variation_strength=0.25,
     seed_resize=(64, 48),

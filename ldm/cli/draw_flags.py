@@ -147,6 +147,15 @@ def add_mask_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def option(text: str) -> tuple[str, float]:
+    """A name and a number."""
+    name, _, number = text.partition("=")
+    try:
+        return name.replace("-", "_"), float(number)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not NAME=NUMBER, such as s_churn=2") from None
+
+
 def sides(text: str) -> tuple[int, ...]:
     """Four numbers: left, top, right, bottom."""
     parts = text.replace(",", " ").split()
@@ -202,6 +211,14 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="ETA",
         help="0 to 1: fresh noise in each step, where the sampler adds any",
+    )
+    add(
+        "--sampler-option",
+        dest="sampler_options",
+        action="append",
+        type=option,
+        metavar="NAME=NUMBER",
+        help="of the sampler, repeatable: s_churn=2 (docs/samplers.md has them); rho of the spacing",
     )
     add("--clip-skip", type=int, metavar="N", help="skip the last N layers of the text encoder")
     add = parser.add_argument_group(

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ldm.checkpoint import Parts
 from ldm.checkpoint.save import pipeline_class
-from ldm.diffusion.guidance import CFG, ClassifierGuidance, Guidance, InstructPix2Pix
+from ldm.diffusion.guidance import CFG, CFGPlusPlus, ClassifierGuidance, Guidance, InstructPix2Pix
 from ldm.diffusion.noise import Seed
-from ldm.diffusion.samplers import Sampler, resolve_sampler
+from ldm.diffusion.samplers import SAMPLERS, Sampler, resolve_sampler
 from ldm.diffusion.schedule import Grid
 from ldm.diffusion.scheduler_config import noise_levels
 from ldm.diffusion.variance import LearnedVariance
@@ -130,7 +130,8 @@ def prepare(
     # As in diffusers: its pipeline for LCMs makes all steps within the strength, the others their last share.
     spread = spacing == "lcm" and not first.is_old and pipeline_class(model.parts) == LCM
     strength = 1.0 if first.strength is None or not spread else first.strength
-    grid = model.schedule.grid(n, spacing, sampler, first.timesteps, first.sigmas, strength)
+    solver_options, rho = chosen_options(first, sampler, spacing) if first.sampler_options else ({}, None)
+    grid = model.schedule.grid(n, spacing, sampler, first.timesteps, first.sigmas, strength, rho)
     if first.is_old and spacing == "ays" and n is not None:
         grid = before.align_your_steps(model.schedule, sampler, n)
     grid = grid if spread else trim_to_strength(grid, first)
@@ -151,11 +152,11 @@ def prepare(
         requests=kept,
         encode=telling,
         sampler=sampler,
-        options=options_of(first, sampler, grid),
+        options=solver_options | options_of(first, sampler, grid),
         grid=grid,
         guidance=completed(inputs.guidance or guidance_of(first, model.parts), first, model),
         start=start,
-        batches=tuple(cut_into_batches(model, pictures, telling.length, batch_size)),
+        batches=tuple(cut_into_batches(model, pictures, telling.length, 1 if sampler.alone else batch_size)),
     )
 
 
@@ -185,8 +186,22 @@ def as_kept(requests: Sequence[Request], inputs: Inputs) -> tuple[Request, ...]:
     return tuple(each.replace(**blank, not_kept=lacks) for each in requests)
 
 
+def chosen_options(
+    request: Request, sampler: Sampler, spacing: str | None
+) -> tuple[dict[str, float], float | None]:
+    """`sampler_options` of a request: the solver's keyword arguments, and ``rho`` of its spacing or None.
+
+    Raises UserError for what neither takes.
+    """
+    asked: dict[str, float] = dict(request.sampler_options or ())
+    rho = asked.pop("rho", None)
+    if rho is not None and (spacing is None or rho <= 0):
+        raise UserError(f"sampler option rho={rho:g} is not allowed: it is above 0, and of a spacing")
+    return sampler.chosen(asked), rho
+
+
 def options_of(request: Request, sampler: Sampler, grid: Grid) -> dict[str, Any]:
-    """Keyword arguments of the sampler's solver."""
+    """Keyword arguments of the sampler's solver, but for the request's own options."""
     options: dict[str, Any] = {}
     if sampler.takes_eta and request.eta is not None:
         options["eta"] = request.eta
@@ -194,6 +209,8 @@ def options_of(request: Request, sampler: Sampler, grid: Grid) -> dict[str, Any]
         options["orders"] = grid.orders
     if sampler.takes_variance:
         options["variance"] = grid.schedule.variance
+    if sampler.takes_times:
+        options["times"] = grid
     return options
 
 
@@ -286,10 +303,18 @@ def noise_source(request: Request, seed: int, shape: tuple[int, int, int]) -> in
 
 
 def guidance_of(request: Request, parts: Parts) -> Guidance:
-    """As in diffusers, a scale of at most 1 means no guidance, and a model told the scale needs none."""
+    """As in diffusers, a scale of at most 1 means no guidance, and a model told the scale needs none.
+
+    Raises UserError for a CFG++ sampler where an image guides too.
+    """
     scale, image_scale = request.guidance_scale or 1.0, request.image_guidance_scale
     if scale <= 1 or "timestep_cond" in parts.unet.config.conditioning:
         return CFG(1.0)
+    sampler = SAMPLERS.get(request.sampler or "")
+    if sampler is not None and sampler.cfg_pp:
+        if image_scale is not None:
+            raise UserError(f"{sampler.name} is not for instruct-pix2pix models: give one without cfg_pp")
+        return CFGPlusPlus(scale, request.guidance_rescale)
     if image_scale is None:
         return CFG(scale, request.guidance_rescale)
     return InstructPix2Pix(scale, image_scale, request.guidance_rescale) if image_scale >= 1 else CFG(1.0)
