@@ -209,16 +209,14 @@ def free_memory(device: torch.device) -> int:
     import psutil
 
     free: int = psutil.virtual_memory().available
+    names = ("max", "current", "stat")
     try:
-        limit, used = (
-            int((CGROUP / f"memory.{name}").read_text(encoding="utf-8")) for name in ("max", "current")
-        )
-        found = re.search(
-            r"^inactive_file (\d+)$", (CGROUP / "memory.stat").read_text(encoding="utf-8"), re.MULTILINE
-        )
+        limit, used, stat = ((CGROUP / f"memory.{name}").read_text(encoding="utf-8") for name in names)
+        inactive = re.search(r"^inactive_file (\d+)$", stat, re.MULTILINE)  # cached, given up when asked
+        left = int(limit) - int(used) + (int(inactive[1]) if inactive else 0)
     except (OSError, ValueError):  # no such group, or "max": no limit
         return free
-    return min(free, max(0, limit - used + (int(found[1]) if found else 0)))
+    return min(free, max(0, left))
 
 
 def _device(device: str | torch.device | None) -> torch.device:
