@@ -31,32 +31,48 @@ ENCODE_BYTES = {2: 8.0, 4: 10.5}
 MARGIN = 0.2
 
 
-def decode(vae: VAE, latents: Tensor, free: float) -> Tensor:
+def decode_bytes(vae: VAE, latents: Tensor) -> float:
+    """What the whole decoder takes at its peak for all latents [B, c, h, w], about."""
+    return _bytes(vae, DECODE_BYTES, len(latents) * latents.shape[2] * latents.shape[3] * vae.downscale**2)
+
+
+def encode_bytes(vae: VAE, images: Tensor) -> float:
+    """What the whole encoder takes at its peak for all images [B, 3, H, W], about."""
+    return _bytes(vae, ENCODE_BYTES, len(images) * images.shape[2] * images.shape[3])
+
+
+def decode(vae: VAE, latents: Tensor, free: int) -> Tensor:
     """`vae.decode_latents` in `free` bytes: scaled latents [B, c, h, w] -> images [B, 3, H, W]."""
-    pixels = latents.shape[2] * latents.shape[3] * vae.downscale**2
-    at_once = _at_once(vae, pixels, DECODE_BYTES, free)
+    at_once = _at_once(vae, decode_bytes(vae, latents[:1]), free)
     if at_once:
-        return torch.cat([vae.decode_latents(part) for part in latents.split(at_once)])
+        return torch.cat([vae.decode_latents(part) for part in _pieces(latents, at_once)])
     keep = _keep(latents, free)
-    return torch.cat([decode_bands(vae, part, keep) for part in latents.split(1)])
+    return torch.cat([decode_bands(vae, part, keep) for part in _pieces(latents, 1)])
 
 
-def encode(vae: VAE, images: Tensor, free: float) -> LatentDist:
+def encode(vae: VAE, images: Tensor, free: int) -> LatentDist:
     """`vae.encode` in `free` bytes: [B, 3, H, W] in [-1, 1] -> the Gaussian over unscaled latents."""
-    at_once = _at_once(vae, images.shape[2] * images.shape[3], ENCODE_BYTES, free)
+    at_once = _at_once(vae, encode_bytes(vae, images[:1]), free)
     way: Callable[[Tensor], LatentDist] = vae.encode
     if not at_once:
         way = partial(encode_bands, vae, keep=_keep(images, free))
-    parts = [way(part) for part in images.split(at_once or 1)]
+    parts = [way(part) for part in _pieces(images, at_once or 1)]
     return LatentDist(torch.cat([each.mean for each in parts]), torch.cat([each.std for each in parts]))
 
 
-def _at_once(vae: VAE, pixels: int, bytes_each: dict[int, float], free: float) -> int:
-    """Pictures that the whole network takes at once: 0 where not one fits."""
+def _pieces(x: Tensor, size: int) -> list[Tensor]:
+    return [x[i : i + size] for i in range(0, len(x), size)]
+
+
+def _bytes(vae: VAE, each: dict[int, float], pixels: int) -> float:
+    return each[next(vae.parameters()).element_size()] * vae.full_size_channels * pixels
+
+
+def _at_once(vae: VAE, needed: float, free: int) -> int:
+    """Pictures that the whole network takes at once, each of so many bytes: 0 where not one fits."""
     if vae.over_bands is not None:
         return 0 if vae.over_bands else 2**62
-    size = next(vae.parameters()).element_size()
-    return int(free * (1 - MARGIN) / (bytes_each[size] * vae.full_size_channels * pixels))
+    return int(free * (1 - MARGIN) / needed)
 
 
 def _keep(x: Tensor, free: float) -> int:

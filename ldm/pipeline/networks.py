@@ -6,7 +6,8 @@ The VAE works on the whole of all pictures where that fits into the free memory,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from ldm.diffusion.schedule import Grid
 from ldm.models import VAE, LatentClassifier, LatentDist, UNet, vae_bands
 from ldm.models.conditioning import Conditioning
 from ldm.runtime import Finite, finite, in_free_memory, memory_format
+
+T = TypeVar("T")
+FEW, ANY = 2**28, 2**62  # bytes
 
 
 def predict(unet: UNet, grid: Grid, branches: Mapping[str, Conditioning], gradients: bool = False) -> Predict:
@@ -52,8 +56,9 @@ def class_gradient(classifier: LatentClassifier, number: int) -> Gradient:
 
 def encode(vae: VAE, images: Tensor) -> LatentDist:
     """Images [B, 3, H, W] in 0..1 -> the Gaussian over latents that the VAE makes of them, fp32."""
-    mean, std = in_free_memory(
-        _device(vae),
+    mean, std = _in_memory(
+        vae,
+        vae_bands.encode_bytes(vae, images),
         lambda free: finite(vae, lambda vae: _encode(vae, images * 2 - 1, free), "the VAE's encoder"),
     )
     return LatentDist(mean, std).scaled(vae)
@@ -61,11 +66,17 @@ def encode(vae: VAE, images: Tensor) -> LatentDist:
 
 def decode(vae: VAE, latents: Tensor) -> Tensor:
     """Latents [B, c, h, w], as `encode` gives them -> images [B, 3, H, W] in 0..1, fp32."""
-    (images,) = in_free_memory(
-        _device(vae),
+    (images,) = _in_memory(
+        vae,
+        vae_bands.decode_bytes(vae, latents),
         lambda free: finite(vae, lambda vae: (_decode(vae, latents, free),), "the VAE's decoder"),
     )
     return (images / 2 + 0.5).clamp(0, 1)
+
+
+def _in_memory(vae: VAE, needed: float, call: Callable[[int], T]) -> T:
+    """`call` with the bytes that it may use; memory is only looked at where the `needed` are not few."""
+    return call(ANY) if needed < FEW else in_free_memory(_device(vae), call)
 
 
 def _unet(unet: UNet, grid: Grid, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
