@@ -21,7 +21,7 @@ TOGETHER = {
     "num_inference_steps": ("timesteps", "sigmas"),
     "timesteps": ("num_inference_steps", "sigmas"),
     "sigmas": ("num_inference_steps", "timesteps"),
-    "sampler": ("spacing", "eta"),
+    "sampler": ("spacing", "eta", "sampler_options"),
     "prompt": ("prompt_2",),
     "negative_prompt": ("negative_prompt_2",),
 }
@@ -31,14 +31,15 @@ OWN = ("height", "width", "strength", *TOGETHER["timesteps"], "timesteps", "samp
 FIRST_ONLY = (
     *("image", "image_sha256", "mask_image", "mask_image_sha256", "target_prompt", "upscaling", "not_kept"),
     *("hires", "hires_scale", "hires_upscaler", "hires_upscaler_sha256", "denoising_start", "denoising_end"),
-    *("refiner_switch_at", "refining"),
+    *("refiner_switch_at", "refining", "extend", "mask_invert", "mask_grow", "mask_blur", "soft_mask"),
+    *("mask_fill", "padding_mask_crop"),
 )
 # What a refiner draws as the first model does.
 REFINED = (
     *("prompt", "negative_prompt", "prompt_grammar", "height", "width", "num_inference_steps", "timesteps"),
     *("sigmas", "sampler", "spacing", "eta", "guidance_scale", "guidance_rescale", "original_size"),
     *("crops_coords_top_left", "negative_original_size", "negative_crops_coords_top_left", "tiling"),
-    *("tile_size", "tile_overlap"),
+    *("tile_size", "tile_overlap", "sampler_options", "noise", "noise_seed_delta"),
 )
 _DEFAULTS = {name: field.default for name, field in Request.model_fields.items()}
 

@@ -47,15 +47,18 @@ EMBEDS = (
 )
 
 
-def check_hires(request: Request, kind: Kind) -> None:
+def cannot_go_on(request: Request, masked: bool) -> str | None:
+    """What a request has that what follows would undo; None if nothing. `masked`: whether by a mask."""
+    names = ("target_prompt", "denoising_end")
+    return "mask_image" if masked else next((n for n in names if getattr(request, n) is not None), None)
+
+
+def check_hires(request: Request, kind: Kind, masked: bool) -> None:
     """Raise UserError where a second pass would undo what the first keeps, or cannot be."""
     if kind is not Kind.TEXT:
         raise UserError(f"hires is not allowed here: this model draws from an image ({kind.name.lower()})")
-    for name in ("mask_image", "target_prompt", "denoising_end"):
-        if getattr(request, name) is not None:
-            raise UserError(
-                f"hires is not allowed beside {name}: draw first, then again with -i and --strength"
-            )
+    if (name := cannot_go_on(request, masked)) is not None:
+        raise UserError(f"hires is not allowed beside {name}: draw it without")
 
 
 def hires_enlarger(request: Request) -> tuple[str, str | None]:

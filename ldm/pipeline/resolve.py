@@ -7,8 +7,7 @@ and a kind, never a class of its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -20,29 +19,15 @@ from ldm.diffusion.samplers import SAMPLERS, resolve_sampler
 from ldm.errors import UserError, printable
 from ldm.fields import MAX_SIDE
 from ldm.images.enlarging import LABELS
-from ldm.images.fitting import InMemory, size_of
 from ldm.models.kind import Kind
 from ldm.passes import HIRES_SCALE, SWITCH_AT, hires_of, hires_request, refining_of, refining_request
 from ldm.pipeline import edit
 from ldm.pipeline.model import Model
-from ldm.pipeline.passes import check_hires, hires_enlarger
+from ldm.pipeline.passes import cannot_go_on, check_hires, hires_enlarger
+from ldm.pipeline.pictures import Images
 from ldm.request import Request
 
 CLASSIFIER_SCALE = 4.0  # by default: of the embedded classifier's the nearest to renders; 1 is Bayes' rule
-
-
-@dataclass(frozen=True, eq=False)
-class Images:
-    """The decoded image and mask of a request, and the SHA-256 of their files."""
-
-    image: InMemory | None
-    mask: InMemory | None
-    digests: Mapping[str, str]  # fields of a Request
-
-    @property
-    def size(self) -> tuple[int, int] | None:
-        """(height, width) of the image in pixels."""
-        return None if self.image is None else size_of(self.image)
 
 
 def resolve(model: Model, request: Request, images: Images) -> Request:
@@ -69,11 +54,11 @@ def resolve(model: Model, request: Request, images: Images) -> Request:
     if request.tile_size is not None or request.tile_overlap is not None:
         request = _tiled(request, factor)
     if request.hires or request.hires_scale or request.hires_upscaler is not None:
-        request = _twice(model, request)
+        request = _twice(model, request, images.mask is not None)
     if request.tile_size is not None:
         check_tiles(request)
     if model.refiner is not None or request.refining or request.refiner_switch_at is not None:
-        request = _refined(model.refiner, request)
+        request = _refined(model.refiner, request, images.mask is not None)
     if model.upscaler is not None:
         return request.replace(upscaling=_upscaling(model.upscaler, request))
     if request.upscaling is not None:
@@ -95,7 +80,8 @@ def check(request: Request, has_image: bool, has_mask: bool, parts: Parts) -> No
     sizes = [name for name in Request.model_fields if name.endswith(("_size", "_top_left"))]
     rules = [
         (has_image and kind is Kind.TEXT, "text-to-image models, with an image,", ["target_prompt"]),
-        (begins, "text-to-image and inpainting models, with an image,", ["mask_image"]),
+        (begins, "text-to-image and inpainting models, with an image,", ["mask_image", "extend"]),
+        (has_mask and kind is Kind.TEXT, "text-to-image models, with a mask,", ["soft_mask"]),
         (begins, "img2img and inpainting, with an image,", ["strength"]),
         (kind is Kind.PIX2PIX, "instruct-pix2pix models", ["image_guidance_scale"]),
         (kind is Kind.UPSCALE, "upscalers, as --model,", ["noise_level"]),
@@ -122,9 +108,18 @@ def meaningless_eta(eta: float, sampler: str) -> UserError:
 
 def check_image_size(request: Request, images: Images, parts: Parts) -> None:
     """Raise UserError for an image too small or too large for a picture of its own size, if that is asked."""
-    if images.size is None or None not in (request.height, request.width):
+    if request.padding_mask_crop is not None or images.size is None:
+        return
+    if None not in (request.height, request.width):
         return
     height, width = size_from(images.size, parts.kind, parts.vae.downscale)
+    if request.extend is not None and (height, width) != images.size:
+        unit = math.lcm(8, parts.vae.downscale)
+        nearest = " x ".join(str(unit * round(side / unit)) for side in images.size[::-1])
+        raise UserError(
+            f"extend makes a picture of {images.size[1]} x {images.size[0]} pixels, and this model draws "
+            f"multiples of {unit}: the nearest is {nearest}"
+        )
     sides = [own for own, asked in ((height, request.height), (width, request.width)) if asked is None]
     if min(sides) >= 8 and max(sides) <= MAX_SIDE:
         return
@@ -139,7 +134,7 @@ def check_image_size(request: Request, images: Images, parts: Parts) -> None:
 def _defaults(model: Model, request: Request, images: Images) -> dict[str, Any]:
     """Fields of a Request -> what they are if it does not say: as ldm.json has them, or else the kind."""
     parts, schedule = model.parts, model.schedule
-    height, width = _drawn_size(parts, images.size)
+    height, width = _drawn_size(parts, images.size if request.padding_mask_crop is None else None)
     values = {
         **_kind_defaults(parts, images.image is not None, images.mask is not None),
         **{name: value for name, value in asdict(parts.defaults).items() if value is not None},
@@ -251,9 +246,9 @@ def _upscaling(upscaler: Model, request: Request) -> Request:
     return resolve(upscaler, asked.replace(tiling=request.tiling), _unknown_image((height, width)))
 
 
-def _twice(model: Model, request: Request) -> Request:
+def _twice(model: Model, request: Request, masked: bool) -> Request:
     """A request whose picture is drawn again at a larger size, with its second pass resolved."""
-    check_hires(request, model.kind)
+    check_hires(request, model.kind, masked)
     name, digest = hires_enlarger(request)
     if name not in LABELS:
         digest = read_pixel_upscaler(name, model.device, digest).sha256
@@ -295,14 +290,13 @@ def check_tiles(request: Request) -> None:
         raise UserError("tiling is not allowed beside tile_size: windows would be seamless, each in itself")
 
 
-def _refined(refiner: Model | None, request: Request) -> Request:
+def _refined(refiner: Model | None, request: Request, masked: bool) -> Request:
     """A request whose last steps are a refiner's, with what that draws resolved."""
     if refiner is None:
         name = "refining" if request.refining else "refiner_switch_at"
         raise UserError(f"{name} is not allowed here: give a refiner (with_refiner, --refiner)")
-    for name in ("mask_image", "target_prompt", "denoising_end"):
-        if getattr(request, name) is not None:
-            raise UserError(f"{name} is not allowed with a refiner: draw without one")
+    if (name := cannot_go_on(request, masked)) is not None:
+        raise UserError(f"{name} is not allowed with a refiner: draw without one")
     at = SWITCH_AT if request.refiner_switch_at is None else request.refiner_switch_at
     request = request.replace(refiner_switch_at=at)
     refined = refining_request(request, refiner.parts.text_encoder is None)
@@ -312,4 +306,4 @@ def _refined(refiner: Model | None, request: Request) -> Request:
 
 def _unknown_image(size: tuple[int, int]) -> Images:
     """Of a picture of (height, width) pixels that is to be drawn: without values."""
-    return Images(torch.empty(1, 3, *size, device="meta"), None, {})
+    return Images(torch.empty(1, 3, *size, device="meta"))
