@@ -77,7 +77,7 @@ def check(request: Request, has_image: bool, has_mask: bool, parts: Parts) -> No
         raise UserError("this model draws what a mask covers: give one (mask_image, --mask)")
     begins = has_image and kind in (Kind.TEXT, Kind.INPAINT)  # with it
     two_encoders = parts.text_encoder is not None and parts.text_encoder_2 is not None
-    sizes = [name for name in Request.model_fields if name.endswith(("_size", "_top_left"))]
+    sizes = [name for name in Request.model_fields if name.endswith(("l_size", "t_size", "_top_left"))]
     rules = [
         (has_image and kind is Kind.TEXT, "text-to-image models, with an image,", ["target_prompt"]),
         (begins, "text-to-image and inpainting models, with an image,", ["mask_image", "extend"]),
@@ -295,8 +295,8 @@ def _refined(refiner: Model | None, request: Request, masked: bool) -> Request:
     if refiner is None:
         name = "refining" if request.refining else "refiner_switch_at"
         raise UserError(f"{name} is not allowed here: give a refiner (with_refiner, --refiner)")
-    if (name := cannot_go_on(request, masked)) is not None:
-        raise UserError(f"{name} is not allowed with a refiner: draw without one")
+    if (undone := cannot_go_on(request, masked)) is not None:
+        raise UserError(f"{undone} is not allowed with a refiner: draw without one")
     at = SWITCH_AT if request.refiner_switch_at is None else request.refiner_switch_at
     request = request.replace(refiner_switch_at=at)
     refined = refining_request(request, refiner.parts.text_encoder is None)
