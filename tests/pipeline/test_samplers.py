@@ -36,7 +36,7 @@ def job(pipe, **fields):
 
 
 def test_cfg_pp_is_a_guidance_of_the_sampler(pipe):
-    assert job(pipe, sampler="Euler CFG++", guidance_scale=5.0).guidance == CFGPlusPlus(5.0)
+    assert job(pipe, sampler="Euler CFG++", guidance_scale=5.0).guidance == CFGPlusPlus(20 / 6)
     assert job(pipe, sampler="Euler", guidance_scale=5.0).guidance == CFG(5.0)
     assert job(pipe, sampler="Euler CFG++", guidance_scale=1.0).guidance == CFG(1.0)  # none
 
