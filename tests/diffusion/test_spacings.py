@@ -157,7 +157,7 @@ GITS_LEVELS = {  # as published, for the coefficient 1.2; the last is where they
 @pytest.mark.parametrize("n", GITS_LEVELS)
 def test_gits(schedule, n):
     got = schedule.grid(n, "gits", "euler").sigmas
-    assert got[:-1].tolist() == pytest.approx(GITS_LEVELS[n], rel=1e-5)
+    assert got[:-1].tolist() == pytest.approx(GITS_LEVELS[n], rel=1e-4)
     assert got[-1] == 0
 
 

@@ -42,7 +42,7 @@ def test_cfg_pp_is_a_guidance_of_the_sampler(pipe):
 
 
 def test_grids_go_to_the_samplers_that_ask(pipe):
-    drawn = job(pipe, sampler="tcd", num_inference_steps=None)
+    drawn = job(pipe, sampler="tcd")
     assert drawn.options["times"] is drawn.grid
     assert "times" not in job(pipe, sampler="euler").options
 
