@@ -36,6 +36,7 @@ from ldm.fields import (
 from ldm.prompts.grammar import Grammar
 from ldm.prompts.script import Scripts, read_scripts
 from ldm.prompts.tags import take_tags
+from ldm.spelling import squash
 
 VERSION: Literal[3] = 3  # of the JSON form, and of the rules by which pictures are drawn
 # Fields that a pipeline notes of itself and its files: no argument of a drawing.
@@ -51,6 +52,23 @@ NOTED = (
     "not_kept",
     "version",
 )
+# Shorter names of fields, and those of flags.
+_SHORT = {
+    "seed": "seeds",
+    "steps": "num_inference_steps",
+    "ddimsteps": "num_inference_steps",
+    "cfg": "guidance_scale",
+    "cfgscale": "guidance_scale",
+    "scale": "guidance_scale",
+    "scheduler": "spacing",
+    "scheduletype": "spacing",
+    "denoising": "strength",
+    "initimage": "image",
+    "mask": "mask_image",
+    "to": "target_prompt",
+    "w": "width",
+    "h": "height",
+}
 
 
 class LoraUse(Checked):
@@ -298,6 +316,12 @@ class Request(Checked):
 
 
 _PROMPTS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "target_prompt")
+
+
+def field_named(name: str) -> str | None:
+    """The field that a name means, as people spell it: "cfg scale", "steps"; None for no field."""
+    names = _SHORT | {squash(field): field for field in Request.model_fields}
+    return names.get(squash(name))
 
 
 def consecutive_seeds(seed: int | Iterable[int] | None, count: int = 1) -> tuple[int, ...]:
