@@ -5,14 +5,13 @@ from pathlib import Path
 import pytest
 
 from ldm import cli
-from ldm.cli import command
-from ldm.cli import draw as drawing
+from ldm.cli import command, draw_flags
 from ldm.cli.parser import Parser, dashes
 
 
 def parsed(*argv):
     parser = Parser("txt2img")
-    drawing.add_flags(parser)
+    draw_flags.add_flags(parser)
     return parser.parse_args(dashes(argv))
 
 
@@ -68,7 +67,7 @@ def test_flags_in_both_spellings(argv, name, value):
 
 def test_every_long_flag_has_both_spellings():
     parser = Parser("txt2img")
-    drawing.add_flags(parser)
+    draw_flags.add_flags(parser)
     long_flags = [flag for action in parser._actions for flag in action.option_strings if "-" in flag[2:]]
     assert len(long_flags) > 15
     assert all("_" not in flag for flag in long_flags)
