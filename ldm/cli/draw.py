@@ -60,7 +60,7 @@ def draw(args: argparse.Namespace) -> int:
             for images, batch, seconds in draw_or_tell(*drawing, title, args.quiet, preview, faults):
                 output.take(images, batch, drawing[2], seconds)
     except KeyboardInterrupt:
-        output.close()
+        output.close(stopped=True)
         print(f"stopped; finished pictures are kept: {output.where}", file=sys.stderr)
         return 130
     output.close()

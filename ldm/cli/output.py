@@ -27,7 +27,7 @@ GRID_LIMIT = 100  # pictures on one grid: a run may be endless, a sheet may not
 
 
 class Output:
-    """Takes pictures as they are drawn. Raises UserError for what cannot be written, if it can before drawing."""
+    """Takes pictures as they are drawn. Raises UserError, before drawing where it can be known then."""
 
     def __init__(self, args: argparse.Namespace, asked: Sequence[Asked], plot: Plot | None = None) -> None:
         from ldm.files import check_writable
@@ -76,9 +76,10 @@ class Output:
         if len(self.sheet) + self.args.n_samples > GRID_LIMIT:
             self._save_grid()
 
-    def close(self) -> None:
-        """Write the sheets of what is there."""
-        self._save_grid()
+    def close(self, stopped: bool = False) -> None:
+        """Write the sheets of what is there; of a run that was stopped, if they hold what no file does."""
+        if not stopped or self.args.skip_save:
+            self._save_grid()
         self._save_plot()
 
     def _save(self, image: Image, request: Request) -> Path:
@@ -155,9 +156,10 @@ class Output:
         """Without the pictures that --resume finds: those whose files hold the same request."""
         from ldm.images.opening import open_picture
 
-        there, found, left = self._there(), 0, []
+        there, found = self._there(), 0
+        left: list[tuple[Job, list[Asked]]] = []
         for job, asked in drawings:
-            batches = list[Batch]()
+            batches: list[Batch] = []
             for batch in job.batches:
                 missing = []
                 for picture in batch:

@@ -1,4 +1,4 @@
-"""`--plot`: what is drawn for each pair (or triple) of values, on one labelled sheet with a JSON beside it."""
+"""`--plot`: what is drawn for each combination of values, on one labelled sheet with a JSON beside it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Axis:
     values: tuple[str | int | float, ...]
 
     def change(self, fields: Mapping[str, Any], k: int) -> dict[str, Any]:
-        """The fields of a request with the k-th value in them. Raises UserError for a word that is not there."""
+        """The fields of a request with the k-th value. Raises UserError for a word that is not there."""
         value = self.values[k]
         if self.field is not None:
             return {**fields, self.field: (value,) if self.field == "seeds" else value}
@@ -135,7 +135,7 @@ def read_plot(texts: Sequence[str]) -> Plot:
 
 
 def _axis(text: str) -> Axis:
-    from ldm.request import NOTED, Request, field_named, consecutive_seeds
+    from ldm.request import NOTED, Request, consecutive_seeds, field_named
     from ldm.spelling import squash, unknown
 
     name, equals, values = text.partition("=")

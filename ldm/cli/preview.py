@@ -110,7 +110,7 @@ def columns(count: int) -> int:
 
 
 def enlarged(image: Image) -> Image:
-    """A small picture by a whole factor, pixel by pixel; a large one made smaller: its longest side at most SIDE."""
+    """A small picture by a whole factor, pixel by pixel; one that is longer than SIDE made smaller."""
     from PIL.Image import Resampling
 
     longest = max(image.size)

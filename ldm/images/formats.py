@@ -7,7 +7,6 @@ JPEG, WebP and AVIF the first is EXIF's UserComment, as AUTOMATIC1111 writes it,
 from __future__ import annotations
 
 import io
-import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -85,15 +84,15 @@ PNG = Encoding()
 
 
 def encoding_of(
-    path: Path | None, format: str | None = None, quality: int | None = None, lossless: bool = False
+    path: Path | None, asked: str | None = None, quality: int | None = None, lossless: bool = False
 ) -> Encoding:
-    """The encoding that is asked for, by the file's suffix or by its name. Raises UserError."""
+    """The encoding by the name of a format, or by a file's suffix. Raises UserError."""
     name = None if path is None else SUFFIXES.get(path.suffix.lower())
     if path is not None and name is None:
         raise UserError(f"{path} must name a {', '.join([*SUFFIXES][:-1])} or {[*SUFFIXES][-1]} file")
-    if None not in (name, format) and name != format:
-        raise UserError(f"{path} is no file of {format}: leave --format out, or name a .{format} file")
-    return Encoding(format or name or ("webp" if lossless else "png"), quality, lossless)
+    if None not in (name, asked) and name != asked:
+        raise UserError(f"{path} is no file of {asked}: leave --format out, or name a .{asked} file")
+    return Encoding(asked or name or ("webp" if lossless else "png"), quality, lossless)
 
 
 def encode(image: Image.Image, file: IO[bytes], texts: Mapping[str, str], encoding: Encoding = PNG) -> None:
@@ -111,6 +110,8 @@ def encode(image: Image.Image, file: IO[bytes], texts: Mapping[str, str], encodi
     if texts:
         carried = {"exif": _exif(texts), "xmp": _xmp(texts)}
         if encoding.format == "jpeg":
+            if len(carried["xmp"]) >= SEGMENT:
+                carried["xmp"] = _xmp({name: text for name, text in texts.items() if name != PARAMETERS})
             carried = {name: data for name, data in carried.items() if len(data) < SEGMENT}
             if "xmp" not in carried:
                 lost = "how it was drawn" if not carried else "all of how it was drawn"
@@ -132,19 +133,19 @@ def _exif(texts: Mapping[str, str]) -> bytes:
 
 def _xmp(texts: Mapping[str, str]) -> bytes:
     """An XMP packet (ISO 16684-1): what viewers show as the description, and the request for us."""
-    own = f"<ldm:request>{escape(_ascii(texts[CHUNK]))}</ldm:request>" if CHUNK in texts else ""
+    own = f"<ldm:request>{escape(_allowed(texts[CHUNK]))}</ldm:request>" if CHUNK in texts else ""
     described = escape("".join(c if _in_xml(c) else "\ufffd" for c in texts.get(PARAMETERS, "")))
     return (
         '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">'
         f'<rdf:RDF xmlns:rdf="{RDF}"><rdf:Description rdf:about="" xmlns:dc="{DC}" xmlns:xmp="{XMP}" '
         f'xmlns:ldm="{LDM}"><xmp:CreatorTool>ldm {escape(__version__)}</xmp:CreatorTool>'
-        f'<dc:description><rdf:Alt><rdf:li xml:lang="x-default">{described}</rdf:li></rdf:Alt></dc:description>'
-        f'{own}</rdf:Description></rdf:RDF></x:xmpmeta><?xpacket end="w"?>'
+        f'<dc:description><rdf:Alt><rdf:li xml:lang="x-default">{described}</rdf:li></rdf:Alt>'
+        f'</dc:description>{own}</rdf:Description></rdf:RDF></x:xmpmeta><?xpacket end="w"?>'
     ).encode()
 
 
 def request_in_xmp(packet: bytes | str) -> str | None:
-    """The request's JSON in an XMP packet, whoever wrote it last; None where there is none, or it is damaged."""
+    """The request's JSON in an XMP packet, whoever wrote it last; None where there is none to be read."""
     text = packet.decode("utf-8", "replace") if isinstance(packet, bytes) else packet
     if "<!" in text or LDM not in text:  # XMP declares no types and no entities
         return None
@@ -157,9 +158,9 @@ def request_in_xmp(packet: bytes | str) -> str | None:
     return next(filter(None, found), None)
 
 
-def _ascii(text: str) -> str:
-    """JSON without the few characters that XML cannot hold."""
-    return json.dumps(json.loads(text))
+def _allowed(text: str) -> str:
+    """The same JSON with escapes for the few characters that XML cannot hold."""
+    return "".join(c if _in_xml(c) else f"\\u{ord(c):04x}" for c in text)
 
 
 def _in_xml(c: str) -> bool:

@@ -1,4 +1,4 @@
-"""Pictures in a terminal: the escape sequences of kitty, iTerm2 and sixel, and which of them a terminal knows."""
+"""Pictures in a terminal: the escape sequences of kitty, iTerm2 and sixel, and which a terminal knows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 ESC, ST = "\x1b", "\x1b\\"
 CHUNK = 4096  # bytes of base64 in one of kitty's escape sequences
 COLOURS = 256  # of a sixel picture
-# Only what a terminal says of itself by the environment: to ask it would take an answer from the keyboard's stream.
+# Only what a terminal says of itself in the environment: if it was asked, it would answer as a keyboard does.
 KITTY, ITERM2 = ("kitty", "ghostty"), ("iTerm.app", "WezTerm", "mintty", "WarpTerminal")
 SIXEL = ("sixel", "foot", "mlterm", "yaft", "contour")
 
@@ -75,7 +75,7 @@ def sixel(image: Image.Image) -> str:
 
 
 def _runs(column_bits: NDArray[np.int64]) -> str:
-    """Sixels of one colour in one band, run-length encoded; those at the end that set nothing are left out."""
+    """Sixels of one colour in one band, run-length encoded, without those at the end that set nothing."""
     starts = np.flatnonzero(np.diff(column_bits, prepend=-1))
     lengths = np.diff(starts, append=len(column_bits))
     runs = [(chr(63 + column_bits[start]), int(n)) for start, n in zip(starts, lengths, strict=True)]

@@ -18,6 +18,14 @@ MAX_BYTES = 150  # of what the fields of a name take together: systems allow 255
 RESERVED = re.compile(
     r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9\u00b9\u00b2\u00b3]) *(\.|$)", re.IGNORECASE
 )
+# What most requests have once they are filled in.
+FILLED: dict[str, Any] = {
+    **dict.fromkeys(("prompt", "negative_prompt", "model", "model_hash"), "a"),
+    **dict.fromkeys(("width", "height", "num_inference_steps"), 8),
+    **dict.fromkeys(("guidance_scale", "strength", "eta"), 0.5),
+    "sampler": "euler",
+    "spacing": "karras",
+}
 UNSAFE = re.compile(r'[<>:"/\\|?*%\s]+')
 
 
@@ -32,7 +40,7 @@ class Pattern:
     text: str
 
     def __post_init__(self) -> None:
-        path, _ = self.fill(Request(prompt="a"), datetime.now())
+        path, _ = self.fill(Request(**FILLED), datetime.now())  # raises for a format that does not fit
         counters = sum(field == "counter" for _, field, _ in self._parts())
         if counters > 1 or "%" in path.rpartition("/")[0]:
             raise UserError(f"--name {self.text}: write the counter once, in the name itself")
@@ -84,7 +92,7 @@ class Pattern:
                 return _seen(value.strftime(form or ("%Y-%m-%d" if field == "date" else "%H-%M-%S")), "-")
             if isinstance(value, int | float):
                 return _seen(format(value, form), "-")
-            return _seen("" if value is None else str(value), " ")[: int(form or MAX_BYTES)].strip()
+            return "" if value is None else _seen(str(value), " ")[: int(form or MAX_BYTES)].strip()
         except ValueError:
             raise UserError(f"--name {self.text}: {{{field}}} cannot be written as {form!r}") from None
 

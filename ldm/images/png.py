@@ -146,8 +146,8 @@ def _complete_file(
         yield temporary
 
 
-# (folder, like) -> the name and number that this process wrote there last, and how many files it found when it
-# last looked.
+# (folder, like) -> the name and number that this process wrote there last, and how many files it found when
+# it last looked.
 _written: dict[tuple[Path, str], tuple[str, int, int]] = {}
 
 

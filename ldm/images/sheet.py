@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
@@ -54,10 +55,10 @@ def table(rows: Sequence[Sequence[Image.Image | None]], gap: int = GRID_GAP) -> 
 
 
 def shrinking(size: tuple[int, int], columns: int, rows: int) -> float:
-    """By how much pictures of that size are made smaller, at most 1, for a sheet of so many to be writable."""
-    width, height = (side + GRID_GAP for side in size)
-    width, height = width * (columns + 1), round(height * 1.1 + 1) * rows + height  # with labels
-    return min(1.0, MAX_SIDE / width, MAX_SIDE / height, (MAX_PIXELS / (width * height)) ** 0.5)
+    """By how much pictures of that size are made smaller, at most 1, so that a sheet of so many can be."""
+    width = (size[0] + GRID_GAP) * (columns + 1)  # with labels
+    height = round(1.1 * (size[1] + GRID_GAP)) * (rows + 1)
+    return min(1.0, MAX_SIDE / width, MAX_SIDE / height, math.sqrt(MAX_PIXELS / (width * height)))
 
 
 def shrunk(image: Image.Image, factor: float) -> Image.Image:

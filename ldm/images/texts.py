@@ -1,4 +1,4 @@
-"""The texts that a picture carries: a PNG's text chunks; EXIF's user comment and XMP in JPEG, WebP and others."""
+"""The texts that a picture carries: a PNG's chunks; EXIF's user comment and XMP in JPEG, WebP and others."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def read_texts(path: str | Path) -> dict[str, str]:
 
 
 def read_own(path: Path) -> str | None:
-    """The request's JSON in a picture of ours, by its head alone: no pixel is decoded. None where there is none.
+    """The request's JSON in a picture of ours, by its head alone: no pixel is decoded. None in any other.
 
     For many files; where a text may lie behind the pixels, `read_texts`.
     """
