@@ -277,7 +277,7 @@ class Request(Checked):
     def _tags_are_loras(cls, fields: Any) -> Any:
         if not isinstance(fields, dict):
             return fields
-        texts = {name: fields[name] for name in _PROMPTS if isinstance(fields.get(name), str)}
+        texts = {name: fields[name] for name in PROMPTS if isinstance(fields.get(name), str)}
         taken = {name: take_tags(text) for name, text in texts.items()}
         for name, (_, uses) in taken.items():
             if uses and name != "prompt":
@@ -315,7 +315,7 @@ class Request(Checked):
         return levels
 
 
-_PROMPTS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "target_prompt")
+PROMPTS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "target_prompt")
 
 
 def field_named(name: str) -> str | None:

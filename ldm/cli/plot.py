@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 AXES = 3
 MAX_CELLS = 2500  # of one sheet
 REPLACE = ("promptsr", "replace", "sr")  # names of prompt search-and-replace
-TEXTS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "target_prompt")
 _NUMBER = r"([+-]?\d+(?:\.\d+)?)"
 RANGE = re.compile(rf"{_NUMBER} *- *{_NUMBER} *(?:\( *{_NUMBER} *\)|\[ *(\d+) *\])?")
 
@@ -38,11 +37,13 @@ class Axis:
 
     def change(self, fields: Mapping[str, Any], k: int) -> dict[str, Any]:
         """The fields of a request with the k-th value. Raises UserError for a word that is not there."""
+        from ldm.request import PROMPTS
+
         value = self.values[k]
         if self.field is not None:
             return {**fields, self.field: (value,) if self.field == "seeds" else value}
         word = str(self.values[0])
-        texts = {name: fields[name] for name in TEXTS if fields.get(name)}
+        texts = {name: fields[name] for name in PROMPTS if fields.get(name)}
         if not any(word in text for text in texts.values()):
             raise UserError(f"--plot replaces {word!r}, which is in no prompt: begin with a word that is")
         return {**fields, **{name: text.replace(word, str(value)) for name, text in texts.items()}}
@@ -50,7 +51,7 @@ class Axis:
     def label(self, k: int) -> str:
         value = self.values[k]
         shown = f"{value:g}" if isinstance(value, float) else str(value)
-        return shown if self.field is None or self.field in TEXTS else f"{self.title}: {shown}"
+        return shown if self.field is None or "prompt" in self.field else f"{self.title}: {shown}"
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ class Encoding:
         if self.lossless:
             return {"lossless": True, "quality": 80}  # here, how hard it tries
         # Pictures are small and looked at closely: colours are kept as fine as brightness where it can be.
-        finer: dict[str, Any] = {"jpeg": {"subsampling": 0, "optimize": True}, "webp": {"method": 5}}
+        finer: dict[str, Any] = {"jpeg": {"subsampling": 0}, "webp": {"method": 5}}
         return {
             "quality": self.quality or QUALITY[self.format],
             **finer.get(self.format, {"subsampling": "4:4:4"}),

@@ -88,6 +88,16 @@ def test_quality_makes_files_larger_and_truer(name):
     assert errors[0] > errors[1] > errors[2]
 
 
+@pytest.mark.parametrize("name", LOSSY)
+def test_noise_of_the_highest_quality_is_written(tmp_path, name):
+    """Pillow's buffer for an optimised JPEG holds no more than two bytes a pixel."""
+    noise = np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8)
+    path = save_png(Image.fromarray(noise), tmp_path / "a", REQUEST, Encoding(name, 100))
+    assert read_request(path) == REQUEST
+    with Image.open(path) as image:
+        assert np.abs(np.asarray(image.convert("RGB"), int) - noise).mean() < 40
+
+
 def test_a_text_too_long_for_a_jpeg_is_told_and_the_picture_is_there(tmp_path):
     long = REQUEST.replace(prompt="a" * 50_000)  # in EXIF two bytes each
     with warnings.catch_warnings():
