@@ -49,9 +49,11 @@ class Axis:
         return {**fields, **{name: text.replace(word, str(value)) for name, text in texts.items()}}
 
     def label(self, k: int) -> str:
+        from ldm.request import PROMPTS
+
         value = self.values[k]
         shown = f"{value:g}" if isinstance(value, float) else str(value)
-        return shown if self.field is None or "prompt" in self.field else f"{self.title}: {shown}"
+        return shown if self.field is None or self.field in PROMPTS else f"{self.title}: {shown}"
 
 
 @dataclass(frozen=True)
