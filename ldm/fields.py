@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ldm.errors import UserError
 from ldm.prompts.grammar import Grammar
@@ -27,6 +28,11 @@ Side = Annotated[
 Steps = Annotated[int, Field(ge=1, le=MAX_STEPS, description=f"a whole number from 1 to {MAX_STEPS}")]
 Scale = Annotated[float, Field(allow_inf_nan=False, description="a finite number")]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, description="a number from 0 to 1")]
+Options = Annotated[
+    tuple[tuple[str, Scale], ...],
+    BeforeValidator(lambda given: given.items() if isinstance(given, Mapping) else given),
+    Field(description="names of options, each with a finite number"),
+]
 Layers = Annotated[int, Field(ge=0, le=100, description="how many last text layers to skip, 0 or more")]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Seeds = Annotated[
@@ -44,6 +50,18 @@ Text = Annotated[
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$", description="a SHA-256 in 64 hex digits")]
 Pixels = Annotated[int, Field(ge=0, le=2**20)]
 Size = Annotated[tuple[Pixels, Pixels], Field(description="two whole numbers of pixels, height first")]
+Sides = Annotated[
+    tuple[Pixels, Pixels, Pixels, Pixels],
+    Field(description="four whole numbers of pixels: left, top, right, bottom"),
+]
+Radius = Annotated[float, Field(ge=0, le=1024, allow_inf_nan=False, description="0 to 1024 pixels")]
+Growth = Annotated[int, Field(ge=-1024, le=1024, description="-1024 to 1024 whole pixels")]
+Delta = Annotated[int, Field(ge=0, le=2**32, description="a whole number from 0 to 2**32")]
+NoiseSource = Annotated[Literal["cpu", "gpu"], Field(description="cpu or gpu")]
+MaskFill = Annotated[
+    Literal["original", "blur", "noise", "nothing"],
+    Field(description="original, blur, noise or nothing"),
+]
 NoiseLevel = Annotated[int, Field(ge=0, description="a whole number from 0 up")]
 
 

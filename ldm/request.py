@@ -19,15 +19,24 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from ldm.errors import UserError, abbreviate
 from ldm.fields import (
     Checked,
+    Delta,
     Digest,
     Fraction,
+    Growth,
     Layers,
     Levels,
     Marks,
+    MaskFill,
     NoiseLevel,
+    NoiseSource,
+    Options,
+    Pixels,
+    Radius,
     Scale,
+    Seed,
     Seeds,
     Side,
+    Sides,
     Size,
     Steps,
     Text,
@@ -123,9 +132,15 @@ class Request(Checked):
     guidance_scale: Scale | None = None
     guidance_rescale: Fraction = 0.0
     seeds: Seeds = (0,)
+    noise: NoiseSource | None = None  # gpu: as CUDA draws it; None: cpu
+    variation_seed: Seed | None = None  # towards whose noise the first noise is turned,
+    variation_strength: Fraction | None = None  # and how far
+    seed_resize: Size | None = None  # (height, width) of the picture whose noise is in the middle of this
+    noise_seed_delta: Delta | None = None  # added to the seed for all noise but the first: A1111's ENSD
     sampler: str | None = None
     spacing: str | None = None
     eta: Fraction | None = None
+    sampler_options: Options | None = None  # such as s_churn, order; rho is that of the spacing
     clip_skip: Layers | None = None
     timesteps: Levels | None = None
     sigmas: Levels | None = None
@@ -134,6 +149,13 @@ class Request(Checked):
     mask_image: Text | None = None  # path; white is drawn anew, or what is painted on a transparent layer
     mask_image_sha256: Digest | None = None
     strength: Fraction | None = None  # of the steps, the share that is drawn, from the image
+    extend: Sides | None = None  # of the image: pixels to draw beyond its left, top, right and bottom
+    mask_invert: bool | None = None  # what is done to the mask, in this order
+    mask_grow: Growth | None = None  # pixels; below 0 it shrinks
+    mask_blur: Radius | None = None  # standard deviation, in pixels, of the edge where both pictures mix
+    soft_mask: bool | None = None  # greys are strengths: of the steps, the share that is drawn there
+    mask_fill: MaskFill | None = None  # what lies beneath the mask at the beginning, if its noise shows it
+    padding_mask_crop: Pixels | None = None  # only the mask and so many pixels around it are drawn
     image_guidance_scale: Scale | None = None  # instruct-pix2pix
     noise_level: NoiseLevel | None = None  # upscaler: timestep to which its input is noised
     classifier_class: Text | None = None  # towards which a classifier's gradient goes
@@ -178,6 +200,16 @@ class Request(Checked):
         target = [] if self.target_prompt is None else [self.target_prompt]
         first = [self.prompt, negative, *target]
         return first, [self.prompt_2 or self.prompt, self.negative_prompt_2 or negative, *target]
+
+    @property
+    def has_images(self) -> bool:
+        """Whether it names a picture to draw from, or asks something of one."""
+        return self.image is not None or self.mask_image is not None or self.changes_mask is not None
+
+    @property
+    def changes_mask(self) -> str | None:
+        """The first field that says what is done to a mask, or to the picture beneath it; None if none is."""
+        return next((name for name in _OF_MASKS if getattr(self, name) not in (None, False)), None)
 
     @property
     def grammar(self) -> Grammar:
@@ -302,6 +334,16 @@ class Request(Checked):
         return self
 
     @model_validator(mode="after")
+    def _pairs(self) -> Self:
+        if self.variation_strength and self.variation_seed is None:
+            raise UserError(
+                "variation_strength is how far towards a variation_seed: give one (--variation-seed)"
+            )
+        if self.variation_seed is not None and self.variation_strength is None:
+            raise UserError("variation_seed needs variation_strength, 0 to 1 (--variation-strength)")
+        return self
+
+    @model_validator(mode="after")
     def _one_grid(self) -> Self:
         if self.timesteps is not None and self.sigmas is not None:
             raise UserError("give timesteps or sigmas, not both: each is a whole grid")
@@ -315,6 +357,7 @@ class Request(Checked):
         return levels
 
 
+_OF_MASKS = ("extend", "mask_invert", "mask_grow", "mask_blur", "soft_mask", "mask_fill", "padding_mask_crop")
 PROMPTS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "target_prompt")
 
 

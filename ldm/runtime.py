@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from ldm.errors import UserError
 
 M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -38,6 +41,8 @@ CPU_PIXELS = 2**19
 GPU_COPIES = 16
 # Architectures of AMD's cards that multiply matrices in bf16: CDNA, and RDNA from its third generation on.
 AMD_BF16 = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
+# What limits the memory of a container's processes.
+CGROUP = Path("/sys/fs/cgroup")
 # How running out of memory is told where torch has no exception of its own for it.
 OUT_OF_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory",
@@ -78,7 +83,7 @@ class Runtime:
         """
         pixels = CPU_PIXELS
         if self.device.type == "cuda":
-            pixels = _free_memory(self.device) // (GPU_COPIES * bytes_per_pixel)
+            pixels = free_memory(self.device) // (GPU_COPIES * bytes_per_pixel)
         return max(1, pixels // (height * width))
 
 
@@ -183,10 +188,35 @@ def finite(module: M, call: Callable[[M], tuple[Tensor, ...]], what: str) -> tup
     return Finite(module, what)(call)
 
 
-def _free_memory(device: torch.device) -> int:
-    """Bytes: what the driver has, and what torch keeps of it for itself without using it."""
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + unused
+def in_free_memory(device: torch.device, call: Callable[[int], T]) -> T:
+    """`call` with the bytes that are free; where memory runs out nevertheless, again with 0: in the least."""
+    try:
+        return call(free_memory(device))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    return call(0)  # out here, as an error that is handled keeps what its frames hold
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes: what the driver or the system has, and what torch keeps of a card's for itself without using it.
+
+    A container's limit counts (cgroup v2).
+    """
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    import psutil
+
+    free: int = psutil.virtual_memory().available
+    names = ("max", "current", "stat")
+    try:
+        limit, used, stat = ((CGROUP / f"memory.{name}").read_text(encoding="utf-8") for name in names)
+        inactive = re.search(r"^inactive_file (\d+)$", stat, re.MULTILINE)  # cached, given up when asked
+        left = int(limit) - int(used) + (int(inactive[1]) if inactive else 0)
+    except (OSError, ValueError):  # no such group, or "max": no limit
+        return free
+    return min(free, max(0, left))
 
 
 def _device(device: str | torch.device | None) -> torch.device:

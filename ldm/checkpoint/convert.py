@@ -9,6 +9,7 @@ import torch
 
 from ldm.checkpoint.folder import IGNORED, load_folder
 from ldm.checkpoint.io import read_json
+from ldm.checkpoint.merge.origin import read_origin
 from ldm.checkpoint.original.sections import AVERAGED
 from ldm.checkpoint.original.single import Log, read_single
 from ldm.checkpoint.save import save_model
@@ -63,7 +64,9 @@ def convert(
             overrides=overrides,
             log=log,
         )
-    save_model(target, parts, dtype, max_shard_size)
+    # What a merge was made of; no longer that, if a part is another's.
+    header = {} if overrides else read_origin(path)
+    save_model(target, parts, dtype, max_shard_size, header=header)
     averaged = [name for name in unused if name.startswith(AVERAGED)]
     for name in unused:
         if not name.startswith(AVERAGED):

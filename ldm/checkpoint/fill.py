@@ -46,7 +46,7 @@ def fill(module: M, tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtyp
         else:
             ready = _laid_out(tensor, tensor.shape) if dtype else tensor
         _check_finite(name, ready, tensor, path)
-        _let_go(tensor)
+        let_go(tensor)
         return ready
 
     ready = _in_threads(make, tensors, max(CHUNK, longest))
@@ -193,7 +193,7 @@ def _check_finite(name: str, ready: Tensor, stored: Tensor, path: Path) -> None:
         raise UserError(f"{path}: tensor {name} is too large for {str(ready.dtype)[6:]}; give another dtype")
 
 
-def _let_go(tensor: Tensor) -> None:
+def let_go(tensor: Tensor) -> None:
     """Drop the file's pages from memory; if they are needed again, the system maps them again."""
     storage = tensor.untyped_storage()
     pages = getattr(storage, "pages", None)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import mmap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.checkpoint.fill import fill
@@ -18,6 +18,7 @@ from ldm.checkpoint.pickles import check_whole, read_pickle
 from ldm.errors import UserError
 
 __all__ = [
+    "Later",
     "fill",
     "read_bytes",
     "read_config",
@@ -47,6 +48,7 @@ DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 # --- reading ---------------------------------------------------------------------------------------------
@@ -216,18 +218,48 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+@dataclass(frozen=True)
+class Later:
+    """A tensor that is made when it is written, so that never more than one need be in memory."""
+
+    like: Tensor  # of its shape and dtype, on any device
+    make: Callable[[], Tensor]
+
+
 def write_tensors(
     path: Path,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | Later],
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """A safetensors file that diffusers and transformers accept; floats in `dtype` if it is given."""
-    plain = {
-        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
-        for name, tensor in tensors.items()
-    }
-    path.touch()
-    mode = path.stat().st_mode
-    save_file(plain, path, metadata={"format": "pt", **(metadata or {})})
-    path.chmod(mode)  # safetensors makes a new file, which only its owner can read
+    """A safetensors file that diffusers and transformers accept; floats in `dtype` if it is given.
+
+    One tensor after the other is made, cast and written: safetensors' own `save_file` wants all at once.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    written, end = {}, 0
+    # Wide dtypes first, as safetensors has it: then each tensor begins at a multiple of its own width.
+    for name in sorted(tensors, key=lambda name: (-_written_dtype(tensors[name], dtype).itemsize, name)):
+        each = tensors[name]
+        like = each.like if isinstance(each, Later) else each
+        written[name] = wanted = _written_dtype(each, dtype)
+        begin, end = end, end + like.numel() * wanted.itemsize
+        header[name] = {
+            "dtype": DTYPE_NAMES[wanted],
+            "shape": list(like.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, wanted in written.items():
+            each = tensors[name]
+            made = (each.make() if isinstance(each, Later) else each).detach()
+            ready = made.to("cpu", wanted).contiguous()
+            file.write(ready.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _written_dtype(each: Tensor | Later, dtype: torch.dtype | None) -> torch.dtype:
+    like = each.like if isinstance(each, Later) else each
+    return dtype if dtype is not None and like.is_floating_point() else like.dtype

@@ -221,14 +221,21 @@ def _stored(form: Form, parts: list[Tensor]) -> Tensor:
     return tensor.T if form == "transposed" else tensor
 
 
-def _rename(name: str, modules: Mapping[str, str], part: str) -> str:
-    """`name` with the module at its beginning renamed."""
+def original_name(name: str, modules: Mapping[str, str]) -> str | None:
+    """`name` with the module at its beginning renamed; None if there is no rule for it."""
     module = name
     while module:
         module = module.rpartition(".")[0]
         if module in modules:
             return modules[module] + name.removeprefix(module)
-    raise UserError(f"the {part}'s {name} has no name in the single-file layout: save a folder instead")
+    return None
+
+
+def _rename(name: str, modules: Mapping[str, str], part: str) -> str:
+    renamed = original_name(name, modules)
+    if renamed is None:
+        raise UserError(f"the {part}'s {name} has no name in the single-file layout: save a folder instead")
+    return renamed
 
 
 def _under(ours: str, theirs: str, names: Mapping[str, str]) -> dict[str, str]:

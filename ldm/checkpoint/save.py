@@ -5,17 +5,26 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ldm.checkpoint.io import suffix_of, write_json, write_tensors
-from ldm.checkpoint.keymap import module_keys, text_keys, to_original
+from ldm.checkpoint.io import Later, suffix_of, write_json, write_tensors
+from ldm.checkpoint.keymap import Key, module_keys, text_keys, to_original
 from ldm.checkpoint.original.detect import ARCHITECTURES, OPTIONS, OWN, PREDICTIONS
 from ldm.checkpoint.original.sections import TEXT, prefixes
-from ldm.checkpoint.parts import MODEL_STEM, TEXT_STEM, TOKENIZERS, Parts
+from ldm.checkpoint.parts import (
+    MODEL_STEM,
+    NETWORKS,
+    STEMS,
+    TEXT_ENCODERS,
+    TEXT_STEM,
+    TOKENIZERS,
+    Parts,
+)
 from ldm.checkpoint.tokenizer import bpe, describe_tokenizer
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
@@ -23,6 +32,7 @@ from ldm.files import whole_file, whole_folder
 from ldm.models import Network
 from ldm.models.kind import Kind
 
+State = Mapping[str, Tensor | Later]  # by the names in a module
 SCHEDULERS = ("scheduler", "low_res_scheduler")
 # In the names of diffusers' pipelines.
 PIPELINE_KINDS = {
@@ -34,13 +44,21 @@ PIPELINE_KINDS = {
 
 
 def save_model(
-    path: Path, parts: Parts, dtype: torch.dtype | None = None, max_shard_size: str | None = None
+    path: Path,
+    parts: Parts,
+    dtype: torch.dtype | None = None,
+    max_shard_size: str | None = None,
+    *,
+    states: Mapping[str, State] | None = None,
+    header: Mapping[str, str] | None = None,
 ) -> None:
     """Write a single file if `path` ends in .safetensors, and a pipeline folder otherwise; all or nothing.
 
     Args:
         dtype: of floating-point tensors; None keeps the modules'.
         max_shard_size: "5GB", "500MB": larger files of a folder are cut.
+        states: by part, the tensors that are written in place of its own: of the same names and shapes.
+        header: what else the metadata of every file of weights says.
 
     Raises:
         UserError: if `path` cannot be written to, or a single file cannot hold this model.
@@ -50,25 +68,34 @@ def save_model(
     if suffix_of(path) in (".ckpt", ".pt", ".bin"):
         raise UserError(f"{path}: pickles are not written, as they can carry code: use .safetensors")
     if suffix_of(path) == ".safetensors":
-        save_single(path, parts, dtype)
+        save_single(path, parts, dtype, states=states, header=header)
     else:
-        save_folder(path, parts, dtype, max_shard_size)
+        save_folder(path, parts, dtype, max_shard_size, states=states, header=header)
 
 
 # --- a folder --------------------------------------------------------------------------------------------
 
 
 def save_folder(
-    folder: Path, parts: Parts, dtype: torch.dtype | None = None, max_shard_size: str | None = None
+    folder: Path,
+    parts: Parts,
+    dtype: torch.dtype | None = None,
+    max_shard_size: str | None = None,
+    *,
+    states: Mapping[str, State] | None = None,
+    header: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a pipeline folder, all of it or nothing, in `dtype` or in that of the modules."""
+    """Write a pipeline folder, all of it or nothing, in `dtype` or in that of the modules.
+
+    The other arguments are those of `save_model`.
+    """
     with whole_folder(Path(folder)) as aside:
         write_json(aside / "model_index.json", _index(parts))
-        save_module(parts.unet, aside / "unet", dtype, max_shard_size)
-        save_module(parts.vae, aside / "vae", dtype, max_shard_size)
-        for name in TEXT["sdxl"]:
-            if (model := getattr(parts, name)) is not None:
-                save_text_encoder(model, aside / name, dtype, max_shard_size)
+        for name in NETWORKS:
+            if (module := getattr(parts, name)) is not None:
+                config = _text_config(module) if name in TEXT_ENCODERS else module.to_config()
+                state = _state(parts, name, states)
+                _write_network(aside / name, STEMS[name], config, state, dtype, max_shard_size, header)
         for name in TOKENIZERS:
             if (tokenizer := getattr(parts, name)) is not None:
                 save_tokenizer(tokenizer, aside / name)
@@ -85,18 +112,15 @@ def save_module(
     module: Network, folder: Path, dtype: torch.dtype | None = None, max_shard_size: str | None = None
 ) -> None:
     """Write the config.json and weights of a U-Net or VAE."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", module.to_config())
-    _write_weights(folder, MODEL_STEM, module.state_dict(), dtype, max_shard_size)
+    _write_network(folder, MODEL_STEM, module.to_config(), module.state_dict(), dtype, max_shard_size)
 
 
 def save_text_encoder(
     model: Any, folder: Path, dtype: torch.dtype | None = None, max_shard_size: str | None = None
 ) -> None:
     """Write CLIP's text encoder with the `text_model.` prefix, which every version of transformers reads."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", _text_config(model))
-    _write_weights(folder, TEXT_STEM, _text_tensors(model), dtype, max_shard_size)
+    state = _prefixed(model.state_dict())
+    _write_network(folder, TEXT_STEM, _text_config(model), state, dtype, max_shard_size)
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
@@ -169,22 +193,26 @@ def _index(parts: Parts) -> dict[str, Any]:
     return index | {"image_encoder": absent, "requires_safety_checker": False}
 
 
-def _write_weights(
+def _write_network(
     folder: Path,
     stem: str,
-    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    tensors: State,
     dtype: torch.dtype | None,
     max_shard_size: str | None,
+    header: Mapping[str, str] | None = None,
 ) -> None:
-    """One safetensors file, or several with the index that diffusers and transformers read."""
+    """Its config.json, and one safetensors file, or several with the index that other libraries read too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", config)
     if max_shard_size is None:
-        write_tensors(folder / f"{stem}.safetensors", tensors, dtype)
+        write_tensors(folder / f"{stem}.safetensors", tensors, dtype, header)
         return
     from huggingface_hub import split_torch_state_dict_into_shards
 
     sizes = {
         name: torch.empty_like(t, device="meta", dtype=dtype if t.is_floating_point() else None)
-        for name, t in tensors.items()
+        for name, t in _likes(tensors).items()
     }
     pattern = f"{stem}{{suffix}}.safetensors"
     try:
@@ -194,7 +222,7 @@ def _write_weights(
     except ValueError as error:
         raise UserError(f"max_shard_size {max_shard_size!r} is not a size: {error}") from None
     for file, names in split.filename_to_tensors.items():
-        write_tensors(folder / file, {name: tensors[name] for name in names}, dtype)
+        write_tensors(folder / file, {name: tensors[name] for name in names}, dtype, header)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / f"{stem}.safetensors.index.json", index)
@@ -207,10 +235,24 @@ def _text_config(model: Any) -> dict[str, Any]:
     return plain
 
 
-def _text_tensors(model: Any) -> dict[str, Tensor]:
+def _state(parts: Parts, part: str, states: Mapping[str, State] | None) -> State:
+    """A part's tensors as they are written, by the names in files of diffusers and transformers."""
+    state: State = (states or {}).get(part) or getattr(parts, part).state_dict()
+    return _prefixed(state) if part in TEXT_ENCODERS else state
+
+
+def _prefixed(state: State) -> State:
     return {
         name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}": tensor
-        for name, tensor in model.state_dict().items()
+        for name, tensor in state.items()
+    }
+
+
+def _likes(state: State) -> dict[str, Tensor]:
+    """Tensors of the same shapes and dtypes, without numbers."""
+    return {
+        name: torch.empty_like(each.like if isinstance(each, Later) else each, device="meta")
+        for name, each in state.items()
     }
 
 
@@ -221,10 +263,18 @@ def _defaults(parts: Parts) -> dict[str, Any]:
 # --- one file --------------------------------------------------------------------------------------------
 
 
-def save_single(path: Path, parts: Parts, dtype: torch.dtype | None = None) -> None:
+def save_single(
+    path: Path,
+    parts: Parts,
+    dtype: torch.dtype | None = None,
+    *,
+    states: Mapping[str, State] | None = None,
+    header: Mapping[str, str] | None = None,
+) -> None:
     """Write a .safetensors file in the original layout, which other programs read too; all or nothing.
 
     What a folder has beside tensors goes into the header, so that `ldm` reads the file without a guess.
+    The arguments are those of `save_model`.
 
     Raises:
         UserError: for a part that the layout has no names for, and if `path` cannot be written to.
@@ -233,14 +283,15 @@ def save_single(path: Path, parts: Parts, dtype: torch.dtype | None = None) -> N
     if words:
         raise UserError(f"{path}: a single file cannot hold {words[0]}, a textual inversion: save a folder")
     family = family_of_parts(parts)
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor | Later] = {}
     for part, prefix in prefixes(family).items():
         module = getattr(parts, part)
-        if part in TEXT["sdxl"]:
+        if part in TEXT_ENCODERS:
             open_clip = not TEXT[family][part].endswith("transformer.")
-            renamed = to_original(text_keys(_text_config(module), open_clip), _text_tensors(module))
+            keys = text_keys(_text_config(module), open_clip)
         else:
-            renamed = to_original(module_keys(module), module.state_dict())
+            keys = module_keys(module)
+        renamed = _to_original(keys, _state(parts, part, states))
         tensors |= {prefix + name: tensor for name, tensor in renamed.items()}
     schedule = Schedule.from_config(dict(parts.scheduler))
     if family == "sdxl" and schedule.prediction.value == "v_prediction":
@@ -249,7 +300,20 @@ def save_single(path: Path, parts: Parts, dtype: torch.dtype | None = None) -> N
         if schedule.zero_terminal_snr:
             tensors["ztsnr"] = torch.tensor([])
     with whole_file(path) as aside:
-        write_tensors(aside, tensors, dtype, _metadata(path, family, parts, schedule.prediction.value))
+        metadata = _metadata(path, family, parts, schedule.prediction.value)
+        write_tensors(aside, tensors, dtype, {**metadata, **(header or {})})
+
+
+def _to_original(keys: Iterable[Key], state: State) -> dict[str, Later]:
+    """As `to_original`, each tensor when it is written."""
+    likes = to_original(keys, _likes(state))
+
+    def make(key: Key) -> Tensor:
+        found = {name: state[name] for name in key.names}
+        made = {name: each.make() if isinstance(each, Later) else each for name, each in found.items()}
+        return to_original([key], made)[key.original]
+
+    return {key.original: Later(likes[key.original], partial(make, key)) for key in keys}
 
 
 def family_of_parts(parts: Parts) -> str:

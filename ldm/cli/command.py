@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from ldm.cli import convert, diffuse, draw, draw_flags, evaluate, finetune, folder, likelihood, redraw
+from ldm.cli import convert, diffuse, draw, draw_flags, evaluate, finetune, folder, likelihood, merge, redraw
 from ldm.cli.flags import FLAGS
 from ldm.cli.parser import Parser, dashes
 from ldm.errors import NEWLINE, UserError, printable
@@ -22,7 +22,11 @@ SPELLING = "Flags may be spelt with dashes or underscores."
 # name -> (its flags, what runs it, what it does)
 COMMANDS = {
     "txt2img": (draw_flags.add_flags, draw.draw, "draw pictures from words"),
-    "info": (redraw.add_info_flags, redraw.info, "show how a picture was drawn"),
+    "info": (
+        redraw.add_info_flags,
+        redraw.info,
+        "show how a picture was drawn, or what a model was merged from",
+    ),
     "redraw": (
         redraw.add_flags,
         redraw.redraw,
@@ -33,6 +37,7 @@ COMMANDS = {
         convert.convert,
         "change a model between folder and single file, or its dtype",
     ),
+    "merge": (merge.add_flags, merge.merge, "make one model of several"),
     "diffuse": (diffuse.add_flags, diffuse.diffuse, "show a picture on its way to noise and back"),
     "evaluate": (evaluate.add_flags, evaluate.evaluate, "measure pictures: FID, KID, CLIP score and others"),
     "likelihood": (

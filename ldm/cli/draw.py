@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.cli.models import load
 from ldm.cli.output import Output
-from ldm.cli.plot import read_plot
-from ldm.cli.preview import Preview, check_preview
 from ldm.cli.requests import Asked, Faults, make_requests
-from ldm.cli.terminal import bar, echo
+from ldm.cli.terminal import Preview, bar, check_preview, echo
 from ldm.errors import UserError
+from ldm.images.plot import read_plot
 
 if TYPE_CHECKING:
     from PIL.Image import Image

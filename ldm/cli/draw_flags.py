@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ldm.cli.flags import add_common_flags, add_input_flags, add_model_flags
 from ldm.cli.parser import count
-from ldm.cli.preview import TERMINAL
+from ldm.cli.terminal import TERMINAL
 
 OUTDIR = "outputs/txt2img-samples"
 SIZES = tuple(
@@ -20,10 +20,16 @@ SIZES = tuple(
 def add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what to draw")
     add = group.add_argument
-    words = group.add_mutually_exclusive_group(required=True)
+    words = group.add_mutually_exclusive_group()
     words.add_argument("-p", "--prompt", help="what the picture shows; empty draws anything")
     words.add_argument(
         "--from-file", metavar="FILE", help="one prompt, or JSON object of fields, per line; - reads stdin"
+    )
+    add(
+        "--from-png",
+        type=Path,
+        metavar="FILE",
+        help="draw as this picture of ldm or AUTOMATIC1111 was drawn, but for what other flags say",
     )
     add("-n", "--negative-prompt", metavar="TEXT", help="what the picture should not show")
     add(
@@ -51,7 +57,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--negative-prompt-2", metavar="TEXT", help="likewise (default: the negative prompt)")
     add("-W", "--width", "--W", type=int, metavar="PIXELS", help="a multiple of 8 (default: the model's)")
     add("-H", "--height", "--H", type=int, metavar="PIXELS", help="a multiple of 8 (default: the model's)")
-    add("-s", "--seed", type=int, default=42, help="of the first picture; negative: random (default: 42)")
+    add("-s", "--seed", type=int, help="of the first picture; negative: random (default: 42)")
     add(
         "-b",
         "--n-iter",
@@ -70,7 +76,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="pictures in a batch (default: 1)",
     )
     add("--fixed-code", action="store_true", help="every batch starts from the same noise")
+    add_noise_flags(parser)
     add_image_flags(parser)
+    add_mask_flags(parser)
     add_sampling_flags(parser)
     add_model_flags(parser)
     add("--C", type=int, metavar="CHANNELS", help="latent channels: checked against the model")
@@ -147,6 +155,67 @@ def add_image_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_noise_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("the noise that it begins with").add_argument
+    add("--noise", choices=("cpu", "gpu"), help="gpu: as CUDA draws it (default: cpu)")
+    add("--variation-seed", type=int, metavar="N", help="turn the noise towards that of this seed")
+    add("--variation-strength", type=float, metavar="SHARE", help="0 to 1: how far")
+    add(
+        "--seed-resize",
+        nargs=2,
+        type=int,
+        metavar=("HEIGHT", "WIDTH"),
+        help="the noise of a picture of this size, in the middle",
+    )
+    add(
+        "--noise-seed-delta",
+        "--ensd",
+        type=int,
+        metavar="N",
+        help="added to the seed for the noise of the steps",
+    )
+
+
+def add_mask_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("the mask").add_argument
+    add("--extend", type=sides, metavar="L,T,R,B", help="draw beyond the picture: pixels at each side")
+    add("--mask-invert", action="store_true", default=None, help="draw anew what is black")
+    add("--mask-grow", type=int, metavar="PIXELS", help="to each side; below 0 it shrinks")
+    add("--mask-blur", type=float, metavar="PIXELS", help="mix both pictures at the edge (default: 0, a cut)")
+    add("--soft-mask", action="store_true", default=None, help="greys are strengths: how much is drawn anew")
+    add(
+        "--mask-fill",
+        choices=("original", "blur", "noise", "nothing"),
+        help="what lies beneath it at the beginning; it shows at a --strength below 1 (default: original)",
+    )
+    add(
+        "--padding-mask-crop",
+        "--only-masked",
+        type=int,
+        nargs="?",
+        const=32,
+        metavar="PIXELS",
+        help="draw the mask and so much around it (default: 32) at the model's size, and put it back",
+    )
+
+
+def option(text: str) -> tuple[str, float]:
+    """A name and a number."""
+    name, _, number = text.partition("=")
+    try:
+        return name.replace("-", "_"), float(number)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not NAME=NUMBER, such as s_churn=2") from None
+
+
+def sides(text: str) -> tuple[int, ...]:
+    """Four numbers: left, top, right, bottom."""
+    parts = text.replace(",", " ").split()
+    if len(parts) != 4 or not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text} is not four numbers: left,top,right,bottom in pixels")
+    return tuple(map(int, parts))
+
+
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how to draw it (default of each: the model's)")
     add = group.add_argument
@@ -194,6 +263,14 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="ETA",
         help="0 to 1: fresh noise in each step, where the sampler adds any",
+    )
+    add(
+        "--sampler-option",
+        dest="sampler_options",
+        action="append",
+        type=option,
+        metavar="NAME=NUMBER",
+        help="of the sampler, repeatable: s_churn=2 (docs/samplers.md has them); rho of the spacing",
     )
     add("--clip-skip", type=int, metavar="N", help="skip the last N layers of the text encoder")
     add = parser.add_argument_group(

@@ -17,6 +17,7 @@ FLAGS = {
     "spacing": "--scheduler",
     "seeds": "--seed",
     "target_prompt": "--to",
+    "sampler_options": "--sampler-option",
 }
 
 

@@ -11,10 +11,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.cli.plot import Cell, Plot
 from ldm.cli.requests import Asked
 from ldm.cli.terminal import echo
 from ldm.errors import UserError
+from ldm.images.plot import Cell, Plot
 
 if TYPE_CHECKING:
     from PIL.Image import Image

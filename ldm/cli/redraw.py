@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 def add_info_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "file", type=Path, metavar="FILE", help="a PNG, JPEG, WebP or AVIF of this program or another"
+        "file",
+        type=Path,
+        metavar="FILE",
+        help="a PNG, JPEG, WebP or AVIF of this program or another; or a model, .safetensors or a folder",
     )
     add_common_flags(parser)
 
@@ -42,7 +45,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def info(args: argparse.Namespace) -> int:
-    """Print all that a picture says of how it was drawn, one field per line, even if it cannot be drawn."""
+    """Print all that a picture says of how it was drawn, one field per line, even if it cannot be drawn.
+
+    Of a model, what it was merged from.
+    """
+    if args.file.is_dir() or args.file.suffix.lower() == ".safetensors":
+        from ldm.checkpoint.merge.origin import tell
+
+        for line in tell(args.file):
+            print(printable(line))
+        return 0
     from ldm.images.png import read_fields, read_request
 
     fault = None

@@ -11,14 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.cli.beginnings import given_by, over_folders, varied
 from ldm.errors import UserError, abbreviate, printable, reason
 
 if TYPE_CHECKING:
-    from ldm.cli.plot import Cell, Plot
+    from ldm.images.plot import Cell, Plot
     from ldm.prompts.styles import Style
     from ldm.request import Request
 
 MAX_PICTURES = 100_000  # of one run
+SEED = 42  # of the first picture, if nothing gives another
 
 
 @dataclass(frozen=True)
@@ -58,31 +60,26 @@ def make_requests(args: argparse.Namespace, plot: Plot | None, faults: Faults) -
     --fixed_code gives every batch the same. Raises UserError for what is wrong with the flags.
     """
     from ldm.prompts.styles import chosen, read_styles
-    from ldm.request import Request, consecutive_seeds
+    from ldm.request import consecutive_seeds
 
     check_edit(args)
+    if args.prompt is None and args.from_file is None and args.from_png is None:
+        raise UserError("one of the arguments -p/--prompt --from-file is required, or --from-png")
     lines = [(0, "")] if args.from_file is None else read_lines(args.from_file)
     styles = chosen(read_styles(args.styles_file), args.styles, args.styles_file) if args.styles else []
     each = args.n_iter * (args.n_samples if plot is None else 1)
     if plot is not None and args.n_iter > 1:
         raise UserError("--plot draws one picture for each cell: leave --n_iter out, or plot seed=1,2,3")
     check_count(len(lines) * each)
-    (seed,) = consecutive_seeds(args.seed)
-    same_name = (Request.model_fields.keys() & vars(args).keys()) - {"model"}
-    flags = {name: getattr(args, name) for name in same_name} | {
-        "image": args.invert or args.image,
-        "num_inference_steps": args.steps,
-        "guidance_scale": args.scale,
-        "spacing": args.scheduler,
-        "prompt": args.prompt or "",
-    }
-    Request(**flags)
+    base = given_by(args)
+    own_seed = SEED if args.from_png is None else base.seeds[0]
+    (seed,) = consecutive_seeds(own_seed if args.seed is None else args.seed)
     asked = list[Asked]()
     for p, (number, text) in enumerate(lines):
         line = "" if args.from_file is None else f"{args.from_file}, line {number}"
         fixed = args.fixed_code and plot is None
         seeds = consecutive_seeds(seed + (0 if fixed else p * each), args.n_samples if fixed else each)
-        fields = {**flags, "seeds": seeds * args.n_iter if fixed else seeds}
+        fields = {**dict(base), "seeds": seeds * args.n_iter if fixed else seeds}
         try:
             own = read_line(text, each) if line else {}
             asked += in_cells(dressed({**fields, **own}, styles), plot, line, p)
@@ -99,7 +96,11 @@ def in_cells(fields: Mapping[str, Any], plot: Plot | None, line: str, number: in
     from ldm.request import Request
 
     if plot is None:
-        return [Asked(Request(**fields), line)]
+        one = Request(**fields)
+        every = varied(one.replace(seeds=one.seeds[:1]), len(one.seeds)) if one.variation_strength else [one]
+        return [Asked(request, line) for request in over_folders(every)]
+    if fields["image"] is not None and Path(fields["image"]).is_dir():
+        raise UserError(f"--plot draws from one picture, and {fields['image']} is a folder: give a file")
     if len(fields["seeds"]) > 1:
         raise UserError("--plot draws one picture for each cell: give one seed, or plot seed=1,2,3")
     return [Asked(Request(**changed), line, number, cell) for cell, changed in plot.cells(fields)]

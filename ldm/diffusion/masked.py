@@ -20,7 +20,9 @@ class Known:
     """What a mask keeps of pictures, on a run over `grid`.
 
     x0: their latents, [1 or B, C, h, w]. noise: unit noise, [B, C, h, w], the same at every level: that which
-    the run begins with. mask: [1 or B, 1, h, w], 1 where they are drawn anew, else 0.
+    the run begins with. mask: [1 or B, 1, h, w], 1 where they are drawn anew, 0 where they are kept, and
+    between: there a share of the steps is drawn, 1 more than the whole ones in it (Levin and Fried 2023,
+    "Differential Diffusion", algorithm 1). What a noisy solver has until then has its own noise.
     """
 
     grid: Grid
@@ -40,8 +42,9 @@ class Known:
         def masked(x: Tensor, sigma: Tensor) -> Denoised:
             level = float(sigma)
             d = denoise(x if level == float(self.grid.sigmas[0]) else self._kept(x, level), sigma)
-            x0 = self._blend(d.x0, self.x0)
-            anchor = x0 if d.anchor is d.x0 else self._blend(d.anchor, self.x0)
+            drawn = self._drawn(level, 1)  # what is drawn from the next level on moves in this step already
+            x0 = torch.where(drawn, d.x0, self.x0)
+            anchor = x0 if d.anchor is d.x0 else torch.where(drawn, d.anchor, self.x0)
             return replace(d, x0=x0, anchor=anchor)
 
         return masked
@@ -53,7 +56,11 @@ class Known:
     def _kept(self, x: Tensor, sigma: float) -> Tensor:
         """A state at `sigma`, its kept part known; where the run ends without noise, if only almost at 0."""
         at_end = sigma == float(self.grid.sigmas[-1])
-        return self._blend(x, self.x0 / self.grid.final_scale if at_end else self.x0 + sigma * self.noise)
+        known = self.x0 / self.grid.final_scale if at_end else self.x0 + sigma * self.noise
+        return torch.where(self._drawn(sigma), x, known)
 
-    def _blend(self, drawn: Tensor, known: Tensor) -> Tensor:
-        return torch.where(self.mask > 0, drawn, known)
+    def _drawn(self, sigma: float, more: int = 0) -> Tensor:
+        """What is drawn anew at a level, or `more` steps after it, of bool [1 or B, 1, h, w]."""
+        done = int((self.grid.sigmas >= sigma).sum()) - 1 + more
+        left = 1 - done / (len(self.grid.sigmas) - 1)
+        return (self.mask > 0) & (self.mask >= left)

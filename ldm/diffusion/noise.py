@@ -7,11 +7,13 @@ everywhere, and image by image, so that image k of a batch equals the image draw
 import hashlib
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ldm.diffusion.philox import Philox
 from ldm.errors import UserError
 
 SEED_LIMIT = 2**63
@@ -27,6 +29,72 @@ def torch_seed(seed: int) -> int:
     return int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "big")
 
 
+Generator = torch.Generator | Philox
+Shape = tuple[int, int, int]  # of one image's latents [C, H, W]
+
+
+@dataclass(frozen=True)
+class Seed:
+    """An image's seed, and what AUTOMATIC1111's extra settings make of it.
+
+    gpu: noise as CUDA draws it (`Philox`). variation, share: another seed, whose noise the first noise is
+    turned towards (`slerp`). drawn_at: (height, width) of the latents whose noise is centred in the first
+    ("seed resize"). delta: what is added to the seed for all noise after the first ("ENSD"); 0: it goes on.
+    """
+
+    seed: int
+    gpu: bool = False
+    variation: int = 0
+    share: float = 0.0
+    drawn_at: tuple[int, int] | None = None
+    delta: int = 0
+
+    def generator(self, seed: int) -> Generator:
+        return Philox(seed) if self.gpu else torch.Generator("cpu").manual_seed(torch_seed(seed))
+
+    def first(self, shape: Shape, generator: Generator) -> Tensor:
+        """Unit noise [1, C, H, W] to begin with; `generator` is the image's own."""
+        size = self.drawn_at or shape[1:]
+        small = (shape[0], *size)
+        own = generator if small == shape else self.generator(self.seed)
+        noise = _randn(own, small)
+        if self.share:
+            noise = slerp(noise, _randn(self.generator(self.variation), small), self.share)
+        return noise if small == shape else _centred(noise, _randn(generator, shape))
+
+
+def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """From a at 0 to b at 1, [1, C, H, W], along the arc between them: what lies between is unit noise too.
+
+    ``(sin((1 - s) w) a + sin(s w) b) / sin w``, w the angle of a and b; Shoemake 1985. As AUTOMATIC1111 has
+    it: an angle for each column [C, :, W] of latents. A straight line where a column's are parallel.
+    """
+    cos = (a / a.norm(dim=2, keepdim=True) * (b / b.norm(dim=2, keepdim=True))).sum(2, keepdim=True)
+    angle = cos.clamp(-1, 1).acos()
+    arc = (((1 - share) * angle).sin() * a + (share * angle).sin() * b) / angle.sin()
+    return torch.where(angle.sin() > 1e-4, arc, a.lerp(b, share))
+
+
+def _centred(inner: Tensor, outer: Tensor) -> Tensor:
+    """`outer` with `inner` [1, C, h, w] in its middle, as much of it as there is room for."""
+    out = outer.clone()
+    places = []
+    for axis in (2, 3):
+        gap = (outer.shape[axis] - inner.shape[axis]) // 2
+        length = inner.shape[axis] + min(0, 2 * gap)
+        places.append((slice(max(0, gap), max(0, gap) + length), slice(max(0, -gap), max(0, -gap) + length)))
+    (rows, from_rows), (columns, from_columns) = places
+    out[:, :, rows, columns] = inner[:, :, from_rows, from_columns]
+    return out
+
+
+def _randn(generator: Generator, shape: Shape) -> Tensor:
+    """Unit noise [1, C, H, W]."""
+    if isinstance(generator, Philox):
+        return generator.randn((1, *shape))
+    return torch.randn((1, *shape), generator=generator)
+
+
 class Noise:
     """Independent unit noise, image by image.
 
@@ -34,20 +102,35 @@ class Noise:
     batch's those of diffusers with the list of such generators, for seeds of up to 32 bits (`torch_seed`).
     """
 
-    def __init__(self, seeds: Sequence[int | torch.Generator]) -> None:
-        self.generators = []
-        for seed in seeds:
-            if not isinstance(seed, torch.Generator):
-                if not 0 <= seed < SEED_LIMIT:
-                    raise UserError(f"seed {seed} is out of range: give a number from 0 to {SEED_LIMIT - 1}")
-                seed = torch.Generator("cpu").manual_seed(seed if seed < 2**32 else torch_seed(seed))
-            if seed.device.type != "cpu":
-                raise UserError(f"generator is on {seed.device}: noise is drawn on the CPU, give one there")
-            self.generators.append(seed)
+    def __init__(self, seeds: Sequence[int | Seed | torch.Generator]) -> None:
+        self.generators: list[Any] = []  # torch's, or Philox
+        self._seeds = [each if isinstance(each, Seed) else None for each in seeds]  # that begin otherwise
+        for each in seeds:
+            seed = each.seed if isinstance(each, Seed) else each
+            if isinstance(seed, int) and not 0 <= seed < SEED_LIMIT:
+                raise UserError(f"seed {seed} is out of range: give a number from 0 to {SEED_LIMIT - 1}")
+            if isinstance(each, Seed):
+                self.generators.append(each.generator(each.seed))
+            elif isinstance(each, int):
+                of = each if each < 2**32 else torch_seed(each)
+                self.generators.append(torch.Generator("cpu").manual_seed(of))
+            elif each.device.type != "cpu":
+                raise UserError(f"generator is on {each.device}: noise is drawn on the CPU, give one there")
+            else:
+                self.generators.append(each)
 
-    def initial(self, shape: tuple[int, int, int]) -> Tensor:
-        """Unit noise [B, C, H, W], fp32 on the CPU, to start from; `shape` is one image's [C, H, W]."""
-        return torch.cat([torch.randn((1, *shape), generator=each) for each in self.generators])
+    def first(self, shape: Shape) -> Tensor:
+        """Unit noise [B, C, H, W], fp32 on the CPU, to start from; `shape` is one image's."""
+        drawn = []
+        for k, (seed, generator) in enumerate(zip(self._seeds, self.generators, strict=True)):
+            drawn.append(_randn(generator, shape) if seed is None else seed.first(shape, generator))
+            if seed is not None and seed.delta:
+                self.generators[k] = seed.generator(seed.seed + seed.delta)
+        return torch.cat(drawn)
+
+    def initial(self, shape: Shape) -> Tensor:
+        """Unit noise [B, C, H, W], fp32 on the CPU, of each image's generator; `shape` is one image's."""
+        return torch.cat([_randn(each, shape) for each in self.generators])
 
     def __call__(self, like: Tensor, sigma: float, sigma_next: float) -> Tensor:
         """Unit noise of `like`'s shape, device and dtype for the step from `sigma` to `sigma_next`.
@@ -75,7 +158,7 @@ class BrownianNoise(Noise):
     Gradients for Stochastic Differential Equations", section 4; torchsde's BrownianInterval.
     """
 
-    def __init__(self, seeds: Sequence[int | torch.Generator]) -> None:
+    def __init__(self, seeds: Sequence[int | Seed | torch.Generator]) -> None:
         super().__init__(seeds)
         self._paths: list[Any] = []
 
@@ -88,9 +171,11 @@ class BrownianNoise(Noise):
         return torch.stack(increments) / math.sqrt(high - low)
 
     @staticmethod
-    def _path(generator: torch.Generator, shape: tuple[int, ...]) -> Any:
+    def _path(generator: Generator, shape: tuple[int, ...]) -> Any:
         import torchsde
 
+        if isinstance(generator, Philox):  # k-diffusion's path is drawn on the CPU, whatever drew the rest
+            generator = torch.Generator("cpu").manual_seed(torch_seed(generator.seed))
         entropy = int(torch.randint(SEED_LIMIT - 1, (), generator=generator))
         return torchsde.BrownianInterval(
             0.0,

@@ -12,27 +12,22 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.bounds import Bounds
+from ldm.diffusion.catalogue import CLAMPED, GridRules, Sampler
 from ldm.diffusion.prediction import Prediction
-from ldm.diffusion.samplers import (
-    CLAMPED,
-    SIGMA_SPACINGS,
-    SPACINGS,
-    GridRules,
-    Sampler,
-    resolve_sampler,
-    resolve_spacing,
-)
+from ldm.diffusion.samplers import resolve_sampler, resolve_spacing
 from ldm.diffusion.scheduler_config import read_config
 from ldm.diffusion.solvers import PURE_NOISE, Denoise, Variance
+from ldm.diffusion.spacings import (
+    RHO,
+    SIGMA_SPACINGS,
+    SPACINGS,
+    Array,
+    beta_quantiles,
+    listed_timesteps,
+    spaced_sigmas,
+)
 from ldm.errors import UserError
 
-Array = npt.NDArray[np.float64]
-
-# Sabour et al. 2024, "Align Your Steps": timesteps of ten steps for Stable Diffusion 1.5 and XL, T = 1000.
-AYS = {
-    "sd": (999, 850, 736, 645, 545, 455, 343, 233, 124, 24, 0),
-    "xl": (999, 845, 730, 587, 443, 310, 193, 116, 53, 13, 0),
-}
 # Where our grids in sigma go on after one step from pure noise: below the last 2 % of the timesteps.
 _AFTER_PURE_NOISE = 0.98
 
@@ -64,6 +59,10 @@ class Grid:
         """The listed timestep of a listed `sigma`, else the schedule's; a float64 scalar."""
         listed = (self.sigmas[:-1] == float(sigma)).nonzero()
         return self.timesteps[listed[0, 0]] if len(listed) else self.schedule.t(sigma)
+
+    def sigma(self, t: Tensor | float) -> Tensor:
+        """The schedule's."""
+        return self.schedule.sigma(t)
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,13 +132,15 @@ class Schedule:
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
         strength: float = 1.0,
+        rho: float | None = None,
     ) -> Grid:
         """The noise levels and timesteps of an n-step run of `sampler`.
 
         `timesteps` (falling, n of them) or `sigmas` (falling, n + 1 of them: the last is where the run ends,
         usually 0) replace n and the spacing, as in diffusers. `strength` is the share of its timesteps that
-        the lcm spacing spreads the n steps over. Warns where the grid hardly starts, or leaves out the pure
-        noise that a zero-terminal-SNR model is trained to start from.
+        the lcm spacing spreads the n steps over; `rho` is of the spacings that have one (`RHO`). Warns where
+        the grid hardly starts, or leaves out the pure noise that a zero-terminal-SNR model is trained to
+        start from.
 
         Raises:
             UserError: for a number of steps, a spacing or a list that makes no grid.
@@ -160,8 +161,10 @@ class Schedule:
             levels = _sigma_at(t, table)
         else:
             name = self.spacing_for(chosen, spacing)
+            if rho is not None and name not in RHO:
+                raise UserError(f"rho is not allowed here: of the spacings only {', '.join(RHO)} have one")
             base = base if name in SIGMA_SPACINGS else name
-            levels, t = self._spaced(self._count(n), name, base, rules.family, table, strength)
+            levels, t = self._spaced(self._count(n), name, base, rules.family, table, strength, rho)
         self._check(levels, t, last)
         ends = last == 0, self.lower_order_final, self.euler_at_final
         return Grid(
@@ -203,41 +206,47 @@ class Schedule:
         return n
 
     def _spaced(
-        self, n: int, name: str, base: str, family: str, table: Array, strength: float
+        self,
+        n: int,
+        name: str,
+        base: str,
+        family: str,
+        table: Array,
+        strength: float,
+        rho: float | None,
     ) -> tuple[Array, Array]:
         """(sigmas, timesteps), [n] each, of a named spacing."""
-        if name == "ays":
-            return self._aligned(n, table)
+        if name in ("ays", "gits"):
+            return self._aligned(n, table, listed_timesteps(name, n, len(table), self.is_xl))
         if name == "lcm":
             t = self._distilled(n, strength)
             return _sigma_at(t, table), t
         t = spaced_timesteps(base, n, family, len(table), self.steps_offset)
         if name not in SIGMA_SPACINGS:
             return _sigma_at(t, table), t
-        if self.zero_terminal_snr and name == "beta":
-            # Over timesteps, as the paper has it: over sigmas nearly all steps would go to pure noise.
+        if self.zero_terminal_snr and name in ("beta", "linear_quadratic"):
+            # Over timesteps, as beta's paper has it: over sigmas nearly all steps would go to pure noise.
             t = spaced_sigmas(name, n, float(len(table) - 1), 0.0)
             return _sigma_at(t, table), t
         if self.zero_terminal_snr:
             start = _sigma_at(_array(_AFTER_PURE_NOISE * len(table)), table)
-            levels = np.append(table[-1], spaced_sigmas(name, n - 1, float(start), float(table[0])))
+            levels = np.append(table[-1], spaced_sigmas(name, n - 1, float(start), float(table[0]), rho))
             return levels, _t_at(levels, table)
         # Euler's family spans what its timesteps span, the others all of training.
         high, low = _sigma_at(t[[0, -1]], table) if family == "k" else table[[-1, 0]]
-        levels = spaced_sigmas(name, n, float(high), float(low))
-        if family != "dpm":
+        levels = spaced_sigmas(name, n, float(high), float(low), rho)
+        if family != "dpm" or name not in ("karras", "lu_lambdas", "exponential", "beta"):
             return levels, _t_at(levels, table)
         # diffusers cuts these to whole numbers, and in fp32 the first falls to one side or the other.
         t = _t_at(levels, table.astype(np.float32))
-        return levels, t.round() if name == "karras" else np.floor(t)
+        return levels, t.round() if name in ("karras", "lu_lambdas") else np.floor(t)
 
-    def _aligned(self, n: int, table: Array) -> tuple[Array, Array]:
-        """Align Your Steps: even steps along the list of ten, in the log of sigma between its entries.
+    def _aligned(self, n: int, table: Array, listed: Array) -> tuple[Array, Array]:
+        """Even steps along a list of timesteps, in the log of sigma between its entries.
 
         NVIDIA's ``loglinear_interp`` to n + 1 levels, the last of which is where the run ends.
         """
-        listed = _array(AYS["xl" if self.is_xl else "sd"]) * ((len(table) - 1) / 999)
-        places, at = np.arange(11), np.arange(n) * 10 / n
+        places, at = np.arange(len(listed)), np.arange(n) * (len(listed) - 1) / n
         if self.zero_terminal_snr:  # over timesteps: between infinity and 6 is no log of sigma
             t = np.interp(at, places, listed)
             return _sigma_at(t, table), t
@@ -276,25 +285,6 @@ def _array(values: Tensor | Sequence[float] | float) -> Array:
     return np.asarray(torch.as_tensor(values, dtype=torch.float64, device="cpu").numpy())
 
 
-def _sigma_at(t: Array, table: Array) -> Array:
-    return np.asarray(np.interp(t, np.arange(len(table)), table))
-
-
-def _t_at(sigma: Array, table: npt.NDArray[np.floating[Any]]) -> Array:
-    return np.asarray(np.interp(np.log(np.maximum(sigma, 1e-10)), np.log(table), np.arange(len(table))))
-
-
-def _initial_scale(sigma: float, family: str, base: str) -> float:
-    """``sqrt(sigma^2 + 1)``, which makes the network's first input unit noise.
-
-    diffusers' k family takes sigma itself where its timesteps begin at the top.
-    """
-    return sigma if family == "k" and base in ("linspace", "trailing") else math.hypot(sigma, 1)
-
-
-# --- spacings --------------------------------------------------------------------------------------------
-
-
 def spaced_timesteps(spacing: str, n: int, family: str, steps: int, offset: int) -> Array:
     """Timesteps [n], falling, of the spacings that are defined on timesteps.
 
@@ -320,28 +310,25 @@ def spaced_timesteps(spacing: str, n: int, family: str, steps: int, offset: int)
             t = t.round() if family == "vp" else t
         case "sgm_uniform":
             t = np.linspace(steps - 1, 0, n + 1)[:-1]
+        case "beta_timesteps":
+            t = beta_quantiles(np.linspace(0, 1, n, endpoint=False)) * (steps - 1)
+            t = t.round() if len(set(t.round())) == n else t
         case _:  # "simple"
             t = steps - 1 - np.floor(i * steps / n)
     return t
 
 
-def spaced_sigmas(spacing: str, n: int, sigma_max: float, sigma_min: float) -> Array:
-    """Noise levels [n], from `sigma_max` down to `sigma_min`, of the spacings that are defined on them.
+def _sigma_at(t: Array, table: Array) -> Array:
+    return np.asarray(np.interp(t, np.arange(len(table)), table))
 
-    - karras: ``(max^(1/7) + u (min^(1/7) - max^(1/7)))^7``; Karras et al. 2022, equation 5.
-    - exponential: evenly spaced in log sigma.
-    - beta: at the quantiles of a Beta(0.6, 0.6) distribution; Lee et al. 2024, "Beta Sampling is All You
-      Need".
+
+def _t_at(sigma: Array, table: npt.NDArray[np.floating[Any]]) -> Array:
+    return np.asarray(np.interp(np.log(np.maximum(sigma, 1e-10)), np.log(table), np.arange(len(table))))
+
+
+def _initial_scale(sigma: float, family: str, base: str) -> float:
+    """``sqrt(sigma^2 + 1)``, which makes the network's first input unit noise.
+
+    diffusers' k family takes sigma itself where its timesteps begin at the top.
     """
-    u = np.linspace(0, 1, n)
-    match spacing:
-        case "karras":
-            top, bottom = sigma_max ** (1 / 7), sigma_min ** (1 / 7)
-            sigmas = (top + u * (bottom - top)) ** 7
-        case "exponential":
-            sigmas = np.exp(np.linspace(np.log(sigma_max), np.log(sigma_min), n))
-        case _:  # "beta"
-            import scipy.stats
-
-            sigmas = sigma_min + scipy.stats.beta.ppf(1 - u, 0.6, 0.6) * (sigma_max - sigma_min)
-    return np.asarray(sigmas, dtype=np.float64)
+    return sigma if family == "k" and base in ("linspace", "trailing") else math.hypot(sigma, 1)

@@ -98,16 +98,16 @@ def fit_image(image: InMemory, size: tuple[int, int], bicubic: bool = False) -> 
     return to_tensor(image.resize(size[::-1], resample))
 
 
-def fit_mask(mask: InMemory, size: tuple[int, int]) -> Tensor:
+def fit_mask(mask: InMemory, size: tuple[int, int], soft: bool = False) -> Tensor:
     """[1, 1, H, W]: 1 where a picture is drawn anew (where the mask is at least half white), else 0.
 
-    Of several masks a row each.
+    A `soft` one keeps what lies between. Of several masks a row each.
     """
     if isinstance(mask, tuple):
-        return torch.cat([fit_mask(each, size) for each in mask])
+        return torch.cat([fit_mask(each, size, soft) for each in mask])
     if isinstance(mask, Tensor):
         values = F.interpolate(mask, size)
     else:
         grey = mask.convert("L").resize(size[::-1], Image.Resampling.LANCZOS)
         values = torch.from_numpy(np.asarray(grey, dtype=np.float32) / 255)[None, None]
-    return (values >= 0.5).float()
+    return values if soft else (values >= 0.5).float()

@@ -29,6 +29,11 @@ def format_parameters(request: Request) -> str:
         "Model hash": request.model_hash,
         "Model": request.model,
         "Hires upscaler": request.upscaling.model if request.upscaling else None,
+        "Variation seed": request.variation_seed,
+        "Variation seed strength": request.variation_strength,
+        "Seed resize from": "x".join(map(str, request.seed_resize[::-1])) if request.seed_resize else None,
+        "ENSD": request.noise_seed_delta,
+        "RNG": "NV" if request.noise == "gpu" else "CPU",
         "Clip skip": None if not request.clip_skip else request.clip_skip + 1,  # there, 1 skips no layer
         "CFG rescale": request.guidance_rescale or None,
         "Denoising strength": request.strength,
@@ -60,6 +65,14 @@ def parse_parameters(text: str) -> Request:
         fields["seeds"] = (settings["Seed"],)
     if "Size" in settings:
         fields["width"], _, fields["height"] = settings["Size"].partition("x")
+    if "Seed resize from" in settings:
+        width, _, height = settings["Seed resize from"].partition("x")
+        fields["seed_resize"] = (height, width) if width.isdecimal() and height.isdecimal() else None
+    if fields.get("variation_strength") is None:
+        fields.pop("variation_seed", None)
+    # AUTOMATIC1111 and Forge write "v1.10.1" and "f2.0": CUDA's noise, unless they say so.
+    drawn_by = "NV" if re.match(r"[vf]\d", settings.get("Version", "")) else "CPU"
+    fields["noise"] = "gpu" if settings.get("RNG", drawn_by) in ("NV", "GPU") else None
     if "Clip skip" in settings:
         skipped = settings["Clip skip"]
         fields["clip_skip"] = max(0, int(skipped) - 1) if re.fullmatch(r"\d{1,4}", skipped) else skipped
@@ -126,6 +139,9 @@ _FIELDS = {
     "CFG rescale": "guidance_rescale",
     "Eta": "eta",
     "Prompt grammar": "prompt_grammar",
+    "Variation seed": "variation_seed",
+    "Variation seed strength": "variation_strength",
+    "ENSD": "noise_seed_delta",
     "Model": "model",
     "Model hash": "model_hash",
 }

@@ -68,6 +68,7 @@ class AsymmetricAutoencoderKL(AutoencoderKL):
     def __init__(self, config: AsymmetricConfig) -> None:
         super().__init__(config.side("down"))
         self.asymmetric = config
+        self.full_size_channels = max(self.full_size_channels, *config.up_block_out_channels[:2])
         self.decoder = Decoder(config.side("up"))
         self.decoder.condition_encoder = _condition_encoder(config)
 

@@ -13,6 +13,16 @@ from torch.nn import functional as F
 FEW_PIXELS = 512
 
 
+def imitates(x: Tensor) -> bool:
+    """Whether `x` has 16 bits, on a processor that has no units for them: fp32 is ten times faster there."""
+    if x.device.type != "cpu" or x.element_size() != 2:
+        return False
+    # torch's own function, and so not promised: a version may lack it.
+    name = "bf16" if x.dtype == torch.bfloat16 else "fp16"
+    has = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
+    return has is not None and not has()
+
+
 class Conv2d(nn.Conv2d):
     """[B, C_in, H, W] -> [B, C_out, H', W']: torch's, but for its gradients in bf16 on a CPU."""
 

@@ -152,6 +152,7 @@ class AutoencoderKL(nn.Module):
     """The VAE of Stable Diffusion (Rombach et al. 2022, appendix G). Names as in diffusers' AutoencoderKL."""
 
     is_variational = True  # pictures encode to a distribution
+    over_bands: bool | None = None  # `ldm.models.vae_bands`: always, never, or where memory is short
 
     def __init__(self, config: KLConfig) -> None:
         super().__init__()
@@ -179,7 +180,10 @@ class AutoencoderKL(nn.Module):
 
     def encode(self, images: Tensor) -> LatentDist:
         """[B, 3, H, W] in [-1, 1] -> the Gaussian over unscaled latents; logvar is clamped to [-30, 20]."""
-        out = self.encoder(images)
+        return self.distribution(self.encoder(images))
+
+    def distribution(self, out: Tensor) -> LatentDist:
+        """What the encoder's output [B, 2 c, h, w] says."""
         if self.quant_conv is not None:
             out = self.quant_conv(out)
         mean, logvar = out.chunk(2, dim=1)
@@ -211,7 +215,7 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 }
 
 
-class _TinyBlock(nn.Module):
+class TinyBlock(nn.Module):
     """[B, C, H, W] -> [B, C, H, W]: relu(x + three convolutions)."""
 
     def __init__(self, channels: int, activation: type[nn.Module]) -> None:
@@ -235,7 +239,7 @@ class _TinyEncoder(nn.Module):
                 layers.append(nn.Conv2d(config.in_channels, wide, 3, padding=1))
             else:
                 layers.append(nn.Conv2d(wide, wide, 3, padding=1, stride=2, bias=False))
-            layers += [_TinyBlock(wide, activation) for _ in range(blocks)]
+            layers += [TinyBlock(wide, activation) for _ in range(blocks)]
         layers.append(nn.Conv2d(wide, config.latent_channels, 3, padding=1))
         self.layers = nn.Sequential(*layers)
 
@@ -254,7 +258,7 @@ class _TinyDecoder(nn.Module):
         layers: list[nn.Module] = [nn.Conv2d(config.latent_channels, wide, 3, padding=1), activation()]
         last = len(config.num_decoder_blocks) - 1
         for level, blocks in enumerate(config.num_decoder_blocks):
-            layers += [_TinyBlock(wide, activation) for _ in range(blocks)]
+            layers += [TinyBlock(wide, activation) for _ in range(blocks)]
             if level == last:
                 layers.append(nn.Conv2d(wide, config.out_channels, 3, padding=1))
             else:
@@ -272,6 +276,7 @@ class AutoencoderTiny(nn.Module):
     """TAESD: a small deterministic autoencoder without norms. Names as in diffusers' AutoencoderTiny."""
 
     is_variational = False
+    over_bands: bool | None = None  # `ldm.models.vae_bands`: always, never, or where memory is short
 
     def __init__(self, config: TinyConfig) -> None:
         super().__init__()

@@ -21,8 +21,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from ldm.diffusion.samplers import Sampler
-from ldm.diffusion.schedule import AYS, Grid, Schedule
+from ldm.diffusion.catalogue import Sampler
+from ldm.diffusion.schedule import Grid, Schedule
+from ldm.diffusion.spacings import AYS
 
 
 def align_your_steps(schedule: Schedule, sampler: Sampler, n: int) -> Grid:

@@ -17,6 +17,7 @@ _LORA_ON_OFF = "pipe.base is without adapters, and pipe.with_lora(FILE, weight) 
 _WORD = "write pipe = pipe.with_embedding(FILE, name), which gives a new pipeline"
 _SAMPLER = 'give the call a sampler ("DPMSolverMultistepScheduler", "DPM++ 2M Karras") and a spacing'
 _MEMORY = 'there is none: load with dtype="fp16", and draw fewer or smaller pictures at once'
+_TILING = "it is so by itself where memory is short, and always after pipe = pipe.with_vae_tiling()"
 _NOT_NEEDED = "it is not needed, as attention is never held whole in memory: leave it out"
 _NO_CHECKER = "there is none: leave it out"
 _STOP = 'return {"stop": True} from the callback, or raise StopIteration in it'
@@ -63,8 +64,10 @@ INSTEAD: Mapping[str, str] = {
     # memory and speed
     **dict.fromkeys(("enable_model_cpu_offload", "enable_sequential_cpu_offload"), _MEMORY),
     **dict.fromkeys(("enable_group_offload", "maybe_free_model_hooks", "remove_all_hooks"), _MEMORY),
-    **dict.fromkeys(("enable_vae_tiling", "enable_vae_slicing", "enable_tiling", "enable_slicing"), _MEMORY),
-    **dict.fromkeys(("disable_vae_tiling", "disable_vae_slicing"), "there is none: leave it out"),
+    **dict.fromkeys(("enable_vae_tiling", "enable_vae_slicing", "enable_tiling", "enable_slicing"), _TILING),
+    **dict.fromkeys(
+        ("disable_vae_tiling", "disable_vae_slicing"), "write pipe = pipe.with_vae_tiling(False)"
+    ),
     **dict.fromkeys(("enable_attention_slicing", "disable_attention_slicing"), _NOT_NEEDED),
     "enable_xformers_memory_efficient_attention": _NOT_NEEDED,
     "disable_xformers_memory_efficient_attention": _NOT_NEEDED,

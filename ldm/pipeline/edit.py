@@ -34,6 +34,7 @@ STEPS = 20  # at least, by default: a model's own few are those of a sampler tha
 HIDDEN = 1000.0
 # What a call may give and an edit has no use for, by the names of the call's arguments.
 UNUSED = ("prompt_embeds", "negative_prompt_embeds", "latents", "sampler")
+UNUSED_FIELDS = ("extend", "mask_blur", "soft_mask", "mask_fill", "padding_mask_crop")
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +109,7 @@ def check_edit(requests: Sequence[Request], inputs: Inputs) -> None:
             unused.append("latents as the image")
         if request.eta:
             unused.append("eta")
+        unused += [name for name in UNUSED_FIELDS if getattr(request, name) is not None]
         if request.sampler not in (None, SAMPLER):
             unused.append(f"the sampler {request.sampler}")
         if unused:

@@ -46,6 +46,11 @@ class Inputs:
         names = [each.name for each in fields(self) if getattr(self, each.name) is not None]
         return tuple(_ARGUMENTS.get(name, name) for name in names)
 
+    @property
+    def has_images(self) -> bool:
+        """Whether there is a picture among them, a mask, or a picture's latents."""
+        return any(each is not None for each in (self.image, self.mask_image, self.image_latents))
+
     def not_kept(self, seeds: Sequence[int]) -> tuple[str, ...]:
         """What of it no request of these seeds keeps: all but generators that give what the seeds give."""
         as_seeds = self.generators is not None and all_new(self.generators, seeds)

@@ -7,7 +7,6 @@ What is wrong with a request is said here, before anything is drawn. `ldm.pipeli
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -18,28 +17,30 @@ from torch import Tensor
 
 from ldm.checkpoint import Parts
 from ldm.checkpoint.save import pipeline_class
-from ldm.diffusion.guidance import CFG, ClassifierGuidance, Guidance, InstructPix2Pix
-from ldm.diffusion.samplers import Sampler, resolve_sampler
+from ldm.diffusion.guidance import CFG, CFGPlusPlus, ClassifierGuidance, Guidance, InstructPix2Pix
+from ldm.diffusion.noise import Seed
+from ldm.diffusion.samplers import SAMPLERS, Sampler, resolve_sampler
 from ldm.diffusion.schedule import Grid
 from ldm.diffusion.scheduler_config import noise_levels
 from ldm.diffusion.variance import LearnedVariance
-from ldm.errors import UserError, printable
-from ldm.images.fitting import fit_image, fit_mask, read_file, same_shape, size_of, take
-from ldm.images.opening import to_mask, to_rgb
+from ldm.errors import UserError
+from ldm.images.fitting import fit_image, fit_mask
 from ldm.models.conditioning import Conditioning
 from ldm.models.kind import Kind
 from ldm.pipeline import before, networks
 from ldm.pipeline.conditioning import Telling
 from ldm.pipeline.edit import Invert, check_edit, invertible
-from ldm.pipeline.inputs import NOTHING, Inputs, count_images
+from ldm.pipeline.inputs import NOTHING, Inputs
 from ldm.pipeline.model import Model
-from ldm.pipeline.resolve import Images, meaningless_eta, resolve
+from ldm.pipeline.pictures import NO_IMAGES, Images, masked, read_images
+from ldm.pipeline.resolve import meaningless_eta, resolve
 from ldm.pipeline.start import Edit, Enlarge, FromImage, FromLatents, FromNoise, Inpaint, Masked
 from ldm.request import Request
 
 LCM = "LatentConsistencyModelPipeline"  # as diffusers names it
 # What the requests of one job may differ in: their texts, and what follows from those.
 OWN = {"prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "target_prompt", "seeds", "embeddings"}
+OWN |= {"variation_seed"}
 
 # An argument of the call that no request keeps -> what of a request means nothing beside it.
 INSTEAD: dict[str, dict[str, Any]] = {
@@ -55,7 +56,7 @@ class Picture:
     prompt: int
     prompt_request: Request  # of all pictures of that prompt
     seed: int
-    source: int | torch.Generator  # of its noise
+    source: int | Seed | torch.Generator  # of its noise
     latents: Tensor | None = None  # [C, h, w] unit noise, instead of what the source gives
 
     @property
@@ -111,8 +112,9 @@ def prepare(
     check_alike(asked)
     if any(each.target_prompt is not None for each in asked):
         check_edit(asked, inputs)
-    check_images(model, asked, inputs)
-    images = read_images(asked[0], inputs, model.vae.downscale)
+    images = NO_IMAGES
+    if asked[0].has_images or inputs.has_images:
+        images = read_images(model, asked, inputs)
     requests = tuple(resolve(model, each, images) for each in asked)
     first = requests[0]
     if first.not_kept:
@@ -128,7 +130,8 @@ def prepare(
     # As in diffusers: its pipeline for LCMs makes all steps within the strength, the others their last share.
     spread = spacing == "lcm" and not first.is_old and pipeline_class(model.parts) == LCM
     strength = 1.0 if first.strength is None or not spread else first.strength
-    grid = model.schedule.grid(n, spacing, sampler, first.timesteps, first.sigmas, strength)
+    solver_options, rho = chosen_options(first, sampler, spacing) if first.sampler_options else ({}, None)
+    grid = model.schedule.grid(n, spacing, sampler, first.timesteps, first.sigmas, strength, rho)
     if first.is_old and spacing == "ays" and n is not None:
         grid = before.align_your_steps(model.schedule, sampler, n)
     grid = grid if spread else trim_to_strength(grid, first)
@@ -149,11 +152,11 @@ def prepare(
         requests=kept,
         encode=telling,
         sampler=sampler,
-        options=options_of(first, sampler, grid),
+        options=solver_options | options_of(first, sampler, grid),
         grid=grid,
         guidance=completed(inputs.guidance or guidance_of(first, model.parts), first, model),
         start=start,
-        batches=tuple(cut_into_batches(model, pictures, telling.length, batch_size)),
+        batches=tuple(cut_into_batches(model, pictures, telling.length, 1 if sampler.alone else batch_size)),
     )
 
 
@@ -183,48 +186,22 @@ def as_kept(requests: Sequence[Request], inputs: Inputs) -> tuple[Request, ...]:
     return tuple(each.replace(**blank, not_kept=lacks) for each in requests)
 
 
-def check_images(model: Model, requests: Sequence[Request], inputs: Inputs) -> None:
-    """Raise UserError for another number of images than one, or one for each prompt."""
-    for name in ("image", "mask_image", "image_latents"):
-        given = getattr(inputs, name)
-        if given is not None and (count := count_images(given)) not in (1, len(requests)):
-            raise UserError(
-                f"{count} pictures as {name} for {len(requests)} prompts: give one, or one for each"
-            )
-    if inputs.image_latents is not None and (model.kind is not Kind.TEXT or inputs.mask_image is not None):
-        raise UserError("latents as the image are for drawing from an image alone: give the picture itself")
+def chosen_options(
+    request: Request, sampler: Sampler, spacing: str | None
+) -> tuple[dict[str, float], float | None]:
+    """`sampler_options` of a request: the solver's keyword arguments, and ``rho`` of its spacing or None.
 
-
-def read_images(request: Request, inputs: Inputs, downscale: int = 1) -> Images:
-    """The image and mask of a request, from memory or its files. Raises UserError, also if one changed.
-
-    Alpha means another thing in each: an image is laid on white; of a mask it is what is painted. In place of
-    latents an image without pixels stands, `downscale` times as large.
+    Raises UserError for what neither takes.
     """
-    if inputs.image_latents is not None:
-        height, width = (downscale * side for side in inputs.image_latents.shape[-2:])
-        return Images(torch.empty(1, 3, height, width, device="meta"), None, {})
-    image, mask, digests = inputs.image, inputs.mask_image, dict[str, str]()
-    image, mask = image if image is None else take(image, 3), mask if mask is None else take(mask, 1)
-    if request.image is not None:
-        image, digests["image_sha256"] = read_file(request.image, request.image_sha256)
-    if request.mask_image is not None:
-        mask, digests["mask_image_sha256"] = read_file(
-            request.mask_image, request.mask_image_sha256, to_rgb if request.is_old else to_mask
-        )
-    if image is not None and mask is not None and not same_shape(size_of(image), size_of(mask)):
-        shapes = [f"{width}x{height}" for height, width in (size_of(mask), size_of(image))]
-        name = printable(request.mask_image or "mask_image")
-        warnings.warn(
-            f"{name} has {shapes[0]} pixels and the picture it masks {shapes[1]}: "
-            "it is stretched to fit; give one of the same shape",
-            stacklevel=3,
-        )
-    return Images(image, mask, digests)
+    asked: dict[str, float] = dict(request.sampler_options or ())
+    rho = asked.pop("rho", None)
+    if rho is not None and (spacing is None or rho <= 0):
+        raise UserError(f"sampler option rho={rho:g} is not allowed: it is above 0, and of a spacing")
+    return sampler.chosen(asked), rho
 
 
 def options_of(request: Request, sampler: Sampler, grid: Grid) -> dict[str, Any]:
-    """Keyword arguments of the sampler's solver."""
+    """Keyword arguments of the sampler's solver, but for the request's own options."""
     options: dict[str, Any] = {}
     if sampler.takes_eta and request.eta is not None:
         options["eta"] = request.eta
@@ -232,6 +209,8 @@ def options_of(request: Request, sampler: Sampler, grid: Grid) -> dict[str, Any]
         options["orders"] = grid.orders
     if sampler.takes_variance:
         options["variance"] = grid.schedule.variance
+    if sampler.takes_times:
+        options["times"] = grid
     return options
 
 
@@ -272,23 +251,26 @@ def start_of(
         low_res = 2 * fit_image(images.image, small, bicubic=True).to(device) - 1
         levels = noise_levels(model.parts.low_res_scheduler or {})
         return Enlarge(shape, grid, device, low_res, float(levels[request.noise_level or 0]))
-    pixels, samples = fit_image(images.image, size), vae.is_variational or request.is_old
+    samples = vae.is_variational or request.is_old
+    if images.mask is not None and request.target_prompt is None:
+        pixels, mask, place = masked(request, images)
+        keeps, within = request.strength != 1, Inpaint if model.kind is Kind.INPAINT else Masked
+        fill = request.mask_fill or "original"
+        return within(shape, grid, device, vae, pixels, mask, place, keeps, fill, samples=samples)
+    pixels = fit_image(images.image, size)
     if model.kind is Kind.PIX2PIX:
         return Edit(shape, grid, device, vae, pixels)
-    mask = None if images.mask is None else fit_mask(images.mask, size)
     if request.target_prompt is not None:
+        may_change = None if images.mask is None else fit_mask(images.mask, size)
         encode = lru_cache(maxsize=1)(lambda: networks.encode(vae, pixels))
-        return Invert(shape, grid, device, pixels, mask, source, encode)
-    if mask is not None:
-        keeps, within = request.strength != 1, Inpaint if model.kind is Kind.INPAINT else Masked
-        return within(shape, grid, device, vae, pixels, mask, keeps_image=keeps, samples=samples)
+        return Invert(shape, grid, device, pixels, may_change, source, encode)
     return FromImage(shape, grid, device, vae, pixels, samples=samples)
 
 
 def list_pictures(requests: Sequence[Request], inputs: Inputs, shape: tuple[int, int, int]) -> list[Picture]:
     """Every picture of resolved requests, in order. Raises UserError for latents of another shape."""
     pictures = [
-        Picture(p, each, seed, seed % 2**32 if each.is_old else seed)
+        Picture(p, each, seed, noise_source(each, seed, shape))
         for p, each in enumerate(requests)
         for seed in each.seeds
     ]
@@ -302,11 +284,37 @@ def list_pictures(requests: Sequence[Request], inputs: Inputs, shape: tuple[int,
     return pictures
 
 
+def noise_source(request: Request, seed: int, shape: tuple[int, int, int]) -> int | Seed:
+    """What the noise of a resolved request's picture comes of; `shape` is that of its latents."""
+    if request.is_old:
+        return seed % 2**32
+    share, drawn_at = request.variation_strength or 0.0, request.seed_resize
+    if request.noise != "gpu" and not share and drawn_at is None and not request.noise_seed_delta:
+        return seed
+    factor = request.size[0] // shape[1]
+    return Seed(
+        seed,
+        gpu=request.noise == "gpu",
+        variation=request.variation_seed or 0,
+        share=share,
+        drawn_at=None if drawn_at is None else (drawn_at[0] // factor, drawn_at[1] // factor),
+        delta=request.noise_seed_delta or 0,
+    )
+
+
 def guidance_of(request: Request, parts: Parts) -> Guidance:
-    """As in diffusers, a scale of at most 1 means no guidance, and a model told the scale needs none."""
+    """As in diffusers, a scale of at most 1 means no guidance, and a model told the scale needs none.
+
+    Raises UserError for a CFG++ sampler where an image guides too.
+    """
     scale, image_scale = request.guidance_scale or 1.0, request.image_guidance_scale
     if scale <= 1 or "timestep_cond" in parts.unet.config.conditioning:
         return CFG(1.0)
+    sampler = SAMPLERS.get(request.sampler or "")
+    if sampler is not None and sampler.cfg_pp:
+        if image_scale is not None:
+            raise UserError(f"{sampler.name} is not for instruct-pix2pix models: give one without cfg_pp")
+        return CFGPlusPlus(scale, request.guidance_rescale)
     if image_scale is None:
         return CFG(scale, request.guidance_rescale)
     return InstructPix2Pix(scale, image_scale, request.guidance_rescale) if image_scale >= 1 else CFG(1.0)

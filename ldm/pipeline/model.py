@@ -160,6 +160,19 @@ class Model:
         unet.compile(**options)
         return replace(self, parts=replace(self.parts, unet=unet))
 
+    def with_vae_tiling(self, always: bool | None = True) -> Self:
+        """This model with a VAE that always works over bands of rows, never (False), or by itself (None).
+
+        By itself it does where the whole would not fit into the free memory. Unlike diffusers' tiling it is
+        exact up to rounding (`ldm.models.vae_bands`); it takes less memory, and up to twice the time.
+        """
+        vae, original = move(self.vae, self.device, None), self.adapted.original
+        vae.over_bands = always
+        adapted = self.adapted
+        if original is not None:
+            adapted = replace(adapted, original=replace(original, vae=vae))
+        return replace(self, parts=replace(self.parts, vae=vae), adapted=adapted)
+
     # --- adapters: each gives a new model that shares the tensors of this one ------------------------------
 
     def with_lora(

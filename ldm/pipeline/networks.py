@@ -1,6 +1,7 @@
 """The networks' boundary: casts to their dtype and memory layout are here and nowhere else.
 
 State is fp32 on this side. What holds NaN or Inf is made again in fp32, or refused (`ldm.runtime.finite`).
+The VAE works on the whole of all pictures where that fits into the free memory, else on less at a time.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from torch import Tensor
 from ldm.diffusion.guidance import Gradient, Predict
 from ldm.diffusion.prediction import c_in
 from ldm.diffusion.schedule import Grid
-from ldm.models import VAE, LatentClassifier, LatentDist, UNet
+from ldm.models import VAE, LatentClassifier, LatentDist, UNet, vae_bands
 from ldm.models.conditioning import Conditioning
-from ldm.runtime import Finite, finite, memory_format
+from ldm.runtime import Finite, finite, in_free_memory, memory_format
 
 
 def predict(unet: UNet, grid: Grid, branches: Mapping[str, Conditioning], gradients: bool = False) -> Predict:
@@ -51,13 +52,19 @@ def class_gradient(classifier: LatentClassifier, number: int) -> Gradient:
 
 def encode(vae: VAE, images: Tensor) -> LatentDist:
     """Images [B, 3, H, W] in 0..1 -> the Gaussian over latents that the VAE makes of them, fp32."""
-    mean, std = finite(vae, lambda vae: _encode(vae, images * 2 - 1), "the VAE's encoder")
+    mean, std = in_free_memory(
+        _device(vae),
+        lambda free: finite(vae, lambda vae: _encode(vae, images * 2 - 1, free), "the VAE's encoder"),
+    )
     return LatentDist(mean, std).scaled(vae)
 
 
 def decode(vae: VAE, latents: Tensor) -> Tensor:
     """Latents [B, c, h, w], as `encode` gives them -> images [B, 3, H, W] in 0..1, fp32."""
-    (images,) = finite(vae, lambda vae: (_decode(vae, latents),), "the VAE's decoder")
+    (images,) = in_free_memory(
+        _device(vae),
+        lambda free: finite(vae, lambda vae: (_decode(vae, latents, free),), "the VAE's decoder"),
+    )
     return (images / 2 + 0.5).clamp(0, 1)
 
 
@@ -83,17 +90,21 @@ def _unet(unet: UNet, grid: Grid, x: Tensor, sigma: Tensor, cond: Conditioning) 
     return out
 
 
-def _encode(vae: VAE, images: Tensor) -> tuple[Tensor, Tensor]:
+def _encode(vae: VAE, images: Tensor, free: int) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation [B, c, h, w], unscaled."""
-    latents = vae.encode(_as_taken(vae, images))
+    latents = vae_bands.encode(vae, _as_taken(vae, images), free)
     return latents.mean, latents.std
 
 
-def _decode(vae: VAE, latents: Tensor) -> Tensor:
-    return vae.decode_latents(_as_taken(vae, latents))
+def _decode(vae: VAE, latents: Tensor, free: int) -> Tensor:
+    return vae_bands.decode(vae, _as_taken(vae, latents), free)
 
 
 def _as_taken(vae: VAE, x: Tensor) -> Tensor:
     """Images or latents where the VAE is, in its dtype and layout."""
-    weight = next(vae.parameters())
-    return x.to(weight.device, weight.dtype, memory_format=memory_format(weight.device))
+    device = _device(vae)
+    return x.to(device, next(vae.parameters()).dtype, memory_format=memory_format(device))
+
+
+def _device(vae: VAE) -> torch.device:
+    return next(vae.parameters()).device

@@ -7,8 +7,7 @@ and a kind, never a class of its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -18,27 +17,13 @@ from ldm.checkpoint import Parts
 from ldm.diffusion.samplers import SAMPLERS, resolve_sampler
 from ldm.errors import UserError, printable
 from ldm.fields import MAX_SIDE
-from ldm.images.fitting import InMemory, size_of
 from ldm.models.kind import Kind
 from ldm.pipeline import edit
 from ldm.pipeline.model import Model
+from ldm.pipeline.pictures import Images
 from ldm.request import Request
 
 CLASSIFIER_SCALE = 4.0  # by default: of the embedded classifier's the nearest to renders; 1 is Bayes' rule
-
-
-@dataclass(frozen=True, eq=False)
-class Images:
-    """The decoded image and mask of a request, and the SHA-256 of their files."""
-
-    image: InMemory | None
-    mask: InMemory | None
-    digests: Mapping[str, str]  # fields of a Request
-
-    @property
-    def size(self) -> tuple[int, int] | None:
-        """(height, width) of the image in pixels."""
-        return None if self.image is None else size_of(self.image)
 
 
 def resolve(model: Model, request: Request, images: Images) -> Request:
@@ -83,7 +68,8 @@ def check(request: Request, has_image: bool, has_mask: bool, parts: Parts) -> No
     sizes = [name for name in Request.model_fields if name.endswith(("_size", "_top_left"))]
     rules = [
         (has_image and kind is Kind.TEXT, "text-to-image models, with an image,", ["target_prompt"]),
-        (begins, "text-to-image and inpainting models, with an image,", ["mask_image"]),
+        (begins, "text-to-image and inpainting models, with an image,", ["mask_image", "extend"]),
+        (has_mask and kind is Kind.TEXT, "text-to-image models, with a mask,", ["soft_mask"]),
         (begins, "img2img and inpainting, with an image,", ["strength"]),
         (kind is Kind.PIX2PIX, "instruct-pix2pix models", ["image_guidance_scale"]),
         (kind is Kind.UPSCALE, "upscalers, as --model,", ["noise_level"]),
@@ -110,9 +96,18 @@ def meaningless_eta(eta: float, sampler: str) -> UserError:
 
 def check_image_size(request: Request, images: Images, parts: Parts) -> None:
     """Raise UserError for an image too small or too large for a picture of its own size, if that is asked."""
-    if images.size is None or None not in (request.height, request.width):
+    if request.padding_mask_crop is not None or images.size is None:
+        return
+    if None not in (request.height, request.width):
         return
     height, width = size_from(images.size, parts.kind, parts.vae.downscale)
+    if request.extend is not None and (height, width) != images.size:
+        unit = math.lcm(8, parts.vae.downscale)
+        nearest = " x ".join(str(unit * round(side / unit)) for side in images.size[::-1])
+        raise UserError(
+            f"extend makes a picture of {images.size[1]} x {images.size[0]} pixels, and this model draws "
+            f"multiples of {unit}: the nearest is {nearest}"
+        )
     sides = [own for own, asked in ((height, request.height), (width, request.width)) if asked is None]
     if min(sides) >= 8 and max(sides) <= MAX_SIDE:
         return
@@ -127,7 +122,7 @@ def check_image_size(request: Request, images: Images, parts: Parts) -> None:
 def _defaults(model: Model, request: Request, images: Images) -> dict[str, Any]:
     """Fields of a Request -> what they are if it does not say: as ldm.json has them, or else the kind."""
     parts, schedule = model.parts, model.schedule
-    height, width = _drawn_size(parts, images.size)
+    height, width = _drawn_size(parts, images.size if request.padding_mask_crop is None else None)
     values = {
         **_kind_defaults(parts, images.image is not None, images.mask is not None),
         **{name: value for name, value in asdict(parts.defaults).items() if value is not None},
@@ -234,7 +229,7 @@ def _upscaling(upscaler: Model, request: Request) -> Request:
             f"give sides of at most {MAX_SIDE // factor}"
         )
     asked = (request.upscaling or Request()).replace(height=None, width=None, model=None, model_hash=None)
-    return resolve(upscaler, asked, Images(torch.empty(1, 3, height, width, device="meta"), None, {}))
+    return resolve(upscaler, asked, Images(torch.empty(1, 3, height, width, device="meta")))
 
 
 def check_upscaler(parts: Parts, name: str) -> None:

@@ -81,10 +81,12 @@ def sample(job: Job, batch: Batch) -> Generator[Step, Change | None, None]:
     solver = job.sampler.solver
     if isinstance(start, Invert):
         solver = start.solver(predict, schedule.prediction.x0)
+    told = 0  # the place in the grid whose texts the branches have: not every solver stops at each
     for step in solver(denoise, begun.x, job.grid.sigmas, noise, **job.options):
         change = yield step if known is None else known.put_back(step)
-        if any(job.encode(p, step.i + 1) is not job.encode(p, step.i) for p in prompts):
+        if any(job.encode(p, step.i + 1) is not job.encode(p, told) for p in prompts):
             tell(branches, texts_of(job, batch, step.i + 1)[0])
+            told = step.i + 1
         if change is not None:
             tell(branches, change.texts)
             if change.guidance is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from ldm.diffusion.masked import Known
 from ldm.diffusion.noise import Noise
 from ldm.diffusion.schedule import Grid
+from ldm.images.masks import Box, pasted
 from ldm.models import VAE, LatentDist
 from ldm.models.conditioning import Conditioning
 from ldm.pipeline import networks
@@ -55,7 +56,7 @@ class FromNoise:
 
     def unit(self, noise: Noise, given: Tensor | None) -> Tensor:
         """Unit noise [B, C, h, w], drawn if it is not given."""
-        return (noise.initial(self.shape) if given is None else given).to(self.device, torch.float32)
+        return (noise.first(self.shape) if given is None else given).to(self.device, torch.float32)
 
     def finish(self, images: Tensor, latents: Tensor) -> Tensor:
         """Finished pictures [B, 3, H, W] in 0..1 of decoded ones; `latents` are what was decoded."""
@@ -63,10 +64,35 @@ class FromNoise:
 
     def rows(self, prompts: Sequence[int]) -> Self:
         """This start for pictures of these prompts: a row for each where each prompt has its own image."""
-        values = {each.name: getattr(self, each.name) for each in fields(self)}
-        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-        own: dict[str, Any] = {name: t[list(prompts)] for name, t in tensors.items() if len(t) > 1}
-        return replace(self, **own) if own else self
+        return rows_of(self, prompts)
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where what is drawn lies in a picture: `ldm.images.masks.pasted`."""
+
+    picture: Tensor  # [1 or prompts, 3, H, W] in 0..1
+    share: Tensor  # [1 or prompts, 1, H, W], of each pixel what is drawn
+    box: Box | None = None
+
+    def paste(self, images: Tensor) -> Tensor:
+        """[B, 3, h, w] in its place, [B, 3, H, W]."""
+        return pasted(images, self.picture, self.share, self.box)
+
+    def rows(self, prompts: Sequence[int]) -> Self:
+        """This place for pictures of these prompts."""
+        return rows_of(self, prompts)
+
+
+Rows = TypeVar("Rows", bound="FromNoise | Place")
+
+
+def rows_of(values: Rows, prompts: Sequence[int]) -> Rows:
+    """A dataclass whose tensors [prompts, ...] have a row for each of `prompts`; those of one row stay."""
+    given = {each.name: getattr(values, each.name) for each in fields(values)}
+    tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+    own: dict[str, Any] = {name: t[list(prompts)] for name, t in tensors.items() if len(t) > 1}
+    return replace(values, **own) if own else values
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,8 +173,10 @@ class Enlarge(FromNoise):
 class Masked(FromImage):
     """Any text-to-image model within a mask: what the mask keeps is put back at every noise level."""
 
-    mask: Tensor  # [1 or prompts, 1, H, W], 1 where it is drawn anew, else 0
+    mask: Tensor  # [1 or prompts, 1, H, W], 1 where it is drawn anew, else 0; between them of a soft mask
+    place: Place  # of what is drawn in the picture
     keeps_image: bool  # whether what the mask covers begins with the image too
+    fill: str = "original"  # with what of it: `pixels` as they are, or "noise" or "nothing" in their latents
 
     @property
     def small(self) -> Tensor:
@@ -162,12 +190,25 @@ class Masked(FromImage):
         unit = self.unit(noise, given)
         if self.samples:
             noise.initial(self.shape)  # diffusers has a sample of the masked picture too, and no use for it
-        x = x0 + float(self.grid.sigmas[0]) * unit if self.keeps_image else self.grid.initial_scale * unit
-        return Beginning(x, {"cond": cond, "uncond": uncond}, Known(self.grid, x0, unit, self.small))
+        known = Known(self.grid, x0, unit, self.small)
+        return Beginning(self.first(x0, unit), {"cond": cond, "uncond": uncond}, known)
+
+    def first(self, x0: Tensor, unit: Tensor) -> Tensor:
+        """The first state: noise alone, or on the image, or on what lies beneath the mask in its place."""
+        beneath = {"noise": unit, "nothing": torch.zeros_like(unit)}.get(self.fill)
+        below = x0 if beneath is None else torch.where(self.small > 0, beneath, x0)
+        noised = below + float(self.grid.sigmas[0]) * unit
+        if self.keeps_image:
+            return noised
+        later = (self.small > 0) & (self.small < 1)  # kept at first, and drawn from there on
+        return torch.where(later, noised, self.grid.initial_scale * unit)
 
     def finish(self, images: Tensor, latents: Tensor) -> Tensor:
         """What the mask does not cover is as it was."""
-        return torch.where(self.mask.to(images.device) > 0, images, self.pixels.to(images))
+        return self.place.paste(images)
+
+    def rows(self, prompts: Sequence[int]) -> Self:
+        return replace(super().rows(prompts), place=self.place.rows(prompts))
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,9 +223,9 @@ class Inpaint(Masked):
     def begin(
         self, noise: Noise, given: Tensor | None, cond: Conditioning, uncond: Conditioning
     ) -> Beginning:
-        first = FromImage if self.keeps_image else FromNoise
-        begun = first.begin(self, noise, given, cond, uncond)
+        x0 = self.sample(self.latents, noise) if self.keeps_image else None
+        unit = self.unit(noise, given)
         masked = self.sample(self.masked, noise)
-        concat = torch.cat([each.expand(len(begun.x), -1, -1, -1) for each in (self.small, masked)], 1)
+        concat = torch.cat([each.expand(len(unit), -1, -1, -1) for each in (self.small, masked)], 1)
         branches = {"cond": replace(cond, concat=concat), "uncond": replace(uncond, concat=concat)}
-        return replace(begun, branches=branches)
+        return Beginning(self.first(unit if x0 is None else x0, unit), branches)

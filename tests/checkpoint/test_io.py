@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ldm.checkpoint.io import fill, read_json, read_tensors, write_tensors
+from ldm.checkpoint.io import DTYPES, Later, fill, read_json, read_tensors, write_tensors
 from ldm.errors import UserError
 from ldm.files import whole_folder
 
@@ -25,6 +26,50 @@ def test_tensors_come_back_as_they_were_written(tmp_path):
     assert all(torch.equal(back[name], tensors[name]) for name in tensors)
     assert all(back[name].dtype == tensors[name].dtype for name in tensors)
     assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def test_files_are_those_that_safetensors_writes(tmp_path):
+    """Order, offsets and numbers; and tensors that are made when they are written."""
+    tensors = {
+        "half": torch.randn(3, dtype=torch.float16),
+        "brain": torch.randn(5, 3).bfloat16(),
+        "byte": torch.arange(7, dtype=torch.uint8),
+        "double": torch.randn(2, dtype=torch.float64),
+        "flag": torch.tensor([True, False, True]),
+        "float": torch.randn(4, 2),
+        "long": torch.arange(3),
+        "mark": torch.tensor([]),
+        "number": torch.tensor(0.5),
+        "tiny": torch.randn(9).to(torch.float8_e4m3fn),
+    }
+    save_file(tensors, tmp_path / "theirs.safetensors", metadata={"format": "pt", "title": "Schloß"})
+    made = []
+
+    def later(name):
+        like = torch.empty_like(tensors[name], device="meta")
+        return Later(like, lambda: made.append(name) or tensors[name])
+
+    for name, given in (("ours", tensors), ("late", {name: later(name) for name in tensors})):
+        write_tensors(tmp_path / f"{name}.safetensors", given, metadata={"title": "Schloß"})
+        ours, theirs = (tmp_path / f"{each}.safetensors" for each in (name, "theirs"))
+        with safe_open(ours, framework="pt") as a, safe_open(theirs, framework="pt") as b:
+            assert a.metadata() == b.metadata()
+            assert {*a.keys()} == {*b.keys()}
+        back = load_file(ours)
+        assert all(back[each].dtype == tensor.dtype for each, tensor in tensors.items())
+        same = (torch.equal(back[each].float(), tensor.float()) for each, tensor in tensors.items())
+        assert all(same)
+    assert sorted(made) == sorted(tensors)
+    for entry in json.loads(_header(tmp_path / "ours.safetensors")).values():
+        if "dtype" in entry:
+            width = DTYPES[entry["dtype"]].itemsize
+            assert entry["data_offsets"][0] % width == 0
+    assert (8 + len(_header(tmp_path / "ours.safetensors"))) % 8 == 0
+
+
+def _header(path):
+    content = path.read_bytes()
+    return content[8 : 8 + int.from_bytes(content[:8], "little")]
 
 
 def test_only_floats_are_cast(tmp_path):

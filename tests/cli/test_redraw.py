@@ -151,7 +151,7 @@ def used(seed=3):
 
 
 def own_solver(denoise, x, sigmas, noise):
-    from ldm.diffusion.ancestral import ancestral
+    from ldm.diffusion.methods.ancestral import ancestral
 
     return ancestral(denoise, x, sigmas, noise)
 

@@ -5,9 +5,10 @@ import torch
 from mixture import LINE, PLANE, Mixture
 
 from ldm.diffusion.guidance import CFG, ClassifierGuidance
+from ldm.diffusion.methods.churned import heun
 from ldm.diffusion.prediction import Prediction
 from ldm.diffusion.samplers import SAMPLERS
-from ldm.diffusion.solvers import PURE_NOISE, Denoised, heun
+from ldm.diffusion.solvers import PURE_NOISE, Denoised
 
 SIGMAS = [0.05, 0.5, 2.0, 20.0]
 

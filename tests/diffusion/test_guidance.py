@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
-from ldm.diffusion.guidance import CFG, InstructPix2Pix
+from ldm.diffusion.guidance import CFG, CFGPlusPlus, InstructPix2Pix
 from ldm.diffusion.prediction import Prediction
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.solvers import Denoised
@@ -89,3 +89,14 @@ def test_own_guidance():
     (step,) = SAMPLERS["ddim"].solver(denoise, X, sigmas, None)
     want = UNCOND + 0.6 * (COND - UNCOND) + (X - UNCOND) / 2.5
     assert torch.allclose(step.x, want, rtol=1e-12)
+
+
+def test_cfg_plus_plus_renoises_with_the_unconditional_branch():
+    """Chung et al. 2024, algorithm 2, in sigma space: a scale of 12.5 is their lambda = 1."""
+    outputs = {"uncond": 0.2 * X, "cond": 0.5 * X - 1}
+    branches = lambda x, sigma, names: {name: outputs[name] for name in names}  # noqa: E731
+    denoise = CFGPlusPlus(7.5)(branches, lambda output, x, sigma: x - sigma * output)
+    sigmas = torch.tensor([4.0, 1.0], dtype=torch.float64)
+    (step,) = SAMPLERS["euler_cfg_pp"].solver(denoise, X, sigmas, None)
+    eps = outputs["uncond"] + 0.6 * (outputs["cond"] - outputs["uncond"])
+    assert torch.allclose(step.x, (X - 4 * eps) + 1 * outputs["uncond"], rtol=1e-12)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from mixture import PLANE
 
-from ldm.diffusion.ancestral import ancestral
 from ldm.diffusion.inversion import bdia, bdia_invert, ddim_invert, edit_mask, fading_gamma
+from ldm.diffusion.methods.ancestral import ancestral
 from ldm.diffusion.noise import Noise
 from ldm.diffusion.schedule import Schedule
 from ldm.diffusion.solvers import Denoised

@@ -10,19 +10,21 @@ import torch
 from diffusers import ScoreSdeVeScheduler
 from mixture import Mixture
 
-from ldm.diffusion.noise import BrownianNoise, Noise
+from ldm.diffusion.noise import Noise
 from ldm.diffusion.prediction import c_in
-from ldm.diffusion.samplers import SAMPLERS, resolve_sampler
+from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.schedule import Schedule
-from ldm.diffusion.solvers import Denoised, Step
-from ldm.errors import UserError
+from ldm.diffusion.solvers import Denoised
 
 MEAN, STD = 0.3, 0.5
 X = torch.tensor([3.0, -7.0, 11.0, 0.5], dtype=torch.float64).reshape(1, 1, 2, 2)
-ODE_SOLVERS = [
-    name for name, sampler in SAMPLERS.items() if name not in ("ddpm", "pc", "lcm") and not sampler.takes_eta
-]
-SDE_SOLVERS = ["ddpm", "ddim", "euler_a", "dpmpp_sde", "dpmpp_2m_sde"]
+SDE_SOLVERS = [
+    "ddpm", "ddim", "euler_a", "dpm2_a", "dpmpp_2s_a", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_2m_sde_heun",
+    "dpmpp_3m_sde", "res_multistep_a", "er_sde", "sa_solver",
+]  # fmt: skip
+FIRST_ORDER = ("ddpm", "ddim", "euler_a", "dpmpp_2s_a", "dpm2_a", "res_multistep_a")
+TWICE = ("heun", "dpm2", "dpm2_a", "restart", "dpmpp_sde", "dpmpp_2s_a", "pc")
+PLAIN = {name: sampler for name, sampler in SAMPLERS.items() if not sampler.cfg_pp}
 
 
 def gaussian(x, sigma, std=STD):
@@ -67,13 +69,32 @@ ORDERS = [
     ("lms", "slow start", {"order": 3}, 3),
     ("lms", "slow start", {}, 4),
     ("pndm", "sigma", {}, 4),
+    ("ipndm", "slow start", {"order": 2}, 2),
+    ("ipndm_v", "slow start", {}, 4),
+    ("deis", "log", {}, 2),
+    ("deis", "slow start", {"order": 3}, 3),
+    ("gradient_estimation", "log", {}, 1),
+    ("gradient_estimation", "sigma", {"gamma": 1.5}, 2),
+    ("dpm2", "log", {}, 2),
+    ("dpm2_a", "log", {"eta": 0.0}, 2),
+    ("dpm_fast", "log", {}, 3),
+    ("dpmpp_2s_a", "log", {"eta": 0.0}, 2),
+    ("dpmpp_2m_sde_heun", "log", {"eta": 0.0}, 2),
+    # The weight that the paper gives to x0's second difference is half of what order 3 needs.
+    ("dpmpp_3m", "slow start", {}, 2),
+    ("dpmpp_3m_sde", "slow start", {"eta": 0.0}, 2),
+    ("res_multistep", "log", {}, 2),
+    ("res_multistep_a", "log", {"eta": 0.0}, 2),
+    ("sa_solver", "log", {"eta": 0.0}, 2),
+    ("sa_solver", "log", {"eta": 0.0, "corrector_order": 1}, 1),
+    ("tcd", "log", {"eta": 0.0}, 1),
 ]
 
 
 @pytest.mark.parametrize(("name", "curve", "options", "order"), ORDERS)
 def test_error_falls_with_the_order(name, curve, options, order):
-    errors, std = [], 2.0 if name == "pndm" else STD
-    for n in (128, 256, 512):
+    errors, std = [], 2.0 if curve == "sigma" else STD
+    for n in (126, 252, 504):
         got = last(name, functools.partial(gaussian, std=std), X, falling(n, curve), **options).x
         errors.append(float((got - exact(X, 10, 0.1, std)).abs().max()))
     slopes = [math.log2(coarse / fine) for coarse, fine in itertools.pairwise(errors)]
@@ -83,11 +104,11 @@ def test_error_falls_with_the_order(name, curve, options, order):
 @pytest.mark.parametrize("name", SDE_SOLVERS)
 def test_moments_of_sde_solvers(name):
     """Mean and standard deviation of 65,536 samples, drawn from sigma 40 to 0."""
-    start, shape, first_order = 40.0, (4, 128, 128), name in ("ddpm", "ddim", "euler_a")
+    start, shape, first_order = 40.0, (4, 128, 128), name in FIRST_ORDER
     noise = SAMPLERS[name].noise([11])
     x = MEAN + math.sqrt(STD**2 + start**2) * noise.initial(shape).double()
     sigmas = torch.linspace(
-        math.log(start), math.log(0.01), 400 if first_order else 40, dtype=torch.float64
+        math.log(start), math.log(0.01), 400 if first_order else 80, dtype=torch.float64
     ).exp()
     options = {"eta": 1.0} if SAMPLERS[name].takes_eta else {}
     x = last(name, gaussian, x, torch.cat([sigmas, torch.zeros(1)]), noise, **options).x
@@ -173,7 +194,7 @@ def test_ancestral_step_splits_the_variance(eta):
     assert spent == ([(4.0, 3.0)] if eta else [])
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", PLAIN)
 def test_noise_that_is_not_used_is_not_drawn(name):
     drawn = []
 
@@ -186,7 +207,7 @@ def test_noise_that_is_not_used_is_not_drawn(name):
     last(name, gaussian, X, sigmas, Counting([0]))
     expected = {"dpmpp_sde": [math.sqrt(27.0), 3.0, math.sqrt(3.0), 1.0]}
     expected["pc"] = [3.0, 3.0, 1.0, 1.0]
-    random = name in ("ddpm", "euler_a", "dpmpp_2m_sde", "lcm")
+    random = name in (*SDE_SOLVERS, "lcm", "tcd") and name != "ddim"
     assert drawn == pytest.approx(expected.get(name, [3.0, 1.0] if random else []))
 
 
@@ -203,16 +224,24 @@ def test_every_step_is_told(name, n):
         return gaussian(x, sigma)
 
     steps = list(SAMPLERS[name].solver(denoise, X.float(), sigmas, SAMPLERS[name].noise([0])))
+    assert all(step.x.dtype == torch.float32 and torch.isfinite(step.x).all() for step in steps)
+    if name == "dpm_adaptive":  # which has steps of its own
+        places = [step.i for step in steps]
+        assert places == sorted(places)
+        assert (places[-1], steps[-1].sigma) == (n - 1, 0)
+        return
     assert [step.i for step in steps] == list(range(n))
     assert [step.sigma for step in steps] == pytest.approx(sigmas[1:].tolist())
-    assert all(step.x.dtype == torch.float32 and torch.isfinite(step.x).all() for step in steps)
-    twice = name in ("heun", "dpmpp_sde", "pc")
+    twice = name.removesuffix("_cfg_pp") in TWICE
     assert len(calls) == (2 * n - 1 if twice else n + 1 if name == "pndm" and n > 1 else n)
     if name not in ("lms", "pndm"):  # which extrapolate to the very end
         assert torch.equal(steps[-1].x, steps[-1].x0)
 
 
-FIRST_ORDER_STARTS = ["ddim", "euler", "lms", "pndm", "dpmpp_2m", "dpmpp_2s", "unipc"]
+FIRST_ORDER_STARTS = [
+    "ddim", "euler", "lms", "pndm", "ipndm", "ipndm_v", "deis", "gradient_estimation", "dpmpp_2m", "dpmpp_2s",
+    "dpmpp_3m", "dpm_fast", "res_multistep", "unipc",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FIRST_ORDER_STARTS)
@@ -268,11 +297,13 @@ def test_fp32_from_pure_noise(name, spacing):
         return last(name, denoise, x, grid.sigmas, noise).x
 
     wide, narrow = draw(torch.float64), draw(torch.float32)
-    assert float((wide - narrow).abs().max() / wide.abs().max()) < 2e-5
+    # The lengths of its own steps come of the state, to rounding.
+    tolerance = 1e-3 if name == "dpm_adaptive" else 2e-5
+    assert float((wide - narrow).abs().max() / wide.abs().max()) < tolerance
     assert 0.5 < float(wide.std()) < 2
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", [name for name, sampler in SAMPLERS.items() if not sampler.alone])
 def test_batch_and_threads_do_not_matter(name):
     """Image k of a batch equals the image drawn alone, also while another thread draws."""
     schedule = zero_snr_schedule()
@@ -290,87 +321,3 @@ def test_batch_and_threads_do_not_matter(name):
     with ThreadPoolExecutor(2) as pool:
         alone = torch.cat(list(pool.map(draw, ([1], [2], [3]))))
     assert torch.equal(together, alone)
-
-
-SPELLINGS = {
-    "DPM++ 2M Karras": ("dpmpp_2m", "karras"),
-    "dpmpp_2m": ("dpmpp_2m", None),
-    "dpm++2m": ("dpmpp_2m", None),
-    "DPM++ 2M SDE Exponential": ("dpmpp_2m_sde", "exponential"),
-    "dpmpp_2m_sde_karras": ("dpmpp_2m_sde", "karras"),
-    "DPM++ SDE": ("dpmpp_sde", None),
-    "DPMSolverMultistepScheduler": ("dpmpp_2m", None),
-    "DPMSolverSinglestepScheduler": ("dpmpp_2s", None),
-    "DPMSolverSDEScheduler": ("dpmpp_sde", None),
-    "k_euler_a": ("euler_a", None),
-    "Euler a": ("euler_a", None),
-    "euler_ancestral": ("euler_a", None),
-    "EulerDiscreteScheduler": ("euler", None),
-    "k_lms": ("lms", None),
-    "LMS Karras": ("lms", "karras"),
-    "Heun SGM Uniform": ("heun", "sgm_uniform"),
-    "plms": ("pndm", None),
-    "PNDMScheduler": ("pndm", None),
-    "DDIM trailing": ("ddim", "trailing"),
-    "uni_pc": ("unipc", None),
-    "LCM": ("lcm", None),
-    "DDPM": ("ddpm", None),
-    "Predictor-Corrector": ("pc", None),
-    "k_dpmpp_2m_ka": ("dpmpp_2m", "karras"),  # AUTOMATIC1111
-    "k_dpmpp_sde_ka": ("dpmpp_sde", "karras"),
-    "k_dpmpp_2m_sde_ka": ("dpmpp_2m_sde", "karras"),
-    "k_dpmpp_2m_sde_exp": ("dpmpp_2m_sde", "exponential"),
-    "k_lms_ka": ("lms", "karras"),
-    "dpmpp_sde_gpu": ("dpmpp_sde", None),  # ComfyUI
-    "dpmpp_2m_sde_gpu": ("dpmpp_2m_sde", None),
-    "dpmpp_2m_sde_gpu_karras": ("dpmpp_2m_sde", "karras"),
-    "dpm++2m_sde_bt": ("dpmpp_2m_sde", None),  # stable-diffusion.cpp
-    "euler_k": ("euler", "karras"),  # InvokeAI
-    "heun_k": ("heun", "karras"),
-    "lms_k": ("lms", "karras"),
-    "dpmpp_2m_k": ("dpmpp_2m", "karras"),
-    "dpmpp_2s_k": ("dpmpp_2s", "karras"),
-    "dpmpp_2m_sde_k": ("dpmpp_2m_sde", "karras"),
-    "dpmpp_sde_k": ("dpmpp_sde", "karras"),
-    "unipc_k": ("unipc", "karras"),
-    "DDIMParallelScheduler": ("ddim", None),
-    "DDPMParallelScheduler": ("ddpm", None),
-    "Euler Discrete": ("euler", None),  # not the schedule of that name
-    "DPM++ 2M discrete": ("dpmpp_2m", "linspace"),
-}
-
-
-@pytest.mark.parametrize("spelling", SPELLINGS)
-def test_spellings(spelling):
-    sampler, spacing = resolve_sampler(spelling)
-    assert (sampler.name, spacing) == SPELLINGS[spelling]
-
-
-def test_labels_are_spellings():
-    for name, sampler in SAMPLERS.items():
-        assert resolve_sampler(sampler.label)[0].name == name == sampler.name
-
-
-@pytest.mark.parametrize(("wrong", "near"), [("dpmpp_3m", "dpmpp_2m"), ("eular", "euler"), ("ddmi", "ddim")])
-def test_unknown_sampler_names_the_nearest(wrong, near):
-    with pytest.raises(UserError, match=f"unknown sampler '{wrong}': did you mean.*{near}"):
-        resolve_sampler(wrong)
-    with pytest.raises(UserError, match="choose from ddpm, ddim"):
-        resolve_sampler("???")
-
-
-def test_eta_means_something_to_some():
-    assert {name for name, sampler in SAMPLERS.items() if sampler.takes_eta} == set(SDE_SOLVERS) - {"ddpm"}
-    assert SAMPLERS["dpmpp_sde"].noise is BrownianNoise
-
-
-def test_own_solver():
-    def straight_home(denoise, x, sigmas, noise):
-        d = denoise(x, sigmas[0])
-        yield Step(0, 0.0, d.x0, d.x0)
-
-    sampler, spacing = resolve_sampler(straight_home)
-    grid = zero_snr_schedule().grid(4, spacing, sampler)
-    assert sampler.name == "straight_home"
-    (step,) = sampler.solver(gaussian, X, grid.sigmas, Noise([0]))
-    assert torch.equal(step.x, gaussian(X, grid.sigmas[0]).x0)

@@ -87,3 +87,84 @@ def test_timesteps_of_an_lcm_from_an_image(schedule):
         assert grid.timesteps.tolist() == theirs.timesteps.tolist()
     with pytest.raises(UserError, match=r"9 steps: the lcm spacing has at most 5 at strength 0\.1"):
         schedule.grid(9, "lcm", "lcm", strength=0.1)
+
+
+def test_polyexponential_is_even_in_log_sigma_to_the_power_rho(schedule):
+    """k-diffusion's get_sigmas_polyexponential."""
+    low, high = float(schedule.sigma(0)), float(schedule.sigma(999))
+    for rho in (None, 0.5, 2.0):
+        ramp = np.linspace(1, 0, 9) ** (1.0 if rho is None else rho)
+        want = np.exp(ramp * (np.log(high) - np.log(low)) + np.log(low))
+        got = schedule.grid(9, "polyexponential", "euler", rho=rho).sigmas[:-1].numpy()
+        assert got == pytest.approx(want, rel=1e-12)
+    want = (high ** (1 / 3) + np.arange(9) / 8 * (low ** (1 / 3) - high ** (1 / 3))) ** 3
+    assert schedule.grid(9, "karras", "euler", rho=3.0).sigmas[:-1].numpy() == pytest.approx(want)
+    with pytest.raises(UserError, match="rho is not allowed here: of the spacings only karras, polyexp"):
+        schedule.grid(9, "exponential", "euler", rho=2.0)
+
+
+def test_kl_optimal_is_even_in_the_angle(schedule):
+    angles = schedule.grid(9, "kl_optimal", "euler").sigmas[:-1].atan()
+    assert torch.allclose(angles.diff(), angles.diff().mean(), rtol=1e-9)
+    assert angles[[0, -1]].tan().tolist() == pytest.approx(schedule.sigma(torch.tensor([999.0, 0])).tolist())
+
+
+def test_ddim_uniform_is_comfyuis(schedule):
+    for n in (4, 8, 20, 50):
+        want = list(range(1, 1000, 1000 // n))[::-1]
+        assert schedule.grid(n, "ddim_uniform", "dpmpp_2m").timesteps.tolist() == want
+    assert schedule.grid(7, "ddim_uniform", "euler").timesteps.tolist() == list(range(853, 0, -142))
+
+
+@pytest.mark.parametrize("n", [2, 7, 10, 20])
+def test_linear_quadratic_is_genmos(schedule, n):
+    """The formula of Mochi's inference script, of which ComfyUI's levels are sigma_max times."""
+    drop, half = 0.025, n // 2
+    rest = half - drop * n
+    bend = rest / (half * (n - half) ** 2)
+    slope = drop / half - 2 * rest / (n - half) ** 2
+    done = [i * drop / half for i in range(half)]
+    done += [bend * i**2 + slope * i + bend * half**2 for i in range(half, n)]
+    want = [float(schedule.sigma(999)) * (1 - each) for each in done]
+    assert schedule.grid(n, "linear_quadratic", "euler").sigmas[:-1].tolist() == pytest.approx(want)
+
+
+def test_beta_timesteps_are_comfyuis(schedule):
+    import scipy.stats
+
+    for n in (5, 20, 30):
+        u = 1 - np.linspace(0, 1, n, endpoint=False)
+        want = np.rint(scipy.stats.beta.ppf(u, 0.6, 0.6) * 999)
+        assert schedule.grid(n, "beta_timesteps", "euler").timesteps.tolist() == want.tolist()
+
+
+@pytest.mark.parametrize("n", [1, 5, 20])
+def test_lu_lambdas_are_diffusers(schedule, n):
+    theirs = diffusers.DPMSolverMultistepScheduler(**SD, use_lu_lambdas=True)
+    theirs.set_timesteps(n)
+    grid = schedule.grid(n, "lu_lambdas", "dpmpp_2m")
+    assert grid.sigmas.numpy() == pytest.approx(theirs.sigmas.numpy(), rel=1e-5)
+    assert grid.timesteps.tolist() == theirs.timesteps.tolist()
+
+
+GITS_LEVELS = {  # as published, for the coefficient 1.2; the last is where they end
+    2: [14.61464119, 0.803307],
+    5: [14.61464119, 2.84484982, 1.24153244, 0.59516323, 0.25053367],
+    10: [14.61464119, 5.85520077, 2.84484982, 1.67050016, 1.08895338, 0.74807048, 0.50118381, 0.32104823]
+    + [0.19894916, 0.09824532],
+}
+
+
+@pytest.mark.parametrize("n", GITS_LEVELS)
+def test_gits(schedule, n):
+    got = schedule.grid(n, "gits", "euler").sigmas
+    assert got[:-1].tolist() == pytest.approx(GITS_LEVELS[n], rel=1e-5)
+    assert got[-1] == 0
+
+
+def test_gits_beyond_its_lists(schedule):
+    """From 20 steps on the last list, evenly in the log of sigma, as ComfyUI does."""
+    twenty = schedule.grid(20, "gits", "euler").sigmas
+    ends = [*twenty[:-1].tolist(), float(schedule.sigma(0))]
+    want = np.log(loglinear_interp(ends, 41)[:-1])
+    assert schedule.grid(40, "gits", "euler").sigmas[:-1].log().numpy() == pytest.approx(want)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from ldm.diffusion.ancestral import ancestral, ddpm
 from ldm.diffusion.bound import bound
 from ldm.diffusion.bounds import Bounds
 from ldm.diffusion.forward import interpolated_log_variance, sigma_log_variances, sigma_posterior
 from ldm.diffusion.guidance import CFG, InstructPix2Pix
+from ldm.diffusion.methods.ancestral import ancestral, ddpm
 from ldm.diffusion.noise import Noise
 from ldm.diffusion.prediction import Prediction
 from ldm.diffusion.samplers import SAMPLERS

@@ -151,6 +151,16 @@ def test_a_fault_that_speaks_of_memory_is_not_taken_for_too_little_of_it(monkeyp
         ({"_class_name": "AutoencoderKL", "block_out_channels": [128, 256, 512, 512]}, 256),
         ({"_class_name": "AutoencoderKL", "block_out_channels": [32]}, 32),
         ({"_class_name": "AutoencoderTiny"}, 64),
+        (
+            {
+                "_class_name": "AsymmetricAutoencoderKL",
+                "down_block_out_channels": [32, 64],
+                "up_block_out_channels": [96, 128],
+                "down_block_types": ["DownEncoderBlock2D"] * 2,
+                "up_block_types": ["UpDecoderBlock2D"] * 2,
+            },
+            128,
+        ),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

@@ -21,7 +21,7 @@ ONE_LINE = (
         ONE_LINE.replace(", CFG", "\nCFG").replace(", Seed", ",\n  Seed"),
         ONE_LINE.replace("\n", "\r\n").replace("Karras, ", "Karras,\r\n"),
         f"{ONE_LINE}\nTemplate: Steps, a boat\nNegative Template: fog, low",
-        f'{ONE_LINE},\nTemplate: "a boat\nNegative prompt: fog\nSteps: 20", Version: v1.10.1',
+        f'{ONE_LINE},\nTemplate: "a boat\nNegative prompt: fog\nSteps: 20", Version: other 1.10.1',
         f'{ONE_LINE}, Lora hashes: "a: 12,\nb: 34", Model hash (refiner): 12\n',
         f'{ONE_LINE}, Civitai resources: [{{"type":"checkpoint", "weight": 1}}], Steps: 3',
         ONE_LINE.replace("Steps: 20, ", "").replace("Seed: 5", "Seed: 5, Steps: 20"),
@@ -95,3 +95,34 @@ def test_any_text_is_split_in_linear_time(piece, start):
     start_time = time.process_time()
     split_parameters(start + piece * (200_000 // len(piece)))
     assert time.process_time() - start_time < 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "noise"),
+    [
+        ("Version: v1.10.1", "gpu"),
+        ("Version: f2.0.1v1.10.1-previous-669", "gpu"),
+        ("Version: v1.10.1, RNG: CPU", None),
+        ("RNG: NV", "gpu"),
+        ("RNG: GPU", "gpu"),
+        ("Version: stable-diffusion.cpp", None),
+        ("Model: a", None),
+    ],
+)
+def test_whose_noise_a_picture_began_with(settings, noise):
+    request = parse_parameters(f"a boat\nSteps: 20, Seed: 5, {settings}")
+    assert request.noise == noise
+    assert parse_parameters(format_parameters(request)).noise == noise
+
+
+def test_variations_of_automatic1111_are_read_and_written():
+    text = (
+        "a boat\nSteps: 20, Seed: 5, Size: 512x768, Variation seed: 9, Variation seed strength: 0.25, "
+        "Seed resize from: 512x640, ENSD: 31337, Version: v1.10.1"
+    )
+    request = parse_parameters(text)
+    assert (request.variation_seed, request.variation_strength) == (9, 0.25)
+    assert (request.seed_resize, request.noise_seed_delta) == ((640, 512), 31337)
+    assert parse_parameters(format_parameters(request)) == request
+    assert parse_parameters("a\nSteps: 2, Variation seed: 9").variation_seed is None
+    assert parse_parameters("a\nSteps: 2, Seed resize from: -1x-1").seed_resize is None

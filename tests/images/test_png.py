@@ -81,14 +81,14 @@ def test_parameters_text_is_exactly_this():
         "a red sailboat, at sunset\n"
         "Negative prompt: fog\n"
         "Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, Seed: 1, Size: 128x96, "
-        'Model hash: 0123456789, Model: "postcard: first, small", Clip skip: 2, '
+        'Model hash: 0123456789, Model: "postcard: first, small", RNG: CPU, Clip skip: 2, '
         f"Version: ldm {ldm.__version__}"
     )
 
 
 def test_parameters_without_a_negative_prompt_have_no_line_for_it():
     text = format_parameters(Request(prompt="a boat", guidance_scale=7.5, timesteps=(900, 1)))
-    assert text == f"a boat\nSteps: 2, CFG scale: 7.5, Seed: 0, Version: ldm {ldm.__version__}"
+    assert text == f"a boat\nSteps: 2, CFG scale: 7.5, Seed: 0, RNG: CPU, Version: ldm {ldm.__version__}"
 
 
 @pytest.mark.parametrize(
@@ -125,6 +125,7 @@ def test_parameters_of_another_tool():
         model_hash="6ce0161689",
         model="v1-5-pruned-emaonly",
         clip_skip=1,
+        noise="gpu",
     )
 
 

@@ -16,7 +16,7 @@ from tiny_pipeline import SCHEDULER, make_folder, randomise, tiny_unet
 
 import ldm
 from ldm.checkpoint import save_folder, save_model
-from ldm.diffusion.ancestral import ddpm
+from ldm.diffusion.methods.ancestral import ddpm
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import UserError
 

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 import ldm
 from ldm import cli
-from ldm.diffusion.ancestral import ancestral
 from ldm.diffusion.guidance import CFG
 from ldm.diffusion.inversion import ddim_invert
+from ldm.diffusion.methods.ancestral import ancestral
 from ldm.images.png import read_request
 from ldm.pipeline import Inputs, networks
 

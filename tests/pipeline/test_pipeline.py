@@ -276,3 +276,30 @@ def test_names():
         _ = ldm.nothing
     assert Runtime(torch.device("cpu"), torch.float16).vae_dtype(force_upcast=True) is torch.float32
     assert Runtime(torch.device("cpu"), torch.float16).vae_dtype(force_upcast=False) is torch.float16
+
+
+# --- the VAE over bands ----------------------------------------------------------------------------------
+
+
+def test_tiling_is_of_a_new_pipeline_and_changes_no_picture(pipe, monkeypatch):
+    from ldm.models import vae_bands
+
+    ways, bands = [], vae_bands.decode_bands
+    monkeypatch.setattr(vae_bands, "decode_bands", lambda *given: ways.append("bands") or bands(*given))
+    tiled = pipe.with_vae_tiling()
+    whole, by_bands = (
+        each("sea", num_inference_steps=2, seed=3, output_type="pt").images for each in (pipe, tiled)
+    )
+    assert error(by_bands, whole) < 1e-5
+    assert ways == ["bands"]
+    assert next(tiled.vae.parameters()) is next(pipe.vae.parameters())
+    assert [each.vae.over_bands for each in (pipe, tiled, tiled.to("cpu"), tiled.base)] == [
+        None,
+        True,
+        True,
+        True,
+    ]
+    assert tiled.with_vae_tiling(False).vae.over_bands is False
+    monkeypatch.setattr("ldm.runtime.free_memory", lambda device: 0)
+    pipe("sea", num_inference_steps=2, seed=3)
+    assert ways == ["bands"] * 2

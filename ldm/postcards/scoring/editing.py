@@ -18,9 +18,9 @@ from PIL import Image
 from torch.nn import functional as F
 
 from ldm import postcards as world
-from ldm.diffusion.ancestral import ancestral
 from ldm.diffusion.guidance import CFG
 from ldm.diffusion.inversion import ddim_invert
+from ldm.diffusion.methods.ancestral import ancestral
 from ldm.diffusion.noise import Noise
 from ldm.evaluate.distances import psnr
 from ldm.evaluate.report import Rate, rate

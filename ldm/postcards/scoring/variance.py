@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, get_args
 import numpy as np
 import torch
 
-from ldm.diffusion.ancestral import ddpm
 from ldm.diffusion.bound import bits_per_dim, bound
 from ldm.diffusion.forward import sigma_log_variances
 from ldm.diffusion.guidance import CFG
+from ldm.diffusion.methods.ancestral import ddpm
 from ldm.diffusion.noise import Noise
 from ldm.diffusion.solvers import Denoise, Denoised, Variance
 from ldm.diffusion.variance import LearnedVariance

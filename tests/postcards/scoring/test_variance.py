@@ -14,8 +14,8 @@ from tiny_pipeline import make_folder
 
 import ldm
 from ldm.checkpoint import save_folder
-from ldm.diffusion.ancestral import ddpm
 from ldm.diffusion.bound import bits_per_dim, bound
+from ldm.diffusion.methods.ancestral import ddpm
 from ldm.diffusion.noise import Noise
 from ldm.finetune.variance import widen_output
 from ldm.pipeline import Pipeline

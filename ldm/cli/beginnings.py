@@ -1,0 +1,78 @@
+"""What the requests of `txt2img` begin with: another picture's, a folder's pictures, other seeds' noise."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm.errors import UserError
+
+if TYPE_CHECKING:
+    from ldm.request import Request
+
+
+def given_by(args: argparse.Namespace) -> Request:
+    """The request of --from-png, or an empty one, with what other flags say in place of its own."""
+    from ldm.images.png import read_request
+    from ldm.request import Request
+
+    base = Request() if args.from_png is None else begun_like(read_request(args.from_png))
+    names = (Request.model_fields.keys() & vars(args).keys()) - {"model"}
+    fields: dict[str, Any] = {name: getattr(args, name) for name in names} | {
+        "num_inference_steps": args.steps,
+        "guidance_scale": args.scale,
+        "spacing": args.scheduler,
+        "image": args.invert or args.image,
+    }
+    fields = {name: value for name, value in fields.items() if value is not None}
+    if "sampler" in fields:  # the name may say the spacing too, and another's spacing need not fit it
+        fields.setdefault("spacing", None)
+    return base.replace(**fields)
+
+
+def begun_like(request: Request) -> Request:
+    """A picture's request for another one: of any model, and with other files in its files' place."""
+    named = ("model", "model_hash", "image_sha256", "mask_image_sha256", "classifier_sha256", "upscaling")
+    request = request.replace(**dict.fromkeys(named))
+    request.check_given(())
+    return request
+
+
+def over_folders(requests: Sequence[Request]) -> list[Request]:
+    """For an image that is a folder a request for each of its pictures, with the mask of its name.
+
+    Raises UserError for a folder without pictures, and for a mask that is missing.
+    """
+    return [one for request in requests for one in _over_folder(request)]
+
+
+def _over_folder(request: Request) -> list[Request]:
+    if request.image is None or not Path(request.image).is_dir():
+        return [request]
+    pictures = pictures_in(Path(request.image))
+    masks = request.mask_image
+    if masks is None or not Path(masks).is_dir():
+        return [request.replace(image=str(path)) for path in pictures]
+    by_stem = {path.stem: path for path in pictures_in(Path(masks))}
+    for path in pictures:
+        if path.stem not in by_stem:
+            raise UserError(f"{masks} has no mask for {path.name}: give each picture one of its name")
+    return [request.replace(image=str(path), mask_image=str(by_stem[path.stem])) for path in pictures]
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The pictures of a folder, by name. Raises UserError if it has none."""
+    suffixes = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".ppm"}
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes and path.is_file())
+    if not found:
+        raise UserError(f"no pictures in {folder}: give one, or a folder that has some")
+    return found
+
+
+def varied(request: Request, count: int) -> list[Request]:
+    """`count` pictures of one seed, whose noise is turned towards those of consecutive variation seeds."""
+    if not request.variation_strength or request.variation_seed is None:
+        raise ValueError("this request has no variation")
+    return [request.replace(variation_seed=request.variation_seed + k) for k in range(count)]
