@@ -45,6 +45,7 @@ from ldm.fields import (
 from ldm.prompts.grammar import Grammar
 from ldm.prompts.script import Scripts, read_scripts
 from ldm.prompts.tags import take_tags
+from ldm.spelling import squash
 
 VERSION: Literal[3] = 3  # of the JSON form, and of the rules by which pictures are drawn
 # Fields that a pipeline notes of itself and its files: no argument of a drawing.
@@ -60,6 +61,23 @@ NOTED = (
     "not_kept",
     "version",
 )
+# Shorter names of fields, and those of flags.
+_SHORT = {
+    "seed": "seeds",
+    "steps": "num_inference_steps",
+    "ddimsteps": "num_inference_steps",
+    "cfg": "guidance_scale",
+    "cfgscale": "guidance_scale",
+    "scale": "guidance_scale",
+    "scheduler": "spacing",
+    "scheduletype": "spacing",
+    "denoising": "strength",
+    "initimage": "image",
+    "mask": "mask_image",
+    "to": "target_prompt",
+    "w": "width",
+    "h": "height",
+}
 
 
 class LoraUse(Checked):
@@ -291,7 +309,7 @@ class Request(Checked):
     def _tags_are_loras(cls, fields: Any) -> Any:
         if not isinstance(fields, dict):
             return fields
-        texts = {name: fields[name] for name in _PROMPTS if isinstance(fields.get(name), str)}
+        texts = {name: fields[name] for name in PROMPTS if isinstance(fields.get(name), str)}
         taken = {name: take_tags(text) for name, text in texts.items()}
         for name, (_, uses) in taken.items():
             if uses and name != "prompt":
@@ -340,7 +358,13 @@ class Request(Checked):
 
 
 _OF_MASKS = ("extend", "mask_invert", "mask_grow", "mask_blur", "soft_mask", "mask_fill", "padding_mask_crop")
-_PROMPTS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "target_prompt")
+PROMPTS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "target_prompt")
+
+
+def field_named(name: str) -> str | None:
+    """The field that a name means, as people spell it: "cfg scale", "steps"; None for no field."""
+    names = _SHORT | {squash(field): field for field in Request.model_fields}
+    return names.get(squash(name))
 
 
 def consecutive_seeds(seed: int | Iterable[int] | None, count: int = 1) -> tuple[int, ...]:
