@@ -71,6 +71,26 @@ def pictures_in(folder: Path) -> list[Path]:
     return found
 
 
+def chosen(requests: Sequence[Request], wildcards: str | None) -> list[Request]:
+    """For prompts that are templates a request for each seed, with what it chooses. Raises UserError."""
+    from ldm.prompts.wildcards import expand
+
+    if wildcards is None:
+        return list(requests)
+    return [
+        request.replace(
+            seeds=(seed,),
+            **{
+                name: expand(text, seed, wildcards or None)
+                for name in ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "target_prompt")
+                if (text := getattr(request, name)) is not None
+            },
+        )
+        for request in requests
+        for seed in request.seeds
+    ]
+
+
 def varied(request: Request, count: int) -> list[Request]:
     """`count` pictures of one seed, whose noise is turned towards those of consecutive variation seeds."""
     if not request.variation_strength or request.variation_seed is None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ldm.cli.explain import explain
 from ldm.cli.models import load
 from ldm.cli.output import Output
 from ldm.cli.requests import Asked, Faults, make_requests
@@ -48,6 +49,9 @@ def draw(args: argparse.Namespace) -> int:
     warn_of_unknown_words(pipe, args, requests)
     drawings = prepare_jobs(pipe, asked, args.n_samples, faults)
     print_loras(pipe, args, [job for job, _ in drawings])
+    if args.explain:
+        print(*(line for job, _ in drawings for line in explain(job)), sep="\n")
+        return faults.exit_code
     if args.resume:
         drawings = output.left(drawings)
     preview = None if args.preview is None else Preview(pipe, args)

@@ -38,6 +38,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="what marks in prompts mean: (word:1.3), [word], BREAK, AND, [from:to:0.5] as in AUTOMATIC1111, "
         "(word:1.3) as in ComfyUI, or nothing (default: a1111)",
     )
+    add(
+        "--wildcards",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+        help="prompts are templates: {a|b} is one of several, __name__ a line of name.txt in the folder; "
+        "each seed chooses",
+    )
+    add("--explain", action="store_true", help="tell what the text encoders read, and draw nothing")
     add("--prompt-2", metavar="TEXT", help="for a second text encoder, as in SDXL (default: the prompt)")
     add(
         "--styles",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli.beginnings import given_by, over_folders, varied
+from ldm.cli.beginnings import chosen, given_by, over_folders, varied
 from ldm.errors import UserError, abbreviate, printable, reason
 
 if TYPE_CHECKING:
@@ -59,14 +59,15 @@ def make_requests(args: argparse.Namespace, plot: Plot | None, faults: Faults) -
 
     --fixed_code gives every batch the same. Raises UserError for what is wrong with the flags.
     """
-    from ldm.prompts.styles import chosen, read_styles
+    from ldm.prompts import styles as sheets
     from ldm.request import consecutive_seeds
 
     check_edit(args)
     if args.prompt is None and args.from_file is None and args.from_png is None:
         raise UserError("one of the arguments -p/--prompt --from-file is required, or --from-png")
     lines = [(0, "")] if args.from_file is None else read_lines(args.from_file)
-    styles = chosen(read_styles(args.styles_file), args.styles, args.styles_file) if args.styles else []
+    known = sheets.read_styles(args.styles_file) if args.styles else {}
+    styles = sheets.chosen(known, args.styles, args.styles_file) if args.styles else []
     each = args.n_iter * (args.n_samples if plot is None else 1)
     if plot is not None and args.n_iter > 1:
         raise UserError("--plot draws one picture for each cell: leave --n_iter out, or plot seed=1,2,3")
@@ -82,7 +83,7 @@ def make_requests(args: argparse.Namespace, plot: Plot | None, faults: Faults) -
         fields = {**dict(base), "seeds": seeds * args.n_iter if fixed else seeds}
         try:
             own = read_line(text, each) if line else {}
-            asked += in_cells(dressed({**fields, **own}, styles), plot, line, p)
+            asked += in_cells(dressed({**fields, **own}, styles), plot, line, p, args.wildcards)
         except UserError as error:
             if not line:
                 raise
@@ -91,19 +92,25 @@ def make_requests(args: argparse.Namespace, plot: Plot | None, faults: Faults) -
     return asked
 
 
-def in_cells(fields: Mapping[str, Any], plot: Plot | None, line: str, number: int) -> list[Asked]:
+def in_cells(
+    fields: Mapping[str, Any], plot: Plot | None, line: str, number: int, wildcards: str | None = None
+) -> list[Asked]:
     """The request of these fields, or that of each cell of its plot. Raises UserError."""
     from ldm.request import Request
 
     if plot is None:
         one = Request(**fields)
         every = varied(one.replace(seeds=one.seeds[:1]), len(one.seeds)) if one.variation_strength else [one]
-        return [Asked(request, line) for request in over_folders(every)]
+        return [Asked(request, line) for request in over_folders(chosen(every, wildcards))]
     if fields["image"] is not None and Path(fields["image"]).is_dir():
         raise UserError(f"--plot draws from one picture, and {fields['image']} is a folder: give a file")
     if len(fields["seeds"]) > 1:
         raise UserError("--plot draws one picture for each cell: give one seed, or plot seed=1,2,3")
-    return [Asked(Request(**changed), line, number, cell) for cell, changed in plot.cells(fields)]
+    return [
+        Asked(request, line, number, cell)
+        for cell, changed in plot.cells(fields)
+        for request in chosen([Request(**changed)], wildcards)
+    ]
 
 
 def dressed(fields: Mapping[str, Any], styles: list[Style]) -> dict[str, Any]:
