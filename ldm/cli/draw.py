@@ -174,7 +174,7 @@ def draw_images(
 
 def for_model(pipe: Pipeline, request: Request) -> Request:
     """The request without the name of its model. Raises UserError if that is another than this."""
-    if request.model_hash not in (None, pipe.model_hash):
+    if request.model_hash is not None and request.model_hash != pipe.model_hash:
         raise UserError(
             f"this asks for the model {request.model} ({request.model_hash}), not {pipe.name} "
             f"({pipe.model_hash}): leave model_hash out, or give that model by --model"

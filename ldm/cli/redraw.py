@@ -99,10 +99,7 @@ def redraw(args: argparse.Namespace) -> int:
     changed = (levels > 0).sum()
     print(f"different: {changed} of {levels.size} pixels, by up to {levels.max()} of 255 levels{several}")
     if args.file.suffix.lower() != ".png":
-        line = (
-            f"note: only PNGs and lossless WebPs keep every pixel, and {printable(args.file)} may be neither"
-        )
-        print(line, file=sys.stderr)
+        print(f"note: only PNGs surely keep every pixel, and {printable(args.file)} is none", file=sys.stderr)
     return 1
 
 

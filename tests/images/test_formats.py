@@ -95,7 +95,7 @@ def test_noise_of_the_highest_quality_is_written(tmp_path, name):
     path = save_png(Image.fromarray(noise), tmp_path / "a", REQUEST, Encoding(name, 100))
     assert read_request(path) == REQUEST
     with Image.open(path) as image:
-        assert np.abs(np.asarray(image.convert("RGB"), int) - noise).mean() < 40
+        assert np.abs(np.asarray(image.convert("RGB"), int) - noise).mean() < 60  # of another noise 85
 
 
 def test_a_text_too_long_for_a_jpeg_is_told_and_the_picture_is_there(tmp_path):
