@@ -51,10 +51,10 @@ def _parts(x: Tensor, at_once: int, whole: Callable[[Tensor], T], by_bands: Call
     """What becomes of a batch; where a card's memory runs out against all expectation, over bands too."""
     if at_once:
         try:
-            return [whole(part) for part in x.split(at_once)]
+            return [whole(part) for part in torch.split(x, at_once)]
         except torch.OutOfMemoryError:
             pass  # handled below, as an error that is being handled keeps what its frames hold
-    return [by_bands(part) for part in x.split(1)]
+    return [by_bands(part) for part in torch.split(x, 1)]
 
 
 def _at_once(vae: VAE, pixels: int, bytes_each: dict[int, float], free: float) -> int:
