@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+import operator
+import secrets
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, Self, TypeGuard
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -50,6 +52,12 @@ Text = Annotated[
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$", description="a SHA-256 in 64 hex digits")]
 Pixels = Annotated[int, Field(ge=0, le=2**20)]
 Size = Annotated[tuple[Pixels, Pixels], Field(description="two whole numbers of pixels, height first")]
+Factor = Annotated[float, Field(ge=1, le=8, allow_inf_nan=False, description="a number from 1 to 8")]
+Overlap = Annotated[
+    int,
+    Field(ge=0, lt=MAX_SIDE, multiple_of=8, description=f"a multiple of 8 from 0 to less than {MAX_SIDE}"),
+]
+Axes = Annotated[Literal["x", "y", "xy"], Field(description="x, y or xy")]
 Sides = Annotated[
     tuple[Pixels, Pixels, Pixels, Pixels],
     Field(description="four whole numbers of pixels: left, top, right, bottom"),
@@ -92,9 +100,18 @@ def explain(model: type[BaseModel], error: ValidationError) -> str:
         elif name not in model.model_fields:
             lines.setdefault(name, f"{name} is not a field of a {model.__name__}")
         else:
-            allowed = _allowed(model, name) or fault["msg"]
+            allowed = (_allowed(model, name) or fault["msg"]) + _nearest(fault)
             lines.setdefault(name, f"{name} {short(fault['input'])} is not allowed: it must be {allowed}")
     return "; ".join(lines.values())
+
+
+def _nearest(fault: Mapping[str, Any]) -> str:
+    """The multiples beside a whole number that is none."""
+    unit = fault.get("ctx", {}).get("multiple_of")
+    if fault["type"] != "multiple_of" or not isinstance(fault["input"], int):
+        return ""
+    below = fault["input"] // unit * unit
+    return f" (the nearest are {below} and {below + unit})"
 
 
 def _allowed(model: type[BaseModel], name: str) -> str:
@@ -109,3 +126,34 @@ def _allowed(model: type[BaseModel], name: str) -> str:
 def short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def consecutive_seeds(seed: int | Iterable[int] | None, count: int = 1) -> tuple[int, ...]:
+    """The seeds of `count` pictures: seed, seed + 1, ...; None or a negative seed starts at a random one.
+
+    Several are taken as they are and must be `count` seeds (any number when `count` is 1). Whole numbers of
+    numpy and torch are as good as Python's. Raises UserError for what is none.
+    """
+    first = None if seed is None else _whole(seed)
+    if seed is not None and first is None:
+        seeds = None if isinstance(seed, str | float) or not _is_several(seed) else [*map(_whole, seed)]
+        if seeds is None or None in seeds:
+            raise UserError(f"seed {short(seed)} is not allowed: give a whole number, or one per picture")
+        if count not in (1, len(seeds)):
+            raise UserError(f"{len(seeds)} seeds for {count} pictures: give one seed, or one per picture")
+        return tuple(each for each in seeds if each is not None)
+    if first is None or first < 0:
+        first = secrets.randbelow(2**32)
+    return tuple(range(first, first + count))
+
+
+def _whole(number: Any) -> int | None:
+    """A whole number of any library as Python's; None for what is none."""
+    try:
+        return operator.index(number)
+    except TypeError:
+        return None
+
+
+def _is_several(seed: Any) -> TypeGuard[Iterable[int]]:
+    return isinstance(seed, Iterable) and getattr(seed, "ndim", 1) > 0

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import itertools
 import json
-import operator
-import secrets
-from collections.abc import Container, Iterable
-from typing import Annotated, Any, Literal, Self, TypeGuard
+from collections.abc import Container
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from ldm.errors import UserError, abbreviate
 from ldm.fields import (
+    Axes,
     Checked,
     Delta,
     Digest,
+    Factor,
     Fraction,
     Growth,
     Layers,
@@ -30,6 +30,7 @@ from ldm.fields import (
     NoiseLevel,
     NoiseSource,
     Options,
+    Overlap,
     Pixels,
     Radius,
     Scale,
@@ -58,6 +59,8 @@ NOTED = (
     "model",
     "model_hash",
     "upscaling",
+    "hires_upscaler_sha256",
+    "refining",
     "not_kept",
     "version",
 )
@@ -78,6 +81,7 @@ _SHORT = {
     "w": "width",
     "h": "height",
 }
+NESTED = ("upscaling", "hires", "refining")  # requests within one
 
 
 class LoraUse(Checked):
@@ -174,6 +178,17 @@ class Request(Checked):
     model: Text | None = None  # for the record in the PNG: not used to find the model
     model_hash: Text | None = None
     upscaling: Request | None = None  # by a second model; prompt, seed and image are those of the picture
+    hires_scale: Factor | None = None  # how many times as large it is drawn again ("hires fix"); None: 2
+    hires_upscaler: Text | None = None  # what enlarges it before: a name of `ldm.images.enlarging`, or a file
+    hires_upscaler_sha256: Digest | None = None
+    hires: Request | None = None  # the second pass: what it says nothing of is as in the first
+    tile_size: Side | None = None  # pixels: the U-Net sees windows of at most so many a side
+    tile_overlap: Overlap | None = None  # pixels that neighbours share; None: half of a tile
+    tiling: Axes | None = None  # axes along which the picture continues at its other edge
+    denoising_start: Fraction | None = None  # diffusers' names: the share of the timesteps at which its
+    denoising_end: Fraction | None = None  # latents begin, and at which it leaves them
+    refiner_switch_at: Fraction | None = None  # the share at which a second model goes on
+    refining: Request | None = None  # by that; prompt, seed, sampler and steps are those of the picture
     not_kept: Annotated[tuple[Text, ...], Field(description="a list of names")] = ()
     version: Literal[1, 2, 3] = VERSION  # 1: drawn by the rules of before, `ldm.pipeline.before`
 
@@ -257,7 +272,11 @@ class Request(Checked):
     def filled_in(self, mode: str = "python") -> dict[str, Any]:
         """The fields that say something, as Python's values or JSON's."""
         fields = self.model_dump(mode=mode, exclude_none=True)
-        for each in (fields, fields.get("upscaling", {})):
+        for name in ("hires", "refining"):  # which say what is other in them
+            if (own := getattr(self, name)) is not None:
+                fields[name] = own.model_dump(mode=mode, exclude_defaults=True)
+                fields[name] |= {} if own.version == self.version else {"version": own.version}
+        for each in (fields, *(fields.get(name, {}) for name in NESTED)):
             if not each.get("not_kept"):
                 each.pop("not_kept", None)
         return fields
@@ -274,8 +293,9 @@ class Request(Checked):
             raise UserError(
                 f"this request has version {short(version)}; this ldm reads versions 1 to {VERSION}"
             )
-        if isinstance(fields.get("upscaling"), dict):
-            fields["upscaling"] = {"version": version, **fields["upscaling"]}
+        for name in NESTED:
+            if isinstance(fields.get(name), dict):
+                fields[name] = {"version": version, **fields[name]}
         try:
             return cls(**fields)
         except RecursionError:
@@ -365,34 +385,3 @@ def field_named(name: str) -> str | None:
     """The field that a name means, as people spell it: "cfg scale", "steps"; None for no field."""
     names = _SHORT | {squash(field): field for field in Request.model_fields}
     return names.get(squash(name))
-
-
-def consecutive_seeds(seed: int | Iterable[int] | None, count: int = 1) -> tuple[int, ...]:
-    """The seeds of `count` pictures: seed, seed + 1, ...; None or a negative seed starts at a random one.
-
-    Several are taken as they are and must be `count` seeds (any number when `count` is 1). Whole numbers of
-    numpy and torch are as good as Python's. Raises UserError for what is none.
-    """
-    first = None if seed is None else _whole(seed)
-    if seed is not None and first is None:
-        seeds = None if isinstance(seed, str | float) or not _is_several(seed) else [*map(_whole, seed)]
-        if seeds is None or None in seeds:
-            raise UserError(f"seed {short(seed)} is not allowed: give a whole number, or one per picture")
-        if count not in (1, len(seeds)):
-            raise UserError(f"{len(seeds)} seeds for {count} pictures: give one seed, or one per picture")
-        return tuple(each for each in seeds if each is not None)
-    if first is None or first < 0:
-        first = secrets.randbelow(2**32)
-    return tuple(range(first, first + count))
-
-
-def _whole(number: Any) -> int | None:
-    """A whole number of any library as Python's; None for what is none."""
-    try:
-        return operator.index(number)
-    except TypeError:
-        return None
-
-
-def _is_several(seed: Any) -> TypeGuard[Iterable[int]]:
-    return isinstance(seed, Iterable) and getattr(seed, "ndim", 1) > 0

@@ -21,7 +21,7 @@ class FakePipeline:
     adapted = SimpleNamespace(reports=())
 
     model_hash = "0123456789"
-    upscaler = None
+    upscaler = refiner = None
 
     def __init__(self, fail_at=None, error=None):
         self.requests, self.steps, self.fail_at, self.error = [], 0, fail_at, error

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from ldm.errors import UserError
-from ldm.fields import MAX_SEED
-from ldm.request import Request, consecutive_seeds
+from ldm.fields import MAX_SEED, consecutive_seeds
+from ldm.request import Request
 
 WHOLE = Request(
     prompt_grammar="comfy",
@@ -64,6 +64,17 @@ WHOLE = Request(
     model="postcard",
     model_hash="0123456789",
     upscaling=Request(num_inference_steps=3, noise_level=7, model="upscaler", model_hash="9876543210"),
+    hires_scale=2.0,
+    hires_upscaler="upscaler.safetensors",
+    hires_upscaler_sha256="2" * 64,
+    hires=Request(height=128, width=256, strength=0.5, prompt="a boat, sharp"),
+    tile_size=64,
+    tile_overlap=16,
+    tiling="x",
+    denoising_start=0.1,
+    denoising_end=0.9,
+    refiner_switch_at=0.8,
+    refining=Request(guidance_scale=3.0, model="refiner", model_hash="9876543211"),
 )
 
 NOT_IN_WHOLE = {"timesteps", "sigmas", "loras", "embeddings"}

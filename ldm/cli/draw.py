@@ -146,10 +146,10 @@ def draw_images(
     from ldm.pipeline.sample import draw_batch
     from ldm.runtime import is_out_of_memory
 
-    steps = len(job.grid.timesteps)
     try:
         if quiet and preview is None:
             return to_pil(draw_batch(job, batch))
+        steps = job.count_steps(batch)
         # Both would move the cursor: where the terminal shows pictures, the bar's words go with them.
         shown = preview is not None and preview.in_terminal
         with bar(title, "it/s", quiet or shown, steps) as on_progress:
@@ -199,7 +199,7 @@ def print_loras(pipe: Pipeline, args: argparse.Namespace, jobs: Sequence[Job]) -
 
 def check_batch(request: Request, count: int) -> None:
     """A batch's finished pictures are held in memory together."""
-    finished = request.upscaling or request
+    finished = request.upscaling or request.hires or request
     size, most = (finished.width or 0) * (finished.height or 0), MAX_BATCH_PIXELS
     if count * size > most:
         shape = f"{finished.width}x{finished.height}"

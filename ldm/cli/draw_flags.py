@@ -89,6 +89,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_image_flags(parser)
     add_mask_flags(parser)
     add_sampling_flags(parser)
+    add_pixel_flags(parser)
     add_model_flags(parser)
     add("--C", type=int, metavar="CHANNELS", help="latent channels: checked against the model")
     add("--f", type=int, metavar="FACTOR", help="downsampling factor: checked against the model")
@@ -290,3 +291,55 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         add(f"--{name}", nargs=2, type=int, metavar=pair)
     add("--aesthetic-score", type=float, metavar="SCORE", help="refiners only (default: 6)")
     add("--negative-aesthetic-score", type=float, metavar="SCORE", help="refiners only (default: 2.5)")
+
+
+def add_pixel_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group(
+        "more pixels: a second pass at a larger size, windows, seamless pictures, a refiner"
+    ).add_argument
+    add(
+        "--hires-scale",
+        type=float,
+        metavar="FACTOR",
+        help="draw it, enlarge it so many times, 1 to 8, and draw it again from that (default: 2, with any "
+        "other --hires flag)",
+    )
+    add(
+        "--hires-upscaler",
+        metavar="NAME",
+        help="what enlarges it: latent (bilinear), latent_antialiased, latent_bicubic, "
+        "latent_bicubic_antialiased, latent_nearest, latent_nearest_exact, lanczos, nearest, or the "
+        ".safetensors file of a network such as ESRGAN (default: latent)",
+    )
+    add(
+        "--hires-strength",
+        type=float,
+        metavar="SHARE",
+        help="0 to 1: how much is drawn anew (default: 0.7)",
+    )
+    add(
+        "--hires-steps",
+        type=int,
+        metavar="N",
+        help="of the second pass, which draws its last --hires-strength of them (default: --steps)",
+    )
+    add("--hires-prompt", metavar="TEXT", help="what the second pass is told (default: the prompt)")
+    add("--hires-sampler", metavar="NAME", help="of the second pass (default: the first's)")
+    add(
+        "--tile-size",
+        type=int,
+        metavar="PIXELS",
+        help="let the network see windows of this size, and average what it says of each (MultiDiffusion)",
+    )
+    add("--tile-overlap", type=int, metavar="PIXELS", help="of two windows (default: half of one)")
+    add(
+        "--tiling",
+        choices=("x", "y", "xy"),
+        help="seamless: what leaves the picture at one edge comes in at the other",
+    )
+    add(
+        "--refiner-switch-at",
+        type=float,
+        metavar="SHARE",
+        help="0 to 1: where --refiner goes on (default: 0.8)",
+    )

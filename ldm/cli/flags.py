@@ -63,6 +63,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="a model that enlarges each finished picture, e.g. postcard-upscaler, which is for postcard's",
     )
     add(
+        "--refiner",
+        metavar="MODEL",
+        help="a model of the same latents that draws the last steps of each picture, e.g. SDXL's refiner",
+    )
+    add(
         "--classifier",
         metavar="FOLDER",
         help="of the model's noisy latents, for --classifier-class: what scripts/train_classifier.py "

@@ -44,7 +44,7 @@ def load_model(args: argparse.Namespace) -> Pipeline:
 
 
 def add_adapters(pipe: Pipeline, args: argparse.Namespace) -> Pipeline:
-    """--embedding, --lora, --lora-dir, --classifier and --upscaler."""
+    """--embedding, --lora, --lora-dir, --classifier, --upscaler and --refiner."""
     for spec in args.embedding:
         name, file = parse_embedding(spec)
         pipe = pipe.with_embedding(file, name)
@@ -56,4 +56,6 @@ def add_adapters(pipe: Pipeline, args: argparse.Namespace) -> Pipeline:
         pipe = pipe.with_classifier(args.classifier)
     if args.upscaler is not None:
         pipe = pipe.with_upscaler(args.upscaler)
+    if args.refiner is not None:
+        pipe = pipe.with_refiner(args.refiner)
     return replace(pipe, lora_dir=args.lora_dir)

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from ldm.request import Request
 
 
+FILES = ("image", "mask_image", "hires_upscaler")  # fields of a request that may name one
+
+
 def add_info_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "file",
@@ -39,7 +42,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "file", type=Path, metavar="FILE", help="a picture; give its model and LoRAs as when drawn"
     )
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="keep the new picture here")
-    add_input_flags(parser, "where the pictures that it was drawn from lie now, if they were moved")
+    group = add_input_flags(parser, "where the files that it was drawn from lie now, if they were moved")
+    group.add_argument("--hires-upscaler", metavar="FILE", help="the network that enlarged it")
     add_model_flags(parser)
     add_common_flags(parser)
 
@@ -85,10 +89,10 @@ def redraw(args: argparse.Namespace) -> int:
         tell_of_marks(args, [request])
     pipe = load(args)
     warn_of_other_models(pipe, request, args.file)
-    upscaling = request.upscaling if pipe.upscaler else None
-    job = pipe.prepare(
-        request.replace(model=None, model_hash=None, upscaling=upscaling, not_kept=(), **inputs)
-    )
+    again = {"upscaling": request.upscaling if pipe.upscaler else None, "not_kept": (), **inputs}
+    if pipe.refiner is None:
+        again |= {"refining": None, "refiner_switch_at": None}
+    job = pipe.prepare(request.replace(model=None, model_hash=None, **again))
     new, seed, levels = nearest(job, old, args)
     if args.output is not None:
         save_png(new, args.output, job.request.replace(seeds=(seed,)), encoding)
@@ -104,20 +108,20 @@ def redraw(args: argparse.Namespace) -> int:
 
 
 def find_inputs(args: argparse.Namespace, request: Request) -> dict[str, str | None]:
-    """The image and mask that a picture was drawn from: those of flags, or those that it names itself.
+    """The files that a picture was drawn from and with: those of flags, or those that it names itself.
 
     A stranger may have written those names, and to open one on another computer would tell who looks.
     Raises UserError.
     """
     from ldm.images.opening import is_remote
 
-    inputs = {name: getattr(args, name) or getattr(request, name) for name in ("image", "mask_image")}
+    inputs = {name: getattr(args, name) or getattr(request, name) for name in FILES}
     request.check_given([name for name, path in inputs.items() if path is not None])
     for name, path in inputs.items():
         if getattr(args, name) is None and path is not None and is_remote(path):
             raise UserError(
                 f"{args.file} names {path!r}, on another computer, which is not opened for a picture's word: "
-                f"give the file by {FLAGS[name]}"
+                f"give the file by {FLAGS.get(name, '--hires-upscaler')}"
             )
     return inputs
 
@@ -152,6 +156,8 @@ def warn_of_other_models(pipe: Pipeline, request: Request, file: Path) -> None:
     pairs: list[tuple[str, Request, Model | None, str]] = [("drawn", request, pipe, again)]
     if request.upscaling is not None:
         pairs.append(("enlarged", request.upscaling, pipe.upscaler, "give its upscaler by --upscaler"))
+    if request.refining is not None:
+        pairs.append(("refined", request.refining, pipe.refiner, "give its refiner by --refiner"))
     for done, asked, model, advice in pairs:
         if model is None or asked.model_hash not in (None, model.model_hash):
             other = "" if model is None else f", not {model.name} ({model.model_hash})"

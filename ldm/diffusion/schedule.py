@@ -55,6 +55,13 @@ class Grid:
             self, sigmas=self.sigmas[-n - 1 :], timesteps=self.timesteps[-n:], orders=self.orders[-n:]
         )
 
+    def first(self, n: int, scaled: bool) -> "Grid":
+        """Its first n steps; `scaled`: whether the last state is multiplied by ``1 / sqrt(sigma^2 + 1)``."""
+        sigmas = self.sigmas[: n + 1]
+        final_scale = 1 / math.hypot(float(sigmas[-1]), 1) if scaled else 1.0
+        timesteps, orders = self.timesteps[:n], self.orders[:n]
+        return replace(self, sigmas=sigmas, timesteps=timesteps, orders=orders, final_scale=final_scale)
+
     def t(self, sigma: Tensor | float) -> Tensor:
         """The listed timestep of a listed `sigma`, else the schedule's; a float64 scalar."""
         listed = (self.sigmas[:-1] == float(sigma)).nonzero()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from ldm.diffusion.samplers import SAMPLERS
+from ldm.images.enlarging import LABELS, enlarger_name
 from ldm.prompts.tags import write_tag
 from ldm.request import Request
 from ldm.version import __version__
@@ -29,6 +32,7 @@ def format_parameters(request: Request) -> str:
         "Model hash": request.model_hash,
         "Model": request.model,
         "Hires upscaler": request.upscaling.model if request.upscaling else None,
+        **_more_pixels(request),
         "Variation seed": request.variation_seed,
         "Variation seed strength": request.variation_strength,
         "Seed resize from": "x".join(map(str, request.seed_resize[::-1])) if request.seed_resize else None,
@@ -36,7 +40,7 @@ def format_parameters(request: Request) -> str:
         "RNG": "NV" if request.noise == "gpu" else "CPU",
         "Clip skip": None if not request.clip_skip else request.clip_skip + 1,  # there, 1 skips no layer
         "CFG rescale": request.guidance_rescale or None,
-        "Denoising strength": request.strength,
+        "Denoising strength": request.hires.strength if request.hires else request.strength,
         "Target prompt": request.target_prompt,
         "Eta": request.eta,
         "Prompt grammar": None if request.prompt_grammar == "a1111" else request.prompt_grammar,
@@ -65,6 +69,7 @@ def parse_parameters(text: str) -> Request:
         fields["seeds"] = (settings["Seed"],)
     if "Size" in settings:
         fields["width"], _, fields["height"] = settings["Size"].partition("x")
+    fields |= _read_more_pixels(settings)
     if "Seed resize from" in settings:
         width, _, height = settings["Seed resize from"].partition("x")
         fields["seed_resize"] = (height, width) if width.isdecimal() and height.isdecimal() else None
@@ -77,6 +82,52 @@ def parse_parameters(text: str) -> Request:
         skipped = settings["Clip skip"]
         fields["clip_skip"] = max(0, int(skipped) - 1) if re.fullmatch(r"\d{1,4}", skipped) else skipped
     return Request(**fields)
+
+
+def _more_pixels(request: Request) -> dict[str, Any]:
+    """Settings of a second pass, a refiner and seamless pictures, as A1111 has them.
+
+    Its steps of the second pass are those that are drawn: ours are of the grid that its strength cuts.
+    """
+    values: dict[str, Any] = {"Tiling": True if request.tiling == "xy" else request.tiling}
+    if request.refining is not None:
+        values |= {"Refiner": request.refining.model, "Refiner switch at": request.refiner_switch_at}
+    if (hires := request.hires) is None:
+        return values
+    sampler, name, scale = hires.sampler, request.hires_upscaler or "latent", request.hires_scale
+    return values | {
+        "Hires upscale": scale,
+        "Hires resize": None if scale else f"{hires.width}x{hires.height}",
+        "Hires steps": hires.num_steps or None,
+        "Hires upscaler": LABELS.get(name, name),
+        "Hires sampler": SAMPLERS[sampler].label if sampler not in (None, request.sampler) else None,
+        "Hires prompt": hires.prompt or None,
+    }
+
+
+def _read_more_pixels(settings: Mapping[str, str]) -> dict[str, Any]:
+    """Fields of a Request of the same settings, but for a refiner, which is another model."""
+    fields: dict[str, Any] = {}
+    if "Tiling" in settings:
+        tiling = settings["Tiling"]
+        fields["tiling"] = {"true": "xy", "false": None}.get(tiling.lower(), tiling)
+    if not {"Hires upscale", "Hires resize"} & settings.keys():
+        return fields
+    width, _, height = settings.get("Hires resize", "").partition("x")
+    strength, same = settings.get("Denoising strength", "0.7"), ("Use same sampler", "")
+    names = {"prompt": "Hires prompt", "sampler": "Hires sampler"}
+    hires = {name: settings[key] for name, key in names.items() if settings.get(key, "") not in same}
+    steps = settings.get("Hires steps", "0")
+    steps = settings.get("Steps", "0") if steps == "0" else steps
+    with contextlib.suppress(ValueError, ZeroDivisionError):
+        hires["num_inference_steps"] = str(math.ceil(round(int(steps) / float(strength), 6)))
+    hires |= {"strength": strength} | ({"height": height, "width": width} if height else {})
+    upscaler = settings.get("Hires upscaler")
+    return fields | {
+        "hires_scale": settings.get("Hires upscale"),
+        "hires_upscaler": upscaler and (enlarger_name(upscaler) or upscaler),
+        "hires": Request(**hires),
+    }
 
 
 def split_parameters(text: str) -> tuple[str, str | None, list[tuple[str, str]]]:

@@ -138,7 +138,8 @@ def read_plot(texts: Sequence[str]) -> Plot:
 
 
 def _axis(text: str) -> Axis:
-    from ldm.request import NOTED, Request, consecutive_seeds, field_named
+    from ldm.fields import consecutive_seeds
+    from ldm.request import NOTED, Request, field_named
     from ldm.spelling import squash, unknown
 
     name, equals, values = text.partition("=")

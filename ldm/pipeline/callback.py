@@ -66,6 +66,8 @@ class Watch:
         return ("cond",) if guidance == CFG(1.0) else ("uncond", "cond")
 
     def __call__(self, step: Step) -> Change:
+        if step.i >= len(self.job.grid.timesteps):  # of what goes on from the first pass
+            return Change()
         timestep = float(self.job.grid.timesteps[step.i])
         given = {name: self._show(name, step) for name in self.names}
         try:

@@ -58,7 +58,6 @@ INSTEAD: Mapping[str, str] = {
     **dict.fromkeys(("enable_freeu", "disable_freeu"), "there is no FreeU: leave it out"),
     **dict.fromkeys(("pag_scale", "pag_adaptive_scale"), "give a guidance function instead: guidance=f"),
     **dict.fromkeys(("callback", "callback_steps"), _CALLBACK),
-    **dict.fromkeys(("denoising_end", "denoising_start"), "sigmas= or timesteps= take a part of a grid"),
     "padding_mask_crop": "cut the picture around the mask before the call, and paste the result after it",
     "max_sequence_length": "prompts of any length are read: leave it out",
     # memory and speed

@@ -29,6 +29,7 @@ from ldm.diffusion.noise import Seed
 from ldm.diffusion.samplers import SAMPLERS, Sampler, resolve_sampler
 from ldm.diffusion.schedule import Grid
 from ldm.diffusion.scheduler_config import noise_levels
+from ldm.diffusion.tiles import Tiles
 from ldm.diffusion.variance import LearnedVariance
 from ldm.errors import UserError
 from ldm.images.fitting import fit_image, fit_mask
@@ -39,6 +40,7 @@ from ldm.pipeline.conditioning import Telling
 from ldm.pipeline.edit import Invert, check_edit, invertible
 from ldm.pipeline.inputs import NOTHING, Inputs
 from ldm.pipeline.model import Model
+from ldm.pipeline.passes import Then, cut, follow, resumed
 from ldm.pipeline.pictures import NO_IMAGES, Images, masked, read_images
 from ldm.pipeline.resolve import meaningless_eta, resolve
 from ldm.pipeline.start import Edit, Enlarge, FromImage, FromLatents, FromNoise, Inpaint, Masked
@@ -88,6 +90,8 @@ class Job:
     guidance: Guidance
     start: FromNoise
     batches: tuple[Batch, ...]
+    tiles: Tiles | None = None  # windows in which the U-Net sees its latents; None: whole
+    then: Then | None = None  # what goes on from its latents
 
     @property
     def request(self) -> Request:
@@ -98,6 +102,11 @@ class Job:
     def pictures(self) -> Batch:
         """All of them, in order."""
         return tuple(picture for batch in self.batches for picture in batch)
+
+    def count_steps(self, batch: Batch) -> int:
+        """Of a batch, with those of what goes on from it."""
+        own, then = len(self.grid.timesteps), self.then
+        return own if then is None else own + then.count_steps(len(batch))
 
 
 def prepare(
@@ -127,7 +136,9 @@ def prepare(
     if first.not_kept:
         files = [name for name in ("image", "mask_image") if getattr(first, name) is not None]
         first.check_given([*inputs.given, *files])
-    model = model.for_request(first) if first.loras else model
+    goes_on = first.hires is not None or first.refining is not None
+    then = follow(prepare, model, requests, inputs) if goes_on else None
+    model = model.for_request(first) if first.loras or first.tiling else model
     sampler, _ = resolve_sampler(inputs.solver or str(first.sampler))
     if asked[0].eta and not sampler.takes_eta:
         raise meaningless_eta(asked[0].eta, sampler.name)
@@ -142,6 +153,8 @@ def prepare(
     if first.is_old and spacing == "ays" and n is not None:
         grid = before.align_your_steps(model.schedule, sampler, n)
     grid = grid if spread else trim_to_strength(grid, first)
+    if first.denoising_start is not None or first.denoising_end is not None or first.refining is not None:
+        grid = cut(grid, first, sampler)
     grid = grid if first.target_prompt is None else invertible(grid)
     telling = Telling(model, requests, inputs, len(grid.timesteps))
     start = start_of(
@@ -152,6 +165,7 @@ def prepare(
         lambda p: telling(p, source=True)[0],
         inputs.image_latents,
     )
+    start = start if first.denoising_start is None else resumed(start, first, sampler)
     kept = requests if inputs is NOTHING and not first.not_kept else as_kept(requests, inputs)
     pictures = list_pictures(kept, inputs, start.shape)
     return Job(
@@ -164,6 +178,8 @@ def prepare(
         guidance=completed(inputs.guidance or guidance_of(first, model.parts), first, model),
         start=start,
         batches=tuple(cut_into_batches(model, pictures, telling.length, 1 if sampler.alone else batch_size)),
+        tiles=tiles_of(first, model.vae.downscale),
+        then=then,
     )
 
 
@@ -272,6 +288,13 @@ def start_of(
         encode = lru_cache(maxsize=1)(lambda: networks.encode(vae, pixels))
         return Invert(shape, grid, device, pixels, may_change, source, encode)
     return FromImage(shape, grid, device, vae, pixels, samples=samples)
+
+
+def tiles_of(request: Request, factor: int) -> Tiles | None:
+    """The windows of a resolved request; None for a picture that one holds."""
+    if request.tile_size is None or request.tile_overlap is None or request.tile_size >= max(request.size):
+        return None
+    return Tiles(request.tile_size // factor, request.tile_overlap // factor, factor)
 
 
 def list_pictures(requests: Sequence[Request], inputs: Inputs, shape: tuple[int, int, int]) -> list[Picture]:

@@ -15,7 +15,8 @@ from typing import Any, Self
 import torch
 
 from ldm.adapters import Adapted, Lora, LoraFile, adapt, read_embedding, read_lora, wanted_loras
-from ldm.checkpoint import Parts
+from ldm.adapters.seamless import seamless
+from ldm.checkpoint import Parts, load_parts
 from ldm.checkpoint.classifier import ClassifierFile, read_classifier
 from ldm.checkpoint.io import weight_files
 from ldm.checkpoint.save import pipeline_class
@@ -27,7 +28,7 @@ from ldm.models import VAE, UNet
 from ldm.models.kind import Kind
 from ldm.pipeline.moving import move, move_parts, read_target
 from ldm.prompts.text_encoder import Clip, TextEncoder
-from ldm.request import LoraUse, Request
+from ldm.request import Request
 from ldm.runtime import Runtime, choose
 
 
@@ -42,9 +43,11 @@ class Model:
     adapted: Adapted = field(default_factory=Adapted)  # LoRAs and textual inversions in `parts`
     lora_dir: Path = Path("loras")  # where prompts' <lora:name:weight> are found
     upscaler: Self | None = None  # what enlarges each finished picture
+    refiner: Self | None = None  # what draws the last steps of each picture
     classifier: ClassifierFile | None = None  # for requests that name a class
-    # The last model that a request's LoRAs asked for, so that its next request need not build it again.
-    _recent: dict[str, tuple[tuple[LoraUse, ...], Self]] = field(default_factory=dict, init=False, repr=False)
+    # The last model that a request's LoRAs asked for, and the last seamless one, so that the next request
+    # need not build it again.
+    _recent: dict[str, tuple[Any, Self]] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def from_parts(cls, parts: Parts, runtime: Runtime | None = None, name: str = "model") -> Self:
@@ -53,6 +56,12 @@ class Model:
             weight = next(parts.unet.parameters())
             runtime = Runtime(weight.device, weight.dtype)
         return cls(parts, schedule_of(parts), runtime, name)
+
+    @classmethod
+    def read(cls, path: str | Path, runtime: Runtime, **places: Any) -> Self:
+        """Of a folder, a file or a hub name; `places` as `load_parts` takes them. Raises UserError."""
+        parts, place = load_parts(path, runtime, **places), Path(path).resolve()
+        return cls.from_parts(parts, runtime, place.stem if place.is_file() else place.name)
 
     @property
     def unet(self) -> UNet:
@@ -140,7 +149,8 @@ class Model:
         classifier = self.classifier
         if classifier is not None:
             classifier = replace(classifier, network=move(classifier.network, runtime.device, None))
-        changed: dict[str, Any] = {"upscaler": upscaler, "classifier": classifier}
+        refiner = None if self.refiner is None else self.refiner.to(*args, **kwargs)
+        changed: dict[str, Any] = {"upscaler": upscaler, "refiner": refiner, "classifier": classifier}
         moved = replace(self, parts=parts, runtime=runtime, adapted=Adapted(), **changed)
         return moved if self.adapted.original is None else moved._with(self.adapted)
 
@@ -222,6 +232,42 @@ class Model:
         """
         return replace(self, classifier=read_classifier(folder, self.vae, self.device))
 
+    def with_upscaler(self, upscaler: Self | str | Path) -> Self:
+        """This model with another that enlarges each finished picture, with its prompt and seed.
+
+        As that other would enlarge the picture's PNG: a request's `upscaling` says how, in what is not its
+        default. Latents and `denoise` stay small.
+
+        Raises:
+            UserError: if it is no upscaler.
+        """
+        other = self._other(upscaler)
+        check_upscaler(other.parts, other.name)
+        return replace(self, upscaler=other)
+
+    def with_refiner(self, refiner: Self | str | Path) -> Self:
+        """This model with another that draws the last steps of each picture, as SDXL's refiner does.
+
+        It goes on from the latents at a request's `refiner_switch_at`, by default 0.8: a request's
+        `refining` says how, in what is not as in the first.
+
+        Raises:
+            UserError: if it draws from something else than text, or has other latents.
+        """
+        other = self._other(refiner)
+        check_refiner(other.parts, other.name, self.parts)
+        return replace(self, refiner=other)
+
+    def _other(self, model: Self | str | Path) -> Self:
+        return self.read(model, self.runtime) if isinstance(model, str | Path) else model
+
+    @cached_property
+    def alone(self) -> Self:
+        """This model without those that go on from what it draws."""
+        if self.upscaler is None and self.refiner is None:
+            return self
+        return replace(self, upscaler=None, refiner=None)
+
     def fuse(self) -> Self:
         """The same pictures, up to rounding, with LoRAs in the weights: faster, but those are copies."""
         return self if self.adapted.fused else self._with(replace(self.adapted, fused=True))
@@ -237,7 +283,11 @@ class Model:
         return self if original is None else replace(self, parts=original, adapted=Adapted())
 
     def for_request(self, request: Request) -> Self:
-        """This model with the LoRAs that a request names, found among its own or in `lora_dir`."""
+        """This model as a request wants it: with LoRAs, found among its own or in `lora_dir`; seamless."""
+        adapted = self._for_loras(request) if request.loras else self
+        return adapted if request.tiling is None else adapted.seamless(request.tiling)
+
+    def _for_loras(self, request: Request) -> Self:
         loras = wanted_loras(request, self.adapted.loras, self.lora_dir)
         wanted = replace(self.adapted, loras=loras)
         if wanted.uses == self.adapted.uses:
@@ -246,6 +296,19 @@ class Model:
         if uses != wanted.uses:
             made = self._with(wanted)
             self._recent["last"] = wanted.uses, made  # one assignment: threads may share a model
+        return made
+
+    def seamless(self, axes: str) -> Self:
+        """This model with networks for which its edges along `axes` ("x", "y", "xy") are neighbours.
+
+        They share all tensors with this one's.
+        """
+        kept, made = self._recent.get("seamless", ("", self))
+        if kept != axes:
+            unet, vae = seamless(self.unet, axes), seamless(self.vae, axes)
+            vae.over_bands = False  # bands end at the picture's edges
+            made = replace(self, parts=replace(self.parts, unet=unet, vae=vae))
+            self._recent["seamless"] = axes, made  # one assignment, as above
         return made
 
     def _with(self, adapted: Adapted) -> Self:
@@ -267,3 +330,21 @@ def schedule_of(parts: Parts) -> Schedule:
         )
         bounds = replace(bounds, clip_sample=False)
     return replace(schedule, bounds=bounds, is_xl=is_xl)
+
+
+def check_upscaler(parts: Parts, name: str) -> None:
+    """Raise UserError for a model, of this name, that does not enlarge a small picture."""
+    if parts.kind is not Kind.UPSCALE:
+        raise UserError(f"{name} is no upscaler: its U-Net takes no small picture beside its latents")
+
+
+def check_refiner(refiner: Parts, name: str, parts: Parts) -> None:
+    """Raise UserError for a model, of this name, that cannot go on from the latents of another."""
+    if refiner.kind is not Kind.TEXT:
+        raise UserError(f"{name} is no refiner: it draws from an image ({refiner.kind.name.lower()})")
+    for what in ("latent_channels", "downscale", "scaling_factor", "shift_factor"):
+        own, other = getattr(refiner.vae, what), getattr(parts.vae, what)
+        if own != other:
+            raise UserError(
+                f"{name} is no refiner of this model: its VAE's {what} is {own:g}, this model's {other:g}"
+            )

@@ -7,6 +7,7 @@ The VAE works on the whole of all pictures where that fits into the free memory,
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,24 +15,58 @@ from torch import Tensor
 from ldm.diffusion.guidance import Gradient, Predict
 from ldm.diffusion.prediction import c_in
 from ldm.diffusion.schedule import Grid
+from ldm.diffusion.tiles import Tiles, Window
 from ldm.models import VAE, LatentClassifier, LatentDist, UNet, vae_bands
 from ldm.models.conditioning import Conditioning
 from ldm.runtime import Finite, Runtime, finite, memory_format
 
 
-def predict(unet: UNet, grid: Grid, branches: Mapping[str, Conditioning], gradients: bool = False) -> Predict:
-    """The U-Net's raw output, fp32, for the branches that a guidance asks for, in one call.
+def predict(
+    unet: UNet,
+    grid: Grid,
+    branches: Mapping[str, Conditioning],
+    gradients: bool = False,
+    tiles: Tiles | None = None,
+) -> Predict:
+    """The U-Net's raw output, fp32, for the branches that a guidance asks for, in one call; or one for each
+    of the windows that `tiles` cuts latents into.
 
     With `gradients` it can be differentiated in x, as likelihoods need it.
     """
     network = Finite(unet, "the U-Net", gradients)
 
+    def outputs(x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        (out,) = network(lambda unet: (_unet(unet, grid, x, sigma, cond),))
+        return out
+
     def call(x: Tensor, sigma: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
         cond = Conditioning.cat([branches[name] for name in names])
-        (out,) = network(lambda unet: (_unet(unet, grid, x, sigma, cond),))
+        if tiles is None or tiles.is_whole(x):
+            out = outputs(x, sigma, cond)
+        else:
+            out = tiles.averaged(x, lambda window: outputs(window(x), sigma, _within(cond, window, tiles)))
         return dict(zip(names, out.chunk(len(names)), strict=True))
 
     return call
+
+
+def _within(cond: Conditioning, window: Window, tiles: Tiles) -> Conditioning:
+    """What the U-Net is told of a window of a picture: SDXL, that it looks like a crop from there.
+
+    So the corner that `time_ids` tell moves to the window's, and where the size told is the picture's own,
+    that becomes the window's. A refiner is told of no such size, but a score in its place.
+    """
+    concat = None if cond.concat is None else window(cond.concat)
+    ids = cond.time_ids
+    if ids is not None:
+        ids = ids.clone()
+        ids[:, 2] += window.top * tiles.downscale
+        ids[:, 3] += window.left * tiles.downscale
+        if ids.shape[1] == 6:
+            sizes = ids.new_tensor([[window.height, window.width], [window.full_height, window.full_width]])
+            own, full = sizes * tiles.downscale
+            ids[:, 4:] = torch.where(ids[:, 4:] == full, own, ids[:, 4:])
+    return replace(cond, concat=concat, time_ids=ids)
 
 
 def class_gradient(classifier: LatentClassifier, number: int) -> Gradient:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ldm.checkpoint import embedded, load_parts, save_model
+from ldm.checkpoint import embedded, save_model
 from ldm.diffusion.guidance import Guidance
 from ldm.diffusion.solvers import Solver, Step
 from ldm.errors import NoSuchName, UserError
@@ -40,7 +39,6 @@ from ldm.pipeline.inputs import (
 )
 from ldm.pipeline.job import Batch, Job, Picture, prepare, requests_of
 from ldm.pipeline.model import Model
-from ldm.pipeline.resolve import check_upscaler
 from ldm.pipeline.sample import OnStep, draw_batch, draw_latents, sample
 from ldm.request import NOTED, Request
 from ldm.runtime import choose
@@ -86,7 +84,7 @@ def load(
         raise UserError(f"dtype {dtype} and torch_dtype {torch_dtype} are one argument: give dtype alone")
     dtype = torch_dtype if dtype is None else dtype
     runtime, model = choose(device, None if dtype == "auto" else dtype), embedded() if path is None else path
-    parts = load_parts(
+    return Pipeline.read(
         model,
         runtime,
         revision=revision,
@@ -98,8 +96,6 @@ def load(
         prediction_type=prediction_type,
         ema=ema,
     )
-    place = Path(model).resolve()
-    return Pipeline.from_parts(parts, runtime, place.stem if place.is_file() else place.name)
 
 
 LOAD_ARGUMENTS = tuple(inspect.signature(load).parameters)[:-1]
@@ -333,20 +329,6 @@ class Pipeline(Model):
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, c, h, w], as `encode` gives them -> images [B, 3, H, W] in 0..1, fp32."""
         return networks.decode(self.vae, latents)
-
-    def with_upscaler(self, upscaler: Pipeline | str | Path) -> Self:
-        """This pipeline with another that enlarges each finished picture, with its prompt and seed.
-
-        As that other would enlarge the picture's PNG: a request's `upscaling` says how, in what is not its
-        default. Latents and `denoise` stay small.
-
-        Raises:
-            UserError: if it is no upscaler.
-        """
-        if not isinstance(upscaler, Pipeline):
-            upscaler = load(upscaler, device=self.runtime.device, dtype=self.runtime.dtype)
-        check_upscaler(upscaler.parts, upscaler.name)
-        return replace(self, upscaler=upscaler)
 
     def save(
         self, path: str | Path, dtype: torch.dtype | None = None, max_shard_size: str | None = None

@@ -14,12 +14,16 @@ import torch
 
 from ldm.adapters import used_embeddings, wanted_loras
 from ldm.checkpoint import Parts
+from ldm.checkpoint.esrgan import read_pixel_upscaler
 from ldm.diffusion.samplers import SAMPLERS, resolve_sampler
 from ldm.errors import UserError, printable
 from ldm.fields import MAX_SIDE
+from ldm.images.enlarging import LABELS
 from ldm.models.kind import Kind
+from ldm.passes import HIRES_SCALE, SWITCH_AT, hires_of, hires_request, refining_of, refining_request
 from ldm.pipeline import edit
 from ldm.pipeline.model import Model
+from ldm.pipeline.passes import cannot_go_on, check_hires, hires_enlarger
 from ldm.pipeline.pictures import Images
 from ldm.request import Request
 
@@ -47,6 +51,14 @@ def resolve(model: Model, request: Request, images: Images) -> Request:
         pixels = getattr(request, side)
         if pixels % factor:
             raise UserError(f"{side} {pixels} is not allowed: this model draws multiples of {factor} pixels")
+    if request.tile_size is not None or request.tile_overlap is not None:
+        request = _tiled(request, factor)
+    if request.hires or request.hires_scale or request.hires_upscaler is not None:
+        request = _twice(model, request, images.mask is not None)
+    if request.tile_size is not None:
+        check_tiles(request)
+    if model.refiner is not None or request.refining or request.refiner_switch_at is not None:
+        request = _refined(model.refiner, request, images.mask is not None)
     if model.upscaler is not None:
         return request.replace(upscaling=_upscaling(model.upscaler, request))
     if request.upscaling is not None:
@@ -132,6 +144,8 @@ def _defaults(model: Model, request: Request, images: Images) -> dict[str, Any]:
         "model": model.name,
         "model_hash": model.model_hash,
     }
+    if request.denoising_start is not None:
+        values.pop("strength", None)
     if request.target_prompt is not None:
         steps = max(values["num_inference_steps"], edit.STEPS)
         values |= {"sampler": edit.SAMPLER, "strength": edit.STRENGTH, "num_inference_steps": steps}
@@ -222,17 +236,74 @@ def _classifier(model: Model, request: Request) -> dict[str, Any]:
 
 def _upscaling(upscaler: Model, request: Request) -> Request:
     """How a picture of `request` is enlarged, resolved like it."""
-    (height, width), factor = request.size, upscaler.vae.downscale
+    (height, width), factor = (request.hires or request).size, upscaler.vae.downscale
     if max(height, width) * factor > MAX_SIDE:
         raise UserError(
             f"{width}x{height} pixels are too many for this upscaler, which draws {factor} times as large: "
             f"give sides of at most {MAX_SIDE // factor}"
         )
     asked = (request.upscaling or Request()).replace(height=None, width=None, model=None, model_hash=None)
-    return resolve(upscaler, asked, Images(torch.empty(1, 3, height, width, device="meta")))
+    return resolve(upscaler, asked.replace(tiling=request.tiling), _unknown_image((height, width)))
 
 
-def check_upscaler(parts: Parts, name: str) -> None:
-    """Raise UserError for a model, of this name, that does not enlarge a small picture."""
-    if parts.kind is not Kind.UPSCALE:
-        raise UserError(f"{name} is no upscaler: its U-Net takes no small picture beside its latents")
+def _twice(model: Model, request: Request, masked: bool) -> Request:
+    """A request whose picture is drawn again at a larger size, with its second pass resolved."""
+    check_hires(request, model.kind, masked)
+    name, digest = hires_enlarger(request)
+    if name not in LABELS:
+        digest = read_pixel_upscaler(name, model.device, digest).sha256
+    second = hires_request(request, model.vae.downscale)
+    second = resolve(model.alone, second, _unknown_image(second.size))
+    sized = request.hires is not None and request.hires.height is not None
+    return request.replace(
+        hires=hires_of(second, request),
+        hires_scale=request.hires_scale if sized or request.hires_scale else HIRES_SCALE,
+        hires_upscaler=name,
+        hires_upscaler_sha256=digest,
+    )
+
+
+def _tiled(request: Request, factor: int) -> Request:
+    """A request that is drawn in windows, with their overlap."""
+    size, overlap = request.tile_size, request.tile_overlap
+    if size is None:
+        raise UserError("tile_overlap is not allowed here: it goes with a tile_size")
+    overlap = size // 2 // math.lcm(8, factor) * math.lcm(8, factor) if overlap is None else overlap
+    for name, pixels in (("tile_size", size), ("tile_overlap", overlap)):
+        if pixels % factor:
+            raise UserError(f"{name} {pixels} is not allowed: this model draws multiples of {factor} pixels")
+    if overlap >= size:
+        raise UserError(f"tile_overlap {overlap} is not allowed: it must be less than tile_size {size}")
+    return request.replace(tile_overlap=overlap)
+
+
+def check_tiles(request: Request) -> None:
+    """Raise UserError for tiles that no pass of a resolved request needs, and beside a seamless picture."""
+    size = request.tile_size or 0
+    largest = max(max(each.size) for each in (request, request.hires) if each is not None)
+    if size > largest:
+        raise UserError(
+            f"tile_size {size} is not allowed: it is larger than the picture, whose longer side "
+            f"has {largest} pixels: leave it out"
+        )
+    if request.tiling is not None and size < largest:
+        raise UserError("tiling is not allowed beside tile_size: windows would be seamless, each in itself")
+
+
+def _refined(refiner: Model | None, request: Request, masked: bool) -> Request:
+    """A request whose last steps are a refiner's, with what that draws resolved."""
+    if refiner is None:
+        name = "refining" if request.refining else "refiner_switch_at"
+        raise UserError(f"{name} is not allowed here: give a refiner (with_refiner, --refiner)")
+    if (undone := cannot_go_on(request, masked)) is not None:
+        raise UserError(f"{undone} is not allowed with a refiner: draw without one")
+    at = SWITCH_AT if request.refiner_switch_at is None else request.refiner_switch_at
+    request = request.replace(refiner_switch_at=at)
+    refined = refining_request(request, refiner.parts.text_encoder is None)
+    refined = resolve(refiner, refined, _unknown_image(refined.size))
+    return request.replace(refining=refining_of(refined, request))
+
+
+def _unknown_image(size: tuple[int, int]) -> Images:
+    """Of a picture of (height, width) pixels that is to be drawn: without values."""
+    return Images(torch.empty(1, 3, *size, device="meta"))

@@ -19,6 +19,7 @@ from ldm.pipeline import networks
 from ldm.pipeline.edit import Invert
 from ldm.pipeline.inputs import Inputs
 from ldm.pipeline.job import Batch, Job, prepare
+from ldm.pipeline.passes import Then
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +45,7 @@ def draw_batch(job: Job, batch: Batch, on_step: OnStep | None = None) -> Tensor:
 def draw_latents(job: Job, batch: Batch, on_step: OnStep | None = None) -> Tensor:
     """The latents [B, C, h, w] at the end of one batch, as the VAE decodes them; `on_step` sees each step.
 
+    Where other jobs go on from them, it sees their steps too, with numbers that go on, and changes nothing.
     If it stops the batch, they are those of that step at the network's scale, x / sqrt(sigma^2 + 1).
     """
     steps, change = sample(job, batch), None
@@ -55,7 +57,31 @@ def draw_latents(job: Job, batch: Batch, on_step: OnStep | None = None) -> Tenso
             if change is not None and change.stop:
                 return step.latents
     except StopIteration:
-        return step.x * job.grid.final_scale
+        latents = step.x * job.grid.final_scale
+    return latents if job.then is None else go_on(job, job.then, batch, latents, on_step)
+
+
+def go_on(job: Job, then: Then, batch: Batch, latents: Tensor, on_step: OnStep | None) -> Tensor:
+    """The latents [B, C, h, w] at the end of what goes on from those of a batch of `job`."""
+    pictures = [then.job.pictures[job.pictures.index(each)] for each in batch]
+    size, seen, drawn = 1 if then.one_by_one else len(batch), len(job.grid.timesteps), list[Tensor]()
+    for k in range(0, len(pictures), size):
+        own = replace(then.job, start=then.begin(latents[k : k + size]))
+        some = tuple(pictures[k : k + size])
+        drawn.append(draw_latents(own, some, later(on_step, seen)))
+        seen += own.count_steps(some)
+    return torch.cat(drawn)
+
+
+def later(on_step: OnStep | None, seen: int) -> OnStep | None:
+    """`on_step` of steps that come after as many others; what it gives changes nothing."""
+    if on_step is None:
+        return None
+
+    def call(step: Step) -> None:
+        on_step(replace(step, i=step.i + seen))
+
+    return call
 
 
 def sample(job: Job, batch: Batch) -> Generator[Step, Change | None, None]:
@@ -70,7 +96,7 @@ def sample(job: Job, batch: Batch) -> Generator[Step, Change | None, None]:
     start = job.start.rows(prompts)
     begun = start.begin(noise, torch.stack(given) if given else None, texts["cond"], texts["uncond"])
     branches, known = begun.branches, begun.known
-    predict = networks.predict(job.model.unet, job.grid, branches)
+    predict = networks.predict(job.model.unet, job.grid, branches, tiles=job.tiles)
     if shares is not None:
         tell(branches, texts)
         predict = composed(predict, shares)

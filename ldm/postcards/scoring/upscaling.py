@@ -69,7 +69,7 @@ def measure_upscaler(
         UserError: if `pipe` is no upscaler.
     """
     from ldm.evaluate.reconstruction import reconstructed
-    from ldm.pipeline.resolve import check_upscaler
+    from ldm.pipeline.model import check_upscaler
     from ldm.postcards.scoring.sources import picture_size, rendered
 
     check_upscaler(pipe.parts, pipe.name)
