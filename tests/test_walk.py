@@ -14,4 +14,4 @@ def test_a_prompt_is_followed_through_few_files(tmp_path, monkeypatch):
     files = [file for file, _ in visits]
     assert files[0] == "cli/draw.py"
     assert {"pipeline/job.py", "pipeline/sample.py", "diffusion/solvers.py", "images/png.py"} <= set(files)
-    assert len(files) - 1 <= 36, "\n".join(files)
+    assert len(files) - 1 <= 30, "\n".join(files)
