@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+import operator
+import secrets
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, Self, TypeGuard
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -124,3 +126,34 @@ def _allowed(model: type[BaseModel], name: str) -> str:
 def short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def consecutive_seeds(seed: int | Iterable[int] | None, count: int = 1) -> tuple[int, ...]:
+    """The seeds of `count` pictures: seed, seed + 1, ...; None or a negative seed starts at a random one.
+
+    Several are taken as they are and must be `count` seeds (any number when `count` is 1). Whole numbers of
+    numpy and torch are as good as Python's. Raises UserError for what is none.
+    """
+    first = None if seed is None else _whole(seed)
+    if seed is not None and first is None:
+        seeds = None if isinstance(seed, str | float) or not _is_several(seed) else [*map(_whole, seed)]
+        if seeds is None or None in seeds:
+            raise UserError(f"seed {short(seed)} is not allowed: give a whole number, or one per picture")
+        if count not in (1, len(seeds)):
+            raise UserError(f"{len(seeds)} seeds for {count} pictures: give one seed, or one per picture")
+        return tuple(each for each in seeds if each is not None)
+    if first is None or first < 0:
+        first = secrets.randbelow(2**32)
+    return tuple(range(first, first + count))
+
+
+def _whole(number: Any) -> int | None:
+    """A whole number of any library as Python's; None for what is none."""
+    try:
+        return operator.index(number)
+    except TypeError:
+        return None
+
+
+def _is_several(seed: Any) -> TypeGuard[Iterable[int]]:
+    return isinstance(seed, Iterable) and getattr(seed, "ndim", 1) > 0

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import operator
-import secrets
-from collections.abc import Container, Iterable
-from typing import Annotated, Any, Literal, Self, TypeGuard
+from collections.abc import Container
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
@@ -48,6 +46,7 @@ from ldm.fields import (
 from ldm.prompts.grammar import Grammar
 from ldm.prompts.script import Scripts, read_scripts
 from ldm.prompts.tags import take_tags
+from ldm.spelling import squash
 
 VERSION: Literal[3] = 3  # of the JSON form, and of the rules by which pictures are drawn
 # Fields that a pipeline notes of itself and its files: no argument of a drawing.
@@ -65,6 +64,23 @@ NOTED = (
     "not_kept",
     "version",
 )
+# Shorter names of fields, and those of flags.
+_SHORT = {
+    "seed": "seeds",
+    "steps": "num_inference_steps",
+    "ddimsteps": "num_inference_steps",
+    "cfg": "guidance_scale",
+    "cfgscale": "guidance_scale",
+    "scale": "guidance_scale",
+    "scheduler": "spacing",
+    "scheduletype": "spacing",
+    "denoising": "strength",
+    "initimage": "image",
+    "mask": "mask_image",
+    "to": "target_prompt",
+    "w": "width",
+    "h": "height",
+}
 NESTED = ("upscaling", "hires", "refining")  # requests within one
 
 
@@ -313,7 +329,7 @@ class Request(Checked):
     def _tags_are_loras(cls, fields: Any) -> Any:
         if not isinstance(fields, dict):
             return fields
-        texts = {name: fields[name] for name in _PROMPTS if isinstance(fields.get(name), str)}
+        texts = {name: fields[name] for name in PROMPTS if isinstance(fields.get(name), str)}
         taken = {name: take_tags(text) for name, text in texts.items()}
         for name, (_, uses) in taken.items():
             if uses and name != "prompt":
@@ -362,35 +378,10 @@ class Request(Checked):
 
 
 _OF_MASKS = ("extend", "mask_invert", "mask_grow", "mask_blur", "soft_mask", "mask_fill", "padding_mask_crop")
-_PROMPTS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "target_prompt")
+PROMPTS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "target_prompt")
 
 
-def consecutive_seeds(seed: int | Iterable[int] | None, count: int = 1) -> tuple[int, ...]:
-    """The seeds of `count` pictures: seed, seed + 1, ...; None or a negative seed starts at a random one.
-
-    Several are taken as they are and must be `count` seeds (any number when `count` is 1). Whole numbers of
-    numpy and torch are as good as Python's. Raises UserError for what is none.
-    """
-    first = None if seed is None else _whole(seed)
-    if seed is not None and first is None:
-        seeds = None if isinstance(seed, str | float) or not _is_several(seed) else [*map(_whole, seed)]
-        if seeds is None or None in seeds:
-            raise UserError(f"seed {short(seed)} is not allowed: give a whole number, or one per picture")
-        if count not in (1, len(seeds)):
-            raise UserError(f"{len(seeds)} seeds for {count} pictures: give one seed, or one per picture")
-        return tuple(each for each in seeds if each is not None)
-    if first is None or first < 0:
-        first = secrets.randbelow(2**32)
-    return tuple(range(first, first + count))
-
-
-def _whole(number: Any) -> int | None:
-    """A whole number of any library as Python's; None for what is none."""
-    try:
-        return operator.index(number)
-    except TypeError:
-        return None
-
-
-def _is_several(seed: Any) -> TypeGuard[Iterable[int]]:
-    return isinstance(seed, Iterable) and getattr(seed, "ndim", 1) > 0
+def field_named(name: str) -> str | None:
+    """The field that a name means, as people spell it: "cfg scale", "steps"; None for no field."""
+    names = _SHORT | {squash(field): field for field in Request.model_fields}
+    return names.get(squash(name))

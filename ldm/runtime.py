@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from ldm.errors import UserError
 
 M = TypeVar("M", bound=nn.Module)
-T = TypeVar("T")
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -75,6 +74,27 @@ class Runtime:
         module.to(memory_format=layout)  # type: ignore[call-overload]  # torch's stubs lack it
         return module
 
+    @property
+    def free_memory(self) -> int:
+        """Bytes: the system's, or what a container's limit leaves (cgroup v2).
+
+        Of a card what its driver has, and what torch keeps for itself without using it.
+        """
+        if self.device.type == "cuda":
+            unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+            return torch.cuda.mem_get_info(self.device)[0] + unused
+        import psutil
+
+        free: int = psutil.virtual_memory().available
+        names = ("max", "current", "stat")
+        try:
+            limit, used, stat = ((CGROUP / f"memory.{name}").read_text(encoding="utf-8") for name in names)
+            inactive = re.search(r"^inactive_file (\d+)$", stat, re.MULTILINE)  # cached, given up when asked
+            left = int(limit) - int(used) + (int(inactive[1]) if inactive else 0)
+        except (OSError, ValueError):  # no such group, or "max": no limit
+            return free
+        return min(free, max(0, left))
+
     def images_at_once(self, height: int, width: int, bytes_per_pixel: int = 512) -> int:
         """How many pictures of this size (in pixels) to draw in one batch, at least 1.
 
@@ -83,7 +103,7 @@ class Runtime:
         """
         pixels = CPU_PIXELS
         if self.device.type == "cuda":
-            pixels = free_memory(self.device) // (GPU_COPIES * bytes_per_pixel)
+            pixels = self.free_memory // (GPU_COPIES * bytes_per_pixel)
         return max(1, pixels // (height * width))
 
 
@@ -186,37 +206,6 @@ class Finite(Generic[M]):
 def finite(module: M, call: Callable[[M], tuple[Tensor, ...]], what: str) -> tuple[Tensor, ...]:
     """`Finite` of a single call."""
     return Finite(module, what)(call)
-
-
-def in_free_memory(device: torch.device, call: Callable[[int], T]) -> T:
-    """`call` with the bytes that are free; where memory runs out nevertheless, again with 0: in the least."""
-    try:
-        return call(free_memory(device))
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-    return call(0)  # out here, as an error that is handled keeps what its frames hold
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes: what the driver or the system has, and what torch keeps of a card's for itself without using it.
-
-    A container's limit counts (cgroup v2).
-    """
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    import psutil
-
-    free: int = psutil.virtual_memory().available
-    names = ("max", "current", "stat")
-    try:
-        limit, used, stat = ((CGROUP / f"memory.{name}").read_text(encoding="utf-8") for name in names)
-        inactive = re.search(r"^inactive_file (\d+)$", stat, re.MULTILINE)  # cached, given up when asked
-        left = int(limit) - int(used) + (int(inactive[1]) if inactive else 0)
-    except (OSError, ValueError):  # no such group, or "max": no limit
-        return free
-    return min(free, max(0, left))
 
 
 def _device(device: str | torch.device | None) -> torch.device:

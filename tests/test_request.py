@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from ldm.errors import UserError
-from ldm.fields import MAX_SEED
-from ldm.request import Request, consecutive_seeds
+from ldm.fields import MAX_SEED, consecutive_seeds
+from ldm.request import Request
 
 WHOLE = Request(
     prompt_grammar="comfy",

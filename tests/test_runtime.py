@@ -13,10 +13,8 @@ from ldm.runtime import (
     Runtime,
     choose,
     finite,
-    free_memory,
     has_amx,
     has_bf16,
-    in_free_memory,
     is_out_of_memory,
     local_cores,
     memory_format,
@@ -199,28 +197,12 @@ def test_peak_memory_grows_with_what_is_used():
 def test_free_memory_is_what_the_system_and_a_container_leave(monkeypatch, tmp_path):
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
     monkeypatch.setattr("ldm.runtime.CGROUP", tmp_path)
-    assert free_memory(CPU) == 1000
+    assert Runtime(CPU, torch.float32).free_memory == 1000
     told = {"max": "max", "current": "500", "stat": "anon 300\ninactive_file 100\nactive_file 7\n"}
     for limit, free in (("max", 1000), ("700", 300), ("5000", 1000), ("450", 50), ("200", 0)):
         for name, text in (told | {"max": limit}).items():
             (tmp_path / f"memory.{name}").write_text(text + "\n", encoding="utf-8")
-        assert free_memory(CPU) == free
-
-
-def test_what_runs_out_of_memory_is_done_again_in_the_least(monkeypatch):
-    monkeypatch.setattr("ldm.runtime.free_memory", lambda device: 1000)
-    asked = []
-
-    def call(free):
-        asked.append(free)
-        if free:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return "made"
-
-    assert in_free_memory(CPU, call) == "made"
-    assert asked == [1000, 0]
-    with pytest.raises(RuntimeError, match="another"):
-        in_free_memory(CPU, lambda free: exec("raise RuntimeError('another')"))
+        assert Runtime(CPU, torch.float32).free_memory == free
 
 
 def test_threads():

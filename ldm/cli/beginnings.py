@@ -25,11 +25,22 @@ def given_by(args: argparse.Namespace) -> Request:
         "guidance_scale": args.scale,
         "spacing": args.scheduler,
         "image": args.invert or args.image,
+        "hires": hires_of(args),
     }
     fields = {name: value for name, value in fields.items() if value is not None}
     if "sampler" in fields:  # the name may say the spacing too, and another's spacing need not fit it
         fields.setdefault("spacing", None)
     return base.replace(**fields)
+
+
+def hires_of(args: argparse.Namespace) -> Request | None:
+    """What flags say of a second pass; None if nothing. Its scale and upscaler are fields of their own."""
+    from ldm.request import Request
+
+    flags = {"num_inference_steps": "steps", "strength": "strength", "prompt": "prompt", "sampler": "sampler"}
+    given = {name: getattr(args, f"hires_{flag}") for name, flag in flags.items()}
+    given = {name: value for name, value in given.items() if value is not None}
+    return Request(**given) if given else None
 
 
 def begun_like(request: Request) -> Request:
@@ -69,6 +80,26 @@ def pictures_in(folder: Path) -> list[Path]:
     if not found:
         raise UserError(f"no pictures in {folder}: give one, or a folder that has some")
     return found
+
+
+def chosen(requests: Sequence[Request], wildcards: str | None) -> list[Request]:
+    """For prompts that are templates a request for each seed, with what it chooses. Raises UserError."""
+    from ldm.prompts.wildcards import expand
+
+    if wildcards is None:
+        return list(requests)
+    return [
+        request.replace(
+            seeds=(seed,),
+            **{
+                name: expand(text, seed, wildcards or None)
+                for name in ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "target_prompt")
+                if (text := getattr(request, name)) is not None
+            },
+        )
+        for request in requests
+        for seed in request.seeds
+    ]
 
 
 def varied(request: Request, count: int) -> list[Request]:

@@ -22,11 +22,15 @@ SPELLING = "Flags may be spelt with dashes or underscores."
 # name -> (its flags, what runs it, what it does)
 COMMANDS = {
     "txt2img": (draw_flags.add_flags, draw.draw, "draw pictures from words"),
-    "info": (redraw.add_info_flags, redraw.info, "show how a PNG was drawn, or what a model was merged from"),
+    "info": (
+        redraw.add_info_flags,
+        redraw.info,
+        "show how a picture was drawn, or what a model was merged from",
+    ),
     "redraw": (
         redraw.add_flags,
         redraw.redraw,
-        "draw a PNG again from its own metadata and compare the pixels",
+        "draw a picture again from its own metadata and compare the pixels",
     ),
     "convert": (
         convert.add_flags,

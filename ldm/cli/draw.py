@@ -6,131 +6,160 @@ import argparse
 import itertools
 import sys
 import time
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
+from ldm.cli.explain import explain
 from ldm.cli.models import load
-from ldm.cli.terminal import bar, echo
-from ldm.errors import UserError, reason
+from ldm.cli.output import Output
+from ldm.cli.requests import Asked, Faults, make_requests
+from ldm.cli.terminal import Preview, bar, check_preview, echo
+from ldm.errors import UserError
+from ldm.images.plot import read_plot
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from ldm.diffusion.solvers import Step
     from ldm.pipeline import Job, Pipeline
     from ldm.pipeline.job import Batch
     from ldm.request import Request
 
-MAX_PICTURES = 100_000  # of one run
 MAX_BATCH_PIXELS = 2**26  # 4 pictures of 4096 x 4096, 4096 of 128 x 128
-GRID_LIMIT = 100  # pictures on one grid: a run may be endless, a sheet may not
+
+Drawing = tuple["Job", list[Asked]]  # a job, and where each of its requests comes from
 
 
 def draw(args: argparse.Namespace) -> int:
     """Parse -> Requests -> load -> prepare -> for each batch: draw -> save."""
-    requests = make_requests(args)
+    faults = Faults()
+    plot = None if args.plot is None else read_plot(args.plot)
+    asked = make_requests(args, plot, faults)
+    requests = [each.request for each in asked]
     if args.classifier is not None and args.classifier_class is None:
         raise UserError("--classifier leads to a class: give --classifier-class, the name of one")
-    check_output(args, sum(request.num_images for request in requests))
+    output = Output(args, asked, plot)
+    check_preview(args)
+    if not asked:
+        return faults.exit_code
     if args.prompt_grammar is None:
         tell_of_marks(args, requests)
     pipe = load(args)
     check_latents(pipe, args)
     warn_of_unknown_words(pipe, args, requests)
-    jobs = prepare_jobs(pipe, requests, args.n_samples)
-    print_loras(pipe, args, jobs)
-    check_batch(jobs[0].request, args.n_samples)
+    drawings = prepare_jobs(pipe, asked, args.n_samples, faults)
+    print_loras(pipe, args, [job for job, _ in drawings])
+    if args.explain:
+        print(*(line for job, _ in drawings for line in explain(job)), sep="\n")
+        return faults.exit_code
+    if args.resume:
+        drawings = output.left(drawings)
+    preview = None if args.preview is None else Preview(pipe, args)
 
-    sheet: list[Image] = []
-    batches = [(job, batch) for job in jobs for batch in job.batches]
-    for k, (job, batch) in enumerate(batches, start=1):
-        start = time.perf_counter()
-        images = draw_images(job, batch, f"batch {k}/{len(batches)}", args.quiet)
-        seconds = (time.perf_counter() - start) / len(images)
-        for image, picture in zip(images, batch, strict=True):
-            if not args.skip_save:
-                path = save(image, args, picture.request)
-                echo(args, f"{path}  seed {picture.seed}  {seconds:.2f} s")
-        sheet += images
-        if k == len(batches) or len(sheet) + args.n_samples > GRID_LIMIT:
-            save_grid(sheet, args)
-            sheet.clear()
+    batches = [(job, batch, sources) for job, sources in drawings for batch in job.batches]
+    try:
+        for k, drawing in enumerate(batches, start=1):
+            title = f"batch {k}/{len(batches)}"
+            for images, batch, seconds in draw_or_tell(*drawing, title, args.quiet, preview, faults):
+                output.take(images, batch, drawing[2], seconds)
+    except KeyboardInterrupt:
+        output.close(stopped=True)
+        print(f"stopped; finished pictures are kept: {output.where}", file=sys.stderr)
+        return 130
+    output.close()
     print_peak_memory(pipe, args)
-    return 0
+    return faults.exit_code
 
 
-def make_requests(args: argparse.Namespace) -> list[Request]:
-    """One request per prompt, with consecutive seeds; --fixed_code gives every batch the same."""
-    from ldm.request import Request, consecutive_seeds
+def prepare_jobs(
+    pipe: Pipeline, asked: Sequence[Asked], batch_size: int, faults: Faults | None = None
+) -> list[Drawing]:
+    """One job for neighbours that differ in their texts and seeds only.
 
-    prompts = [args.prompt] if args.from_file is None else read_prompts(args.from_file)
-    each = args.n_iter * args.n_samples
-    if len(prompts) * each > MAX_PICTURES:
-        raise UserError(
-            f"{len(prompts) * each} pictures are too many for one run: ask for at most {MAX_PICTURES}"
-        )
-    (seed,) = consecutive_seeds(args.seed)
-    check_edit(args)
-    same_name = (Request.model_fields.keys() & vars(args).keys()) - {"prompt", "model"}
-    fields = {name: getattr(args, name) for name in same_name} | {"image": args.invert or args.image}
-    fields["hires"] = hires_of(args)
-    one = Request(
-        **fields,
-        num_inference_steps=args.steps,
-        guidance_scale=args.scale,
-        spacing=args.scheduler,
-    )
-    if args.fixed_code:
-        return [
-            one.replace(prompt=prompt, seeds=consecutive_seeds(seed, args.n_samples) * args.n_iter)
-            for prompt in prompts
-        ]
+    What is wrong with any of them is said before drawing: lines of a file become `faults`, else it is raised.
+    """
+    groups = itertools.groupby(asked, key=lambda each: settings(each.request))
     return [
-        one.replace(prompt=prompt, seeds=consecutive_seeds(seed + p * each, each))
-        for p, prompt in enumerate(prompts)
+        drawing for _, group in groups for drawing in prepare_group(pipe, list(group), batch_size, faults)
     ]
 
 
-def hires_of(args: argparse.Namespace) -> Request | None:
-    """What flags say of a second pass; None if nothing. Its scale and upscaler are fields of their own."""
-    from ldm.request import Request
-
-    flags = {"num_inference_steps": "steps", "strength": "strength", "prompt": "prompt", "sampler": "sampler"}
-    given = {name: getattr(args, f"hires_{flag}") for name, flag in flags.items()}
-    given = {name: value for name, value in given.items() if value is not None}
-    return Request(**given) if given else None
-
-
-def check_edit(args: argparse.Namespace) -> None:
-    """Raise UserError for one of --invert and --to without the other, and for two pictures."""
-    if args.invert is None and args.target_prompt is not None:
-        raise UserError("--to TEXT needs --invert FILE: the picture that becomes what the text says")
-    if args.invert is not None and args.target_prompt is None:
-        raise UserError("--invert FILE needs --to TEXT: what the picture becomes (-p says what it shows now)")
-    if args.invert is not None and args.image is not None:
-        raise UserError("--invert and --init-image both name a picture: give --invert alone to edit one")
-
-
-def prepare_jobs(pipe: Pipeline, requests: Sequence[Request], batch_size: int) -> list[Job]:
-    """One job for neighbours with the same LoRAs. What is wrong with any of them is said before drawing."""
+def prepare_group(
+    pipe: Pipeline, asked: list[Asked], batch_size: int, faults: Faults | None
+) -> list[Drawing]:
+    """The job of requests that are alike; or, by halves, those of the ones that can be drawn."""
     from ldm.pipeline.job import prepare
 
-    groups = itertools.groupby(requests, key=lambda request: request.loras)
-    return [prepare(pipe, list(group), batch_size=batch_size) for _, group in groups]
+    try:
+        job = prepare(pipe, [for_model(pipe, each.request) for each in asked], batch_size=batch_size)
+        check_batch(job.request, max(map(len, job.batches)))
+    except UserError as error:
+        if faults is None or not all(each.line for each in asked):
+            raise
+        if len(asked) > 1:
+            half = len(asked) // 2
+            parts = asked[:half], asked[half:]
+            return [drawing for part in parts for drawing in prepare_group(pipe, part, batch_size, faults)]
+        faults.add(asked[0].line, error)
+        return []
+    return [(job, asked)]
 
 
-def draw_images(job: Job, batch: Batch, title: str, quiet: bool) -> list[Image]:
-    """The pictures of one batch, with a bar; running out of memory becomes a UserError."""
+def settings(request: Request) -> dict[str, Any]:
+    """What the requests of one job have alike."""
+    from ldm.pipeline.job import OWN
+
+    return {**request.model_dump(exclude=OWN), "is an edit": request.target_prompt is not None}
+
+
+def draw_or_tell(
+    job: Job,
+    batch: Batch,
+    asked: Sequence[Asked],
+    title: str,
+    quiet: bool,
+    preview: Preview | None,
+    faults: Faults,
+) -> Iterator[tuple[list[Image], Batch, float]]:
+    """The pictures of a batch, and the seconds for each; of one that fails, those of lines that do not."""
+    start = time.perf_counter()
+    try:
+        images = draw_images(job, batch, title, quiet, preview)
+    except (UserError, FloatingPointError) as error:
+        line = asked[batch[0].prompt].line
+        if not line:
+            raise
+        if len(batch) == 1:
+            faults.add(line, error)
+            return
+        for picture in batch:
+            yield from draw_or_tell(job, (picture,), asked, title, quiet, preview, faults)
+    else:
+        yield images, batch, (time.perf_counter() - start) / len(images)
+
+
+def draw_images(
+    job: Job, batch: Batch, title: str, quiet: bool, preview: Preview | None = None
+) -> list[Image]:
+    """The pictures of one batch, with a bar or a preview; running out of memory becomes a UserError."""
     from ldm.images.pixels import to_pil
     from ldm.pipeline.sample import draw_batch
     from ldm.runtime import is_out_of_memory
 
     try:
-        if quiet:
+        if quiet and preview is None:
             return to_pil(draw_batch(job, batch))
         steps = job.count_steps(batch)
-        with bar(title, "it/s", quiet, steps) as on_progress:
-            return to_pil(draw_batch(job, batch, lambda step: on_progress(step.i + 1, steps)))
+        # Both would move the cursor: where the terminal shows pictures, the bar's words go with them.
+        shown = preview is not None and preview.in_terminal
+        with bar(title, "it/s", quiet or shown, steps) as on_progress:
+
+            def on_step(step: Step) -> None:
+                on_progress(step.i + 1, steps)
+                if preview is not None:
+                    preview(step, f"{title}  {step.i + 1}/{steps}")
+
+            return to_pil(draw_batch(job, batch, on_step))
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
             size = f"{len(batch)} pictures of {job.request.width}x{job.request.height}"
@@ -143,38 +172,14 @@ def draw_images(job: Job, batch: Batch, title: str, quiet: bool) -> list[Image]:
 # --- before drawing --------------------------------------------------------------------------------------
 
 
-def read_prompts(source: str) -> list[str]:
-    r"""One prompt per line of a file, or of stdin for `-`; blank lines are skipped.
-
-    Lines end at \n and \r\n only: whatever else Unicode ends a line with is part of a prompt.
-    """
-    try:
-        # Python's own reading of text would take a lone \r for the end of a line, too.
-        stdin = getattr(sys.stdin, "buffer", sys.stdin)
-        data = stdin.read() if source == "-" else Path(source).read_bytes()
-        text = data if isinstance(data, str) else data.decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"cannot read prompts from {source}: {reason(error)}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"cannot read prompts from {source}: it is not UTF-8 text") from None
-    prompts = [line.strip(" \t\r") for line in text.split("\n") if line.strip()]
-    if not prompts:
-        raise UserError(f"no prompts in {source}: write one per line")
-    return prompts
-
-
-def check_output(args: argparse.Namespace, count: int) -> None:
-    """Find out before drawing, not after, that the pictures could not be written."""
-    from ldm.files import check_writable
-
-    if args.output is None:
-        check_writable(args.outdir)
-    elif count != 1:
-        raise UserError(f"--output names one file, but {count} pictures were asked for: use --outdir")
-    elif args.output.suffix.lower() != ".png" or args.output.is_dir():
-        raise UserError(f"--output {args.output} must name a .png file")
-    else:
-        check_writable(args.output.parent)
+def for_model(pipe: Pipeline, request: Request) -> Request:
+    """The request without the name of its model. Raises UserError if that is another than this."""
+    if request.model_hash is not None and request.model_hash != pipe.model_hash:
+        raise UserError(
+            f"this asks for the model {request.model} ({request.model_hash}), not {pipe.name} "
+            f"({pipe.model_hash}): leave model_hash out, or give that model by --model"
+        )
+    return request.replace(model=None, model_hash=None) if request.model or request.model_hash else request
 
 
 def check_latents(pipe: Pipeline, args: argparse.Namespace) -> None:
@@ -229,27 +234,6 @@ def warn_of_unknown_words(pipe: Pipeline, args: argparse.Namespace, requests: Se
             "(use --model FOLDER to draw with another one)",
             file=sys.stderr,
         )
-
-
-# --- after it --------------------------------------------------------------------------------------------
-
-
-def save(image: Image, args: argparse.Namespace, request: Request) -> Path:
-    from ldm.images.png import save_numbered, save_png
-
-    if args.output is not None:
-        return save_png(image, args.output, request)
-    return save_numbered(image, args.outdir / "samples", "%05d.png", request)
-
-
-def save_grid(sheet: Sequence[Image], args: argparse.Namespace) -> None:
-    from ldm.images.pixels import contact_sheet
-    from ldm.images.png import save_numbered
-
-    if len(sheet) > 1 and not args.skip_grid:
-        columns = args.n_rows or args.n_samples
-        path = save_numbered(contact_sheet(sheet, columns), args.outdir, "grid-%04d.png")
-        echo(args, f"{path}  grid of {len(sheet)}")
 
 
 def print_peak_memory(pipe: Pipeline, args: argparse.Namespace) -> None:

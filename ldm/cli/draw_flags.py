@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ldm.cli.flags import add_common_flags, add_input_flags, add_model_flags
 from ldm.cli.parser import count
+from ldm.cli.terminal import TERMINAL
 
 OUTDIR = "outputs/txt2img-samples"
 SIZES = tuple(
@@ -21,7 +22,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     words = group.add_mutually_exclusive_group()
     words.add_argument("-p", "--prompt", help="what the picture shows; empty draws anything")
-    words.add_argument("--from-file", metavar="FILE", help="one prompt per line; - reads stdin")
+    words.add_argument(
+        "--from-file", metavar="FILE", help="one prompt, or JSON object of fields, per line; - reads stdin"
+    )
     add(
         "--from-png",
         type=Path,
@@ -35,7 +38,31 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="what marks in prompts mean: (word:1.3), [word], BREAK, AND, [from:to:0.5] as in AUTOMATIC1111, "
         "(word:1.3) as in ComfyUI, or nothing (default: a1111)",
     )
+    add(
+        "--wildcards",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+        help="prompts are templates: {a|b} is one of several, __name__ a line of name.txt in the folder; "
+        "each seed chooses",
+    )
+    add("--explain", action="store_true", help="tell what the text encoders read, and draw nothing")
     add("--prompt-2", metavar="TEXT", help="for a second text encoder, as in SDXL (default: the prompt)")
+    add(
+        "--styles",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="texts of --styles-file to put around the prompts, the last outermost",
+    )
+    add(
+        "--styles-file",
+        type=Path,
+        default=Path("styles.csv"),
+        metavar="FILE",
+        help="name,prompt,negative_prompt as in AUTOMATIC1111; {prompt} is where the prompt goes "
+        "(default: styles.csv)",
+    )
     add("--negative-prompt-2", metavar="TEXT", help="likewise (default: the negative prompt)")
     add("-W", "--width", "--W", type=int, metavar="PIXELS", help="a multiple of 8 (default: the model's)")
     add("-H", "--height", "--H", type=int, metavar="PIXELS", help="a multiple of 8 (default: the model's)")
@@ -66,13 +93,47 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_model_flags(parser)
     add("--C", type=int, metavar="CHANNELS", help="latent channels: checked against the model")
     add("--f", type=int, metavar="FACTOR", help="downsampling factor: checked against the model")
+    add_output_flags(parser)
+    add_common_flags(parser)
+
+
+def add_output_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("output").add_argument
     add("--outdir", type=Path, default=Path(OUTDIR), metavar="FOLDER", help=f"(default: {OUTDIR})")
     add("-o", "--output", type=Path, metavar="FILE", help="write the one picture here instead")
+    add(
+        "--format",
+        choices=("png", "jpeg", "webp", "avif"),
+        help="of pictures and sheets (default: by the suffix of --output, or png)",
+    )
+    add("--quality", type=int, metavar="N", help="1 to 100 (default: JPEG 95, WebP 90, AVIF 80)")
+    add("--lossless", action="store_true", help="WebP that keeps every pixel")
+    add(
+        "--name",
+        metavar="PATTERN",
+        help='of files in the folder, e.g. "{seed}-{prompt:40}": any field of a request, {counter}, {date}, '
+        "{time} (default: {counter})",
+    )
+    add("--resume", action="store_true", help="leave out pictures that lie in the folder already")
     add("--skip-save", action="store_true", help="do not write the single pictures")
     add("--skip-grid", action="store_true", help="do not write a grid of several pictures")
     add("--n-rows", type=count, metavar="N", help="pictures in each row of the grid (default: --n-samples)")
-    add_common_flags(parser)
+    add("--grid-labels", action="store_true", help="seeds, and prompts that differ, under pictures of a grid")
+    add(
+        "--plot",
+        action="append",
+        metavar="AXES",
+        help='a labelled sheet of all values of one to three settings, e.g. "steps=4,8,20; cfg=1-7(+2); '
+        'prompt s/r=red,blue"; with a JSON beside it',
+    )
+    add(
+        "--preview",
+        nargs="?",
+        const=TERMINAL,
+        metavar="FILE",
+        help="show each step in the terminal (kitty, iTerm2, sixel), or write it to a picture's file",
+    )
+    add("--no-preview", dest="preview", action="store_const", const=None, help="show none")
 
 
 def add_image_flags(parser: argparse.ArgumentParser) -> None:

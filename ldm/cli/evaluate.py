@@ -9,10 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.cli.draw import draw_images, prepare_jobs, read_prompts
+from ldm.cli.draw import draw_images, prepare_jobs
 from ldm.cli.flags import add_common_flags, add_model_flags
 from ldm.cli.models import load
 from ldm.cli.parser import count
+from ldm.cli.requests import Asked, read_prompts
 from ldm.cli.terminal import bar, echo
 from ldm.errors import UserError
 
@@ -191,7 +192,7 @@ def draw(pipe: Pipeline, prompts: Sequence[str], args: argparse.Namespace) -> di
 
     how = {"num_inference_steps": args.steps, "sampler": args.sampler, "guidance_scale": args.scale}
     requests = [Request(prompt=prompt, seeds=(args.seed + k,), **how) for k, prompt in enumerate(prompts)]
-    jobs = prepare_jobs(pipe, requests, args.batch_size)
+    jobs = [job for job, _ in prepare_jobs(pipe, [Asked(request) for request in requests], args.batch_size)]
     done = 0
     with (
         whole_folder(args.out / "drawn") as aside,

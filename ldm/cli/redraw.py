@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.cli.draw import check_output, draw_images, tell_of_marks
+from ldm.cli.draw import draw_images, tell_of_marks
 from ldm.cli.flags import FLAGS, add_common_flags, add_input_flags, add_model_flags
 from ldm.cli.models import load
+from ldm.cli.output import check_file
 from ldm.errors import UserError, printable
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def add_info_flags(parser: argparse.ArgumentParser) -> None:
         "file",
         type=Path,
         metavar="FILE",
-        help="a PNG, JPEG or WebP of this program or another; or a model, .safetensors or a folder",
+        help="a PNG, JPEG, WebP or AVIF of this program or another; or a model, .safetensors or a folder",
     )
     add_common_flags(parser)
 
@@ -74,13 +75,15 @@ def info(args: argparse.Namespace) -> int:
 
 def redraw(args: argparse.Namespace) -> int:
     """Draw a picture again from its own metadata; say whether the pixels are equal."""
+    from ldm.images.formats import CHUNK, PNG, encoding_of
     from ldm.images.opening import open_picture
-    from ldm.images.png import CHUNK, read_request, save_png
+    from ldm.images.png import read_request, save_png
     from ldm.images.texts import read_texts
 
     request, old = read_request(args.file), open_picture(args.file)
+    encoding = PNG if args.output is None else encoding_of(args.output)
     if args.output is not None:
-        check_output(args, 1)
+        check_file(args.output)
     inputs = find_inputs(args, request)
     if CHUNK not in read_texts(args.file):
         tell_of_marks(args, [request])
@@ -92,7 +95,7 @@ def redraw(args: argparse.Namespace) -> int:
     job = pipe.prepare(request.replace(model=None, model_hash=None, **again))
     new, seed, levels = nearest(job, old, args)
     if args.output is not None:
-        save_png(new, args.output, job.request.replace(seeds=(seed,)))
+        save_png(new, args.output, job.request.replace(seeds=(seed,)), encoding)
     several = "" if len(request.seeds) == 1 else f" (seed {seed}, the nearest of {len(request.seeds)})"
     if not levels.any():
         print(f"equal: every pixel{several}")

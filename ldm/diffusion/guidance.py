@@ -68,25 +68,34 @@ class CFG:
 
 @dataclass(frozen=True)
 class CFGPlusPlus:
-    """CFG++: x0 of guidance of a scale below 1, and the unconditional branch's noise.
+    """CFG++: x0 of a guidance towards the condition, and the noise of the branch without it.
 
-    ``uncond + lambda (cond - uncond)`` with ``lambda = scale / 12.5``, and the unconditional x0 as the anchor
-    that solvers step along; Chung et al. 2024, "CFG++: Manifold-constrained Classifier Free Guidance for
-    Diffusion Models", algorithm 2. There 12.5 of CFG is as strong as 1 of CFG++, and 7.5 as 0.6.
+    ``uncond + strength (cond - uncond)``, and the unconditional x0 as the anchor that solvers step along;
+    Chung et al. 2024, "CFG++: Manifold-constrained Classifier Free Guidance for Diffusion Models", algorithm
+    2, whose lambda is `strength`. It acts in full in each step, however short: see `cfg_pp_strength`.
     """
 
-    scale: float
+    strength: float
     rescale: float = 0.0
 
     def __call__(self, predict: Predict, to_x0: ToX0) -> Denoise:
         def denoise(x: Tensor, sigma: Tensor) -> Denoised:
             outputs = predict(x, sigma, ("uncond", "cond"))
             uncond, cond = outputs["uncond"], outputs["cond"]
-            guided = uncond + self.scale / 12.5 * (cond - uncond)
+            guided = uncond + self.strength * (cond - uncond)
             guided = rescale_to(guided, cond, self.rescale) if self.rescale else guided
             return Denoised(to_x0(guided, x, sigma), to_x0(uncond, x, sigma))
 
         return denoise
+
+
+def cfg_pp_strength(scale: float, n: int) -> float:
+    """CFG++'s lambda that is about as strong in n steps as `scale` of CFG: ``4 scale / n``.
+
+    CFG moves a step's end by ``scale (1 - sigma' / sigma)`` of the difference, CFG++ by lambda of it; the
+    paper has 12.5 of the one for 1 of the other in its 50 steps, and longer steps want more.
+    """
+    return 4 * scale / n
 
 
 def composed(predict: Predict, shares: Tensor) -> Predict:

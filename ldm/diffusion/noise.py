@@ -38,7 +38,8 @@ class Seed:
     """An image's seed, and what AUTOMATIC1111's extra settings make of it.
 
     gpu: noise as CUDA draws it (`Philox`). variation, share: another seed, whose noise the first noise is
-    turned towards (`slerp`). drawn_at: (height, width) of the latents whose noise is centred in the first
+    turned towards (`slerp`), and a Brownian path too, without which its samplers would hardly heed it; what
+    ancestral samplers add stays. drawn_at: (height, width) of the latents whose noise is centred in the first
     ("seed resize"). delta: what is added to the seed for all noise after the first ("ENSD"); 0: it goes on.
     """
 
@@ -52,14 +53,14 @@ class Seed:
     def generator(self, seed: int) -> Generator:
         return Philox(seed) if self.gpu else torch.Generator("cpu").manual_seed(torch_seed(seed))
 
-    def first(self, shape: Shape, generator: Generator) -> Tensor:
-        """Unit noise [1, C, H, W] to begin with; `generator` is the image's own."""
+    def first(self, shape: Shape, generator: Generator, other: Generator) -> Tensor:
+        """Unit noise [1, C, H, W] to begin with; `generator` is the image's own, `other` the variation's."""
         size = self.drawn_at or shape[1:]
         small = (shape[0], *size)
         own = generator if small == shape else self.generator(self.seed)
         noise = _randn(own, small)
         if self.share:
-            noise = slerp(noise, _randn(self.generator(self.variation), small), self.share)
+            noise = slerp(noise, _randn(other, small), self.share)
         return noise if small == shape else _centred(noise, _randn(generator, shape))
 
 
@@ -105,6 +106,8 @@ class Noise:
     def __init__(self, seeds: Sequence[int | Seed | torch.Generator]) -> None:
         self.generators: list[Any] = []  # torch's, or Philox
         self._seeds = [each if isinstance(each, Seed) else None for each in seeds]  # that begin otherwise
+        # The generators of their variations' seeds.
+        self._others: list[Any] = [each and each.generator(each.variation) for each in self._seeds]
         for each in seeds:
             seed = each.seed if isinstance(each, Seed) else each
             if isinstance(seed, int) and not 0 <= seed < SEED_LIMIT:
@@ -123,7 +126,9 @@ class Noise:
         """Unit noise [B, C, H, W], fp32 on the CPU, to start from; `shape` is one image's."""
         drawn = []
         for k, (seed, generator) in enumerate(zip(self._seeds, self.generators, strict=True)):
-            drawn.append(_randn(generator, shape) if seed is None else seed.first(shape, generator))
+            drawn.append(
+                _randn(generator, shape) if seed is None else seed.first(shape, generator, self._others[k])
+            )
             if seed is not None and seed.delta:
                 self.generators[k] = seed.generator(seed.seed + seed.delta)
         return torch.cat(drawn)
@@ -161,13 +166,25 @@ class BrownianNoise(Noise):
     def __init__(self, seeds: Sequence[int | Seed | torch.Generator]) -> None:
         super().__init__(seeds)
         self._paths: list[Any] = []
+        self._varied: list[Any] = []
 
     def draw(self, like: Tensor, sigma: float, sigma_next: float) -> Tensor:
         # On the first call, since an image's initial noise comes first out of its generator.
         if not self._paths:
-            self._paths = [self._path(each, tuple(like.shape[1:])) for each in self.generators]
+            shape = tuple(like.shape[1:])
+            self._paths = [self._path(each, shape) for each in self.generators]
+            self._varied = [
+                self._path(other, shape) if seed and other and seed.share else None
+                for seed, other in zip(self._seeds, self._others, strict=True)
+            ]
         low, high = sorted(level / (1 + level) for level in (sigma, sigma_next))
-        increments: list[Tensor] = [path(low, high) for path in self._paths]
+        increments = list[Tensor]()
+        for seed, path, varied in zip(self._seeds, self._paths, self._varied, strict=True):
+            increment: Tensor = path(low, high)
+            if seed and varied:  # an arc of a quarter turn: the paths are independent
+                angle = seed.share * math.pi / 2
+                increment = math.cos(angle) * increment + math.sin(angle) * varied(low, high)
+            increments.append(increment)
         return torch.stack(increments) / math.sqrt(high - low)
 
     @staticmethod

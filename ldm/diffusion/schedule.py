@@ -297,8 +297,12 @@ def spaced_timesteps(spacing: str, n: int, family: str, steps: int, offset: int)
 
     `steps` is T, the number of training timesteps; `offset` is diffusers' ``steps_offset`` (leading only).
     Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed", table 2, names leading,
-    linspace and trailing.
+    linspace and trailing. ddim_uniform is leading of DDIM with an offset of 1, as it is in ComfyUI where n
+    divides T. beta_timesteps: at the quantiles of a Beta(0.6, 0.6) distribution, as ComfyUI's "beta"; Lee et
+    al. 2024, "Beta Sampling is All You Need".
     """
+    if spacing == "ddim_uniform":
+        spacing, family, offset = "leading", "vp", 1
     i = np.arange(n, dtype=np.float64)
     t: Array
     match spacing:

@@ -28,6 +28,9 @@ _CLASSES = {
     "DPMSolverSDEScheduler": _STABLE_DIFFUSION,
     "UniPCMultistepScheduler": _LINEAR,
     "LCMScheduler": (0.00085, 0.012, "scaled_linear"),
+    "KDPM2DiscreteScheduler": _STABLE_DIFFUSION,
+    "KDPM2AncestralDiscreteScheduler": _STABLE_DIFFUSION,
+    "TCDScheduler": (0.00085, 0.012, "scaled_linear"),
     "DDIMParallelScheduler": _LINEAR,
     "DDPMParallelScheduler": _LINEAR,
 }
@@ -39,7 +42,7 @@ _HONOURED = {
     "lower_order_final", "num_train_timesteps", "original_inference_steps", "prediction_type",
     "rescale_betas_zero_snr", "sample_max_value", "set_alpha_to_one", "steps_offset", "thresholding",
     "timestep_spacing", "trained_betas", "use_beta_sigmas", "use_exponential_sigmas", "use_karras_sigmas",
-    "variance_type",
+    "use_lu_lambdas", "variance_type",
 }  # fmt: skip
 
 # Versions, details of features that are refused below, and:
@@ -78,7 +81,6 @@ _OFF: dict[str, tuple[Any, ...]] = {
     "timestep_type": ("discrete",),
     "use_dynamic_shifting": (False,),
     "use_flow_sigmas": (False,),
-    "use_lu_lambdas": (False,),
 }
 
 _ALGORITHMS = {"dpmsolver++": "", "sde-dpmsolver++": "_sde"}
@@ -211,5 +213,6 @@ def _algorithm(config: Mapping[str, Any], class_name: str) -> str:
 
 
 def _sigma_spacing(config: Mapping[str, Any]) -> str | None:
-    names = ("karras", "exponential", "beta")
-    return next((name for name in names if config.get(f"use_{name}_sigmas")), None)
+    keys = ("use_karras_sigmas", "use_lu_lambdas", "use_exponential_sigmas", "use_beta_sigmas")
+    asked = next((key for key in keys if config.get(key)), None)
+    return asked and asked.removeprefix("use_").removesuffix("_sigmas")

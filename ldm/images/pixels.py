@@ -33,10 +33,10 @@ def to_tensor(images: Image.Image | Sequence[Image.Image]) -> torch.Tensor:
 
 
 def contact_sheet(images: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Images of one size, side by side, `columns` in each row, with a narrow black gap."""
+    """Images side by side, `columns` in each row, with a narrow black gap; the largest says how far apart."""
     columns = max(1, min(columns, len(images)))
     rows = -(-len(images) // columns)
-    width, height = (side + GRID_GAP for side in images[0].size)
+    width, height = (max(sides) + GRID_GAP for sides in zip(*(image.size for image in images), strict=True))
     sheet = Image.new("RGB", (columns * width + GRID_GAP, rows * height + GRID_GAP))
     for k, image in enumerate(images):
         sheet.paste(image, (GRID_GAP + k % columns * width, GRID_GAP + k // columns * height))

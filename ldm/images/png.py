@@ -1,7 +1,7 @@
-"""PNG files that carry their own request. They appear complete or not at all.
+"""PNGs, and files of other formats, that carry their own request. They appear complete or not at all.
 
-A PNG gets two text chunks: `parameters`, in the form that other tools read, and `ldm`, the whole `Request`
-as JSON, from which the picture can be drawn again.
+Each holds two texts: `parameters`, in the form that other tools read, and `ldm`, the whole `Request` as JSON,
+from which the picture can be drawn again. `ldm.images.formats` says where they lie in each format.
 """
 
 from __future__ import annotations
@@ -15,37 +15,61 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import UserError, abbreviate
 from ldm.files import temporary_file, write_errors
+from ldm.images.formats import CHUNK, PARAMETERS, PNG, Encoding, encode
 from ldm.images.parameters import format_parameters, parse_parameters, split_parameters
-from ldm.images.texts import PARAMETERS, read_texts
+from ldm.images.texts import read_texts
 from ldm.request import Request
 
-CHUNK = "ldm"
 FEW_FILES = 256  # in a folder: to list them for each picture costs nothing
 
 
-def save_png(image: Image.Image, path: Path, request: Request | None = None) -> Path:
-    """Write `path`, replacing what is there, with the request in its text chunks. Raises UserError."""
-    with write_errors(path), _complete_file(image, path, request) as temporary:
+def save_png(
+    image: Image.Image, path: Path, request: Request | None = None, encoding: Encoding = PNG
+) -> Path:
+    """Write `path`, replacing what is there, with the request in its texts. Raises UserError."""
+    with write_errors(path), _complete_file(image, path, request, encoding) as temporary:
         temporary.replace(path)
     return path
 
 
-def save_numbered(image: Image.Image, folder: Path, name: str, request: Request | None = None) -> Path:
+def save_numbered(
+    image: Image.Image,
+    folder: Path,
+    name: str,
+    request: Request | None = None,
+    encoding: Encoding = PNG,
+    like: str | None = None,
+) -> Path:
     """Write the first free of `name % 0`, `name % 1`, ... after the highest in `folder`, never over another.
 
     Several processes may write to one folder: each number goes to one of them. Raises UserError.
+
+    Args:
+        like: which names count for the highest, with * for any text; by default those of this `name`.
     """
-    with write_errors(folder), _complete_file(image, folder / name, request) as temporary:
-        number = _next_number(folder, name)
+    like = like or name
+    with write_errors(folder), _complete_file(image, folder / name, request, encoding) as temporary:
+        number = _next_number(folder, like)
         while not _rename_new(temporary, folder / (name % number)):
             number += 1
-        _remember(folder, name, number)
+        _remember(folder, like, name, number)
     return folder / (name % number)
+
+
+def save_new(
+    image: Image.Image, path: Path, request: Request | None = None, encoding: Encoding = PNG
+) -> Path:
+    """Write `path`, or if that is taken the first free of name-2, name-3, ... Raises UserError."""
+    with write_errors(path), _complete_file(image, path, request, encoding) as temporary:
+        stem, number = path.stem, 1
+        while not _rename_new(temporary, path):
+            number += 1
+            path = path.with_name(f"{stem}-{number}{path.suffix}")
+    return path
 
 
 def read_request(path: str | Path) -> Request:
@@ -109,37 +133,42 @@ def _as_drawn(request: Request) -> Request:
 
 
 @contextlib.contextmanager
-def _complete_file(image: Image.Image, path: Path, request: Request | None) -> Iterator[Path]:
-    """A finished PNG under a temporary name beside `path`; whatever happens, no such name stays."""
-    chunks = PngInfo()
+def _complete_file(
+    image: Image.Image, path: Path, request: Request | None, encoding: Encoding
+) -> Iterator[Path]:
+    """A finished file under a temporary name beside `path`; whatever happens, no such name stays."""
+    texts = {}
     if request is not None:
-        chunks.add_text("parameters", format_parameters(request))
-        chunks.add_text(CHUNK, request.to_json())
+        texts = {PARAMETERS: format_parameters(request), CHUNK: request.to_json()}
     with temporary_file(path) as temporary:
         with temporary.open("wb") as file:
-            image.save(file, format="PNG", pnginfo=chunks)
+            encode(image, file, texts, encoding)
         yield temporary
 
 
-# (folder, name) -> the number that this process wrote there last, and the files it found when it last looked.
-_written: dict[tuple[Path, str], tuple[int, int]] = {}
+# (folder, like) -> the name and number that this process wrote there last, and how many files it found when
+# it last looked.
+_written: dict[tuple[Path, str], tuple[str, int, int]] = {}
 
 
-def _remember(folder: Path, name: str, number: int) -> None:
-    key = (folder.absolute(), name)
-    _written[key] = (number, _written.get(key, (0, 0))[1])
+def _remember(folder: Path, like: str, name: str, number: int) -> None:
+    key = (folder.absolute(), like)
+    _written[key] = (name % number, number, _written[key][2] if key in _written else 0)
 
 
-def _next_number(folder: Path, name: str) -> int:
+def _next_number(folder: Path, like: str) -> int:
     """After the highest; in a folder of many files, which take long to list, after our own last one."""
-    last, files = _written.get((folder.absolute(), name), (0, 0))
-    if files > FEW_FILES and (folder / (name % last)).exists():
-        return last + 1
-    names, shape = os.listdir(folder), re.sub(r"%0\d+d", r"(\\d+)", re.escape(name).replace(r"\%", "%"))
+    key = (folder.absolute(), like)
+    last, number, files = _written.get(key, ("", 0, 0))
+    if files > FEW_FILES and (folder / last).exists():
+        return number + 1
+    before, _, after = re.split(r"(%0\d+d)", like, maxsplit=1)
+    shape = r"(\d+)".join(re.escape(part).replace(r"\*", ".*") for part in (before, after))
+    names = os.listdir(folder)
     found = [int(match[1]) for match in map(re.compile(shape).fullmatch, names) if match]
-    number = max(found, default=-1) + 1
-    _written[folder.absolute(), name] = (number, len(names))
-    return number
+    highest = max(found, default=-1)
+    _written[key] = ("", highest, len(names))
+    return highest + 1
 
 
 def _rename_new(temporary: Path, path: Path) -> bool:

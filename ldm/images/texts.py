@@ -1,4 +1,4 @@
-"""The texts that a picture carries: a PNG's text chunks, and EXIF's user comment in JPEG, WebP and others."""
+"""The texts that a picture carries: a PNG's chunks; EXIF's user comment and XMP in JPEG, WebP and others."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from pathlib import Path
 from PIL import Image
 
 from ldm.errors import UserError, reason
+from ldm.images.formats import CHUNK, EXIF_IFD, PARAMETERS, USER_COMMENT, request_in_xmp
 from ldm.images.opening import formats
 from ldm.images.parameters import split_parameters
 
-PARAMETERS = "parameters"
-_EXIF, _USER_COMMENT = 0x8769, 0x9286
 _ENCODINGS = {b"ASCII\0\0\0": "utf-8", b"\0" * 8: "utf-8", b"JIS\0\0\0\0\0": "euc_jp"}  # `UNICODE\0`: UTF-16
 
 
@@ -26,16 +25,28 @@ def read_texts(path: str | Path) -> dict[str, str]:
             image.load()  # a PNG may have texts after its pixels
             texts = {str(key): str(value) for key, value in getattr(image, "text", {}).items()}
             comments = [] if PARAMETERS in texts else [_user_comment(image), _comment(image)]
+            own = None if CHUNK in texts else request_in_xmp(image.info.get("xmp", b""))
     except Exception as error:  # broken files make decoders raise anything
         raise UserError(f"cannot read {path} as a PNG, JPEG or WebP picture: {reason(error)}") from None
     # Cameras and drawing programs write comments too: without settings they are no `parameters`.
     found = [comment for comment in comments if split_parameters(comment)[2]]
-    return texts | ({PARAMETERS: found[0]} if found else {})
+    return texts | ({PARAMETERS: found[0]} if found else {}) | ({CHUNK: own} if own else {})
+
+
+def read_own(path: Path) -> str | None:
+    """The request's JSON in a picture of ours, by its head alone: no pixel is decoded. None in any other.
+
+    For many files; where a text may lie behind the pixels, `read_texts`.
+    """
+    with contextlib.suppress(Exception), Image.open(path, formats=formats()) as image:
+        own = image.info.get(CHUNK)
+        return str(own) if own else request_in_xmp(image.info.get("xmp", b""))
+    return None
 
 
 def _user_comment(image: Image.Image) -> str:
     with contextlib.suppress(Exception):  # a picture is not to be lost over its broken EXIF block
-        return decode_comment(image.getexif().get_ifd(_EXIF).get(_USER_COMMENT, b""))
+        return decode_comment(image.getexif().get_ifd(EXIF_IFD).get(USER_COMMENT, b""))
     return ""
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from ldm.models.bands import Convolved, Enlarged, Layer, Normed, Pointwise, Stor
 from ldm.models.layers import ResnetBlock
 from ldm.models.vae import VAE, AutoencoderTiny, LatentDist, TinyBlock
 
+T = TypeVar("T")
+
 # Bytes at the peak for each of a VAE's widest features at full size (scripts/measure_vae_memory.py).
 DECODE_BYTES = {2: 10.0, 4: 13.0}  # by those of a number
 ENCODE_BYTES = {2: 8.0, 4: 10.5}
@@ -31,48 +33,36 @@ ENCODE_BYTES = {2: 8.0, 4: 10.5}
 MARGIN = 0.2
 
 
-def decode_bytes(vae: VAE, latents: Tensor) -> float:
-    """What the whole decoder takes at its peak for all latents [B, c, h, w], about."""
-    return _bytes(vae, DECODE_BYTES, len(latents) * latents.shape[2] * latents.shape[3] * vae.downscale**2)
-
-
-def encode_bytes(vae: VAE, images: Tensor) -> float:
-    """What the whole encoder takes at its peak for all images [B, 3, H, W], about."""
-    return _bytes(vae, ENCODE_BYTES, len(images) * images.shape[2] * images.shape[3])
-
-
-def decode(vae: VAE, latents: Tensor, free: int) -> Tensor:
+def decode(vae: VAE, latents: Tensor, free: float) -> Tensor:
     """`vae.decode_latents` in `free` bytes: scaled latents [B, c, h, w] -> images [B, 3, H, W]."""
-    at_once = _at_once(vae, decode_bytes(vae, latents[:1]), free)
-    if at_once:
-        return torch.cat([vae.decode_latents(part) for part in _pieces(latents, at_once)])
-    keep = _keep(latents, free)
-    return torch.cat([decode_bands(vae, part, keep) for part in _pieces(latents, 1)])
+    pixels = latents.shape[2] * latents.shape[3] * vae.downscale**2
+    at_once, keep = _at_once(vae, pixels, DECODE_BYTES, free), _keep(latents, free)
+    return torch.cat(_parts(latents, at_once, vae.decode_latents, partial(decode_bands, vae, keep=keep)))
 
 
-def encode(vae: VAE, images: Tensor, free: int) -> LatentDist:
+def encode(vae: VAE, images: Tensor, free: float) -> LatentDist:
     """`vae.encode` in `free` bytes: [B, 3, H, W] in [-1, 1] -> the Gaussian over unscaled latents."""
-    at_once = _at_once(vae, encode_bytes(vae, images[:1]), free)
-    way: Callable[[Tensor], LatentDist] = vae.encode
-    if not at_once:
-        way = partial(encode_bands, vae, keep=_keep(images, free))
-    parts = [way(part) for part in _pieces(images, at_once or 1)]
+    at_once = _at_once(vae, images.shape[2] * images.shape[3], ENCODE_BYTES, free)
+    parts = _parts(images, at_once, vae.encode, partial(encode_bands, vae, keep=_keep(images, free)))
     return LatentDist(torch.cat([each.mean for each in parts]), torch.cat([each.std for each in parts]))
 
 
-def _pieces(x: Tensor, size: int) -> list[Tensor]:
-    return [x[i : i + size] for i in range(0, len(x), size)]
+def _parts(x: Tensor, at_once: int, whole: Callable[[Tensor], T], by_bands: Callable[[Tensor], T]) -> list[T]:
+    """What becomes of a batch; where a card's memory runs out against all expectation, over bands too."""
+    if at_once:
+        try:
+            return [whole(part) for part in torch.split(x, at_once)]
+        except torch.OutOfMemoryError:
+            pass  # handled below, as an error that is being handled keeps what its frames hold
+    return [by_bands(part) for part in torch.split(x, 1)]
 
 
-def _bytes(vae: VAE, each: dict[int, float], pixels: int) -> float:
-    return each[next(vae.parameters()).element_size()] * vae.full_size_channels * pixels
-
-
-def _at_once(vae: VAE, needed: float, free: int) -> int:
-    """Pictures that the whole network takes at once, each of so many bytes: 0 where not one fits."""
+def _at_once(vae: VAE, pixels: int, bytes_each: dict[int, float], free: float) -> int:
+    """Pictures that the whole network takes at once: 0 where not one fits."""
     if vae.over_bands is not None:
         return 0 if vae.over_bands else 2**62
-    return int(free * (1 - MARGIN) / needed)
+    size = next(vae.parameters()).element_size()
+    return int(free * (1 - MARGIN) / (bytes_each[size] * vae.full_size_channels * pixels))
 
 
 def _keep(x: Tensor, free: float) -> int:

@@ -58,7 +58,6 @@ INSTEAD: Mapping[str, str] = {
     **dict.fromkeys(("enable_freeu", "disable_freeu"), "there is no FreeU: leave it out"),
     **dict.fromkeys(("pag_scale", "pag_adaptive_scale"), "give a guidance function instead: guidance=f"),
     **dict.fromkeys(("callback", "callback_steps"), _CALLBACK),
-    "padding_mask_crop": "cut the picture around the mask before the call, and paste the result after it",
     "max_sequence_length": "prompts of any length are read: leave it out",
     # memory and speed
     **dict.fromkeys(("enable_model_cpu_offload", "enable_sequential_cpu_offload"), _MEMORY),

@@ -17,7 +17,14 @@ from torch import Tensor
 
 from ldm.checkpoint import Parts
 from ldm.checkpoint.save import pipeline_class
-from ldm.diffusion.guidance import CFG, CFGPlusPlus, ClassifierGuidance, Guidance, InstructPix2Pix
+from ldm.diffusion.guidance import (
+    CFG,
+    CFGPlusPlus,
+    ClassifierGuidance,
+    Guidance,
+    InstructPix2Pix,
+    cfg_pp_strength,
+)
 from ldm.diffusion.noise import Seed
 from ldm.diffusion.samplers import SAMPLERS, Sampler, resolve_sampler
 from ldm.diffusion.schedule import Grid
@@ -46,7 +53,7 @@ OWN |= {"variation_seed"}
 
 # An argument of the call that no request keeps -> what of a request means nothing beside it.
 INSTEAD: dict[str, dict[str, Any]] = {
-    "sampler": {"sampler": None, "eta": None},
+    "sampler": {"sampler": None, "eta": None, "sampler_options": None},
     "guidance": {"guidance_scale": None, "guidance_rescale": 0.0, "image_guidance_scale": None},
 }
 
@@ -337,7 +344,8 @@ def guidance_of(request: Request, parts: Parts) -> Guidance:
     if sampler is not None and sampler.cfg_pp:
         if image_scale is not None:
             raise UserError(f"{sampler.name} is not for instruct-pix2pix models: give one without cfg_pp")
-        return CFGPlusPlus(scale, request.guidance_rescale)
+        strength = cfg_pp_strength(scale, request.num_grid_steps or 1)
+        return CFGPlusPlus(strength, request.guidance_rescale)
     if image_scale is None:
         return CFG(scale, request.guidance_rescale)
     return InstructPix2Pix(scale, image_scale, request.guidance_rescale) if image_scale >= 1 else CFG(1.0)

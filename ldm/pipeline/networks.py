@@ -6,9 +6,8 @@ The VAE works on the whole of all pictures where that fits into the free memory,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,10 +18,7 @@ from ldm.diffusion.schedule import Grid
 from ldm.diffusion.tiles import Tiles, Window
 from ldm.models import VAE, LatentClassifier, LatentDist, UNet, vae_bands
 from ldm.models.conditioning import Conditioning
-from ldm.runtime import Finite, finite, in_free_memory, memory_format
-
-T = TypeVar("T")
-FEW, ANY = 2**28, 2**62  # bytes
+from ldm.runtime import Finite, Runtime, finite, memory_format
 
 
 def predict(
@@ -91,27 +87,14 @@ def class_gradient(classifier: LatentClassifier, number: int) -> Gradient:
 
 def encode(vae: VAE, images: Tensor) -> LatentDist:
     """Images [B, 3, H, W] in 0..1 -> the Gaussian over latents that the VAE makes of them, fp32."""
-    mean, std = _in_memory(
-        vae,
-        vae_bands.encode_bytes(vae, images),
-        lambda free: finite(vae, lambda vae: _encode(vae, images * 2 - 1, free), "the VAE's encoder"),
-    )
+    mean, std = finite(vae, lambda vae: _encode(vae, images * 2 - 1), "the VAE's encoder")
     return LatentDist(mean, std).scaled(vae)
 
 
 def decode(vae: VAE, latents: Tensor) -> Tensor:
     """Latents [B, c, h, w], as `encode` gives them -> images [B, 3, H, W] in 0..1, fp32."""
-    (images,) = _in_memory(
-        vae,
-        vae_bands.decode_bytes(vae, latents),
-        lambda free: finite(vae, lambda vae: (_decode(vae, latents, free),), "the VAE's decoder"),
-    )
+    (images,) = finite(vae, lambda vae: (_decode(vae, latents),), "the VAE's decoder")
     return (images / 2 + 0.5).clamp(0, 1)
-
-
-def _in_memory(vae: VAE, needed: float, call: Callable[[int], T]) -> T:
-    """`call` with the bytes that it may use; memory is only looked at where the `needed` are not few."""
-    return call(ANY) if needed < FEW else in_free_memory(_device(vae), call)
 
 
 def _unet(unet: UNet, grid: Grid, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
@@ -136,21 +119,18 @@ def _unet(unet: UNet, grid: Grid, x: Tensor, sigma: Tensor, cond: Conditioning) 
     return out
 
 
-def _encode(vae: VAE, images: Tensor, free: int) -> tuple[Tensor, Tensor]:
+def _encode(vae: VAE, images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation [B, c, h, w], unscaled."""
-    latents = vae_bands.encode(vae, _as_taken(vae, images), free)
+    latents = vae_bands.encode(vae, *_as_taken(vae, images))
     return latents.mean, latents.std
 
 
-def _decode(vae: VAE, latents: Tensor, free: int) -> Tensor:
-    return vae_bands.decode(vae, _as_taken(vae, latents), free)
+def _decode(vae: VAE, latents: Tensor) -> Tensor:
+    return vae_bands.decode(vae, *_as_taken(vae, latents))
 
 
-def _as_taken(vae: VAE, x: Tensor) -> Tensor:
-    """Images or latents where the VAE is, in its dtype and layout."""
-    device = _device(vae)
-    return x.to(device, next(vae.parameters()).dtype, memory_format=memory_format(device))
-
-
-def _device(vae: VAE) -> torch.device:
-    return next(vae.parameters()).device
+def _as_taken(vae: VAE, x: Tensor) -> tuple[Tensor, int]:
+    """Images or latents where the VAE is, in its dtype and layout; the bytes that are free there."""
+    weight = next(vae.parameters())
+    taken = x.to(weight.device, weight.dtype, memory_format=memory_format(weight.device))
+    return taken, Runtime(weight.device, weight.dtype).free_memory

@@ -137,9 +137,11 @@ def test_faults(capsys, flags, says):
     assert says in capsys.readouterr().err
 
 
-def test_a_missing_tag_is_told_before_anything_is_drawn(capsys, tmp_path):
+def test_a_missing_tag_is_told_and_its_line_fails_alone(capsys, tmp_path):
     (tmp_path / "prompts.txt").write_text("a boat\na <lora:absent:1>\n")
     argv = ["--from-file", str(tmp_path / "prompts.txt"), *MODEL, "--outdir", str(tmp_path / "out")]
     assert cli.txt2img(argv) == 2
-    assert "no LoRA absent in loras" in capsys.readouterr().err
-    assert not (tmp_path / "out" / "samples").exists()
+    assert "prompts.txt, line 2: no LoRA absent in loras" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out" / "samples").iterdir()] == ["00000.png"]
+    assert cli.txt2img(["-p", "a <lora:absent:1>", *MODEL, "--outdir", str(tmp_path / "none")]) == 2
+    assert not (tmp_path / "none").exists()

@@ -12,7 +12,7 @@ from PIL import Image
 
 import ldm
 from ldm import cli
-from ldm.cli import draw as drawing
+from ldm.cli import output
 from ldm.images.png import read_request
 from ldm.request import Request
 
@@ -59,7 +59,7 @@ def test_n_rows_is_compvis_n_rows(fake):
 
 
 def test_a_large_run_gets_several_grids(fake, monkeypatch):
-    monkeypatch.setattr(drawing, "GRID_LIMIT", 4)
+    monkeypatch.setattr(output, "GRID_LIMIT", 4)
     assert cli.txt2img(["-p", "a", "--n_samples", "2", "--n_iter", "3", "--outdir", "o", "--skip_save"]) == 0
     assert files("o") == ["grid-0000.png", "grid-0001.png"]
 

@@ -81,7 +81,7 @@ def test_underscores_change_only_in_names_of_flags():
 
 def test_defaults():
     args = parsed("-p", "a")
-    assert (args.seed, args.n_iter, args.n_samples) == (42, 1, 1)
+    assert (args.seed, args.n_iter, args.n_samples) == (None, 1, 1)
     assert args.outdir == Path("outputs/txt2img-samples")
 
 

@@ -48,8 +48,8 @@ def write(text, chunk="parameters", path="a.png"):
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
-        ("Sampler", "DPM++ 3M SDE"),
-        ("Schedule type", "Polyexponential"),
+        ("Sampler", "SEEDS 3"),
+        ("Schedule type", "Bong tangent"),
         ("Size", "500x333"),
         ("Seed", "-1"),
         ("Clip skip", "two"),

@@ -92,10 +92,10 @@ def test_own_guidance():
 
 
 def test_cfg_plus_plus_renoises_with_the_unconditional_branch():
-    """Chung et al. 2024, algorithm 2, in sigma space: a scale of 12.5 is their lambda = 1."""
+    """Chung et al. 2024, algorithm 2, in sigma space."""
     outputs = {"uncond": 0.2 * X, "cond": 0.5 * X - 1}
     branches = lambda x, sigma, names: {name: outputs[name] for name in names}  # noqa: E731
-    denoise = CFGPlusPlus(7.5)(branches, lambda output, x, sigma: x - sigma * output)
+    denoise = CFGPlusPlus(0.6)(branches, lambda output, x, sigma: x - sigma * output)
     sigmas = torch.tensor([4.0, 1.0], dtype=torch.float64)
     (step,) = SAMPLERS["euler_cfg_pp"].solver(denoise, X, sigmas, None)
     eps = outputs["uncond"] + 0.6 * (outputs["cond"] - outputs["uncond"])

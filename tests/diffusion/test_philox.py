@@ -96,3 +96,17 @@ def test_a_brownian_path_is_of_the_seed():
     paths = [BrownianNoise([Seed(seed, gpu=True)])(like, 2.0, 1.0) for seed in (3, 3, 4)]
     assert torch.equal(paths[0], paths[1])
     assert not torch.equal(paths[0], paths[2])
+
+
+def test_a_varied_path_goes_from_one_seeds_to_the_others():
+    def paths(seed):
+        noise = BrownianNoise([seed])
+        noise.first((4, 32, 32))
+        return noise(torch.zeros(1, 4, 32, 32), 2.0, 1.0)
+
+    own, other = paths(3), paths(8)
+    torch.testing.assert_close(paths(Seed(3, variation=8, share=0.0)), own)
+    torch.testing.assert_close(paths(Seed(3, variation=8, share=1.0)), other)
+    half = paths(Seed(3, variation=8, share=0.5))
+    torch.testing.assert_close(half, (own + other) / 2**0.5)
+    assert abs(float(half.std()) - 1) < 0.05

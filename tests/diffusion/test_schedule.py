@@ -129,6 +129,8 @@ def test_default_spacing_is_the_configs_then_the_samplers(schedule, zero_snr):
         {"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True, **SD}
     )
     assert karras.sigma_spacing == "karras"
+    lu = Schedule.from_config({"_class_name": "DPMSolverMultistepScheduler", "use_lu_lambdas": True, **SD})
+    assert lu.spacing_for(SAMPLERS["dpmpp_2m"]) == "lu_lambdas"
     assert torch.equal(karras.grid(9, sampler="dpmpp_2m").sigmas, karras.grid(9, "Karras", "dpmpp_2m").sigmas)
 
 
@@ -246,6 +248,9 @@ CONFIGS = {
     "DPMSolverSinglestepScheduler": ("dpmpp_2s", 0.02),
     "DPMSolverSDEScheduler": ("dpmpp_sde", 0.012),
     "UniPCMultistepScheduler": ("unipc", 0.02),
+    "KDPM2DiscreteScheduler": ("dpm2", 0.012),
+    "KDPM2AncestralDiscreteScheduler": ("dpm2_a", 0.012),
+    "TCDScheduler": ("tcd", 0.012),
     "DDIMParallelScheduler": ("ddim", 0.02),
     "DDPMParallelScheduler": ("ddpm", 0.02),
     "LCMScheduler": ("lcm", 0.012),
@@ -283,7 +288,6 @@ REFUSED = [
     ({"variance_type": "learned"}, "variance_type='learned'"),
     ({"solver_order": 3}, "solver_order=3"),
     ({"algorithm_type": "dpmsolver"}, "algorithm_type='dpmsolver'"),
-    ({"use_lu_lambdas": True}, "use_lu_lambdas=True"),
     ({"use_flow_sigmas": True}, "use_flow_sigmas=True"),
     ({"timestep_spacing": "wide"}, "timestep_spacing='wide'"),
     ({"final_sigmas_type": "one"}, "final_sigmas_type='one'"),

@@ -150,25 +150,14 @@ def test_lu_lambdas_are_diffusers(schedule, n):
 GITS_LEVELS = {  # as published, for the coefficient 1.2; the last is where they end
     2: [14.61464119, 0.803307],
     5: [14.61464119, 2.84484982, 1.24153244, 0.59516323, 0.25053367],
-    10: [
-        14.61464119,
-        5.85520077,
-        2.84484982,
-        1.67050016,
-        1.08895338,
-        0.74807048,
-        0.50118381,
-        0.32104823,
-        0.19894916,
-        0.09824532,
-    ],
+    8: [14.61464119, 5.85520077, 2.45070267, 1.36964464, 0.803307, 0.45573691, 0.25053367, 0.09824532],
 }
 
 
 @pytest.mark.parametrize("n", GITS_LEVELS)
 def test_gits(schedule, n):
     got = schedule.grid(n, "gits", "euler").sigmas
-    assert got[:-1].tolist() == pytest.approx(GITS_LEVELS[n], rel=1e-5)
+    assert got[:-1].tolist() == pytest.approx(GITS_LEVELS[n], rel=1e-4)
     assert got[-1] == 0
 
 

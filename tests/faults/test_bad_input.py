@@ -115,8 +115,10 @@ def test_output_that_cannot_be_written(capsys, no_model):
     assert "cannot write to file" in fails(capsys, [*prompt, "--outdir", "file"])
     assert "cannot write to file/below" in fails(capsys, [*prompt, "--outdir", "file/below"])
     assert "cannot write to file" in fails(capsys, [*prompt, "--output", "file/a.png"])
-    assert "must name a .png file" in fails(capsys, [*prompt, "--output", "folder.png"])
-    assert "must name a .png file" in fails(capsys, [*prompt, "--output", "a.jpg"])
+    assert "folder.png must name a file, and is a folder" in fails(capsys, [*prompt, "-o", "folder.png"])
+    assert "a.gif must name a .png, .jpg, .jpeg, .webp or .avif file" in fails(
+        capsys, [*prompt, "-o", "a.gif"]
+    )
     assert "names one file, but 2 pictures" in fails(capsys, [*prompt, "-o", "a.png", "--n_samples", "2"])
 
 

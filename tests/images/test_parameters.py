@@ -58,8 +58,8 @@ def test_a_value_with_one_mark_alone_is_quoted(model):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ("Sampler: DPM++ 3M SDE", "unknown sampler 'DPM[+][+] 3M SDE'"),
-        ("Schedule type: Polyexponential", "unknown spacing 'Polyexponential'"),
+        ("Sampler: SEEDS 3", "unknown sampler 'SEEDS 3'"),
+        ("Schedule type: Bong tangent", "unknown spacing 'Bong tangent'"),
         ("Size: 500x333", "width '500' is not allowed"),
         ("Seed: -1", "seeds '-1' is not allowed"),
         ("Clip skip: two", "clip_skip 'two' is not allowed"),

@@ -114,13 +114,25 @@ def test_about_one_map_is_held(monkeypatch):
 def test_as_much_at_once_as_fits(monkeypatch, over_bands):
     vae, asked = randomise_(build(CONFIGS["kl-f8"])), []
     vae.over_bands = over_bands
-    monkeypatch.setattr(vae_bands, "decode_bands", lambda vae, x, keep: asked.append("bands") or x[:, :3])
+    monkeypatch.setattr(vae_bands, "decode_bands", lambda vae, x, keep=0: asked.append("bands") or x[:, :3])
     monkeypatch.setattr(vae, "decode_latents", lambda x: asked.append(len(x)) or x[:, :3])
     one = vae_bands.DECODE_BYTES[4] * 32 * 64 * 64 / (1 - vae_bands.MARGIN)
     for free in (5 * one, 2.5 * one, 0.9 * one):
         assert vae_bands.decode(vae, torch.zeros(3, 4, 8, 8), free).shape[0] == 3
     automatic = [3, 2, 1, "bands", "bands", "bands"]
     assert asked == {None: automatic, True: ["bands"] * 9, False: [3, 3, 3]}[over_bands]
+
+
+@torch.no_grad()
+def test_a_card_that_runs_out_of_memory_nevertheless_goes_over_bands(monkeypatch):
+    vae, latents = randomise_(build(CONFIGS["kl-f8"])), torch.randn(2, 4, 4, 4)
+    expected = vae.decode_latents(latents)
+
+    def full(latents):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(vae, "decode_latents", full)
+    assert relative_error(vae_bands.decode(vae, latents, 2.0**40), expected) < 1e-5
 
 
 @pytest.mark.filterwarnings("ignore:the VAE's")
