@@ -77,7 +77,7 @@ def check(request: Request, has_image: bool, has_mask: bool, parts: Parts) -> No
         raise UserError("this model draws what a mask covers: give one (mask_image, --mask)")
     begins = has_image and kind in (Kind.TEXT, Kind.INPAINT)  # with it
     two_encoders = parts.text_encoder is not None and parts.text_encoder_2 is not None
-    sizes = [name for name in Request.model_fields if name.endswith(("_size", "_top_left"))]
+    sizes = [name for name in Request.model_fields if name.endswith(("l_size", "t_size", "_top_left"))]
     rules = [
         (has_image and kind is Kind.TEXT, "text-to-image models, with an image,", ["target_prompt"]),
         (begins, "text-to-image and inpainting models, with an image,", ["mask_image", "extend"]),
