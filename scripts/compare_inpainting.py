@@ -24,6 +24,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--sampler", default="dpmpp_2m_sde")
     parser.add_argument("--scale", type=float, default=2.5, help="guidance scale")
+    parser.add_argument(
+        "--controls", action="store_true", help="put back with larger masks, and unhidden, too"
+    )
     parser.add_argument("--out", type=Path, help="write the figures here, as JSON")
     parser.add_argument("--sheet", type=Path, help="write pictures here: source, mask, put back, trained")
     with reported():
@@ -41,7 +44,7 @@ def _compare(args: argparse.Namespace) -> None:
     size, cases, figures = picture_size(pipes["put back"]), {}, {}
     for kind in inpainting.KINDS:
         case = inpainting.make_case(kind, args.n, size)
-        ways = inpainting.fill(pipes, case, settings)
+        ways = inpainting.fill(pipes, case, settings, args.controls)
         found = inpainting.measure_filling(scorer, case, ways)
         print(f"{kind}, {len(case.prompts)} pictures", inpainting.HEADER, sep="\n\n")
         print(*(f"| {name} {row}" for name, row in found.items()), "", sep="\n")

@@ -222,20 +222,23 @@ def measure_filling(scorer: Scorer, case: Case, ways: Mapping[str, Images]) -> d
     return found
 
 
-def fill(pipes: Mapping[str, Pipeline], case: Case, settings: Settings) -> dict[str, Images]:
+def fill(
+    pipes: Mapping[str, Pipeline], case: Case, settings: Settings, controls: bool = False
+) -> dict[str, Images]:
     """The case filled by each model, and by the first one's autoencoder alone: none can fill better.
 
-    By the first also with masks a cell of its latents larger, so that what it keeps is not made of what is
-    beneath; and with the picture itself beneath, to see what that gives away. Picture i has one seed in all.
+    Picture i has one seed in all. `controls`: by the first also with masks a cell of its latents larger, so
+    that what it keeps is not made of what is beneath; and with the picture itself beneath, to see what that
+    gives away.
     """
     first, *others = pipes
     larger = maximum_filter(case.masks, (1, *(2 * pipes[first].vae.downscale + 1,) * 2))
-    given = {
-        first: (pipes[first], case.shown, case.masks),
-        f"{first}, the mask a cell larger": (pipes[first], case.shown, larger),
-        **{name: (pipes[name], case.shown, case.masks) for name in others},
-        f"{first}, the picture itself beneath": (pipes[first], case.sources, case.masks),
-    }
+    given = {name: (pipes[name], case.shown, case.masks) for name in (first, *others)}
+    if controls:
+        given |= {
+            f"{first}, the mask a cell larger": (pipes[first], case.shown, larger),
+            f"{first}, the picture itself beneath": (pipes[first], case.sources, case.masks),
+        }
     ways = {}
     with Progress(console=Console(stderr=True)) as progress:
         for name, (pipe, images, masks) in given.items():
@@ -250,10 +253,10 @@ def _advance(progress: Progress, task: TaskID, done: int) -> None:
 
 
 def sheet(cases: Mapping[str, tuple[Case, Mapping[str, Images]]], each: int = 4) -> Image.Image:
-    """Source, mask and the first three ways' pictures side by side, `each` of a kind, two groups in a row."""
+    """Source, mask and the first two ways' pictures side by side, `each` of a kind, two groups in a row."""
     shown = []
     for case, ways in cases.values():
         hidden = np.where(case.masks[..., None], np.uint8(128), case.sources)
-        stacks = [case.sources, hidden, *list(ways.values())[:3]]
+        stacks = [case.sources, hidden, *list(ways.values())[:2]]
         shown += [stack[i] for i in range(min(each, len(case.sources))) for stack in stacks]
-    return contact_sheet([Image.fromarray(image) for image in shown], columns=10)
+    return contact_sheet([Image.fromarray(image) for image in shown], columns=8)
