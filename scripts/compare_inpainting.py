@@ -24,9 +24,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--sampler", default="dpmpp_2m_sde")
     parser.add_argument("--scale", type=float, default=2.5, help="guidance scale")
-    parser.add_argument(
-        "--controls", action="store_true", help="put back with larger masks, and unhidden, too"
-    )
+    parser.add_argument("--controls", action="store_true", help="with other masks and pictures, too")
     parser.add_argument("--out", type=Path, help="write the figures here, as JSON")
     parser.add_argument("--sheet", type=Path, help="write pictures here: source, mask, put back, trained")
     with reported():
