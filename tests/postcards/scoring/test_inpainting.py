@@ -181,7 +181,7 @@ def test_the_command_writes_table_and_sheet(models, scorer, tmp_path, monkeypatc
     trained = figures["half"]["trained on masks"]
     assert f"| trained on masks | {Mean(**trained['border'])} |" in capsys.readouterr().out
     with Image.open(picture) as sheet:
-        assert sheet.size == (10 * (16 + 2) + 2, 3 * (16 + 2) + 2)
+        assert sheet.size == (8 * (16 + 2) + 2, 3 * (16 + 2) + 2)
 
 
 def test_too_few_pictures_are_told():
