@@ -102,7 +102,7 @@ def gradients(model):
     return {n.removeprefix(prefix): p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-def check_gradients(ours, theirs, tolerance=1e-5):
+def check_gradients(ours, theirs, tolerance=2e-5):  # fp32 sums in another order: 1.2e-5 with AVX2
     """Of each tensor's largest; some, as those of keys' biases, are 0 but for rounding."""
     ours, theirs = gradients(ours), gradients(theirs)
     assert ours.keys() == theirs.keys()
