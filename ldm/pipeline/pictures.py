@@ -81,8 +81,10 @@ def ready(
     """The image extended, and the mask as the request wants it. Raises UserError where there is none."""
     if isinstance(image, tuple) or isinstance(mask, tuple):
         raise UserError("a call extends one picture, or changes one mask: give the others to other calls")
-    if image is None or (mask is None and request.extend is None):
-        raise UserError(f"{request.changes_mask} is about a mask: give one (--mask), and its image")
+    if image is None:
+        raise UserError(f"{request.changes_mask} is about a picture: give one (image, --init-image)")
+    if mask is None and request.extend is None:
+        raise UserError(f"{request.changes_mask} is about a mask: give one (mask_image, --mask)")
     picture, covered = as_image(image, "RGB"), None if mask is None else as_image(mask, "L")
     if request.extend is not None:
         picture, covered = extended(picture, covered, request.extend)

@@ -102,9 +102,9 @@ def test_only_masked_is_drawn_at_the_models_own_size(models):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"mask_blur": 2.0}, "mask_blur is about a mask"),
+        ({"mask_blur": 2.0}, "mask_blur is about a picture"),
         ({"image": picture(), "mask_grow": 2}, "mask_grow is about a mask"),
-        ({"extend": (8, 0, 0, 0)}, "extend is about a mask"),
+        ({"extend": (8, 0, 0, 0)}, "extend is about a picture"),
         ({"image": picture(), "extend": (3, 0, 0, 0)}, "19 x 16 pixels.* the nearest is 16 x 16"),
         ({"image": picture(), "mask_image": Image.new("L", (16, 16))}, "the mask covers nothing"),
         ({"image": picture(), "mask_image": mask(), "mask_grow": -9}, "the mask covers nothing"),
