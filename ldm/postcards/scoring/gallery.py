@@ -14,8 +14,9 @@ PAGE = """# Gallery
 {count} prompts written by hand, each drawn with the seeds {seeds}. None was picked, none left out:
 `python scripts/draw_gallery.py` draws them again.
 
-What can be done beside a prompt is drawn once each, with its command: [from pictures, masks, noise](pictures.md),
-[more pixels](more_pixels.md), [marks in prompts](prompts.md), [plots](outputs.md), [edits and classifiers](theory.md).
+What can be done beside a prompt is drawn once each, with its command:
+[from pictures, masks, noise](pictures.md), [more pixels](more_pixels.md), [marks in prompts](prompts.md),
+[plots](outputs.md), [edits and classifiers](theory.md).
 
 | Prompt | |
 |---|---|
