@@ -60,6 +60,10 @@ def resolve(model: Model, request: Request, images: Images) -> Request:
     if model.refiner is not None or request.refining or request.refiner_switch_at is not None:
         request = _refined(model.refiner, request, images.mask is not None)
     if model.upscaler is not None:
+        if request.padding_mask_crop is not None:
+            raise UserError(
+                "padding_mask_crop is not allowed beside an upscaler: enlarge the finished picture"
+            )
         return request.replace(upscaling=_upscaling(model.upscaler, request))
     if request.upscaling is not None:
         raise UserError("upscaling is not allowed here: give an upscaler (with_upscaler, --upscaler)")

@@ -122,6 +122,13 @@ def test_bad_input_is_told(models, given, message):
         models("sd1")(**COMMON, **given, seed=1)
 
 
+def test_a_part_that_is_put_back_is_not_enlarged(models):
+    pipe = models("sd1").with_upscaler(models("upscaler"))
+    given = {"image": picture(), "mask_image": mask(), "padding_mask_crop": 2, "height": 16, "width": 16}
+    with pytest.raises(ldm.UserError, match="padding_mask_crop is not allowed beside an upscaler"):
+        pipe(**COMMON, **given, seed=1)
+
+
 def test_a_soft_mask_is_for_models_that_know_of_none(models):
     given = {"image": picture(), "mask_image": mask(), "soft_mask": True}
     with pytest.raises(ldm.UserError, match="soft_mask is not allowed here"):
