@@ -10,7 +10,7 @@ import math
 
 from ldm.errors import UserError
 from ldm.fields import MAX_SIDE
-from ldm.request import NOTED, Request
+from ldm.request import NOTED, OF_MASKS, Request
 
 HIRES_SCALE = 2.0
 HIRES_STRENGTH = 0.7  # as in A1111
@@ -31,8 +31,7 @@ OWN = ("height", "width", "strength", *TOGETHER["timesteps"], "timesteps", "samp
 FIRST_ONLY = (
     *("image", "image_sha256", "mask_image", "mask_image_sha256", "target_prompt", "upscaling", "not_kept"),
     *("hires", "hires_scale", "hires_upscaler", "hires_upscaler_sha256", "denoising_start", "denoising_end"),
-    *("refiner_switch_at", "refining", "extend", "mask_invert", "mask_grow", "mask_blur", "soft_mask"),
-    *("mask_fill", "padding_mask_crop"),
+    *("refiner_switch_at", "refining", *OF_MASKS),
 )
 # What a refiner draws as the first model does.
 REFINED = (

@@ -224,7 +224,7 @@ class Request(Checked):
     @property
     def changes_mask(self) -> str | None:
         """The first field that says what is done to a mask, or to the picture beneath it; None if none is."""
-        return next((name for name in _OF_MASKS if getattr(self, name) not in (None, False)), None)
+        return next((name for name in OF_MASKS if getattr(self, name) not in (None, False)), None)
 
     @property
     def grammar(self) -> Grammar:
@@ -377,7 +377,7 @@ class Request(Checked):
         return levels
 
 
-_OF_MASKS = ("extend", "mask_invert", "mask_grow", "mask_blur", "soft_mask", "mask_fill", "padding_mask_crop")
+OF_MASKS = ("extend", "mask_invert", "mask_grow", "mask_blur", "soft_mask", "mask_fill", "padding_mask_crop")
 PROMPTS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "target_prompt")
 
 

@@ -75,8 +75,9 @@ def _over_folder(request: Request) -> list[Request]:
 
 def pictures_in(folder: Path) -> list[Path]:
     """The pictures of a folder, by name. Raises UserError if it has none."""
-    suffixes = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".ppm"}
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes and path.is_file())
+    from ldm.dataset.picture import SUFFIX
+
+    found = sorted(path for path in folder.iterdir() if SUFFIX.fullmatch(path.suffix) and path.is_file())
     if not found:
         raise UserError(f"no pictures in {folder}: give one, or a folder that has some")
     return found
@@ -85,6 +86,7 @@ def pictures_in(folder: Path) -> list[Path]:
 def chosen(requests: Sequence[Request], wildcards: str | None) -> list[Request]:
     """For prompts that are templates a request for each seed, with what it chooses. Raises UserError."""
     from ldm.prompts.wildcards import expand
+    from ldm.request import PROMPTS
 
     if wildcards is None:
         return list(requests)
@@ -93,7 +95,7 @@ def chosen(requests: Sequence[Request], wildcards: str | None) -> list[Request]:
             seeds=(seed,),
             **{
                 name: expand(text, seed, wildcards or None)
-                for name in ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "target_prompt")
+                for name in PROMPTS
                 if (text := getattr(request, name)) is not None
             },
         )
@@ -102,8 +104,9 @@ def chosen(requests: Sequence[Request], wildcards: str | None) -> list[Request]:
     ]
 
 
-def varied(request: Request, count: int) -> list[Request]:
-    """`count` pictures of one seed, whose noise is turned towards those of consecutive variation seeds."""
+def varied(request: Request) -> list[Request]:
+    """With a variation a request for each picture: the first seed, and consecutive variation seeds."""
     if not request.variation_strength or request.variation_seed is None:
-        raise ValueError("this request has no variation")
-    return [request.replace(variation_seed=request.variation_seed + k) for k in range(count)]
+        return [request]
+    one, first = request.replace(seeds=request.seeds[:1]), request.variation_seed
+    return [one.replace(variation_seed=first + k) for k in range(len(request.seeds))]

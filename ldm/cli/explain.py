@@ -24,8 +24,7 @@ def explain(job: Job) -> Iterator[str]:
             if request.scripts[0].changes or request.scripts[1].changes:
                 span = list(same)
                 yield f"steps {span[0] + 1} to {span[-1] + 1} of {steps}"
-            columns = texts.columns[: len(clips)] if len(clips) > 1 else texts.columns[:1]
-            for number, (clip, column) in enumerate(zip(clips, columns, strict=False), start=1):
+            for number, (clip, column) in enumerate(zip(clips, texts.columns, strict=False), start=1):
                 if len(clips) > 1:
                     yield f" text encoder {number}"
                 for k, text in enumerate(column):

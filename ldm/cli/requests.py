@@ -99,9 +99,8 @@ def in_cells(
     from ldm.request import Request
 
     if plot is None:
-        one = Request(**fields)
-        every = varied(one.replace(seeds=one.seeds[:1]), len(one.seeds)) if one.variation_strength else [one]
-        return [Asked(request, line) for request in over_folders(chosen(every, wildcards))]
+        every = chosen(varied(Request(**fields)), wildcards)
+        return [Asked(request, line) for request in over_folders(every)]
     if fields["image"] is not None and Path(fields["image"]).is_dir():
         raise UserError(f"--plot draws from one picture, and {fields['image']} is a folder: give a file")
     if len(fields["seeds"]) > 1:

@@ -25,7 +25,7 @@ from ldm.models import LatentDist
 from ldm.models.conditioning import Conditioning
 from ldm.pipeline.inputs import Inputs
 from ldm.pipeline.start import Beginning, FromNoise
-from ldm.request import Request
+from ldm.request import OF_MASKS, Request
 
 SAMPLER = "ddim"  # whose levels an edit goes over, by BDIA's steps
 STRENGTH = 0.8
@@ -34,7 +34,7 @@ STEPS = 20  # at least, by default: a model's own few are those of a sampler tha
 HIDDEN = 1000.0
 # What a call may give and an edit has no use for, by the names of the call's arguments.
 UNUSED = ("prompt_embeds", "negative_prompt_embeds", "latents", "sampler")
-UNUSED_FIELDS = ("extend", "mask_blur", "soft_mask", "mask_fill", "padding_mask_crop")
+UNUSED_FIELDS = tuple(name for name in OF_MASKS if name not in ("mask_invert", "mask_grow"))
 
 
 @dataclass(frozen=True, eq=False)
