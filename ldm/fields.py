@@ -13,6 +13,7 @@ from ldm.errors import UserError
 from ldm.prompts.grammar import Grammar
 
 MAX_SIDE = 4096
+MAP_BYTES = 512  # of a pixel: 256 features, the most that Stable Diffusion's VAE has at full size, in 16 bits
 MAX_STEPS = 1000
 MAX_SEED = 2**63 - 1
 
@@ -100,7 +101,7 @@ def explain(model: type[BaseModel], error: ValidationError) -> str:
         elif name not in model.model_fields:
             lines.setdefault(name, f"{name} is not a field of a {model.__name__}")
         else:
-            allowed = (_allowed(model, name) or fault["msg"]) + _nearest(fault)
+            allowed = (_allowed(model, name) or fault["msg"]) + _nearest(fault) + _too_large(fault)
             lines.setdefault(name, f"{name} {short(fault['input'])} is not allowed: it must be {allowed}")
     return "; ".join(lines.values())
 
@@ -112,6 +113,15 @@ def _nearest(fault: Mapping[str, Any]) -> str:
         return ""
     below = fault["input"] // unit * unit
     return f" (the nearest are {below} and {below + unit})"
+
+
+def _too_large(fault: Mapping[str, Any]) -> str:
+    """What a picture of such a side would take."""
+    side = fault["input"]
+    if fault.get("ctx", {}).get("le") != MAX_SIDE or not isinstance(side, int):
+        return ""
+    gib = side * side * MAP_BYTES / 2**30
+    return f" (at {side} x {side} one feature map of Stable Diffusion's VAE takes {gib:,.0f} GiB in 16 bits)"
 
 
 def _allowed(model: type[BaseModel], name: str) -> str:

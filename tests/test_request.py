@@ -158,7 +158,11 @@ SEEDS = r"it must be at least one seed, each from 0 to 2\*\*63 - 1"
         ({"height": 100}, f"height 100 is not allowed: {SIDE}"),
         ({"height": 0}, f"height 0 is not allowed: {SIDE}"),
         ({"width": -8}, f"width -8 is not allowed: {SIDE}"),
-        ({"width": 4104}, f"width 4104 is not allowed: {SIDE}"),
+        (
+            {"width": 4104},
+            rf"width 4104 is not allowed: {SIDE} \(at 4104 x 4104 one .* takes 8 GiB in 16 bits",
+        ),
+        ({"width": 65536}, "at 65536 x 65536 one feature map of Stable Diffusion's VAE takes 2,048 GiB"),
         ({"num_inference_steps": 0}, "num_inference_steps 0 is not allowed: it must be a whole number"),
         ({"num_inference_steps": 1001}, "num_inference_steps 1001 is not allowed"),
         ({"num_inference_steps": 2.5}, "num_inference_steps 2.5 is not allowed"),

@@ -1,5 +1,7 @@
 """SDXL's two models in one run, against diffusers' two pipelines of the same tiny random weights."""
 
+import threading
+
 import pytest
 import torch
 
@@ -56,6 +58,18 @@ def test_a_batch_is_as_each_alone(both):
         assert gap(batch[k : k + 1], both(text, seed=1 + k, **asked).images) < 1e-4
     again = both(["sea", "a boat"], seed=1, num_images_per_prompt=2, **asked).images
     assert torch.equal(batch, again)
+
+
+def test_threads_draw_as_one_after_the_other(both):
+    asked, drawn = {"output_type": "pt", **STEPS}, {}
+    alone = [both("sea", seed=k, **asked).images for k in range(3)]
+    threads = [
+        threading.Thread(target=lambda k=k: drawn.update({k: both("sea", seed=k, **asked).images}))
+        for k in range(3)
+    ]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert all(torch.equal(drawn[k], alone[k]) for k in range(3))
 
 
 def test_a_second_pass_follows_the_refiner(models, both):
