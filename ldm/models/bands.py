@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.models.convolution import imitates
+from ldm.models.convolution import drawn, imitates
 
 BAND_BYTES = 8 << 20  # of one layer's rows in fp32
 # Bands of a stored map that are one block of memory: large ones go back to the system when they are freed,
@@ -209,11 +209,13 @@ class Convolved(Layer):
 
     def _convolve(self, start: int, stop: int) -> Tensor:
         x = self._padded(start * self.stride, (stop - 1) * self.stride + self.kernel)
-        weight, bias = self.conv.weight, self.conv.bias
+        weight, bias, stride = self.conv.weight, self.conv.bias, (self.stride, self.stride)
         if not imitates(x):
-            return F.conv2d(x, weight, bias, self.stride)
-        out = F.conv2d(x.float(), weight.float(), None if bias is None else bias.float(), self.stride)
-        return out.to(x.dtype)
+            out = drawn(x, weight, bias, stride, (0, 0)) if x.dtype is weight.dtype else None
+            return F.conv2d(x, weight, bias, stride) if out is None else out
+        wide, bias = x.float(), None if bias is None else bias.float()
+        out = drawn(wide, weight, bias, stride, (0, 0))
+        return (F.conv2d(wide, weight.float(), bias, stride) if out is None else out).to(x.dtype)
 
     def _padded(self, start: int, stop: int) -> Tensor:
         """Rows of the map with what lies around it."""
