@@ -11,7 +11,7 @@ from torch import Tensor
 from ldm.kernels.build import library
 
 # Tiles that are convolved together: their numbers, 36 for each channel and tile, stay in the caches.
-TILE_NUMBERS = 36 * 48 * 640
+TILE_NUMBERS = 36 * 96 * 640
 TILE = 4  # pixels of a tile's side, of what it gives
 
 
