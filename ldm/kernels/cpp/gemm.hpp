@@ -8,7 +8,7 @@
 
 #include "simd.hpp"
 
-constexpr int KC = 256;  // a panel's rows in a round: KC x NR numbers stay in the first cache
+constexpr int KC = 320;  // a panel's rows in a round: KC x NR numbers stay in the first cache
 
 static inline size_t panels(size_t n) { return (n + NR - 1) / NR; }
 
