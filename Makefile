@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROMPT ?= a red sailboat on a calm sea at sunset
 
-.PHONY: picture test test-all lint types floors clean
+.PHONY: picture test test-all bench lint types floors clean
 
 # torch first and pinned: a bare `torch` would fetch gigabytes of CUDA.
 $(BIN)/python:
@@ -26,6 +26,15 @@ test: $(VENV)/.test
 
 test-all: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 -m ""
+
+$(VENV)/.bench: setup.cfg constraints.txt | $(BIN)/python
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[test,bench]'
+	@touch $@ $(VENV)/.test $(VENV)/.picture
+
+# `make bench BENCH=` measures all that there is, which takes hours.
+BENCH ?= --quick
+bench: $(VENV)/.bench
+	$(BIN)/python scripts/bench.py $(BENCH)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

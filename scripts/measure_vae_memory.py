@@ -45,7 +45,7 @@ def main() -> None:
 def measure(what: str, dtype: str, size: str, memory: str) -> dict[str, object]:
     """What one call takes, in MiB and seconds."""
     import torch
-    from bench_common import resident
+    from benchmark.memory import resident
 
     from ldm.models import AutoencoderKL, vae_bands
     from ldm.runtime import choose

@@ -78,7 +78,7 @@ def histogram(values: Sequence[float], along: str, label: str) -> str:
 
 @dataclass(frozen=True)
 class Bar:
-    """A share with its interval, all in 0..1. name: HTML."""
+    """A share with its interval, all in 0..1, or a ratio. name: HTML."""
 
     name: str
     value: float
@@ -88,7 +88,17 @@ class Bar:
 
 def shares(bars: Sequence[Bar], label: str) -> str:
     """A horizontal bar from 0 to 1 for each, with a whisker for its interval. label: HTML."""
-    axis, bottom = Axis(0, 1, (0, 0.2, 0.4, 0.6, 0.8, 1)), TOP + ROW * len(bars)
+    return _bars(bars, Axis(0, 1, (0, 0.2, 0.4, 0.6, 0.8, 1)), label)
+
+
+def ratios(bars: Sequence[Bar], label: str) -> str:
+    """The same of numbers from 0 up, with a line where they are equal to 1."""
+    axis = value_axis([0, 1, *(bar.high for bar in bars)], log=False)
+    return _bars(bars, axis, label, marked=1)
+
+
+def _bars(bars: Sequence[Bar], axis: Axis, label: str, marked: float | None = None) -> str:
+    bottom = TOP + ROW * len(bars)
     drawn = []
     for tick in axis.ticks:
         x = _x(axis, tick, NAMES)
@@ -100,6 +110,8 @@ def shares(bars: Sequence[Bar], label: str) -> str:
         drawn.append(_text(NAMES - 8, y + 4, "end", bar.name))
         drawn.append(_box(NAMES, y - 7, value - NAMES, 14))
         drawn.append(f'<path d="M{low:.2f},{y}H{high:.2f}" stroke="currentColor" stroke-width="2"/>')
+    if marked is not None:
+        drawn.append(f'<path d="M{_x(axis, marked, NAMES):.2f},{TOP}V{bottom}" stroke="currentColor"/>')
     return _svg(drawn, label, bottom + 28)
 
 

@@ -10,7 +10,7 @@ from broken_pictures import scene
 from PIL import Image
 from read_page import SVG, Page
 
-from ldm.evaluate.chart import BOTTOM, LEFT, NAMES, RIGHT, TOP, Bar, histogram, shares
+from ldm.evaluate.chart import BOTTOM, LEFT, NAMES, RIGHT, TOP, Bar, histogram, ratios, shares
 from ldm.evaluate.figures import Figure, Found, rate_figure
 from ldm.evaluate.overview import SHOWN, write_overview
 from ldm.evaluate.report import rate
@@ -41,6 +41,14 @@ def test_bars_reach_to_their_shares():
     whiskers = [p.get("d") for p in svg.iter(f"{SVG}path") if p.get("stroke-width")]
     x, end = map(float, re.fullmatch(r"M([\d.]+),[\d.]+H([\d.]+)", whiskers[0]).groups())
     assert (x, end) == pytest.approx((NAMES + (RIGHT - NAMES) / 4, RIGHT), abs=0.01)
+
+
+def test_ratios_may_be_above_one_where_a_line_is():
+    svg = ElementTree.fromstring(ratios([Bar("a", 1.5, 1.2, 1.9), Bar("b", 0.5, 0.4, 0.6)], "x"))
+    wide = (RIGHT - NAMES) / 2  # from 0 to 2
+    assert [width for _, _, width, _ in boxes(svg)] == pytest.approx([1.5 * wide, 0.5 * wide], abs=0.01)
+    (line,) = (p.get("d") for p in svg.iter(f"{SVG}path") if len(p.attrib) == 2)
+    assert line.startswith(f"M{NAMES + wide:.2f},")
 
 
 def test_the_page_shows_figures_charts_and_the_pictures_at_both_ends(tmp_path):

@@ -1,59 +1,19 @@
-"""Steps of fine-tuning side by side with diffusers' scripts: called by `bench.py train`.
+"""Steps of training, ours and as diffusers' scripts make them, for the rows `lora` and `full`.
 
 Weights have the shapes of Stable Diffusion 1.5 and are random, pictures are of 256 x 256 pixels. diffusers'
-loop is that of examples/text_to_image/train_text_to_image.py and train_text_to_image_lora.py, once without
-options (fp32, contiguous, the VAE in the loop, AdamW of single tensors) and once with bf16, channels_last and
-cached latents. Ours is the same in both rows. A program, as `bench.py` is, not an entry point.
+loop is that of examples/text_to_image/train_text_to_image.py and train_text_to_image_lora.py: in fp32 as it
+is without options (contiguous, the VAE in the loop, AdamW of single tensors), in bf16 with channels_last and
+cached latents too. Ours has cached latents always.
 """
 
-import json
-import time
-from argparse import Namespace
 from collections.abc import Callable
-from contextlib import nullcontext
-from statistics import median
 from typing import Any
 
-from bench_common import in_new_process, resident
-
-ROWS = ("full, defaults", "full, bf16", "lora, defaults", "lora, bf16")
 RANK = 4
 BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-WARM_UP = 2
 
 
-def compare(args: Namespace) -> None:
-    """Each peer in turn, in processes of their own."""
-    print(f"batch {args.batch}, {args.repeats} steps\n")
-    print("| train, diffusers' with | ldm images/s | diffusers | ratio | ldm peak GiB | diffusers | ratio |")
-    print("|---|---|---|---|---|---|---|")
-    for row in args.rows:
-        found = {}
-        for peer in ("ldm", "diffusers"):
-            sizes = ["--batch", args.batch, "--repeats", args.repeats]
-            found[peer] = in_new_process("train", peer, "--rows", row, *sizes)
-        (a, peak_a), (b, peak_b) = found.values()
-        peaks = f"{peak_a:.2f} | {peak_b:.2f} | {peak_a / peak_b:.3f}"
-        print(f"| {row} | {a:.3f} | {b:.3f} | {a / b:.2f} | {peaks} |", flush=True)
-
-
-def measure(args: Namespace) -> None:
-    """Print images per second and the peak of resident memory in GiB, of one peer, as JSON."""
-    from ldm.train.memory import freed_memory_kept
-
-    (row,) = args.rows
-    lora, defaults = row.startswith("lora"), row.endswith("defaults")
-    step = ours(lora, args.batch) if args.peer == "ldm" else theirs(lora, defaults, args.batch)
-    times = []
-    with freed_memory_kept() if args.peer == "ldm" else nullcontext():  # as the training loop does
-        for _ in range(WARM_UP + args.repeats):
-            start = time.perf_counter()
-            step()
-            times.append(time.perf_counter() - start)
-    print(json.dumps([args.batch / median(times[WARM_UP:]), resident()["VmHWM"] / 1024]))
-
-
-def ours(lora: bool, batch: int) -> Callable[[], None]:
+def ours(lora: bool, bf16: bool, batch: int) -> Callable[[], None]:
     """A step as in `Run.step`, on what the caches hold."""
     import torch
 
@@ -72,7 +32,7 @@ def ours(lora: bool, batch: int) -> Callable[[], None]:
     from ldm.train.optimiser import make_optimiser
     from ldm.train.recipe import LossSection, OptimiserSection
 
-    dtype = torch.bfloat16 if lora else torch.float32
+    dtype = torch.bfloat16 if lora and bf16 else torch.float32
     unet: Any = filled(lambda: UNet(UNetConfig(cross_attention_dim=768)), dtype)
     unet.to(memory_format=torch.channels_last)
     if lora:
@@ -89,7 +49,7 @@ def ours(lora: bool, batch: int) -> Callable[[], None]:
         t = draw_timesteps(probabilities, batch, rng)
         noise, input_noise = draw_noise(x0.shape, options, rng)
         sample = noisy_latents(x0, input_noise, t, levels)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             output = unet(sample.to(dtype, memory_format=torch.channels_last), t, tokens.to(dtype))
             losses = pixel_losses(output, training_target(x0, noise, t, levels), options).mean((1, 2))
             loss = (levels.weight[t] * losses).mean()

@@ -1,0 +1,87 @@
+"""What every peer is."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from benchmark.case import Case
+
+Run = Callable[[int], Any]  # the number of a round -> what was computed: arrays, a tensor or several, or None
+
+COLOURS = ("red", "blue", "white", "yellow", "green", "black", "orange", "grey")
+THINGS = ("sailboat", "house", "balloon", "lighthouse", "tree", "windmill", "cloud", "boat")
+
+
+def prompt_of(k: int) -> str:
+    """Another one each round, as who has seen a text before need not encode it again."""
+    return f"a {COLOURS[k % 8]} {THINGS[k // 8 % 8]} on a calm sea at sunset"
+
+
+class Opened:
+    """A library that has been imported, in a process of its own.
+
+    A subclass has a method for each row that it knows, by its name, which makes all ready and gives a `Run`;
+    what is asked for once is kept.
+    """
+
+    def __init__(self, case: Case, peer: Peer) -> None:
+        self.case, self.peer = case, peer
+
+    def load(self) -> float | None:
+        """Load all that a picture needs; MiB of the weights in memory where they are told."""
+        raise NotImplementedError
+
+    def ready(self, row: str) -> Run:
+        """A row's `Run`."""
+        run: Run = getattr(self, row)()
+        return run
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A library in a precision. What it says of itself needs no imports; `open` imports."""
+
+    dtype: str
+    compiled: bool = False
+
+    library: ClassVar[str]
+    modules: ClassVar[dict[str, str]] = {}  # that it needs: what to install for each
+    rows: ClassVar[tuple[str, ...]]
+
+    @property
+    def name(self) -> str:
+        return "-".join([self.library, *(["compiled"] if self.compiled else []), self.dtype])
+
+    def lacks(self, case: Case) -> str:
+        """Why it cannot run, "" if it can."""
+        lacking = [how for module, how in self.modules.items() if importlib.util.find_spec(module) is None]
+        return f"not installed: pip install {lacking[0]}" if lacking else ""
+
+    def unmade(self, case: Case) -> list[Path]:
+        """The files that `make` will write."""
+        return []
+
+    def make(self, case: Case) -> None:
+        """Convert the model, once; what is made is kept in `case.made`."""
+
+    def cold_command(self, case: Case, png: Path) -> list[str]:
+        """A command line that draws one picture from nothing, if there is one but the benchmark's own."""
+        return []
+
+    def open(self, case: Case) -> Opened:
+        raise NotImplementedError
+
+
+def without_gradients(call: Run) -> Run:
+    """`call` as drawing has it."""
+    import torch
+
+    def run(k: int) -> Any:
+        with torch.no_grad():
+            return call(k)
+
+    return run
