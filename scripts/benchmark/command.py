@@ -77,15 +77,10 @@ def main(description: str) -> None:
     for model in args.models or (QUICK if args.quick else MODELS):
         case, rows = case_of(args, model)
         peers = chosen_peers(args)
-        report = partial(print, flush=True)
-        done.append(measure(case, rows, peers, args.rounds, report, lambda now: _keep(write, done, now)))
+        tell = partial(print, flush=True)
+        done.append(measure(case, rows, peers, args.rounds, tell, lambda now: write([*done, now])))
     page = write(done)
     print(f"{page.read_text('utf-8')}\n{page} in {(time.perf_counter() - started) / 60:.1f} min")
-
-
-def _keep(write: object, done: Sequence[Results], now: Results) -> None:
-    assert callable(write)
-    write([*done, now])
 
 
 def case_of(args: argparse.Namespace, model: str) -> tuple[Case, list[str]]:

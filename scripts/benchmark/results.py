@@ -14,6 +14,7 @@ from benchmark.case import ROWS, Case
 class Measured:
     """A row of a peer.
 
+    threads: of torch in its process, where it has torch.
     rounds: the figures of each, in the order in which peers took turns. first_s: of the first call with all
     that it took to come there. error: of what was computed, relative to the reference's. failed: why there
     are no rounds, or no more of them.
@@ -25,6 +26,7 @@ class Measured:
     first_s: float | None = None
     error: float | None = None
     failed: str = ""
+    threads: int | None = None
 
     def values(self, figure: str) -> list[float]:
         """Of each round that has it; NaN, which stands for what a system does not tell, left out."""
