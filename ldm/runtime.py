@@ -166,6 +166,14 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def resident_memory() -> int:
+    """Bytes: what this process has in memory now."""
+    import psutil
+
+    held: int = psutil.Process().memory_info().rss
+    return held
+
+
 def set_threads(count: int) -> None:
     """Let networks use `count` processor cores."""
     if count < 1:

@@ -1,6 +1,7 @@
-"""Make a random pipeline folder with the shapes of Stable Diffusion 1.5, about 2 GiB in fp16.
+"""Make a random pipeline folder with the shapes of Stable Diffusion 1.5, about 2 GiB in fp16, 2.1 or XL.
 
 python tests/make_sd15.py FOLDER           make it; then `txt2img --model FOLDER --prompt "..."`
+python tests/make_sd15.py FOLDER --family sdxl
 python tests/make_sd15.py FOLDER --check   compare one U-Net call with diffusers, both in fp32
 """
 
@@ -9,44 +10,54 @@ import tempfile
 from pathlib import Path
 
 import torch
-from hub_configs import SCHEDULERS, UNETS, VAES
+from hub_configs import SCHEDULERS, TEXT_ENCODERS, UNETS, VAES
 from tiny_pipeline import write_tokenizer
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from ldm.checkpoint import Parts, load_module, save_folder
 from ldm.models import build
 
+# The names of U-Net and scheduler, VAE and text encoders in hub_configs.
+FAMILIES = {
+    "sd1": ("sd1", "sd1", ("clip_l",)),
+    "sd2": ("sd2_base", "sd2", ("open_clip_h",)),
+    "sdxl": ("sdxl", "sdxl", ("clip_l", "open_clip_g")),
+}
+
 
 def fill_randomly(module):
-    """Weights that keep the variance of what passes through; norms at 1, biases at 0."""
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
+    """Weights that keep the variance of what passes through; norms at 1, biases at 0.
+
+    Drawing billions of normals would take minutes: tensors repeat one million of them.
+    """
+    pool, tensors = torch.randn(2**20, generator=torch.Generator().manual_seed(0)).half(), {}
     for name, meta in module.state_dict().items():
         if meta.ndim == 1:
             tensors[name] = torch.full(meta.shape, float("norm" in name and name.endswith("weight"))).half()
         else:
-            noise = torch.randn(meta.shape, generator=generator)
-            tensors[name] = (noise * meta[0].numel() ** -0.5).half()
+            noise = pool.repeat(meta.numel() // len(pool) + 1)[: meta.numel()].view(meta.shape)
+            tensors[name] = noise * meta[0].numel() ** -0.5
     module.load_state_dict(tensors, assign=True)
     return module
 
 
-def make(folder):
+def text_encoder(config, tokenizer):
+    """Of that size, for our small vocabulary's start and end; its table stays as long as CLIP's."""
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    kind = CLIPTextModelWithProjection if "WithProjection" in config["architectures"][0] else CLIPTextModel
+    return kind(CLIPTextConfig(**{k: v for k, v in config.items() if k != "torch_dtype"} | ids))
+
+
+def make(folder, family="sd1"):
+    unet, vae, encoders = FAMILIES[family]
     with tempfile.TemporaryDirectory() as vocabulary:
         tokenizer = write_tokenizer(Path(vocabulary), window=77)
-    text_config = CLIPTextConfig(
-        hidden_size=768,
-        intermediate_size=3072,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
     with torch.device("meta"):
-        modules = build(UNETS["sd1"]), build(VAES["sd1"]), CLIPTextModel(text_config)
-    unet, vae, text_encoder = map(fill_randomly, modules)
-    save_folder(folder, Parts(unet, vae, text_encoder, tokenizer, SCHEDULERS["sd1"]))
+        modules = [build(UNETS[unet]), build(VAES[vae])]
+        modules += [text_encoder(TEXT_ENCODERS[name], tokenizer) for name in encoders]
+    unet_, vae_, first, *second = map(fill_randomly, modules)
+    others = {"text_encoder_2": second[0], "tokenizer_2": tokenizer} if second else {}
+    save_folder(folder, Parts(unet_, vae_, first, tokenizer, SCHEDULERS[unet], **others))
 
 
 @torch.no_grad()
@@ -67,9 +78,10 @@ def check(folder):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--family", choices=FAMILIES, default="sd1")
     parser.add_argument("--check", action="store_true", help="compare one U-Net call with diffusers")
     arguments = parser.parse_args()
     if arguments.check:
         print(f"relative error of one U-Net call: {check(arguments.folder):.1e}")
     else:
-        make(arguments.folder)
+        make(arguments.folder, arguments.family)

@@ -200,7 +200,7 @@ def _own_scale(tensors: Mapping[str, Tensor], kind: str) -> float:
 
 
 def _check_shape(made: tuple[int, ...], weight: Tensor) -> None:
-    if made != (weight.shape[0], weight[0].numel()):
+    if made != (weight.shape[0], weight.shape[1:].numel()):
         raise UserError(f"it changes a layer of {made[1]} -> {made[0]}, this one is {list(weight.shape)}")
 
 

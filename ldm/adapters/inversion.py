@@ -24,6 +24,7 @@ from ldm.checkpoint.io import read_bytes, read_metadata, read_tensors
 from ldm.checkpoint.pickles import check_whole, read_pickle
 from ldm.errors import UserError
 from ldm.files import sha256
+from ldm.memory.residence import awake
 
 XL_KEYS = {"clip_l": TEXT, "clip_g": TEXT_2}
 WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 1280: "SDXL's second encoder"}
@@ -204,7 +205,8 @@ def _add_rows(model: Any, rows: Tensor, tokenizer: Any) -> Any:
     old: nn.Embedding = extended.get_input_embeddings()
     # Rows beyond the tokenizer's words are padding of the matrix: new ones go where their tokens say.
     first = len(tokenizer) - len(rows)
-    weight = torch.cat([old.weight[:first], rows.to(old.weight), old.weight[first + len(rows) :]])
+    with awake(old.weight):
+        weight = torch.cat([old.weight[:first], rows.to(old.weight), old.weight[first + len(rows) :]])
     frozen = not old.weight.requires_grad
     new = nn.Embedding.from_pretrained(weight, frozen)  # type: ignore[no-untyped-call]
     extended.set_input_embeddings(new)

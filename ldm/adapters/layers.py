@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.adapters.deltas import Delta
+from ldm.memory.residence import awake
 from ldm.runtime import memory_format
 
 M = TypeVar("M", bound=nn.Module)
@@ -101,28 +102,35 @@ def _beside(layer: nn.Module, deltas: Sequence[Weighted]) -> nn.Module:
     factors = [(delta.factors(layer.weight), weight) for delta, weight in deltas]
     down = torch.cat([down for (down, _), _ in factors]).to(layer.weight.dtype)
     up = torch.cat([weight * up for (_, up), weight in factors], dim=1).to(layer.weight.dtype)
+    made: nn.Module
     if isinstance(layer, nn.Linear):
-        return AdaptedLinear(layer, down, up)
-    return AdaptedConv2d(layer, down.contiguous(memory_format=memory_format(down.device)), up)
+        made = AdaptedLinear(layer, down, up)
+    else:
+        made = AdaptedConv2d(layer, down.contiguous(memory_format=memory_format(down.device)), up)
+    made._forward_pre_hooks, made._forward_hooks = layer._forward_pre_hooks, layer._forward_hooks
+    made._forward_hooks_always_called = layer._forward_hooks_always_called
+    return made
 
 
 def _own_weight(layer: nn.Module, deltas: Sequence[Weighted]) -> nn.Parameter:
     """The layer's weight with the changes."""
     old = layer.get_parameter("weight")
-    new = old.detach().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-    for delta, weight in deltas:
-        if delta.is_low_rank:
-            down, up = delta.factors(new)
-            new.flatten(1).addmm_(up, down.flatten(1), alpha=weight)
-        else:
-            new += weight * delta.change(old.detach().float())
+    with awake(old):
+        new = old.detach().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        for delta, weight in deltas:
+            if delta.is_low_rank:
+                down, up = delta.factors(new)
+                new.flatten(1).addmm_(up, down.flatten(1), alpha=weight)
+            else:
+                new += weight * delta.change(old.detach().float())
     return _like(old, new)
 
 
 def _own_bias(layer: nn.Module, deltas: Sequence[Weighted]) -> nn.Parameter:
     """The layer's bias with the changes."""
     old = layer.get_parameter("bias")
-    new = old.detach().float()
+    with awake(old):
+        new = old.detach().to(torch.float32, copy=True)
     for delta, weight in deltas:
         new = new + weight * delta.change_bias(new)
     return _like(old, new)
@@ -130,4 +138,5 @@ def _own_bias(layer: nn.Module, deltas: Sequence[Weighted]) -> nn.Parameter:
 
 def _like(old: nn.Parameter, new: Tensor) -> nn.Parameter:
     """`new` [...] (fp32) in the dtype and memory format of `old`."""
-    return nn.Parameter(torch.empty_like(old.detach()).copy_(new), requires_grad=old.requires_grad)
+    own = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype, device=old.device)
+    return nn.Parameter(own.copy_(new), requires_grad=old.requires_grad)

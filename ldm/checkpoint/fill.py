@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,6 +23,21 @@ ALIGNMENT = 64  # bytes
 THREADS = 4  # at most: with more, they only wait for each other and for memory
 
 
+# What is done with tensors that fit, in place of reading them: `filled_by`.
+Otherwise = Callable[[nn.Module, Mapping[str, Tensor], Path, torch.dtype | None], object]
+_OTHERWISE: ContextVar[Otherwise | None] = ContextVar("otherwise", default=None)
+
+
+@contextmanager
+def filled_by(otherwise: Otherwise) -> Iterator[None]:
+    """Inside the block `fill` checks names and shapes, and leaves the rest to `otherwise`."""
+    token = _OTHERWISE.set(otherwise)
+    try:
+        yield
+    finally:
+        _OTHERWISE.reset(token)
+
+
 def fill(module: M, tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None = None) -> M:
     """Give a module on the meta device its tensors, read from `path`: all of them, or an error and none.
 
@@ -32,6 +49,9 @@ def fill(module: M, tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtyp
         UserError: naming tensors that are missing, extra, of another shape, not finite, or not so in `dtype`.
     """
     check_names(module.state_dict(), tensors, path)
+    if (otherwise := _OTHERWISE.get()) is not None:
+        otherwise(module, tensors, path, dtype)
+        return module
     copied = [name for name, tensor in tensors.items() if _differs(tensor, dtype)]
     sizes = [_room_for(tensors[name], dtype) for name in copied]
     with torch.inference_mode(False):  # whatever the caller's, as threads have a mode of their own
@@ -44,7 +64,7 @@ def fill(module: M, tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtyp
         if name in rooms:
             ready = _copy(tensor, rooms[name], dtype or tensor.dtype, scratch)
         else:
-            ready = _laid_out(tensor, tensor.shape) if dtype else tensor
+            ready = laid_out(tensor, tensor.shape) if dtype else tensor
         _check_finite(name, ready, tensor, path)
         let_go(tensor)
         return ready
@@ -130,18 +150,18 @@ def _room_for(tensor: Tensor, dtype: torch.dtype | None) -> int:
 
 def _copy(tensor: Tensor, room: Tensor, dtype: torch.dtype, scratch: Tensor) -> Tensor:
     """The tensor in `room`, as `dtype`, channels_last if it is a convolution's."""
-    copy = _laid_out(room[: tensor.numel() * dtype.itemsize].view(dtype), tensor.shape)
+    copy = laid_out(room[: tensor.numel() * dtype.itemsize].view(dtype), tensor.shape)
     if tensor.ndim == 0 or dtype in (tensor.dtype, torch.float32):
         return copy.copy_(tensor)
     rows = max(1, CHUNK // tensor[0].numel())
     for source, target in zip(torch.split(tensor, rows), torch.split(copy, rows), strict=True):
         # fp16 to bf16 by way of fp32 is exact too, and three times as fast; so is permuting on the way in.
-        wide = _laid_out(scratch[: source.numel()], source.shape)
+        wide = laid_out(scratch[: source.numel()], source.shape)
         target.copy_(wide.copy_(source))
     return copy
 
 
-def _laid_out(numbers: Tensor, shape: torch.Size) -> Tensor:
+def laid_out(numbers: Tensor, shape: torch.Size) -> Tensor:
     """Contiguous numbers as a tensor of that shape, channels_last if it has four dimensions."""
     if len(shape) != 4:
         return numbers.view(shape)

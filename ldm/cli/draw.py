@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ldm.cli.explain import explain
 from ldm.cli.models import load
 from ldm.cli.output import Output
+from ldm.cli.plan import table, warn_of_memory
 from ldm.cli.requests import Asked, Faults, make_requests
 from ldm.cli.terminal import Preview, bar, check_preview, echo
 from ldm.errors import UserError
@@ -52,6 +53,11 @@ def draw(args: argparse.Namespace) -> int:
     if args.explain:
         print(*(line for job, _ in drawings for line in explain(job)), sep="\n")
         return faults.exit_code
+    if args.plan:
+        print(*(line for job, _ in drawings for line in table(job, args)), sep="\n")
+        return faults.exit_code
+    if args.max_memory is None:
+        warn_of_memory([job for job, _ in drawings])
     if args.resume:
         drawings = output.left(drawings)
     preview = None if args.preview is None else Preview(pipe, args)

@@ -47,6 +47,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "each seed chooses",
     )
     add("--explain", action="store_true", help="tell what the text encoders read, and draw nothing")
+    add("--plan", action="store_true", help="tell what memory it will take, and how it fits; draw nothing")
+    add(
+        "--max-memory",
+        metavar="SIZE",
+        help="e.g. 6GiB: draw in the quickest way that takes no more memory, and refuse what takes more",
+    )
     add("--prompt-2", metavar="TEXT", help="for a second text encoder, as in SDXL (default: the prompt)")
     add(
         "--styles",

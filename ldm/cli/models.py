@@ -40,7 +40,18 @@ def load_model(args: argparse.Namespace) -> Pipeline:
         text_encoder_2=args.text_encoder_2,
         prediction_type=args.prediction_type,
         ema=args.ema,
+        max_memory=max_memory(args),
     )
+
+
+def max_memory(args: argparse.Namespace) -> int | None:
+    """--max-memory in bytes; of --plan so much that nothing is ruled out, and no weights are read."""
+    from ldm.memory.sizes import parse_size
+
+    if getattr(args, "plan", False):
+        return 2**62
+    limit: str | None = getattr(args, "max_memory", None)
+    return None if limit is None else parse_size(limit)
 
 
 def add_adapters(pipe: Pipeline, args: argparse.Namespace) -> Pipeline:

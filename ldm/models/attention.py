@@ -108,6 +108,8 @@ def to_image(tokens: Tensor, height: int, width: int) -> Tensor:
 class Attention(nn.Module):
     """Multi-head attention of tokens [B, N, dim] to a context [B, M, context_dim], or to themselves."""
 
+    sliced = False  # where a kernel holds all scores, one head at a time, in less memory
+
     def __init__(self, dim: int, context_dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -120,7 +122,12 @@ class Attention(nn.Module):
         context = x if context is None else context
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
         q, k, v = (split_heads(a, self.heads) for a in (q, k, v))
-        out: Tensor = self.to_out[0](merge_heads(attend(q, k, v)))
+        if self.sliced and q.device.type == "mps":  # whose kernel holds the scores of all heads
+            each = zip(*(torch.split(a, 1, dim=1) for a in (q, k, v)), strict=True)
+            attended = torch.cat([attend(*head) for head in each], dim=1)
+        else:
+            attended = attend(q, k, v)
+        out: Tensor = self.to_out[0](merge_heads(attended))
         return out
 
 
@@ -185,6 +192,8 @@ class SpatialTransformer(nn.Module):
         only_cross: attend to the text only.
     """
 
+    sliced = False  # one row of a batch at a time, in less memory
+
     def __init__(
         self,
         channels: int,
@@ -206,6 +215,14 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Linear(inner, channels) if linear else Conv2d(inner, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        if self.sliced and len(x) > 1:
+            out = torch.empty_like(x)
+            for i in range(len(x)):
+                out[i : i + 1] = self._rows(x[i : i + 1], context[i : i + 1])
+            return out
+        return self._rows(x, context)
+
+    def _rows(self, x: Tensor, context: Tensor) -> Tensor:
         height, width = x.shape[2:]
         h = self.norm(x)
         tokens = self.proj_in(to_tokens(h)) if self.linear else to_tokens(self.proj_in(h))

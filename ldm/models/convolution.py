@@ -21,10 +21,15 @@ FEW_PIXELS = 512
 
 def imitates(x: Tensor) -> bool:
     """Whether `x` has 16 bits, on a processor that has no units for them: fp32 is ten times faster there."""
-    if x.device.type != "cpu" or x.element_size() != 2:
+    return x.device.type == "cpu" and is_imitated(x.dtype)
+
+
+def is_imitated(dtype: torch.dtype) -> bool:
+    """Whether numbers of a dtype have 16 bits, on such a processor."""
+    if dtype.itemsize != 2:
         return False
     # torch's own function, and so not promised: a version may lack it.
-    name = "bf16" if x.dtype == torch.bfloat16 else "fp16"
+    name = "bf16" if dtype == torch.bfloat16 else "fp16"
     has = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
     return has is not None and not has()
 

@@ -98,6 +98,8 @@ class UNet(nn.Module):
     `state_dict` has exactly the names of diffusers' UNet2DConditionModel.
     """
 
+    in_turn = False  # whether the branches of guidance are called one after another, in less memory
+
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config

@@ -153,6 +153,7 @@ class AutoencoderKL(nn.Module):
 
     is_variational = True  # pictures encode to a distribution
     over_bands: bool | None = None  # `ldm.models.vae_bands`: always, never, or where memory is short
+    budget: int | None = None  # bytes that it may take at most, where more are free
 
     def __init__(self, config: KLConfig) -> None:
         super().__init__()
@@ -277,6 +278,7 @@ class AutoencoderTiny(nn.Module):
 
     is_variational = False
     over_bands: bool | None = None  # `ldm.models.vae_bands`: always, never, or where memory is short
+    budget: int | None = None  # bytes that it may take at most, where more are free
 
     def __init__(self, config: TinyConfig) -> None:
         super().__init__()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ldm.checkpoint import Parts
 from ldm.errors import UserError
+from ldm.memory.residence import in_use
 from ldm.models.conditioning import Conditioning
 from ldm.models.layers import timestep_features
 from ldm.pipeline.inputs import Inputs
@@ -88,7 +89,8 @@ def encode_texts(
     Raises UserError for embeddings that do not fit the model or each other.
     """
     extra, negative_extra = _extra(request, model.parts, model.runtime.device)
-    cond, uncond = _read(model, request, inputs, p, texts, windows, source)
+    with in_use(model.text_encoder, model.text_encoder_2):
+        cond, uncond = _read(model, request, inputs, p, texts, windows, source)
     rows = {name: value.expand(len(cond), *value.shape[1:]) for name, value in extra.items()}
     return replace(cond, **rows), replace(uncond, **negative_extra)
 

@@ -42,6 +42,7 @@ from ldm.pipeline.inputs import NOTHING, Inputs
 from ldm.pipeline.model import Model
 from ldm.pipeline.passes import Then, cut, follow, resumed
 from ldm.pipeline.pictures import NO_IMAGES, Images, masked, read_images
+from ldm.pipeline.plan import Plan, arranged
 from ldm.pipeline.resolve import meaningless_eta, resolve
 from ldm.pipeline.start import Edit, Enlarge, FromImage, FromLatents, FromNoise, Inpaint, Masked
 from ldm.request import Request
@@ -122,8 +123,25 @@ def prepare(
         batch_size: the most pictures to draw at once; by default as many as memory suggests.
 
     Raises:
-        UserError: naming the argument that is not allowed, its value and what is.
+        UserError: naming the argument that is not allowed, its value and what is; with what it would take,
+            where the drawing does not fit into the model's `max_memory`.
     """
+    job = _prepare(model, request, inputs, batch_size)
+    if model.max_memory is None:
+        return job
+    return _prepare(arranged(model, plan_of(job, model.max_memory).choose()), request, inputs, batch_size)
+
+
+def plan_of(job: Job, room: int) -> Plan:
+    return Plan(job, room, _prepare)
+
+
+def _prepare(
+    model: Model,
+    request: Request | Sequence[Request],
+    inputs: Inputs = NOTHING,
+    batch_size: int | None = None,
+) -> Job:
     asked = (request,) if isinstance(request, Request) else tuple(request)
     check_alike(asked)
     if any(each.target_prompt is not None for each in asked):
@@ -137,7 +155,7 @@ def prepare(
         files = [name for name in ("image", "mask_image") if getattr(first, name) is not None]
         first.check_given([*inputs.given, *files])
     goes_on = first.hires is not None or first.refining is not None
-    then = follow(prepare, model, requests, inputs) if goes_on else None
+    then = follow(_prepare, model, requests, inputs) if goes_on else None
     model = model.for_request(first) if first.loras or first.tiling else model
     sampler, _ = resolve_sampler(inputs.solver or str(first.sampler))
     if asked[0].eta and not sampler.takes_eta:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,7 @@ from ldm.checkpoint.source import find_adapter
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
 from ldm.files import sha256
+from ldm.memory.residence import asleep
 from ldm.models import VAE, UNet
 from ldm.models.kind import Kind
 from ldm.pipeline.moving import move, move_parts, read_target
@@ -45,6 +47,7 @@ class Model:
     upscaler: Self | None = None  # what enlarges each finished picture
     refiner: Self | None = None  # what draws the last steps of each picture
     classifier: ClassifierFile | None = None  # for requests that name a class
+    max_memory: int | None = None  # bytes that a drawing may take (`ldm.pipeline.plan`); loaded when needed
     # The last model that a request's LoRAs asked for, and the last seamless one, so that the next request
     # need not build it again.
     _recent: dict[str, tuple[Any, Self]] = field(default_factory=dict, init=False, repr=False)
@@ -58,10 +61,16 @@ class Model:
         return cls(parts, schedule_of(parts), runtime, name)
 
     @classmethod
-    def read(cls, path: str | Path, runtime: Runtime, **places: Any) -> Self:
-        """Of a folder, a file or a hub name; `places` as `load_parts` takes them. Raises UserError."""
-        parts, place = load_parts(path, runtime, **places), Path(path).resolve()
-        return cls.from_parts(parts, runtime, place.stem if place.is_file() else place.name)
+    def read(cls, path: str | Path, runtime: Runtime, max_memory: int | None = None, **places: Any) -> Self:
+        """Of a folder, a file or a hub name; `places` as `load_parts` takes them. Raises UserError.
+
+        With `max_memory` no weights are read: they are when they are used.
+        """
+        place = Path(path).resolve()
+        with nullcontext() if max_memory is None else asleep(runtime.device):
+            parts = load_parts(path, runtime, **places)
+        model = cls.from_parts(parts, runtime, place.stem if place.is_file() else place.name)
+        return replace(model, max_memory=max_memory)
 
     @property
     def unet(self) -> UNet:
@@ -143,6 +152,8 @@ class Model:
         Adapters go along. Networks that are there already are shared. Raises UserError.
         """
         device, dtype = read_target(*args, **kwargs)
+        if self.max_memory is not None:
+            raise UserError("max_memory is of one device and dtype: load the model there")
         runtime = choose(self.device if device is None else device, dtype or self.dtype)
         parts = move_parts(self.base.parts, runtime, cast=dtype is not None)
         upscaler = None if self.upscaler is None else self.upscaler.to(*args, **kwargs)
@@ -259,7 +270,9 @@ class Model:
         return replace(self, refiner=other)
 
     def _other(self, model: Self | str | Path) -> Self:
-        return self.read(model, self.runtime) if isinstance(model, str | Path) else model
+        if isinstance(model, str | Path):
+            return self.read(model, self.runtime, self.max_memory)
+        return model
 
     @cached_property
     def alone(self) -> Self:
@@ -312,7 +325,7 @@ class Model:
         return made
 
     def _with(self, adapted: Adapted) -> Self:
-        parts, adapted = adapt(self.base.parts, adapted)
+        parts, adapted = adapt(self.base.parts, adapted)  # reads weights where they change, asleep or not
         return replace(self, parts=parts, adapted=adapted)
 
 

@@ -16,6 +16,7 @@ from ldm.diffusion.guidance import Gradient, Predict
 from ldm.diffusion.prediction import c_in
 from ldm.diffusion.schedule import Grid
 from ldm.diffusion.tiles import Tiles, Window
+from ldm.memory.residence import in_use
 from ldm.models import VAE, LatentClassifier, LatentDist, UNet, vae_bands
 from ldm.models.conditioning import Conditioning
 from ldm.runtime import Finite, Runtime, finite, memory_format
@@ -40,6 +41,8 @@ def predict(
         return out
 
     def call(x: Tensor, sigma: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
+        if unet.in_turn and len(names) > 1:
+            return {name: call(x, sigma, (name,))[name] for name in names}
         cond = Conditioning.cat([branches[name] for name in names])
         if tiles is None or tiles.is_whole(x):
             out = outputs(x, sigma, cond)
@@ -87,13 +90,15 @@ def class_gradient(classifier: LatentClassifier, number: int) -> Gradient:
 
 def encode(vae: VAE, images: Tensor) -> LatentDist:
     """Images [B, 3, H, W] in 0..1 -> the Gaussian over latents that the VAE makes of them, fp32."""
-    mean, std = finite(vae, lambda vae: _encode(vae, images * 2 - 1), "the VAE's encoder")
+    with in_use(vae):
+        mean, std = finite(vae, lambda vae: _encode(vae, images * 2 - 1), "the VAE's encoder")
     return LatentDist(mean, std).scaled(vae)
 
 
 def decode(vae: VAE, latents: Tensor) -> Tensor:
     """Latents [B, c, h, w], as `encode` gives them -> images [B, 3, H, W] in 0..1, fp32."""
-    (images,) = finite(vae, lambda vae: (_decode(vae, latents),), "the VAE's decoder")
+    with in_use(vae):
+        (images,) = finite(vae, lambda vae: (_decode(vae, latents),), "the VAE's decoder")
     return (images / 2 + 0.5).clamp(0, 1)
 
 
@@ -133,4 +138,5 @@ def _as_taken(vae: VAE, x: Tensor) -> tuple[Tensor, int]:
     """Images or latents where the VAE is, in its dtype and layout; the bytes that are free there."""
     weight = next(vae.parameters())
     taken = x.to(weight.device, weight.dtype, memory_format=memory_format(weight.device))
-    return taken, Runtime(weight.device, weight.dtype).free_memory
+    free = Runtime(weight.device, weight.dtype).free_memory
+    return taken, free if vae.budget is None else min(free, vae.budget)

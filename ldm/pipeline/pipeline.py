@@ -19,6 +19,7 @@ from ldm.checkpoint import embedded, save_model
 from ldm.diffusion.guidance import Guidance
 from ldm.diffusion.solvers import Solver, Step
 from ldm.errors import NoSuchName, UserError
+from ldm.memory.sizes import parse_size
 from ldm.models import LatentDist
 from ldm.pipeline import networks
 from ldm.pipeline.callback import Callback, Watch, check_names
@@ -57,6 +58,7 @@ def load(
     text_encoder_2: str | Path | None = None,
     prediction_type: str | None = None,
     ema: bool | None = None,
+    max_memory: str | int | None = None,
     torch_dtype: str | torch.dtype | None = None,
     **others: Any,
 ) -> Pipeline:
@@ -72,6 +74,8 @@ def load(
         unet, vae, text_encoder, text_encoder_2: taken from another folder, file or hub name.
         prediction_type: "epsilon" or "v_prediction", where the model does not say it or is wrong.
         ema: of a single file that holds both, the averaged weights (True) or the plain ones (False).
+        max_memory: the most that this process, or its share of a GPU, may take: "6GiB", "6000MiB", bytes.
+            Weights are read when they are used; each drawing is made in the quickest way that fits.
         torch_dtype: diffusers' name of dtype.
         others: what diffusers' loaders take and changes nothing here: safety_checker=None, ...
 
@@ -87,6 +91,7 @@ def load(
     return Pipeline.read(
         model,
         runtime,
+        None if max_memory is None else parse_size(max_memory),
         revision=revision,
         variant=variant,
         unet=unet,

@@ -1,0 +1,63 @@
+"""Calls of networks as drawing makes them, of tensors without numbers: for `ldm.memory.trace.peak`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.memory.trace import META, on_meta
+from ldm.models import VAE, UNet, vae_bands
+from ldm.models.attention import Attention, SpatialTransformer
+
+Call = Callable[[], object]
+WINDOW = 77  # tokens of a text encoder, where the model has none
+
+
+def text(encoder: Any, rows: int) -> Call:
+    """A text encoder's, of so many windows."""
+    meta = on_meta(encoder)
+    ids = torch.zeros(rows, encoder.config.max_position_embeddings, dtype=torch.long, device=META)
+    return lambda: meta(input_ids=ids, output_hidden_states=True)
+
+
+def unet(module: UNet, rows: int, size: Iterable[int], tokens: int, numbers: int, sliced: bool) -> Call:
+    """The U-Net's, of so many rows of latents of that size; `numbers` is how many SDXL is told beside."""
+    meta, config = on_meta(module), module.config
+    set_sliced(meta, sliced)
+    dtype = meta.conv_in.weight.dtype
+
+    def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
+        return torch.empty(rows, *shape, dtype=of, device=META)
+
+    extra: dict[str, Tensor] = {}
+    if "time_ids" in config.conditioning:
+        width = config.projection_class_embeddings_input_dim or 0
+        pooled = empty(width - numbers * (config.addition_time_embed_dim or 0))
+        extra = {"pooled": pooled, "time_ids": empty(numbers, of=torch.float32)}
+    if "class_labels" in config.conditioning:
+        extra["class_labels"] = empty(of=torch.long)
+    if config.time_cond_proj_dim is not None:
+        extra["timestep_cond"] = empty(config.time_cond_proj_dim)
+    sample = empty(config.in_channels, *size).to(memory_format=torch.channels_last)
+    context = empty(tokens, config.per_level("cross_attention_dim")[0])
+    return lambda: meta(sample, torch.empty((), device=META), context, **extra)
+
+
+def vae(module: VAE, batch: int, size: tuple[int, int], free: int, *, decode: bool) -> Call:
+    """The VAE's, of a batch of pictures of `size`, with so many bytes free."""
+    meta, (height, width), factor = on_meta(module), size, module.downscale
+    small = (module.latent_channels, height // factor, width // factor)
+    shape = small if decode else (3, height, width)
+    given = torch.empty(batch, *shape, dtype=next(meta.parameters()).dtype, device=META)
+    given = given.to(memory_format=torch.channels_last)
+    return lambda: (vae_bands.decode if decode else vae_bands.encode)(meta, given, free)
+
+
+def set_sliced(network: nn.Module, sliced: bool) -> None:
+    """Whether transformers take the rows of a batch one by one, and heads where a kernel holds all scores."""
+    for module in network.modules():
+        if isinstance(module, SpatialTransformer | Attention):
+            module.sliced = sliced
