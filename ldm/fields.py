@@ -25,12 +25,25 @@ def _writable(text: str) -> str:
     return text
 
 
+def _rising(pair: tuple[float, float]) -> tuple[float, float]:
+    if not pair[0] < pair[1]:
+        raise ValueError("not rising")
+    return pair
+
+
 Side = Annotated[
     int, Field(ge=8, le=MAX_SIDE, multiple_of=8, description=f"a multiple of 8 from 8 to {MAX_SIDE}")
 ]
 Steps = Annotated[int, Field(ge=1, le=MAX_STEPS, description=f"a whole number from 1 to {MAX_STEPS}")]
 Scale = Annotated[float, Field(allow_inf_nan=False, description="a finite number")]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, description="a number from 0 to 1")]
+Interval = Annotated[
+    tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]],
+    AfterValidator(_rising),
+    Field(description="two numbers from 0 to 1, the smaller first"),
+]
+CacheInterval = Annotated[int, Field(ge=1, le=100, description="a whole number from 1 to 100")]
+Branch = Annotated[int, Field(ge=0, description="a whole number from 0 up")]
 Options = Annotated[
     tuple[tuple[str, Scale], ...],
     BeforeValidator(lambda given: given.items() if isinstance(given, Mapping) else given),

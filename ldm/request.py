@@ -17,12 +17,15 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from ldm.errors import UserError, abbreviate
 from ldm.fields import (
     Axes,
+    Branch,
+    CacheInterval,
     Checked,
     Delta,
     Digest,
     Factor,
     Fraction,
     Growth,
+    Interval,
     Layers,
     Levels,
     Marks,
@@ -135,6 +138,7 @@ class Request(Checked):
     num_inference_steps: Steps | None = None
     guidance_scale: Scale | None = None
     guidance_rescale: Fraction = 0.0
+    guidance_interval: Interval | None = None  # shares of the timesteps between which there is guidance
     seeds: Seeds = (0,)
     noise: NoiseSource | None = None  # gpu: as CUDA draws it; None: cpu
     variation_seed: Seed | None = None  # towards whose noise the first noise is turned,
@@ -185,6 +189,11 @@ class Request(Checked):
     tile_size: Side | None = None  # pixels: the U-Net sees windows of at most so many a side
     tile_overlap: Overlap | None = None  # pixels that neighbours share; None: half of a tile
     tiling: Axes | None = None  # axes along which the picture continues at its other edge
+    cache_interval: CacheInterval | None = (
+        None  # DeepCache: of so many steps the U-Net is computed whole in one
+    )
+    cache_branch_id: Branch | None = None  # the layer that the others begin at; None: 0, the last
+    token_merging_ratio: Fraction | None = None  # of the tokens, the share that self-attention merges
     denoising_start: Fraction | None = None  # diffusers' names: the share of the timesteps at which its
     denoising_end: Fraction | None = None  # latents begin, and at which it leaves them
     refiner_switch_at: Fraction | None = None  # the share at which a second model goes on

@@ -96,6 +96,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_mask_flags(parser)
     add_sampling_flags(parser)
     add_pixel_flags(parser)
+    add_fast_flags(parser)
     add_model_flags(parser)
     add("--C", type=int, metavar="CHANNELS", help="latent channels: checked against the model")
     add("--f", type=int, metavar="FACTOR", help="downsampling factor: checked against the model")
@@ -348,4 +349,34 @@ def add_pixel_flags(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="SHARE",
         help="0 to 1: where --refiner goes on (default: 0.8)",
+    )
+
+
+def add_fast_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("faster, at a price in the picture (docs/fast.md)").add_argument
+    add("--fast", action="store_true", help="all that pays: the flags below that you leave out, set well")
+    add(
+        "--guidance-interval",
+        nargs=2,
+        type=float,
+        metavar=("START", "STOP"),
+        help="0 to 1: the part of the way from noise to picture with guidance (default: 0 1, all of it)",
+    )
+    add(
+        "--cache-interval",
+        type=int,
+        metavar="N",
+        help="DeepCache: compute the network whole in one of N steps, its shallow layers in the others",
+    )
+    add(
+        "--cache-branch-id",
+        type=int,
+        metavar="N",
+        help="how shallow: 0 is the first and last layer (default), 1 two of each, ...",
+    )
+    add(
+        "--token-merging-ratio",
+        type=float,
+        metavar="SHARE",
+        help="0 to 1: merge tokens that are alike in self-attention (ToMe), at most three of four",
     )

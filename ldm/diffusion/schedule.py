@@ -123,6 +123,18 @@ class Schedule:
         """Timestep of noise levels of any shape, float64: interpolated in log sigma, within [0, T - 1]."""
         return torch.as_tensor(_t_at(_array(sigma), self._table()))
 
+    def between(self, start: float, stop: float) -> tuple[float, float]:
+        """The noise levels, from the first to below the second, of a part of the run from t = T to 0.
+
+        `start` and `stop` are shares of the T timesteps, as diffusers' ``denoising_start`` and ComfyUI's
+        timestep ranges have them: the part holds those below ``round(T - start T)`` and from
+        ``round(T - stop T)`` on. 0 and 1 leave an end open.
+        """
+        total = len(self.alphas_cumprod)
+        top, bottom = round(total - start * total), round(total - stop * total)
+        low, high = (float(self.sigma(t)) for t in (bottom, top))
+        return low if bottom > 0 else 0.0, high if top < total else math.inf
+
     def bounded(self, denoise: Denoise, sampler: Sampler) -> Denoise:
         """`denoise` with the bounds on x0 that the config asks for and diffusers heeds with that sampler."""
         if self.bounds is None:

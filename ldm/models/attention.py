@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ldm.models.convolution import Conv2d
 from ldm.models.layers import GroupNorm
+from ldm.models.merging import merged
 
 # Scores per head (queries x keys), by bytes a number, up to which plain attention trains faster on a CPU.
 PLAIN_SCORES = {2: 512 * 1024, 4: 256 * 256}
@@ -174,8 +175,14 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        x = x + self.attn1(self.norm1(x), context if self.only_cross else None)
+    def forward(
+        self, x: Tensor, context: Tensor, size: tuple[int, int] = (0, 0), merging: float = 0.0
+    ) -> Tensor:
+        """`merging` is the share of the tokens, of a picture of `size`, that self-attention merges."""
+        if merging and not self.only_cross:
+            x = x + merged(self.attn1, self.norm1(x), size, merging)
+        else:
+            x = x + self.attn1(self.norm1(x), context if self.only_cross else None)
         x = x + self.attn2(self.norm2(x), context)
         out: Tensor = x + self.ff(self.norm3(x))
         return out
@@ -214,20 +221,20 @@ class SpatialTransformer(nn.Module):
         )
         self.proj_out = nn.Linear(inner, channels) if linear else Conv2d(inner, channels, 1)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, merging: float = 0.0) -> Tensor:
         if self.sliced and len(x) > 1:
             out = torch.empty_like(x)
             for i in range(len(x)):
-                out[i : i + 1] = self._rows(x[i : i + 1], context[i : i + 1])
+                out[i : i + 1] = self._rows(x[i : i + 1], context[i : i + 1], merging)
             return out
-        return self._rows(x, context)
+        return self._rows(x, context, merging)
 
-    def _rows(self, x: Tensor, context: Tensor) -> Tensor:
+    def _rows(self, x: Tensor, context: Tensor, merging: float) -> Tensor:
         height, width = x.shape[2:]
         h = self.norm(x)
         tokens = self.proj_in(to_tokens(h)) if self.linear else to_tokens(self.proj_in(h))
         for block in self.transformer_blocks:
-            tokens = block(tokens, context)
+            tokens = block(tokens, context, (height, width), merging)
         if self.linear:
             return x + to_image(self.proj_out(tokens), height, width)
         out: Tensor = x + self.proj_out(to_image(tokens, height, width))

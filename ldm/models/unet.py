@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any, Self
 
 import torch
@@ -36,17 +37,19 @@ class DownBlock(nn.Module):
         self.attentions = nn.ModuleList(attentions)
         self.downsamplers = nn.ModuleList([downsample] if downsample else [])
 
-    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> list[Tensor]:
+    def forward(self, x: Tensor, time: Tensor, context: Tensor, merging: float = 0.0) -> list[Tensor]:
         """All outputs that the way up will want; the last of them goes on."""
-        outputs = []
+        return list(self.outputs(x, time, context, merging))
+
+    def outputs(self, x: Tensor, time: Tensor, context: Tensor, merging: float = 0.0) -> Iterator[Tensor]:
+        """The same one by one, each computed when it is asked for."""
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, time)
             if self.attentions:
-                x = self.attentions[i](x, context)
-            outputs.append(x)
+                x = self.attentions[i](x, context, merging)
+            yield x
         for downsample in self.downsamplers:
-            outputs.append(downsample(x))
-        return outputs
+            yield downsample(x)
 
 
 class MidBlock(nn.Module):
@@ -78,14 +81,24 @@ class UpBlock(nn.Module):
         self.attentions = nn.ModuleList(attentions)
         self.upsamplers = nn.ModuleList([upsample] if upsample else [])
 
-    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor, merging: float = 0.0
+    ) -> Tensor:
         """Pops what it takes from `skips`. Enlarges to the size of the next one, which may be odd."""
-        for i, resnet in enumerate(self.resnets):
-            x = resnet(torch.cat([x, skips.pop()], dim=1), time)
-            if self.attentions:
-                x = self.attentions[i](x, context)
-        for upsample in self.upsamplers:
-            x = upsample(x, skips[-1].shape[2:])
+        for i in range(len(self.resnets)):
+            x = self.layer(i, x, skips, time, context, merging)
+        return x
+
+    def layer(
+        self, i: int, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor, merging: float = 0.0
+    ) -> Tensor:
+        """The i-th resnet with its transformer; the last enlarges too."""
+        x = self.resnets[i](torch.cat([x, skips.pop()], dim=1), time)
+        if self.attentions:
+            x = self.attentions[i](x, context, merging)
+        if i == len(self.resnets) - 1:
+            for upsample in self.upsamplers:
+                x = upsample(x, skips[-1].shape[2:])
         return x
 
 
@@ -136,6 +149,7 @@ class UNet(nn.Module):
         time_ids: Tensor | None = None,
         class_labels: Tensor | None = None,
         timestep_cond: Tensor | None = None,
+        merging: float = 0.0,
     ) -> Tensor:
         """The raw prediction: eps, v or x0, as the model was trained.
 
@@ -150,6 +164,8 @@ class UNet(nn.Module):
             time_ids: [B, 6] sizes and crops in pixels (XL), or [B, 5] with an aesthetic score (refiner).
             class_labels: [B] noise level of the low-resolution picture (x4 upscaler).
             timestep_cond: [B, time_cond_proj_dim] embedded guidance scale (LCM).
+            merging: share of the tokens that self-attention merges (`ldm.models.merging`) at the finest level
+                that attends, where they are the most.
 
         Returns:
             [B, out_channels, H, W].
@@ -157,27 +173,91 @@ class UNet(nn.Module):
         Raises:
             ValueError: if what is given beside the text is not what `config.conditioning` names.
         """
-        fields = {
-            "pooled": pooled,
-            "time_ids": time_ids,
-            "class_labels": class_labels,
-            "timestep_cond": timestep_cond,
-        }
+        extra = {"pooled": pooled, "time_ids": time_ids, "class_labels": class_labels}
+        x, time = self._begin(sample, timestep, context, extra | {"timestep_cond": timestep_cond})
+        skips = [x]
+        for block, share in zip(self.down_blocks, self._shares(merging), strict=True):
+            skips += block(skips[-1], time, context, share)
+        x = skips[-1]
+        if self.mid_block is not None:
+            x = self.mid_block(x, time, context)
+        for block, share in zip(self.up_blocks, self._shares(merging)[::-1], strict=True):
+            x = block(x, skips, time, context, share)
+        return self._end(x)
+
+    @property
+    def num_skips(self) -> int:
+        """How many layers of the way up take an output of the way down: the shallowest, the last, is 0."""
+        return sum(len(block.resnets) for block in self._ups())
+
+    def _ups(self) -> list[UpBlock]:
+        return [block for block in self.up_blocks if isinstance(block, UpBlock)]
+
+    def from_deep(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        context: Tensor,
+        branch: int,
+        deep: Tensor | None = None,
+        merging: float = 0.0,
+        **extra: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """`forward`, and the deep features that the layer of that `branch`, 0 to `num_skips` - 1, was given.
+
+        With `deep`, those of another call, only what lies above them is computed: the first ``branch + 1``
+        outputs of the way down and the layers of the way up that take those. Ma et al. 2024, "DeepCache",
+        equations 2 to 4, whose branches count like these.
+        """
+        x, time = self._begin(sample, timestep, context, extra)
+        shares = self._shares(merging)
+        skips = list(islice(self._skips(x, time, context, shares), None if deep is None else branch + 1))
+        x = skips[-1] if deep is None else deep
+        if self.mid_block is not None and deep is None:
+            x = self.mid_block(x, time, context)
+        layers = [
+            (block, i, share)
+            for block, share in zip(self._ups(), shares[::-1], strict=True)
+            for i in range(len(block.resnets))
+        ]
+        for block, i, share in layers[-len(skips) :]:
+            if len(skips) == branch + 1:
+                deep = x
+            x = block.layer(i, x, skips, time, context, share)
+        assert deep is not None
+        return self._end(x), deep
+
+    def _skips(self, x: Tensor, time: Tensor, context: Tensor, shares: Iterable[float]) -> Iterator[Tensor]:
+        """What the way up wants of the way down, each computed when it is asked for."""
+        yield x
+        for block, share in zip(self.down_blocks, shares, strict=True):
+            assert isinstance(block, DownBlock)
+            for out in block.outputs(x, time, context, share):
+                x = out
+                yield x
+
+    def _shares(self, merging: float) -> list[float]:
+        """For each level the share of its tokens that is merged: `merging` at the finest that attends."""
+        finest = next((k for k, block in enumerate(self.down_blocks) if block.attentions), None)
+        return [merging if k == finest else 0.0 for k in range(len(self.down_blocks))]
+
+    def _begin(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        context: Tensor,
+        fields: Mapping[str, Tensor | None],
+    ) -> tuple[Tensor, Tensor]:
+        """The first features, and the embedding of the time and of what is extra as all layers take it."""
         extra = {name: value for name, value in fields.items() if value is not None}
         if extra.keys() != self.config.conditioning:
             raise ValueError(f"U-Net: takes {sorted(self.config.conditioning)}, was given {sorted(extra)}")
         if self.config.center_input_sample:
             sample = 2 * sample - 1
         time = F.silu(self._embed(sample, timestep, context, extra))
-        x = self.conv_in(sample)
-        skips = [x]
-        for block in self.down_blocks:
-            skips += block(skips[-1], time, context)
-        x = skips[-1]
-        if self.mid_block is not None:
-            x = self.mid_block(x, time, context)
-        for block in self.up_blocks:
-            x = block(x, skips, time, context)
+        return self.conv_in(sample), time
+
+    def _end(self, x: Tensor) -> Tensor:
         out: Tensor = self.conv_out(F.silu(self.conv_norm_out(x)))
         return out
 

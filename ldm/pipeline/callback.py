@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.diffusion.guidance import CFG, ClassifierGuidance, InstructPix2Pix
+from ldm.diffusion.guidance import CFG, ClassifierGuidance, InstructPix2Pix, Limited
 from ldm.diffusion.solvers import Step
 from ldm.diffusion.variance import LearnedVariance
 from ldm.errors import UserError
@@ -59,7 +59,7 @@ class Watch:
     def branches(self) -> tuple[str, ...]:
         """Those that guidance asks for, in the order in which diffusers has them in one tensor."""
         guidance = self.job.guidance
-        while isinstance(guidance, ClassifierGuidance | LearnedVariance):
+        while isinstance(guidance, ClassifierGuidance | LearnedVariance | Limited):
             guidance = guidance.base
         if isinstance(guidance, InstructPix2Pix):
             return ("cond", "image", "uncond")

@@ -23,6 +23,7 @@ from ldm.diffusion.guidance import (
     ClassifierGuidance,
     Guidance,
     InstructPix2Pix,
+    Limited,
     cfg_pp_strength,
 )
 from ldm.diffusion.noise import Seed
@@ -40,6 +41,7 @@ from ldm.pipeline.conditioning import Telling
 from ldm.pipeline.edit import Invert, check_edit, invertible
 from ldm.pipeline.inputs import NOTHING, Inputs
 from ldm.pipeline.model import Model
+from ldm.pipeline.networks import EXACT, Savings
 from ldm.pipeline.passes import Then, cut, follow, resumed
 from ldm.pipeline.pictures import NO_IMAGES, Images, masked, read_images
 from ldm.pipeline.plan import Plan, arranged
@@ -93,6 +95,7 @@ class Job:
     batches: tuple[Batch, ...]
     tiles: Tiles | None = None  # windows in which the U-Net sees its latents; None: whole
     then: Then | None = None  # what goes on from its latents
+    savings: Savings = EXACT  # what the U-Net leaves out
 
     @property
     def request(self) -> Request:
@@ -198,6 +201,7 @@ def _prepare(
         batches=tuple(cut_into_batches(model, pictures, telling.length, 1 if sampler.alone else batch_size)),
         tiles=tiles_of(first, model.vae.downscale),
         then=then,
+        savings=savings_of(first),
     )
 
 
@@ -315,6 +319,13 @@ def tiles_of(request: Request, factor: int) -> Tiles | None:
     return Tiles(request.tile_size // factor, request.tile_overlap // factor, factor)
 
 
+def savings_of(request: Request) -> Savings:
+    """What the U-Net leaves out in the drawing of a resolved request."""
+    return Savings(
+        request.cache_interval or 1, request.cache_branch_id or 0, request.token_merging_ratio or 0.0
+    )
+
+
 def list_pictures(requests: Sequence[Request], inputs: Inputs, shape: tuple[int, int, int]) -> list[Picture]:
     """Every picture of resolved requests, in order. Raises UserError for latents of another shape."""
     pictures = [
@@ -370,9 +381,11 @@ def guidance_of(request: Request, parts: Parts) -> Guidance:
 
 
 def completed(guidance: Guidance, request: Request, model: Model) -> Guidance:
-    """`guidance` with what goes around any: the gradient of a classifier, if the request names a class, and
-    the variance that the network says, if it has learned one.
+    """`guidance` with what goes around any: the interval that it is limited to, the gradient of a classifier,
+    if the request names a class, and the variance that the network says, if it has learned one.
     """
+    if request.guidance_interval is not None:
+        guidance = Limited(guidance, *model.schedule.between(*request.guidance_interval))
     if request.classifier_class is not None and model.classifier is not None:
         classifier, scale = model.classifier.network, request.classifier_scale
         gradient = networks.class_gradient(

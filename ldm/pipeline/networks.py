@@ -6,12 +6,14 @@ The VAE works on the whole of all pictures where that fits into the free memory,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ldm.diffusion.deep_cache import DeepCache
 from ldm.diffusion.guidance import Gradient, Predict
 from ldm.diffusion.prediction import c_in
 from ldm.diffusion.schedule import Grid
@@ -22,22 +24,46 @@ from ldm.models.conditioning import Conditioning
 from ldm.runtime import Finite, Runtime, finite, memory_format
 
 
+@dataclass(frozen=True)
+class Savings:
+    """What the U-Net leaves out in a drawing, at a price (docs/fast.md).
+
+    interval: of so many noise levels the deep features are computed at one. branch: the layer that they go
+    on from (`UNet.from_deep`). merging: the share of tokens that self-attention merges.
+    """
+
+    interval: int = 1
+    branch: int = 0
+    merging: float = 0.0
+
+
+EXACT = Savings()
+
+
 def predict(
     unet: UNet,
     grid: Grid,
     branches: Mapping[str, Conditioning],
     gradients: bool = False,
     tiles: Tiles | None = None,
+    savings: Savings = EXACT,
 ) -> Predict:
     """The U-Net's raw output, fp32, for the branches that a guidance asks for, in one call; or one for each
     of the windows that `tiles` cuts latents into.
 
-    With `gradients` it can be differentiated in x, as likelihoods need it.
+    With `gradients` it can be differentiated in x, as likelihoods need it. With an interval in `savings` it
+    is of one drawing, whose deep features it keeps.
     """
     network = Finite(unet, "the U-Net", gradients)
+    cache = None if savings.interval == 1 else DeepCache(savings.interval, grid.sigmas)
 
-    def outputs(x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        (out,) = network(lambda unet: (_unet(unet, grid, x, sigma, cond),))
+    def outputs(x: Tensor, sigma: Tensor, cond: Conditioning, told: Mapping[Hashable, object]) -> Tensor:
+        if cache is None:
+            return network(lambda unet: _unet(unet, grid, x, sigma, cond, savings))[0]
+        deep = cache.kept(told, sigma)
+        out, made = network(lambda unet: _unet(unet, grid, x, sigma, cond, savings, deep))
+        if deep is None:
+            cache.keep(told, sigma, made)
         return out
 
     def call(x: Tensor, sigma: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
@@ -45,9 +71,17 @@ def predict(
             return {name: call(x, sigma, (name,))[name] for name in names}
         cond = Conditioning.cat([branches[name] for name in names])
         if tiles is None or tiles.is_whole(x):
-            out = outputs(x, sigma, cond)
+            out = outputs(x, sigma, cond, {name: branches[name] for name in names})
         else:
-            out = tiles.averaged(x, lambda window: outputs(window(x), sigma, _within(cond, window, tiles)))
+            out = tiles.averaged(
+                x,
+                lambda window: outputs(
+                    window(x),
+                    sigma,
+                    _within(cond, window, tiles),
+                    {(name, window): branches[name] for name in names},
+                ),
+            )
         return dict(zip(names, out.chunk(len(names)), strict=True))
 
     return call
@@ -102,8 +136,17 @@ def decode(vae: VAE, latents: Tensor) -> Tensor:
     return (images / 2 + 0.5).clamp(0, 1)
 
 
-def _unet(unet: UNet, grid: Grid, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-    """The output for all rows of `cond`, of which each picture of `x` has as many.
+def _unet(
+    unet: UNet,
+    grid: Grid,
+    x: Tensor,
+    sigma: Tensor,
+    cond: Conditioning,
+    savings: Savings,
+    deep: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """The output for all rows of `cond`, of which each picture of `x` has as many; with an interval in
+    `savings` deep features too, `deep` or new ones.
 
     All conditioning is cast too, but for sizes and noise levels, which 16 bits cannot hold.
     """
@@ -111,17 +154,22 @@ def _unet(unet: UNet, grid: Grid, x: Tensor, sigma: Tensor, cond: Conditioning) 
     sample = (x * c_in(sigma)).repeat(len(cond) // len(x), 1, 1, 1)
     if cond.concat is not None:
         sample = torch.cat([sample, cond.concat], dim=1)
-    out: Tensor = unet(
+    given = (
         sample.to(dtype, memory_format=memory_format(sample.device)),
         # A tensor, as torch.compile takes a number for a constant and compiles again for each.
         timestep.float().to(sample.device),
         cond.tokens.to(dtype),
-        pooled=None if cond.pooled is None else cond.pooled.to(dtype),
-        time_ids=cond.time_ids,
-        class_labels=cond.class_labels,
-        timestep_cond=None if cond.timestep_cond is None else cond.timestep_cond.to(dtype),
     )
-    return out
+    extra: dict[str, Any] = {
+        "pooled": None if cond.pooled is None else cond.pooled.to(dtype),
+        "time_ids": cond.time_ids,
+        "class_labels": cond.class_labels,
+        "timestep_cond": None if cond.timestep_cond is None else cond.timestep_cond.to(dtype),
+    }
+    if savings.interval == 1:
+        return (unet(*given, **extra, merging=savings.merging),)
+    deep = None if deep is None else deep.to(dtype)
+    return unet.from_deep(*given, savings.branch, deep, savings.merging, **extra)
 
 
 def _encode(vae: VAE, images: Tensor) -> tuple[Tensor, Tensor]:

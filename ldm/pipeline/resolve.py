@@ -51,6 +51,8 @@ def resolve(model: Model, request: Request, images: Images) -> Request:
         pixels = getattr(request, side)
         if pixels % factor:
             raise UserError(f"{side} {pixels} is not allowed: this model draws multiples of {factor} pixels")
+    if request.cache_interval is not None or request.cache_branch_id is not None:
+        request = _cached(request, model.parts)
     if request.tile_size is not None or request.tile_overlap is not None:
         request = _tiled(request, factor)
     if request.hires or request.hires_scale or request.hires_upscaler is not None:
@@ -265,6 +267,20 @@ def _twice(model: Model, request: Request, masked: bool) -> Request:
         hires_upscaler=name,
         hires_upscaler_sha256=digest,
     )
+
+
+def _cached(request: Request, parts: Parts) -> Request:
+    """A request whose deep features are kept over steps, with the layer that they go on from."""
+    if request.cache_interval is None:
+        raise UserError("cache_branch_id is not allowed here: it goes with a cache_interval")
+    if request.target_prompt is not None:
+        raise UserError(
+            "cache_interval is not allowed for an edit, whose way back has to be exact: leave it out"
+        )
+    branch, last = request.cache_branch_id or 0, parts.unet.num_skips - 1
+    if branch > last:
+        raise UserError(f"cache_branch_id {branch} is not allowed: this model has 0 to {last}")
+    return request.replace(cache_branch_id=branch)
 
 
 def _tiled(request: Request, factor: int) -> Request:

@@ -96,7 +96,7 @@ def sample(job: Job, batch: Batch) -> Generator[Step, Change | None, None]:
     start = job.start.rows(prompts)
     begun = start.begin(noise, torch.stack(given) if given else None, texts["cond"], texts["uncond"])
     branches, known = begun.branches, begun.known
-    predict = networks.predict(job.model.unet, job.grid, branches, tiles=job.tiles)
+    predict = networks.predict(job.model.unet, job.grid, branches, tiles=job.tiles, savings=job.savings)
     if shares is not None:
         tell(branches, texts)
         predict = composed(predict, shares)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
-from ldm.diffusion.guidance import CFG, CFGPlusPlus, InstructPix2Pix
+from ldm.diffusion.guidance import CFG, CFGPlusPlus, InstructPix2Pix, Limited
 from ldm.diffusion.prediction import Prediction
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.solvers import Denoised
@@ -100,3 +100,16 @@ def test_cfg_plus_plus_renoises_with_the_unconditional_branch():
     (step,) = SAMPLERS["euler_cfg_pp"].solver(denoise, X, sigmas, None)
     eps = outputs["uncond"] + 0.6 * (outputs["cond"] - outputs["uncond"])
     assert torch.allclose(step.x, (X - 4 * eps) + 1 * outputs["uncond"], rtol=1e-12)
+
+
+@pytest.mark.parametrize("base", [CFG(7.5, 0.7), CFGPlusPlus(0.6)])
+def test_outside_of_an_interval_it_is_the_conditional_model(base):
+    network, to_x0 = Network(), Prediction.EPSILON.x0
+    limited = Limited(base, 1.0, 2.5)(network, to_x0)
+    inside, plain = base(Network(), to_x0), CFG(1.0)(Network(), to_x0)
+    for level, whole in ((3.0, False), (2.5, False), (2.4, True), (1.0, True), (0.9, False)):
+        network.asked, sigma = [], torch.tensor(level, dtype=torch.float64)
+        got, want = limited(X, sigma), (inside if whole else plain)(X, sigma)
+        assert torch.equal(got.x0, want.x0)
+        assert torch.equal(got.anchor, want.anchor)
+        assert network.asked == [("uncond", "cond") if whole else ("cond",)]

@@ -362,3 +362,17 @@ def test_every_key_of_diffusers_is_honoured_harmless_or_refused():
     for class_name in CONFIGS:
         for key in inspect.signature(getattr(diffusers, class_name).__init__).parameters:
             assert key == "self" or sum(key in each for each in sets) == 1, (class_name, key)
+
+
+@pytest.mark.parametrize("config", [SD15, ZERO_SNR], ids=["SD15", "zero SNR"])
+@pytest.mark.parametrize(
+    ("start", "stop", "first", "last"), [(0, 1, 0, 8), (0.25, 0.75, 2, 6), (0.5, 1, 4, 8)]
+)
+def test_a_part_of_the_way_is_a_share_of_the_timesteps(config, start, stop, first, last):
+    """Whatever the sampler's sigmas are, the k-th eighth of 8 even timesteps is its k-th step."""
+    schedule = Schedule.from_config(config)
+    low, high = schedule.between(start, stop)
+    for sampler in ("ddim", "euler", "dpmpp_2m"):
+        inside = [low <= sigma < high for sigma in schedule.grid(8, "trailing", sampler).sigmas[:-1].tolist()]
+        assert inside == [first <= k < last for k in range(8)]
+    assert schedule.between(0, 1) == (0, math.inf)
