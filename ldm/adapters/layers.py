@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ldm.adapters.deltas import Delta
 from ldm.memory.residence import awake
+from ldm.models.convolution import Conv2d
 from ldm.runtime import memory_format
 
 M = TypeVar("M", bound=nn.Module)
@@ -38,7 +39,7 @@ class AdaptedLinear(nn.Linear):
         return super().forward(x) + F.linear(F.linear(x, self.get_buffer("down")), self.get_buffer("up"))
 
 
-class AdaptedConv2d(nn.Conv2d):
+class AdaptedConv2d(Conv2d):
     """[B, in, H, W] -> [B, out, H', W']: W x + b + up (down x), with another layer's W and b.
 
     Args:

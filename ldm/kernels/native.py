@@ -39,6 +39,8 @@ def pack_winograd(weight: Tensor) -> Tensor:
     count = _library().winograd_numbers
     count.restype = c_int64
     packed = torch.empty(count(*shape))
+    if _has_no_numbers(weight):
+        return packed
     sizes = (out_channels, in_channels, *weight.stride())
     _library().pack_winograd(_pointer(weight), _pointer(packed), *map(c_int64, sizes), _threads())
     return packed
@@ -62,12 +64,20 @@ def convolve(x: Tensor, packed: Tensor, bias: Tensor | None, out_channels: int, 
         memory_format=torch.channels_last,
     )
     at_once = max(8, min(96, TILE_NUMBERS // (36 * max(channels, out_channels))))
+    if _has_no_numbers(x):  # what the kernel takes for itself comes and goes too
+        torch.empty(torch.get_num_threads() * 37 * at_once * (channels + out_channels))
+        return out
     _library().convolve(
         *map(_pointer, (x, packed, bias, out)),
         *map(c_int64, (batch, height, width, channels, out_channels, padding, at_once)),
         _threads(),
     )
     return out
+
+
+def _has_no_numbers(tensor: Tensor) -> bool:
+    """Of the meta device, whatever it says: `ldm.memory` calls networks with such, to see what they take."""
+    return tensor.untyped_storage().device.type == "meta"
 
 
 def _library() -> ctypes.CDLL:

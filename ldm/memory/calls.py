@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ldm.memory.trace import META, on_meta
 from ldm.models import VAE, UNet, vae_bands
 from ldm.models.attention import Attention, SpatialTransformer
+from ldm.models.convolution import Conv2d
 
 Call = Callable[[], object]
 WINDOW = 77  # tokens of a text encoder, where the model has none
@@ -23,10 +24,13 @@ def text(encoder: Any, rows: int) -> Call:
     return lambda: meta(input_ids=ids, output_hidden_states=True)
 
 
-def unet(module: UNet, rows: int, size: Iterable[int], tokens: int, numbers: int, sliced: bool) -> Call:
+def unet(
+    module: UNet, rows: int, size: Iterable[int], tokens: int, numbers: int, sliced: bool, packs: bool
+) -> Call:
     """The U-Net's, of so many rows of latents of that size; `numbers` is how many SDXL is told beside."""
     meta, config = on_meta(module), module.config
     set_sliced(meta, sliced)
+    set_packs(meta, packs)
     dtype = meta.conv_in.weight.dtype
 
     def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
@@ -46,9 +50,10 @@ def unet(module: UNet, rows: int, size: Iterable[int], tokens: int, numbers: int
     return lambda: meta(sample, torch.empty((), device=META), context, **extra)
 
 
-def vae(module: VAE, batch: int, size: tuple[int, int], free: int, *, decode: bool) -> Call:
+def vae(module: VAE, batch: int, size: tuple[int, int], free: int, packs: bool, *, decode: bool) -> Call:
     """The VAE's, of a batch of pictures of `size`, with so many bytes free."""
     meta, (height, width), factor = on_meta(module), size, module.downscale
+    set_packs(meta, packs)
     small = (module.latent_channels, height // factor, width // factor)
     shape = small if decode else (3, height, width)
     given = torch.empty(batch, *shape, dtype=next(meta.parameters()).dtype, device=META)
@@ -61,3 +66,10 @@ def set_sliced(network: nn.Module, sliced: bool) -> None:
     for module in network.modules():
         if isinstance(module, SpatialTransformer | Attention):
             module.sliced = sliced
+
+
+def set_packs(network: nn.Module, packs: bool) -> None:
+    """Whether copies of convolutions' weights may be kept for kernels."""
+    for module in network.modules():
+        if isinstance(module, Conv2d):
+            module.packs = packs

@@ -29,11 +29,16 @@ def peak(call: Callable[[], object], device: torch.device) -> int:
 
     What was there before, weights and arguments, is not counted; what the call gives is.
     """
+    return peak_and_rest(call, device)[0]
+
+
+def peak_and_rest(call: Callable[[], object], device: torch.device) -> tuple[int, int]:
+    """`peak`, and the bytes that are still held when what it gave is gone: weights packed for kernels."""
     counted = _Counted(device)
     with torch.no_grad(), counted, _As(device):
-        kept = call()
-    del kept
-    return counted.most
+        given = call()
+    del given
+    return counted.most, counted.now
 
 
 def on_meta(module: M) -> M:

@@ -37,8 +37,11 @@ def is_imitated(dtype: torch.dtype) -> bool:
 class Conv2d(nn.Conv2d):
     """[B, C_in, H, W] -> [B, C_out, H', W']: torch's, but for fp32 and for gradients in bf16 on a CPU.
 
-    The way is chosen by the size of a picture, never by how many there are.
+    The way is chosen by the size of a picture, never by how many there are. `packs`: whether a copy of the
+    weight may be kept for a kernel.
     """
+
+    packs = True
 
     def forward(self, x: Tensor) -> Tensor:
         trains = torch.is_grad_enabled() and self.weight.requires_grad and x.device.type == "cpu"
@@ -49,7 +52,7 @@ class Conv2d(nn.Conv2d):
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self._is_plain() and x.dtype is weight.dtype:
-            out = drawn(x, weight, bias, self.stride, self.padding)  # type: ignore[arg-type]
+            out = drawn(x, weight, bias, self.stride, self.padding, self.packs)  # type: ignore[arg-type]
             if out is not None:
                 return out
         own: Tensor = super()._conv_forward(x, weight, bias)
@@ -123,7 +126,12 @@ def weight_gradient(
 
 
 def drawn(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int]
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    packs: bool = True,
 ) -> Tensor | None:
     """A convolution in fp32 on a CPU, without gradients, where there is a faster way than torch's; or None.
 
@@ -131,11 +139,12 @@ def drawn(
         x: [B, C, H, W], padded by zeros.
         weight: [O, C, k, k] in any dtype.
         bias: [O] in fp32.
+        packs: a copy of the weight may be kept.
     """
     if weight.shape[2:] != (3, 3):
         return None
     pixels, channels = x.shape[2] * x.shape[3], weight.shape[0] * weight.shape[1]
-    if pixels >= WINOGRAD_PIXELS and channels >= WINOGRAD_CHANNELS:
+    if packs and pixels >= WINOGRAD_PIXELS and channels >= WINOGRAD_CHANNELS:
         if stride == (1, 1) and padding in ((0, 0), (1, 1)) and native.fits(x, weight):
             ready = packed.winograd(weight)
             return None if ready is None else native.convolve(x, ready, bias, len(weight), padding[0])

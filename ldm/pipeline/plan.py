@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from ldm.adapters.layers import share
 from ldm.diffusion.guidance import CFG, InstructPix2Pix
 from ldm.errors import UserError
+from ldm.kernels import packed
 from ldm.memory import calls
-from ldm.memory.calls import set_sliced
+from ldm.memory.calls import set_packs, set_sliced
 from ldm.memory.residence import Sleeping, Stay, home_of, largest_layer
 from ldm.memory.sizes import as_text
-from ldm.memory.trace import peak
+from ldm.memory.trace import peak_and_rest
 from ldm.pipeline.inputs import Inputs
 from ldm.pipeline.passes import Prepare
 from ldm.pipeline.start import Enlarge, FromImage
@@ -51,10 +52,11 @@ class Way:
     sliced: bool = False  # transformers take the rows of a batch one by one
     in_turn: bool = False  # the branches of guidance are called one after another
     stay: Stay = Stay.ALWAYS
+    packs: bool = False  # copies of convolutions' weights are kept for kernels
 
 
 WAYS = (
-    Way("all in memory"),
+    Way("all in memory", packs=True),
     Way("VAE over bands", True),
     Way("attention by slices", True, True),
     Way("branches one by one", True, True, True),
@@ -70,6 +72,8 @@ class Stage:
     name: str
     weights: int  # bytes that are in memory meanwhile
     beside: int  # bytes that the computing takes
+    network: int = 0  # which computes it
+    packed: int = 0  # bytes of what it takes that stay: weights packed for kernels
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ class Plan:
 
     def __init__(self, job: Job, room: int, prepare: Prepare) -> None:
         self.job, self.room = job, room
-        self._traced: dict[tuple[Any, ...], int] = {}
+        self._traced: dict[tuple[Any, ...], tuple[int, int]] = {}
         self._jobs = list(_chain(job, prepare))
 
     @cached_property
@@ -128,16 +132,22 @@ class Plan:
         seen: set[int] = set()
         modules = (getattr(model.parts, name) for model in self.models for name in NETWORKS)
         here = (each for module in modules if module is not None for each in _tensors(module, seen))
-        return (
-            resident_memory() - sum(each.nbytes for each in here if _is_here(each)) + KERNELS + packed_bytes()
-        )
+        known = sum(each.nbytes for each in here if _is_here(each)) + packed.nbytes()
+        return resident_memory() - known + KERNELS
 
     def predict(self, way: Way) -> Prediction:
         """What the job takes in this way."""
         most = max(self._held(module, way) for module in self._modules("vae"))
         budget = max(0, self.room - self.base - most) if way.bounded_vae else None
-        stages = tuple(stage for job in self._jobs for stage in self._stages(job, way, budget))
-        return Prediction(way, self.base, stages, budget)
+        stages = [stage for job in self._jobs for stage in self._stages(job, way, budget)]
+        kept: dict[int, int] = {}  # by network
+        if len(self.job.batches) > 1:  # the second finds what the first has left
+            kept = {stage.network: stage.packed for stage in stages}
+        for k, stage in enumerate(stages):
+            others = sum(size for network, size in kept.items() if network != stage.network)
+            stages[k] = replace(stage, beside=stage.beside + others)
+            kept[stage.network] = max(stage.packed, kept.get(stage.network, 0))
+        return Prediction(way, self.base, tuple(stages), budget)
 
     def choose(self) -> Prediction:
         """The first way that fits. Raises UserError, with what it takes and what to change, if none does."""
@@ -172,8 +182,8 @@ class Plan:
         for name in ("text_encoder", "text_encoder_2"):
             encoder = getattr(model.parts, name)
             if encoder is not None:
-                beside = self._trace(("text", id(encoder), texts), partial(calls.text, encoder, texts), model)
-                yield Stage("text", self._held(encoder, way), beside)
+                traced = self._trace(("text", id(encoder), texts), partial(calls.text, encoder, texts), model)
+                yield Stage("text", self._held(encoder, way), traced[0])
         vae = model.vae
         if isinstance(job.start, FromImage) and not isinstance(job.start, Enlarge):
             yield self._vae_stage("VAE encode", model, 1, (height, width), way, budget)
@@ -183,15 +193,13 @@ class Plan:
         rows = batch * branches
         tokens = windows * (model.text.window if model.text.clips else calls.WINDOW)
         numbers = 5 if model.parts.requires_aesthetics_score else 6
-        key = ("unet", id(model.unet), rows, *small, windows, way.sliced)
-        beside = self._trace(
-            key, partial(calls.unet, model.unet, rows, small, tokens, numbers, way.sliced), model
-        )
-        yield Stage(f"U-Net, {rows} x {small[0]} x {small[1]}", self._held(model.unet, way), beside)
+        key = ("unet", id(model.unet), rows, *small, windows, way.sliced, way.packs)
+        call = partial(calls.unet, model.unet, rows, small, tokens, numbers, way.sliced, way.packs)
+        traced, name = self._trace(key, call, model), f"U-Net, {rows} x {small[0]} x {small[1]}"
+        yield Stage(name, self._held(model.unet, way), traced[0], id(model.unet), traced[1])
         if job.then is None:
             yield self._vae_stage("VAE decode", model, batch, (height, width), way, budget)
-            held = self._held(vae, way)
-            yield Stage("picture", held, 5 * batch * 3 * 4 * height * width)
+            yield Stage("picture", self._held(vae, way), 5 * batch * 3 * 4 * height * width)
 
     def _vae_stage(
         self, name: str, model: Model, batch: int, size: tuple[int, int], way: Way, budget: int | None
@@ -199,18 +207,22 @@ class Plan:
         vae, held = model.vae, self._held(model.vae, way)
         free = max(0, self.room - self.base - held) if budget is None else budget
         over = vae.over_bands
-        key = (name, id(vae), batch, size, free if budget is not None or over is None else over)
-
-        call = partial(calls.vae, vae, batch, size, free, decode=name == "VAE decode")
+        key = (name, id(vae), batch, size, free if budget is not None or over is None else over, way.packs)
+        call = partial(calls.vae, vae, batch, size, free, way.packs, decode=name == "VAE decode")
         # Before the call pictures and latents are there in fp32, after it the same of its output.
         pictures = 3 * 4 * 3 * batch * size[0] * size[1]
-        return Stage(name, held, self._trace(key, call, model) + pictures)
+        beside, stays = self._trace(key, call, model)
+        return Stage(name, held, beside + pictures, id(vae), stays)
 
-    def _trace(self, key: tuple[Any, ...], make: Callable[[], Callable[[], object]], model: Model) -> int:
+    def _trace(
+        self, key: tuple[Any, ...], make: Callable[[], Callable[[], object]], model: Model
+    ) -> tuple[int, int]:
+        """Bytes that a call takes, and those of them that stay."""
         if key not in self._traced:
-            self._traced[key] = peak(make(), model.device)
+            self._traced[key] = peak_and_rest(make(), model.device)
+        most, rest = self._traced[key]
         share = HOLES if model.device.type == "cpu" else 0
-        return int(self._traced[key] * (1 + share))
+        return int((most - rest) * (1 + share)) + rest, rest
 
     def _held(self, module: nn.Module, way: Way) -> int:
         """Bytes of weights in memory while a network is used."""
@@ -230,16 +242,13 @@ class Plan:
                     yield module
 
 
-def packed_bytes() -> int:
-    """Bytes of what is kept of weights outside the modules: copies packed for kernels."""
-    return 0
-
-
 def arranged(model: M, prediction: Prediction) -> M:
     """The model as a way wants it: it shares all tensors."""
     way, unet, vae = prediction.way, share(model.unet), share(model.vae)
     unet.in_turn, vae.budget = way.in_turn, prediction.budget
     set_sliced(unet, way.sliced)
+    for network in (unet, vae):
+        set_packs(network, way.packs)
     for name in NETWORKS:
         module = getattr(model.parts, name)
         if module is not None and (home := home_of(module)) is not None:

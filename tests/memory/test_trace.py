@@ -7,8 +7,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from ldm.memory.trace import on_meta, peak
+from ldm.kernels import native, packed
+from ldm.memory.trace import on_meta, peak, peak_and_rest
 from ldm.models import UNet
+from ldm.models.convolution import Conv2d
 
 CPU = torch.device("cpu")
 
@@ -65,3 +67,19 @@ def test_a_traced_unet_takes_what_torchs_profiler_sees_a_real_one_take():
     traced = peak(lambda: meta(x.to("meta"), torch.empty((), device="meta"), context.to("meta")), CPU)
     assert traced == pytest.approx(most, rel=0.15)
     assert not any(each.is_meta for each in ours.parameters())
+
+
+@pytest.mark.skipif(not native.available(), reason="no compiler here")
+@pytest.mark.parametrize("packs", [True, False])
+def test_weights_that_are_packed_for_kernels_stay(packs):
+    layer = Conv2d(128, 128, 3, padding=1).requires_grad_(False).to("meta")
+    layer.packs = packs
+    x = torch.empty(1, 128, 32, 32, device="meta").to(memory_format=torch.channels_last)
+    most, rest = peak_and_rest(lambda: layer(x), CPU)
+    assert rest == (4 * 36 * 128 * 128 if packs else 0)
+    assert most >= rest + 4 * x.numel()
+    before = packed.nbytes()
+    real = Conv2d(128, 128, 3, padding=1).requires_grad_(False)
+    real.packs = packs
+    real(torch.randn(1, 128, 32, 32))
+    assert packed.nbytes() - before == rest
