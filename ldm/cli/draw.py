@@ -31,6 +31,9 @@ MAX_BATCH_PIXELS = 2**26  # 4 pictures of 4096 x 4096, 4096 of 128 x 128
 Drawing = tuple["Job", list[Asked]]  # a job, and where each of its requests comes from
 
 
+BYTES = 2**13  # for each pixel of a batch: five times what Stable Diffusion's VAE takes in fp32
+
+
 def draw(args: argparse.Namespace) -> int:
     """Parse -> Requests -> load -> prepare -> for each batch: draw -> save."""
     faults = Faults()
@@ -56,8 +59,8 @@ def draw(args: argparse.Namespace) -> int:
     if args.plan:
         print(*(line for job, _ in drawings for line in table(job, args)), sep="\n")
         return faults.exit_code
-    if args.max_memory is None:
-        warn_of_memory([job for job, _ in drawings])
+    if args.max_memory is None and (large := [job for job, _ in drawings if is_large(job)]):
+        warn_of_memory(large)
     if args.resume:
         drawings = output.left(drawings)
     preview = None if args.preview is None else Preview(pipe, args)
@@ -75,6 +78,14 @@ def draw(args: argparse.Namespace) -> int:
     output.close()
     print_peak_memory(pipe, args)
     return faults.exit_code
+
+
+def is_large(job: Job) -> bool:
+    """Whether a drawing may take a GiB and a quarter of what is free, by a generous guess."""
+    height, width = job.request.size
+    weights = sum(each.nbytes for each in job.model.unet.parameters())
+    guess = 2 * weights + len(job.batches[0]) * height * width * BYTES
+    return guess > 2**30 and guess > job.model.runtime.free_memory / 4
 
 
 def prepare_jobs(

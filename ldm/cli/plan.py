@@ -12,10 +12,6 @@ from ldm.errors import UserError
 if TYPE_CHECKING:
     from ldm.pipeline import Job
 
-# Of the free memory: what a drawing may take by a generous guess, before anything is predicted.
-SURELY = 0.25
-GUESS = 2**13  # bytes for each pixel of a batch: five times what SD's VAE takes in fp32
-
 
 def table(job: Job, args: argparse.Namespace) -> Iterator[str]:
     """The lines that tell of one job: what takes what, the peak of each way, and what to do."""
@@ -60,10 +56,8 @@ def warn_of_memory(jobs: Sequence[Job]) -> None:
     from ldm.runtime import resident_memory
 
     for job in jobs:
-        free, (height, width) = job.model.runtime.free_memory, job.request.size
+        free = job.model.runtime.free_memory
         weights = sum(each.nbytes for each in job.model.unet.parameters())
-        if 2 * weights + len(job.batches[0]) * height * width * GUESS < SURELY * free:
-            continue
         room = free + (resident_memory() if job.model.device.type != "cuda" else weights)
         plan = plan_of(job, room)
         if (whole := plan.predict(WAYS[0]).peak) <= room:

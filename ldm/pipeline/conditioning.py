@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
@@ -89,7 +90,7 @@ def encode_texts(
     Raises UserError for embeddings that do not fit the model or each other.
     """
     extra, negative_extra = _extra(request, model.parts, model.runtime.device)
-    with in_use(model.text_encoder, model.text_encoder_2):
+    with in_use(model.text_encoder, model.text_encoder_2) if model.sleeps else nullcontext():
         cond, uncond = _read(model, request, inputs, p, texts, windows, source)
     rows = {name: value.expand(len(cond), *value.shape[1:]) for name, value in extra.items()}
     return replace(cond, **rows), replace(uncond, **negative_extra)

@@ -57,7 +57,18 @@ class Inputs:
         as_seeds = self.generators is not None and all_new(self.generators, seeds)
         return tuple(name for name in self.given if not (as_seeds and name == "generator"))
 
+    def as_kept(self, requests: Sequence[Request]) -> tuple[Request, ...]:
+        """The requests as pictures keep them: they say what they lack, and nothing that was not so."""
+        lacks = self.not_kept([seed for each in requests for seed in each.seeds])
+        blank = {name: value for argument in lacks for name, value in _UNTRUE.get(argument, {}).items()}
+        return tuple(each.replace(**blank, not_kept=lacks) for each in requests)
 
+
+# An argument of the call that no request keeps -> what of a request means nothing beside it.
+_UNTRUE: dict[str, dict[str, Any]] = {
+    "sampler": {"sampler": None, "eta": None, "sampler_options": None},
+    "guidance": {"guidance_scale": None, "guidance_rescale": 0.0, "image_guidance_scale": None},
+}
 _ARGUMENTS = {
     "generators": "generator",
     "solver": "sampler",

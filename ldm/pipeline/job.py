@@ -54,12 +54,6 @@ LCM = "LatentConsistencyModelPipeline"  # as diffusers names it
 OWN = {"prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "target_prompt", "seeds", "embeddings"}
 OWN |= {"variation_seed"}
 
-# An argument of the call that no request keeps -> what of a request means nothing beside it.
-INSTEAD: dict[str, dict[str, Any]] = {
-    "sampler": {"sampler": None, "eta": None, "sampler_options": None},
-    "guidance": {"guidance_scale": None, "guidance_rescale": 0.0, "image_guidance_scale": None},
-}
-
 
 @dataclass(frozen=True, eq=False)
 class Picture:
@@ -187,7 +181,7 @@ def _prepare(
         inputs.image_latents,
     )
     start = start if first.denoising_start is None else resumed(start, first, sampler)
-    kept = requests if inputs is NOTHING and not first.not_kept else as_kept(requests, inputs)
+    kept = requests if inputs is NOTHING and not first.not_kept else inputs.as_kept(requests)
     pictures = list_pictures(kept, inputs, start.shape)
     return Job(
         model=model,
@@ -222,13 +216,6 @@ def check_alike(requests: Sequence[Request]) -> None:
         if any(each[name] != first[name] for each in others):
             name = "LoRAs" if name == "loras" else name
             raise UserError(f"prompts of one call have the same {name}: give others to another call")
-
-
-def as_kept(requests: Sequence[Request], inputs: Inputs) -> tuple[Request, ...]:
-    """The requests as pictures keep them: they say what they lack, and nothing that was not so."""
-    lacks = inputs.not_kept([seed for each in requests for seed in each.seeds])
-    blank = {name: value for argument in lacks for name, value in INSTEAD.get(argument, {}).items()}
-    return tuple(each.replace(**blank, not_kept=lacks) for each in requests)
 
 
 def chosen_options(

@@ -47,7 +47,8 @@ class Model:
     upscaler: Self | None = None  # what enlarges each finished picture
     refiner: Self | None = None  # what draws the last steps of each picture
     classifier: ClassifierFile | None = None  # for requests that name a class
-    max_memory: int | None = None  # bytes that a drawing may take (`ldm.pipeline.plan`); loaded when needed
+    max_memory: int | None = None  # bytes that a drawing may take (`ldm.pipeline.plan`)
+    sleeps: bool = False  # weights come when they are used (`ldm.memory.residence`)
     # The last model that a request's LoRAs asked for, and the last seamless one, so that the next request
     # need not build it again.
     _recent: dict[str, tuple[Any, Self]] = field(default_factory=dict, init=False, repr=False)
@@ -70,7 +71,7 @@ class Model:
         with nullcontext() if max_memory is None else asleep(runtime.device):
             parts = load_parts(path, runtime, **places)
         model = cls.from_parts(parts, runtime, place.stem if place.is_file() else place.name)
-        return replace(model, max_memory=max_memory)
+        return replace(model, max_memory=max_memory, sleeps=max_memory is not None)
 
     @property
     def unet(self) -> UNet:

@@ -7,6 +7,7 @@ The VAE works on the whole of all pictures where that fits into the free memory,
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -124,14 +125,14 @@ def class_gradient(classifier: LatentClassifier, number: int) -> Gradient:
 
 def encode(vae: VAE, images: Tensor) -> LatentDist:
     """Images [B, 3, H, W] in 0..1 -> the Gaussian over latents that the VAE makes of them, fp32."""
-    with in_use(vae):
+    with in_use(vae) if hasattr(vae, "home") else nullcontext():  # loaded asleep
         mean, std = finite(vae, lambda vae: _encode(vae, images * 2 - 1), "the VAE's encoder")
     return LatentDist(mean, std).scaled(vae)
 
 
 def decode(vae: VAE, latents: Tensor) -> Tensor:
     """Latents [B, c, h, w], as `encode` gives them -> images [B, 3, H, W] in 0..1, fp32."""
-    with in_use(vae):
+    with in_use(vae) if hasattr(vae, "home") else nullcontext():  # loaded asleep
         (images,) = finite(vae, lambda vae: (_decode(vae, latents),), "the VAE's decoder")
     return (images / 2 + 0.5).clamp(0, 1)
 
