@@ -110,7 +110,7 @@ def test_memory_has_lines_and_ratios_of_its_own():
 
 
 def test_the_report_is_a_page_a_chart_and_all_rounds(tmp_path, case):
-    measured = [seconds("ldm-fp32", 1.0, 1.0), seconds("peer-fp32", 4.0, 2.0)]
+    measured = [seconds("ldm-fp32", 1.0, 1.0, error=float("nan")), seconds("peer-fp32", 4.0, 2.0)]
     results = Results(case, measured, {"peer-fp32": 14.2}, "peer-fp32")
     page = write_report(tmp_path / "new", "now", TOLD, [results]).read_text("utf-8")
     assert "| ours / it |" in page
@@ -119,6 +119,8 @@ def test_the_report_is_a_page_a_chart_and_all_rounds(tmp_path, case):
     assert "peer-fp32's networks, 14 s." in page
     read = json.loads((tmp_path / "new" / "now.json").read_text("utf-8"))
     assert read["models"][0]["measured"][1]["rounds"] == [{"s": 4.0}, {"s": 2.0}]
+    assert read["models"][0]["measured"][0]["error"] is None  # JSON has no NaN
+    assert "| another shape |" in page
     svg = ElementTree.parse(tmp_path / "new" / "now-made.svg").getroot()
     assert "unet: peer-fp32" in [text.text for text in svg.iter("{http://www.w3.org/2000/svg}text")]
     assert "0.38" in page  # of 0.25 and 0.5

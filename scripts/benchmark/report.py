@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +23,7 @@ def write_report(folder: Path, name: str, told: Mapping[str, Any], results: Sequ
         told: "command", "rounds", and what `environment.describe` says.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    everything = {**told, "models": [asdict(each) for each in results]}
+    everything = _told({**told, "models": [asdict(each) for each in results]})
     (folder / f"{name}.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
     charts = {}
     for each in results:
@@ -33,6 +34,15 @@ def write_report(folder: Path, name: str, told: Mapping[str, Any], results: Sequ
     page = folder / f"{name}.md"
     page.write_text("\n".join(_page(told, results, charts)) + "\n", encoding="utf-8")
     return page
+
+
+def _told(value: Any) -> Any:
+    """The same with null for what is not told, as JSON has no NaN."""
+    if isinstance(value, dict):
+        return {name: _told(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_told(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _page(told: Mapping[str, Any], results: Sequence[Results], charts: Mapping[str, str]) -> Iterator[str]:
@@ -76,7 +86,7 @@ def table_lines(measured: Sequence[Measured]) -> Iterator[str]:
     for line in lines(measured):
         peer = by_peer[line.peer]
         is_first = line.figure == first
-        error = f"{peer.error:.1e}" if is_first and peer.error is not None else ""
+        error = _error(peer.error) if is_first else ""
         call = f"{peer.first_s:.1f} s" if is_first and peer.first_s is not None else ""
         ratio = "" if line.ratio is None else f"{line.ratio:.2f}"
         spread = f"{number(line.least)} to {number(line.most)}"
@@ -86,6 +96,12 @@ def table_lines(measured: Sequence[Measured]) -> Iterator[str]:
     for each in measured:
         if each.failed:
             yield f"| {title} | {each.peer} | {each.failed.replace('|', '/')} | | | | |"
+
+
+def _error(error: float | None) -> str:
+    if error is None:
+        return ""
+    return "another shape" if math.isnan(error) else f"{error:.1e}"
 
 
 def number(value: float) -> str:

@@ -60,6 +60,7 @@ class OpenedStableDiffusionCpp(Opened):
             n_threads=self.case.threads or os.cpu_count() or 1,
             wtype=kinds[self.peer.dtype],
         )
+        params.free_params_immediately = False  # else the second picture finds no weights
         return self.sd.SDContext(params)
 
     def load(self) -> float | None:
