@@ -16,14 +16,12 @@ from ldm.version import __version__
 
 if TYPE_CHECKING:
     from ldm.errors import UserError
-    from ldm.fast import FAST
     from ldm.pipeline import Pipeline, load
     from ldm.request import Request
 
-__all__ = ["FAST", "Pipeline", "Request", "UserError", "__version__", "load"]
+__all__ = ["Pipeline", "Request", "UserError", "__version__", "load"]
 
 _HOME = {
-    "FAST": "ldm.fast",
     "Pipeline": "ldm.pipeline",
     "Request": "ldm.request",
     "UserError": "ldm.errors",

@@ -189,6 +189,7 @@ class Request(Checked):
     tile_size: Side | None = None  # pixels: the U-Net sees windows of at most so many a side
     tile_overlap: Overlap | None = None  # pixels that neighbours share; None: half of a tile
     tiling: Axes | None = None  # axes along which the picture continues at its other edge
+    fast: bool | None = None  # what is noted of it are the fields that it fills in (`ldm.fast`)
     cache_interval: CacheInterval | None = (
         None  # DeepCache: of so many steps the U-Net is computed whole in one
     )

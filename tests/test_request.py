@@ -72,6 +72,7 @@ WHOLE = Request(
     tile_overlap=16,
     tiling="x",
     guidance_interval=(0.2, 0.8),
+    fast=True,
     cache_interval=3,
     cache_branch_id=1,
     token_merging_ratio=0.5,

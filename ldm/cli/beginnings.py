@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.errors import UserError
-from ldm.fast import FAST
 
 if TYPE_CHECKING:
     from ldm.request import Request
@@ -31,7 +30,7 @@ def given_by(args: argparse.Namespace) -> Request:
     fields = {name: value for name, value in fields.items() if value is not None}
     if "sampler" in fields:  # the name may say the spacing too, and another's spacing need not fit it
         fields.setdefault("spacing", None)
-    return base.replace(**{**(FAST if args.fast else {}), **fields})
+    return base.replace(**fields)
 
 
 def hires_of(args: argparse.Namespace) -> Request | None:

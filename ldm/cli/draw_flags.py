@@ -354,7 +354,12 @@ def add_pixel_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_fast_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("faster, at a price in the picture (docs/fast.md)").add_argument
-    add("--fast", action="store_true", help="all that pays: the flags below that you leave out, set well")
+    add(
+        "--fast",
+        action="store_true",
+        default=None,
+        help="about twice as fast: --steps and the flags below, as far as you leave them out, by the model",
+    )
     add(
         "--guidance-interval",
         nargs=2,

@@ -17,6 +17,7 @@ from ldm.checkpoint import Parts
 from ldm.checkpoint.esrgan import read_pixel_upscaler
 from ldm.diffusion.samplers import SAMPLERS, resolve_sampler
 from ldm.errors import UserError, printable
+from ldm.fast import fast_fields
 from ldm.fields import MAX_SIDE
 from ldm.images.enlarging import LABELS
 from ldm.models.kind import Kind
@@ -38,7 +39,7 @@ def resolve(model: Model, request: Request, images: Images) -> Request:
     request = request.replace(**images.digests) if images.digests else request
     check(request, images.image is not None, images.mask is not None, model.parts)
     check_image_size(request, images, model.parts)
-    values = _adapters(model, request) | _classifier(model, request)
+    values = _adapters(model, request) | _classifier(model, request) | {"fast": None}
     if request.num_grid_steps is not None:  # a grid of its own counts for itself
         values["num_inference_steps"] = request.num_grid_steps
     for name, value in _defaults(model, request, images).items():
@@ -159,6 +160,10 @@ def _defaults(model: Model, request: Request, images: Images) -> dict[str, Any]:
     spacing = None
     if not (request.timesteps or request.sigmas):
         spacing = schedule.spacing_for(sampler, implied or values.get("spacing"))
+    if request.fast:
+        values |= fast_fields(request.num_grid_steps or values["num_inference_steps"])
+        if request.target_prompt is not None:
+            values.pop("cache_interval", None)
     return {**values, "sampler": sampler.name, "spacing": spacing, "eta": sampler.options.get("eta")}
 
 

@@ -1,6 +1,7 @@
 """Drawing faster at a price: guidance in an interval, deep features kept over steps, merged tokens."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ from family_inputs import INPUTS, error, picture
 
 import ldm
 from ldm import cli
+from ldm.checkpoint.parts import Defaults
 from ldm.diffusion.deep_cache import DeepCache
 from ldm.diffusion.guidance import CFG
-from ldm.fast import FAST
+from ldm.fast import fast_fields
 from ldm.pipeline import networks
 
 FEW = {"num_inference_steps": 4, "output_type": "latent", "seed": 4}
@@ -143,11 +145,12 @@ def test_windows_have_features_of_their_own(pipe):
 
 
 def test_a_second_pass_and_a_refiner_save_too(models, pipe):
-    job = pipe.prepare(ldm.Request(num_inference_steps=4, hires_scale=2, **FAST))
-    assert job.then.job.request.cache_interval == job.request.cache_interval == FAST["cache_interval"]
+    job = pipe.prepare(ldm.Request(num_inference_steps=30, hires_scale=2, fast=True))
+    assert job.then.job.request.cache_interval == job.request.cache_interval == 3
     assert job.then.job.savings == job.savings
     xl = models("sdxl").with_refiner(models("refiner"))
-    job = xl.prepare(ldm.Request(num_inference_steps=4, **FAST))
+    job = xl.prepare(ldm.Request(num_inference_steps=30, fast=True))
+    assert job.savings.interval == 3
     assert job.then.job.savings == job.savings
     assert (job.then.job.guidance.low, job.then.job.guidance.high) == (job.guidance.low, job.guidance.high)
 
@@ -171,13 +174,32 @@ def test_a_callback_sees_what_guidance_has_and_changes_its_scale(pipe):
 def test_a_fast_picture_redraws_from_what_it_notes(folder_of, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     model = ["-m", str(folder_of("sd1")), "--device", "cpu", "--dtype", "fp32", "--quiet"]
-    fast = ["-p", "sea", "--steps", "4", "--fast", "--cache-branch-id", "1", "-o", "a.png"]
+    fast = ["-p", "sea", "--steps", "20", "--fast", "--cache-branch-id", "1", "-o", "a.png"]
     assert cli.txt2img([*model, *fast]) == 0
     noted = ldm.images.png.read_request(tmp_path / "a.png")
-    want = {**FAST, "cache_branch_id": 1}
+    want = {**fast_fields(20), "cache_branch_id": 1, "fast": None, "num_inference_steps": 20}
     assert {name: getattr(noted, name) for name in want} == want
     assert cli.main(["redraw", "a.png", *model]) == 0
     assert "equal: every pixel" in capsys.readouterr().out
+
+
+def test_fast_fills_in_what_is_left_out_by_the_models_steps(pipe):
+    def filled(steps, **others):
+        model = replace(pipe, parts=replace(pipe.parts, defaults=Defaults(num_inference_steps=steps)))
+        request = model.resolve(ldm.Request(fast=True, **others))
+        assert request.fast is None
+        return request.num_inference_steps, request.cache_interval, request.guidance_interval
+
+    assert filled(50) == (50, 5, (0, 0.75))
+    assert filled(20) == (20, 2, (0, 0.75))
+    assert filled(8) == (5, None, (0, 0.75))
+    assert filled(4) == (4, None, None)  # distilled
+    assert filled(8, num_inference_steps=12) == (12, None, (0, 0.75))
+    assert filled(8, num_inference_steps=30, guidance_interval=(0.2, 1)) == (30, 3, (0.2, 1))
+    edited = ldm.Request(fast=True, target_prompt="a boat")
+    job = pipe.prepare(edited, ldm.pipeline.Inputs(image=picture()))
+    assert (job.savings.interval, job.request.num_inference_steps) == (1, 50)
+    assert pipe.resolve(ldm.Request(fast=False)) == pipe.resolve(ldm.Request())
 
 
 @pytest.mark.parametrize(

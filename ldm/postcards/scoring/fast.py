@@ -17,14 +17,12 @@ from ldm.errors import reported
 from ldm.evaluate.distances import psnr
 from ldm.evaluate.features import EVALUATION
 from ldm.evaluate.reconstruction import Images, to_uint8
-from ldm.fast import FAST
 from ldm.files import whole_file
 from ldm.images.sheet import captioned, table
 from ldm.pipeline import Pipeline, load
 from ldm.postcards.scoring.following import judge
 from ldm.postcards.scoring.prompts import Prompt, evaluation_prompts
 from ldm.postcards.scoring.scorer import Scorer
-from ldm.request import Request
 
 Fields = Mapping[str, Any]  # of a Request
 Figures = dict[str, dict[str, float]]  # of each setting, by its name
@@ -32,7 +30,7 @@ Figures = dict[str, dict[str, float]]  # of each setting, by its name
 CACHES = [{"cache_interval": n, "cache_branch_id": b} for n, b in ((2, 0), (2, 1), (3, 0), (3, 1))]
 INTERVALS = [{"guidance_interval": (0, 0.75)}, {"guidance_interval": (0, 0.5)}]
 STEPS = [{"num_inference_steps": n} for n in (6, 5, 4)]
-SETTINGS: Sequence[Fields] = ({}, FAST, *INTERVALS, *CACHES, {"token_merging_ratio": 0.5}, *STEPS)
+SETTINGS: Sequence[Fields] = ({}, {"fast": True}, *INTERVALS, *CACHES, {"token_merging_ratio": 0.5}, *STEPS)
 EXACT = "exact"
 HEAD = ("", "s a picture", "of exact", "following, %", "difference in points, 95 %", "PSNR, dB")
 SHOWN = 8  # pictures of each setting
@@ -40,13 +38,13 @@ SHOWN = 8  # pictures of each setting
 
 def name_of(fields: Fields) -> str:
     """As the flags of `txt2img` have it."""
-    words = {"num_inference_steps": "steps"}
-    parts = [
-        f"--{words.get(name, name).replace('_', '-')} {' '.join(map(str, np.atleast_1d(value)))}"
-        for name, value in fields.items()
-    ]
-    is_fast = Request(**fields) == Request(**FAST)  # JSON has lists for tuples
-    return ("--fast: " if is_fast else "") + " ".join(parts) or EXACT
+    flags = {"num_inference_steps": "steps"}
+    parts = [f"--{flags.get(name, name).replace('_', '-')} {_told(value)}" for name, value in fields.items()]
+    return " ".join(parts).strip() or EXACT
+
+
+def _told(value: Any) -> str:
+    return "" if value is True else " ".join(f"{number:g}" for number in np.atleast_1d(value))
 
 
 def measure_prices(
