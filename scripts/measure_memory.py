@@ -1,6 +1,6 @@
 """The peak of resident memory that `txt2img --plan` predicts, and that drawing has, in a process of its own.
 
-python scripts/measure_memory.py --cache ~/ldm-shapes --out record.jsonl
+python scripts/measure_memory.py --cache ~/ldm-shapes >> record.jsonl
 
 Random weights in the shapes of each family are made once in --cache (fp16; SDXL's take 6.5 GiB). One step is
 enough for the peak. A case is family:size:batch:dtype, and after another colon a --max-memory.
@@ -30,20 +30,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--cache", type=Path, required=True, help="where the folders of weights are")
     parser.add_argument("--case", nargs="+", default=CASES, help="family:size:batch:dtype[:max-memory]")
-    parser.add_argument("--out", type=Path, help="a file to which each figure is added, a line of JSON")
     args = parser.parse_args()
     for case in args.case:
         figures = measure(args.cache, case) | {"date": time.strftime("%F")}
         print(json.dumps(figures), flush=True)
-        if args.out is not None:
-            with args.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(figures) + "\n")
 
 
 def measure(cache: Path, case: str) -> dict[str, object]:
     """In MiB: what is predicted, what it took, and the way that was chosen."""
     family, size, batch, dtype, *limit = case.split(":")
-    model, (width, height) = family, size.split("x")
+    width, height = size.split("x")
     if family != "postcard" and not (cache / family / "model_index.json").exists():
         run(str(ROOT / "tests/make_sd15.py"), str(cache / family), "--family", family)
     model = family if family == "postcard" else str(cache / family)
@@ -54,13 +50,11 @@ def measure(cache: Path, case: str) -> dict[str, object]:
     (way,) = re.findall(r"^fits: ([\w ]+)", plan, re.MULTILINE)
     (peak,) = re.findall(rf"peak, {way} +([\d.]+) (\w+)", plan)
     with tempfile.TemporaryDirectory() as out:
-        start = time.perf_counter()
         drawn = run("-m", "ldm", "txt2img", *flags, "--outdir", out, "--skip-grid")
-        seconds = time.perf_counter() - start
     (took,) = re.findall(r"peak memory (\d+) MiB", drawn)
     predicted = float(peak[0]) * SIZES[peak[1]]
     told = {"case": case, "way": way, "predicted": round(predicted), "measured": int(took)}
-    return told | {"ratio": round(predicted / int(took), 3), "s": round(seconds, 1)}
+    return told | {"ratio": round(predicted / int(took), 3)}
 
 
 def run(*command: str) -> str:

@@ -80,7 +80,7 @@ def main(description: str) -> None:
         tell = partial(print, flush=True)
         done.append(measure(case, rows, peers, args.rounds, tell, lambda now: write([*done, now])))
     page = write(done)
-    print(f"{page.read_text('utf-8')}\n{page} in {(time.perf_counter() - started) / 60:.1f} min")
+    print(f"{page.read_text(encoding='utf-8')}\n{page} in {(time.perf_counter() - started) / 60:.1f} min")
 
 
 def case_of(args: argparse.Namespace, model: str) -> tuple[Case, list[str]]:

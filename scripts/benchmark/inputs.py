@@ -51,7 +51,9 @@ def make_inputs(case: Case) -> Inputs:
 
 def config_of(case: Case, part: str) -> dict[str, Any]:
     """The config.json of a part."""
-    config: dict[str, Any] = json.loads((Path(case.folder) / part / "config.json").read_text("utf-8"))
+    config: dict[str, Any] = json.loads(
+        (Path(case.folder) / part / "config.json").read_text(encoding="utf-8")
+    )
     return config
 
 

@@ -67,7 +67,7 @@ def _made_ready(
     """The peers that can be measured, and by name why others cannot. What they need is made, and timed."""
     usable, lacking, case = list[Peer](), dict[str, str](), results.case
     record = case.made / "made.json"
-    made = json.loads(record.read_text("utf-8")) if record.exists() else {}
+    made = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
     for peer in peers:
         why = peer.lacks(case)
         if not why and peer.unmade(case):

@@ -126,7 +126,7 @@ def open_with_threads(peer: Peer, case: Case) -> Opened:
         import torch
 
         torch.set_num_threads(case.threads)
-    return peer.open(case)
+    return peer.start(case)
 
 
 def threads() -> int | None:

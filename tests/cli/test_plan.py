@@ -3,7 +3,6 @@
 import pytest
 
 from ldm import cli
-from ldm.cli import plan
 from ldm.memory.residence import Sleeping, leave
 
 

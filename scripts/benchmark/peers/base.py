@@ -72,7 +72,7 @@ class Peer:
         """A command line that draws one picture from nothing, if there is one but the benchmark's own."""
         return []
 
-    def open(self, case: Case) -> Opened:
+    def start(self, case: Case) -> Opened:
         raise NotImplementedError
 
 

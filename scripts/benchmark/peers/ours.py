@@ -43,7 +43,7 @@ class Ours(Peer):
             flags["threads"] = case.threads
         return [*command, *(word for name, value in flags.items() for word in (f"--{name}", str(value)))]
 
-    def open(self, case: Case) -> Opened:
+    def start(self, case: Case) -> Opened:
         return OpenedOurs(case, self)
 
 

@@ -17,7 +17,7 @@ class Diffusers(Peer):
         "unet", "decode", "encode", "text", "picture", "batch", "cold", "load", "lora", "full",
     )  # fmt: skip
 
-    def open(self, case: Case) -> Opened:
+    def start(self, case: Case) -> Opened:
         return OpenedDiffusers(case, self)
 
 

@@ -61,7 +61,7 @@ class OpenVino(Peer):
             else:
                 convert.convert(case, file)
 
-    def open(self, case: Case) -> Opened:
+    def start(self, case: Case) -> Opened:
         return OpenedOpenVino(case, self)
 
 

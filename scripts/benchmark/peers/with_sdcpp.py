@@ -39,7 +39,7 @@ class StableDiffusionCpp(Peer):
         self.file(case).parent.mkdir(parents=True, exist_ok=True)
         ldm.load(case.folder, device="cpu", dtype="fp16").save(self.file(case))
 
-    def open(self, case: Case) -> Opened:
+    def start(self, case: Case) -> Opened:
         return OpenedStableDiffusionCpp(case, self)
 
 
