@@ -26,8 +26,7 @@ SIZES = {"MiB": 1, "GiB": 1024}
 
 
 def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, required=True, help="where the folders of weights are")
     parser.add_argument("--case", nargs="+", default=CASES, help="family:size:batch:dtype[:max-memory]")
     args = parser.parse_args()
