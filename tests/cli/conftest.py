@@ -12,7 +12,7 @@ def fake(monkeypatch, tmp_path):
     pipe = FakePipeline()
     for module in (drawing, redrawing):
         monkeypatch.setattr(module, "load", lambda args: pipe)
-    monkeypatch.setattr(drawing, "warn_of_memory", lambda jobs: None)  # it has no networks
+    monkeypatch.setattr(drawing, "is_large", lambda jobs: None)  # it has no networks
     monkeypatch.setattr("ldm.pipeline.sample.draw_batch", pipe.draw_batch)
     monkeypatch.setattr("ldm.pipeline.job.prepare", FakePipeline.prepare)
     monkeypatch.chdir(tmp_path)
