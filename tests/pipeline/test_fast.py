@@ -192,9 +192,10 @@ def test_fast_fills_in_what_is_left_out_by_the_models_steps(pipe):
 
     assert filled(50) == (50, 5, (0, 0.75))
     assert filled(20) == (20, 2, (0, 0.75))
-    assert filled(8) == (5, None, (0, 0.75))
+    assert filled(8) == (4, None, None)
+    assert filled(15) == (8, None, None)
     assert filled(4) == (4, None, None)  # distilled
-    assert filled(8, num_inference_steps=12) == (12, None, (0, 0.75))
+    assert filled(8, num_inference_steps=12) == (12, None, None)
     assert filled(8, num_inference_steps=30, guidance_interval=(0.2, 1)) == (30, 3, (0.2, 1))
     edited = ldm.Request(fast=True, target_prompt="a boat")
     job = pipe.prepare(edited, ldm.pipeline.Inputs(image=picture()))

@@ -94,18 +94,18 @@ def measure_seconds(pipe: Pipeline, settings: Sequence[Fields], rounds: int) -> 
 
 
 def markdown(figures: Figures) -> str:
-    """A row for each setting; what was not measured is left blank."""
-    exact, lines = figures[EXACT], [HEAD, ("---",) * len(HEAD)]
+    """A row for each setting, the first of which is the exact one; what was not measured is left blank."""
+    exact, lines = next(iter(figures.values())), [HEAD, ("---",) * len(HEAD)]
     for name, found in figures.items():
         known = "seconds" in found and "seconds" in exact
-        interval = f" ({found['low']:+.1f} to {found['high']:+.1f})" if found.get("difference") else ""
+        differs = "difference" in found and found is not exact
         lines.append(
             (
                 name if name == EXACT else f"`{name}`",
                 f"{found['seconds']:.3f}" if known else "",
                 f"{found['seconds'] / exact['seconds']:.2f}" if known else "",
                 f"{found['following']:.1f}" if "following" in found else "",
-                f"{found['difference']:+.1f}{interval}" if "difference" in found and name != EXACT else "",
+                "{difference:+.1f} ({low:+.1f} to {high:+.1f})".format(**found) if differs else "",
                 f"{found['psnr']:.1f}" if "psnr" in found else "",
             )
         )
@@ -131,7 +131,7 @@ def main() -> None:
     add("-n", type=int, default=250, help="prompts (default: %(default)s)")
     add("--rounds", type=int, default=9, help="of timings (default: %(default)s)")
     add("--timings-only", action="store_true", help="as on a quiet machine; the rest is kept from --out")
-    add("--settings", type=json.loads, default=SETTINGS, metavar="JSON", help="fields of requests: [{}, ...]")
+    add("--settings", type=json.loads, default=SETTINGS, metavar="JSON", help="[{}, ...], exact first")
     add("--out", type=Path, default=Path("runs/fast.json"), help="figures, added (default: %(default)s)")
     add("--grid", type=Path, metavar="PNG", help="the first pictures of each setting")
     args = parser.parse_args()
