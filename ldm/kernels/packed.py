@@ -11,8 +11,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ldm.kernels import native
 
-# Of the memory that is free, the share that one more packed weight may take.
-SHARE = 1 / 8
+# Of the memory that is free, the share that all packed weights may take.
+SHARE = 1 / 4
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def winograd(weight: Tensor) -> Tensor | None:
     found: _Packed | None = _KEPT.get(weight)  # type: ignore[no-untyped-call]
     if found is not None and (found.version, found.address) == now:
         return found.packed
-    if 4 * 4 * weight.numel() > psutil.virtual_memory().available * SHARE:
+    if nbytes() + 4 * 4 * weight.numel() > psutil.virtual_memory().available * SHARE:
         return None
     packed = native.pack_winograd(weight)
     with _LOCK:
