@@ -190,9 +190,7 @@ class Request(Checked):
     tile_overlap: Overlap | None = None  # pixels that neighbours share; None: half of a tile
     tiling: Axes | None = None  # axes along which the picture continues at its other edge
     fast: bool | None = None  # what is noted of it are the fields that it fills in (`ldm.fast`)
-    cache_interval: CacheInterval | None = (
-        None  # DeepCache: of so many steps the U-Net is computed whole in one
-    )
+    cache_interval: CacheInterval | None = None  # DeepCache: the U-Net is computed whole in one of so many
     cache_branch_id: Branch | None = None  # the layer that the others begin at; None: 0, the last
     token_merging_ratio: Fraction | None = None  # of the tokens, the share that self-attention merges
     denoising_start: Fraction | None = None  # diffusers' names: the share of the timesteps at which its

@@ -27,11 +27,9 @@ if TYPE_CHECKING:
     from ldm.request import Request
 
 MAX_BATCH_PIXELS = 2**26  # 4 pictures of 4096 x 4096, 4096 of 128 x 128
+GUESSED_BYTES = 2**13  # of a pixel of a batch: five times what Stable Diffusion's VAE takes in fp32
 
 Drawing = tuple["Job", list[Asked]]  # a job, and where each of its requests comes from
-
-
-BYTES = 2**13  # for each pixel of a batch: five times what Stable Diffusion's VAE takes in fp32
 
 
 def draw(args: argparse.Namespace) -> int:
@@ -84,7 +82,7 @@ def is_large(job: Job) -> bool:
     """Whether a drawing may take a GiB and a quarter of what is free, by a generous guess."""
     height, width = job.request.size
     weights = sum(each.nbytes for each in job.model.unet.parameters())
-    guess = 2 * weights + len(job.batches[0]) * height * width * BYTES
+    guess = 2 * weights + len(job.batches[0]) * height * width * GUESSED_BYTES
     return guess > 2**30 and guess > job.model.runtime.free_memory / 4
 
 

@@ -12,7 +12,6 @@ from ldm.kernels.build import library
 
 # Tiles that are convolved together: their numbers, 36 for each channel and tile, stay in the caches.
 TILE_NUMBERS = 36 * 96 * 640
-TILE = 4  # pixels of a tile's side, of what it gives
 
 
 def available() -> bool:
@@ -21,14 +20,19 @@ def available() -> bool:
 
 
 def fits(*tensors: Tensor) -> bool:
-    """Whether kernels take them: the first in fp32, on a CPU, no gradient wanted, and nobody compiles."""
+    """Whether kernels take them, and there are any."""
+    return plain(*tensors) and available()
+
+
+def plain(*tensors: Tensor) -> bool:
+    """Drawing on a CPU, the first in fp32: no gradient is wanted, no autocast, and nobody compiles."""
     if torch.compiler.is_compiling() or tensors[0].dtype is not torch.float32:
         return False
     if any(t.device.type != "cpu" or t.layout is not torch.strided for t in tensors):
         return False
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return False
-    return not torch.is_autocast_enabled("cpu") and available()
+    return not torch.is_autocast_enabled("cpu")
 
 
 def pack_winograd(weight: Tensor) -> Tensor:

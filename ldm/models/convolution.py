@@ -144,11 +144,12 @@ def drawn(
     if weight.shape[2:] != (3, 3):
         return None
     pixels, channels = x.shape[2] * x.shape[3], weight.shape[0] * weight.shape[1]
-    if packs and pixels >= WINOGRAD_PIXELS and channels >= WINOGRAD_CHANNELS:
-        if stride == (1, 1) and padding in ((0, 0), (1, 1)) and native.fits(x, weight):
-            ready = packed.winograd(weight)
-            return None if ready is None else native.convolve(x, ready, bias, len(weight), padding[0])
-    elif pixels <= PRODUCT_PIXELS and channels >= PRODUCT_CHANNELS and _wants_product(x, weight):
+    many = packs and pixels >= WINOGRAD_PIXELS and channels >= WINOGRAD_CHANNELS
+    unstrided = stride == (1, 1) and padding in ((0, 0), (1, 1))
+    if many and unstrided and native.fits(x, weight) and (ready := packed.winograd(weight)) is not None:
+        return native.convolve(x, ready, bias, len(weight), padding[0])
+    few = pixels <= PRODUCT_PIXELS and channels >= PRODUCT_CHANNELS and x.dtype is weight.dtype
+    if few and native.plain(x, weight) and weight.is_contiguous(memory_format=torch.channels_last):
         return by_product(x, weight, bias, stride, padding)
     return None
 
@@ -178,11 +179,3 @@ def seen_patches(
         for j in range(kernel[1])
     ]
     return torch.cat(seen, dim=-1)
-
-
-def _wants_product(x: Tensor, weight: Tensor) -> bool:
-    """Drawing in fp32 on a CPU, by a weight that is laid out for it."""
-    plain = x.device.type == "cpu" and x.dtype is weight.dtype is torch.float32
-    gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    traced = torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
-    return plain and not gradient and not traced and weight.is_contiguous(memory_format=torch.channels_last)

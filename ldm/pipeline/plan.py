@@ -46,9 +46,7 @@ class Way:
     """How networks are run, from the quickest to what takes least."""
 
     name: str
-    bounded_vae: bool = (
-        False  # the VAE has what is left, and goes over bands of rows where that is too little
-    )
+    bounded_vae: bool = False  # the VAE has what is left, and goes over bands where that is too little
     sliced: bool = False  # transformers take the rows of a batch one by one
     in_turn: bool = False  # the branches of guidance are called one after another
     stay: Stay = Stay.ALWAYS

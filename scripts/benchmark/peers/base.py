@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from benchmark.case import Case
+from benchmark.case import NEGATIVE, Case
 
 Run = Callable[[int], Any]  # the number of a round -> what was computed: arrays, a tensor or several, or None
 
@@ -41,9 +41,48 @@ class Opened:
         return run
 
 
+class OpenedPipeline(Opened):
+    """One whose `pipe` takes the names of diffusers' call, and whose `inputs` are tensors on the device."""
+
+    arguments: ClassVar[dict[str, Any]] = {}  # that its call needs beside
+    pipe: Any
+    inputs: Any
+
+    def picture(self, pictures: int = 1) -> Run:
+        pipe, case, noise = self.pipe, self.case, self.inputs["noise"][:pictures]
+
+        def run(k: int) -> Any:
+            return pipe(
+                prompt_of(k),
+                negative_prompt=NEGATIVE,
+                height=case.height,
+                width=case.width,
+                num_inference_steps=case.steps,
+                guidance_scale=case.guidance,
+                num_images_per_prompt=pictures,
+                latents=noise.clone(),
+                output_type="np",
+                **self.arguments,
+            ).images
+
+        return run
+
+    def batch(self) -> Run:
+        return self.picture(self.case.batch)
+
+    def lora(self) -> Run:
+        return self._step(lora=True)
+
+    def full(self) -> Run:
+        return self._step(lora=False)
+
+    def _step(self, lora: bool) -> Run:
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class Peer:
-    """A library in a precision. What it says of itself needs no imports; `open` imports."""
+    """A library in a precision. What it says of itself needs no imports; `start` imports."""
 
     dtype: str
     compiled: bool = False

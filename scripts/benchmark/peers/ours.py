@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from benchmark.case import NEGATIVE, PROMPT, Case
 from benchmark.inputs import TIMESTEP, make_inputs
-from benchmark.peers.base import Opened, Peer, Run, prompt_of, without_gradients
+from benchmark.peers.base import Opened, OpenedPipeline, Peer, Run, prompt_of, without_gradients
 
 SAMPLER = "dpmpp_2m"
 
@@ -47,7 +47,9 @@ class Ours(Peer):
         return OpenedOurs(case, self)
 
 
-class OpenedOurs(Opened):
+class OpenedOurs(OpenedPipeline):
+    arguments: ClassVar[dict[str, Any]] = {"sampler": SAMPLER}
+
     def __init__(self, case: Case, peer: Peer) -> None:
         super().__init__(case, peer)
         import torch  # noqa: F401
@@ -117,34 +119,6 @@ class OpenedOurs(Opened):
     def text(self) -> Run:
         text = self.pipe.text
         return without_gradients(lambda k: text.encode([prompt_of(k), NEGATIVE]).tokens)
-
-    def picture(self, pictures: int = 1) -> Run:
-        pipe, case, noise = self.pipe, self.case, self.inputs["noise"][:pictures]
-
-        def run(k: int) -> Any:
-            return pipe(
-                prompt_of(k),
-                negative_prompt=NEGATIVE,
-                height=case.height,
-                width=case.width,
-                num_inference_steps=case.steps,
-                guidance_scale=case.guidance,
-                num_images_per_prompt=pictures,
-                latents=noise,
-                sampler=SAMPLER,
-                output_type="np",
-            ).images
-
-        return run
-
-    def batch(self) -> Run:
-        return self.picture(self.case.batch)
-
-    def lora(self) -> Run:
-        return self._step(lora=True)
-
-    def full(self) -> Run:
-        return self._step(lora=False)
 
     def _step(self, lora: bool) -> Run:
         from benchmark import training

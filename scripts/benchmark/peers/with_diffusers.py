@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from benchmark.case import NEGATIVE, Case
 from benchmark.inputs import TIMESTEP, make_inputs
-from benchmark.peers.base import Opened, Peer, Run, prompt_of, without_gradients
+from benchmark.peers.base import Opened, OpenedPipeline, Peer, Run, prompt_of, without_gradients
 
 
 class Diffusers(Peer):
@@ -31,7 +31,7 @@ def with_sampler(pipe: Any) -> Any:
     return pipe
 
 
-class OpenedDiffusers(Opened):
+class OpenedDiffusers(OpenedPipeline):
     def __init__(self, case: Case, peer: Peer) -> None:
         super().__init__(case, peer)
         import torch
@@ -130,33 +130,6 @@ class OpenedDiffusers(Opened):
             return torch.cat([prompt, negative])
 
         return without_gradients(call)
-
-    def picture(self, pictures: int = 1) -> Run:
-        pipe, case, noise = self.pipe, self.case, self.inputs["noise"][:pictures]
-
-        def run(k: int) -> Any:
-            return pipe(
-                prompt_of(k),
-                negative_prompt=NEGATIVE,
-                height=case.height,
-                width=case.width,
-                num_inference_steps=case.steps,
-                guidance_scale=case.guidance,
-                num_images_per_prompt=pictures,
-                latents=noise.clone(),
-                output_type="np",
-            ).images
-
-        return run
-
-    def batch(self) -> Run:
-        return self.picture(self.case.batch)
-
-    def lora(self) -> Run:
-        return self._step(lora=True)
-
-    def full(self) -> Run:
-        return self._step(lora=False)
 
     def _step(self, lora: bool) -> Run:
         """In fp32 the scripts' own defaults, in bf16 all that makes them quicker (`benchmark.training`)."""
