@@ -147,11 +147,16 @@ def drawn(
     many = packs and pixels >= WINOGRAD_PIXELS and channels >= WINOGRAD_CHANNELS
     unstrided = stride == (1, 1) and padding in ((0, 0), (1, 1))
     if many and unstrided and native.fits(x, weight) and (ready := packed.winograd(weight)) is not None:
-        return native.convolve(x, ready, bias, len(weight), padding[0])
+        out = native.convolve(x, ready, bias, len(weight), padding[0])
+        return out if is_channels_last(x) or is_channels_last(weight) else out.contiguous()  # as torch's is
     few = pixels <= PRODUCT_PIXELS and channels >= PRODUCT_CHANNELS and x.dtype is weight.dtype
-    if few and native.plain(x, weight) and weight.is_contiguous(memory_format=torch.channels_last):
+    if few and native.plain(x, weight) and is_channels_last(weight):
         return by_product(x, weight, bias, stride, padding)
     return None
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    return tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 def by_product(

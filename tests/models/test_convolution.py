@@ -180,3 +180,11 @@ def test_the_kernel_draws_where_it_is_faster_and_only_there(monkeypatch):
     layer(x).sum().backward()  # a gradient is wanted
     assert len(called) == 1
     assert layer.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("of_x", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("of_weight", [torch.contiguous_format, torch.channels_last])
+def test_what_is_drawn_lies_as_torchs_does(of_x, of_weight):
+    layer = Conv2d(128, 128, 3, padding=1).to(memory_format=of_weight).requires_grad_(False)
+    x = torch.randn(2, 128, 32, 32).to(memory_format=of_x)
+    assert layer(x).stride() == nn.Conv2d._conv_forward(layer, x, layer.weight, layer.bias).stride()
