@@ -19,7 +19,8 @@ from functools import cache
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "cpp"
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC")
+# Nobody traps floating point exceptions: else loops with a choice between numbers would not become vectors.
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-trapping-math", "-fopenmp", "-fPIC")
 # Where the library is kept; and a way to do without: LDM_KERNELS=off.
 SWITCH = "LDM_KERNELS"
 

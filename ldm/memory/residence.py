@@ -9,13 +9,10 @@ other parameters into the modules that they know, which those would not see.
 
 from __future__ import annotations
 
-import ctypes
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from enum import Enum
-from functools import cache
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -24,6 +21,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoint.fill import filled_by, is_finite, laid_out, let_go
 from ldm.errors import UserError
+from ldm.kernels.malloc import give_back
 
 # Whose weights come together where layers come and go; else each layer with weights by itself.
 UNITS = ("ResnetBlock", "TransformerBlock", "CLIPEncoderLayer")
@@ -178,7 +176,7 @@ def leave(but: Home | None = None) -> None:
             home.sleep()
             _HERE.remove(home)
         if going:
-            _trim()()
+            give_back()
 
 
 def largest_layer(module: nn.Module) -> int:
@@ -220,11 +218,3 @@ def _hook(home: Home, tensors: list[Sleeping], what: str) -> Callable[..., None]
                 getattr(each, what)()
 
     return call
-
-
-@cache
-def _trim() -> Callable[[], object]:
-    """Gives freed memory back to the system where the C library keeps it (glibc)."""
-    library = ctypes.CDLL(None) if sys.platform == "linux" else None
-    trim = getattr(library, "malloc_trim", None)
-    return (lambda: None) if trim is None else (lambda: trim(0))

@@ -12,12 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldm.kernels import native
 from ldm.models.convolution import Conv2d
-from ldm.models.layers import GroupNorm
+from ldm.models.layers import KERNEL_DTYPES, GroupNorm
 from ldm.models.merging import merged
 
 # Scores per head (queries x keys), by bytes a number, up to which plain attention trains faster on a CPU.
 PLAIN_SCORES = {2: 512 * 1024, 4: 256 * 256}
+# What is widest in a feed-forward layer is made so much at a time on a CPU, and then stays in the caches.
+WIDE_BYTES = 16 << 20
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -140,7 +143,10 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(dim, 2 * inner)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
+        both: Tensor = self.proj(x)
+        if native.fits(both, dtypes=KERNEL_DTYPES):
+            return native.geglu(both)
+        value, gate = both.chunk(2, dim=-1)
         out: Tensor = value * F.gelu(gate)
         return out
 
@@ -150,12 +156,20 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
+        self.width = 8 * dim
         # diffusers has a dropout in the middle: its place keeps the names.
         self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.net(x)
-        return out
+        tokens = x.flatten(0, -2)
+        rows = max(1, WIDE_BYTES // (self.width * x.element_size()))
+        if torch.is_grad_enabled() or x.device.type != "cpu" or len(tokens) <= rows:
+            whole: Tensor = self.net(x)
+            return whole
+        out = torch.empty_like(tokens)
+        for some, to in zip(torch.split(tokens, rows), torch.split(out, rows), strict=True):
+            to.copy_(self.net(some))
+        return out.view(x.shape)
 
 
 class TransformerBlock(nn.Module):

@@ -210,12 +210,12 @@ class Convolved(Layer):
     def _convolve(self, start: int, stop: int) -> Tensor:
         x = self._padded(start * self.stride, (stop - 1) * self.stride + self.kernel)
         weight, bias, stride = self.conv.weight, self.conv.bias, (self.stride, self.stride)
-        packs = bool(getattr(self.conv, "packs", True))
         if not imitates(x):
-            out = drawn(x, weight, bias, stride, (0, 0), packs) if x.dtype is weight.dtype else None
+            same = x.dtype is weight.dtype
+            out = drawn(x, weight, bias, stride, (0, 0), packs=False) if same else None
             return F.conv2d(x, weight, bias, stride) if out is None else out
         wide, bias = x.float(), None if bias is None else bias.float()
-        out = drawn(wide, weight, bias, stride, (0, 0), packs)
+        out = drawn(wide, weight, bias, stride, (0, 0), packs=False)
         return (F.conv2d(wide, weight.float(), bias, stride) if out is None else out).to(x.dtype)
 
     def _padded(self, start: int, stop: int) -> Tensor:

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from ldm.kernels import native, packed
 
-# Pixels of a picture, and channels in times out, from which on Winograd's convolution is twice as fast.
-WINOGRAD_PIXELS, WINOGRAD_CHANNELS = 32 * 32, 128 * 128
-# The same of one matrix product, up to so many pixels.
-PRODUCT_PIXELS, PRODUCT_CHANNELS = 8 * 8, 512 * 512
+# Pixels of a picture, and channels in times out, from which on Winograd's convolution is faster than torch's.
+WINOGRAD_PIXELS, WINOGRAD_CHANNELS = 4 * 4, 64 * 64
+# A weight is packed where it is used, and not kept, with so many channels in times out up to so many pixels.
+UNPACKED_PIXELS, UNPACKED_CHANNELS = 64 * 64, 256 * 256
 # Output pixels of a batch up to which one matrix product is faster than torch's kernel, a loop on one core.
 FEW_PIXELS = 512
 
@@ -133,7 +133,7 @@ def drawn(
     padding: tuple[int, int],
     packs: bool = True,
 ) -> Tensor | None:
-    """A convolution in fp32 on a CPU, without gradients, where there is a faster way than torch's; or None.
+    """A convolution in fp32 on a CPU, without gradients, where a kernel is faster than torch's; or None.
 
     Args:
         x: [B, C, H, W], padded by zeros.
@@ -141,35 +141,21 @@ def drawn(
         bias: [O] in fp32.
         packs: a copy of the weight may be kept.
     """
-    if weight.shape[2:] != (3, 3):
-        return None
     pixels, channels = x.shape[2] * x.shape[3], weight.shape[0] * weight.shape[1]
-    many = packs and pixels >= WINOGRAD_PIXELS and channels >= WINOGRAD_CHANNELS
-    unstrided = stride == (1, 1) and padding in ((0, 0), (1, 1))
-    if many and unstrided and native.fits(x, weight) and (ready := packed.winograd(weight)) is not None:
+    unstrided = weight.shape[2:] == (3, 3) and stride == (1, 1) and padding in ((0, 0), (1, 1))
+    enough = pixels >= WINOGRAD_PIXELS and channels >= WINOGRAD_CHANNELS
+    if not (unstrided and enough and native.fits(x, weight)):
+        return None
+    passing = pixels <= UNPACKED_PIXELS and channels > UNPACKED_CHANNELS
+    if packs and not passing and (ready := packed.winograd(weight)) is not None:
         out = native.convolve(x, ready, bias, len(weight), padding[0])
-        return out if is_channels_last(x) or is_channels_last(weight) else out.contiguous()  # as torch's is
-    few = pixels <= PRODUCT_PIXELS and channels >= PRODUCT_CHANNELS and x.dtype is weight.dtype
-    if few and native.plain(x, weight) and is_channels_last(weight):
-        return by_product(x, weight, bias, stride, padding)
-    return None
+    else:
+        out = native.convolve_unpacked(x, weight, bias, padding[0])
+    return out if is_channels_last(x) or is_channels_last(weight) else out.contiguous()  # as torch's is
 
 
 def is_channels_last(tensor: Tensor) -> bool:
     return tensor.is_contiguous(memory_format=torch.channels_last)
-
-
-def by_product(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int]
-) -> Tensor:
-    """A convolution as one matrix product, of what each output pixel has seen with the weight as it lies.
-
-    oneDNN first copies the weight into its own order, at each call: for few pixels that is most of the work.
-    """
-    kernel = weight.shape[2:]
-    size = [(x.shape[2 + k] + 2 * padding[k] - kernel[k]) // stride[k] + 1 for k in range(2)]
-    patches = seen_patches(x, torch.Size(size), kernel, stride, padding)
-    return F.linear(patches, weight.permute(0, 2, 3, 1).flatten(1), bias).permute(0, 3, 1, 2)
 
 
 def seen_patches(

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.models.convolution import Conv2d
+from ldm.kernels import native
+from ldm.models.convolution import Conv2d, is_channels_last
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)  # of kernels that work number by number
+LARGE_MAP = (
+    256 * 256
+)  # pixels from which on torch's GroupNorm in channels_last is off by more than 1e-5 on a CPU
 
 
 def timestep_features(t: Tensor, dim: int, flip_sin_to_cos: bool = True, freq_shift: float = 0) -> Tensor:
@@ -51,15 +57,26 @@ class TimeEmbedding(nn.Module):
 
 
 class GroupNorm(nn.GroupNorm):
-    """[B, C, ...] -> the same: torch's GroupNorm by its fastest kernel."""
+    """[B, C, ...] -> the same: torch's GroupNorm, exact in channels_last too; SiLU after it where asked."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        # In channels_last torch's CPU kernel for 16 bits is ten times slower than the one for fp32.
-        slow = x.device.type == "cpu" and x.element_size() == 2 and not x.is_contiguous()
-        if not slow:
-            return super().forward(x)
-        weight, bias = self.weight.float(), self.bias.float()
-        return F.group_norm(x.float(), self.num_groups, weight, bias, self.eps).to(x.dtype)
+    def forward(self, x: Tensor, silu: bool = False) -> Tensor:
+        if x.dim() == 4 and is_channels_last(x) and native.fits(x, self.weight, dtypes=KERNEL_DTYPES):
+            return native.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, silu)
+        out = self._by_torch(x)
+        return F.silu(out) if silu else out
+
+    def _by_torch(self, x: Tensor) -> Tensor:
+        weight: Tensor = self.weight
+        bias: Tensor = self.bias
+        if x.device.type == "cpu" and not x.is_contiguous():
+            dtype = x.dtype
+            if x.element_size() == 2:  # whose kernel is ten times slower than the one for fp32
+                x, weight, bias = x.float(), weight.float(), bias.float()
+            if x.dim() == 4 and x.shape[2] * x.shape[3] > LARGE_MAP:  # whose sums are exact only so
+                whole = F.group_norm(x.contiguous(), self.num_groups, weight, bias, self.eps)
+                return whole.to(dtype, memory_format=torch.channels_last)
+            return F.group_norm(x, self.num_groups, weight, bias, self.eps).to(dtype)
+        return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
 class ResnetBlock(nn.Module):
@@ -90,10 +107,10 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         """`time`: silu(time embedding) [B, time_dim]: taken once for all resnets by the caller."""
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(self.norm1(x, silu=True))
         if self.time_emb_proj is not None:
             h = h + self.time_emb_proj(time)[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv2(self.norm2(h, silu=True))
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x)
         out: Tensor = x + h

@@ -258,7 +258,7 @@ class UNet(nn.Module):
         return self.conv_in(sample), time
 
     def _end(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv_out(F.silu(self.conv_norm_out(x)))
+        out: Tensor = self.conv_out(self.conv_norm_out(x, silu=True))
         return out
 
     def _embed(

@@ -20,6 +20,7 @@ from ldm.models.config import (
     read_config,
     write_config,
 )
+from ldm.models.convolution import Conv2d
 from ldm.models.layers import Downsample, GroupNorm, ResnetBlock, Upsample
 
 
@@ -103,7 +104,7 @@ class Encoder(nn.Module):
     def __init__(self, config: KLConfig) -> None:
         super().__init__()
         channels, groups = config.block_out_channels, config.norm_num_groups
-        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.conv_in = Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.down_blocks = nn.ModuleList()
         for i, wide in enumerate(channels):
             level = _Level(channels[max(i - 1, 0)], wide, config.layers_per_block, groups)
@@ -112,14 +113,14 @@ class Encoder(nn.Module):
             self.down_blocks.append(level)
         self.mid_block = _Middle(channels[-1], groups, config.mid_block_add_attention)
         self.conv_norm_out = GroupNorm(groups, channels[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
+        self.conv_out = Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.conv_in(images)
         for level in self.down_blocks:
             x = level(x)
         x = self.mid_block(x)
-        out: Tensor = self.conv_out(F.silu(self.conv_norm_out(x)))
+        out: Tensor = self.conv_out(self.conv_norm_out(x, silu=True))
         return out
 
 
@@ -129,7 +130,7 @@ class Decoder(nn.Module):
     def __init__(self, config: KLConfig) -> None:
         super().__init__()
         channels, groups = config.block_out_channels[::-1], config.norm_num_groups
-        self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
+        self.conv_in = Conv2d(config.latent_channels, channels[0], 3, padding=1)
         self.mid_block = _Middle(channels[0], groups, config.mid_block_add_attention)
         self.up_blocks = nn.ModuleList()
         for i, wide in enumerate(channels):
@@ -138,13 +139,13 @@ class Decoder(nn.Module):
                 level.upsamplers.append(Upsample(wide))
             self.up_blocks.append(level)
         self.conv_norm_out = GroupNorm(groups, channels[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(channels[-1], config.out_channels, 3, padding=1)
+        self.conv_out = Conv2d(channels[-1], config.out_channels, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(latents))
         for level in self.up_blocks:
             x = level(x)
-        out: Tensor = self.conv_out(F.silu(self.conv_norm_out(x)))
+        out: Tensor = self.conv_out(self.conv_norm_out(x, silu=True))
         return out
 
 
@@ -167,8 +168,8 @@ class AutoencoderKL(nn.Module):
         c = config.latent_channels
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.quant_conv = nn.Conv2d(2 * c, 2 * c, 1) if config.use_quant_conv else None
-        self.post_quant_conv = nn.Conv2d(c, c, 1) if config.use_post_quant_conv else None
+        self.quant_conv = Conv2d(2 * c, 2 * c, 1) if config.use_quant_conv else None
+        self.post_quant_conv = Conv2d(c, c, 1) if config.use_post_quant_conv else None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
@@ -221,7 +222,7 @@ class TinyBlock(nn.Module):
 
     def __init__(self, channels: int, activation: type[nn.Module]) -> None:
         super().__init__()
-        conv1, conv2, conv3 = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(3))
+        conv1, conv2, conv3 = (Conv2d(channels, channels, 3, padding=1) for _ in range(3))
         self.conv = nn.Sequential(conv1, activation(), conv2, activation(), conv3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -237,11 +238,11 @@ class _TinyEncoder(nn.Module):
         layers: list[nn.Module] = []
         for level, blocks in enumerate(config.num_encoder_blocks):
             if level == 0:
-                layers.append(nn.Conv2d(config.in_channels, wide, 3, padding=1))
+                layers.append(Conv2d(config.in_channels, wide, 3, padding=1))
             else:
-                layers.append(nn.Conv2d(wide, wide, 3, padding=1, stride=2, bias=False))
+                layers.append(Conv2d(wide, wide, 3, padding=1, stride=2, bias=False))
             layers += [TinyBlock(wide, activation) for _ in range(blocks)]
-        layers.append(nn.Conv2d(wide, config.latent_channels, 3, padding=1))
+        layers.append(Conv2d(wide, config.latent_channels, 3, padding=1))
         self.layers = nn.Sequential(*layers)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -256,15 +257,15 @@ class _TinyDecoder(nn.Module):
     def __init__(self, config: TinyConfig) -> None:
         super().__init__()
         wide, activation = config.decoder_block_out_channels[0], _ACTIVATIONS[config.act_fn]
-        layers: list[nn.Module] = [nn.Conv2d(config.latent_channels, wide, 3, padding=1), activation()]
+        layers: list[nn.Module] = [Conv2d(config.latent_channels, wide, 3, padding=1), activation()]
         last = len(config.num_decoder_blocks) - 1
         for level, blocks in enumerate(config.num_decoder_blocks):
             layers += [TinyBlock(wide, activation) for _ in range(blocks)]
             if level == last:
-                layers.append(nn.Conv2d(wide, config.out_channels, 3, padding=1))
+                layers.append(Conv2d(wide, config.out_channels, 3, padding=1))
             else:
                 layers.append(nn.Upsample(scale_factor=config.upsampling_scaling_factor))
-                layers.append(nn.Conv2d(wide, wide, 3, padding=1, bias=False))
+                layers.append(Conv2d(wide, wide, 3, padding=1, bias=False))
         self.layers = nn.Sequential(*layers)
 
     def forward(self, latents: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldm.kernels.malloc import freed_memory_given_back
 from ldm.models.bands import Convolved, Enlarged, Layer, Normed, Pointwise, Stored, stored
 from ldm.models.layers import ResnetBlock
 from ldm.models.vae import VAE, AutoencoderTiny, LatentDist, TinyBlock
@@ -54,7 +55,8 @@ def _parts(x: Tensor, at_once: int, whole: Callable[[Tensor], T], by_bands: Call
             return [whole(part) for part in torch.split(x, at_once)]
         except torch.OutOfMemoryError:
             pass  # handled below, as an error that is being handled keeps what its frames hold
-    return [by_bands(part) for part in torch.split(x, 1)]
+    with freed_memory_given_back():
+        return [by_bands(part) for part in torch.split(x, 1)]
 
 
 def _at_once(vae: VAE, pixels: int, bytes_each: dict[int, float], free: float) -> int:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from ldm.errors import UserError
+from ldm.kernels.malloc import freed_memory_kept
 from ldm.runtime import has_bf16
 from ldm.train.lock import only_run
-from ldm.train.memory import freed_memory_kept
 from ldm.train.processes import alone, partial_state, stop_signals
 from ldm.train.recipe import Trainable
 from ldm.train.run import Run

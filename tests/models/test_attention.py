@@ -10,6 +10,7 @@ from conftest import relative_error
 from torch.nn import functional as F
 
 from ldm.models import attention
+from ldm.models.attention import FeedForward
 from ldm.models.layers import GroupNorm, timestep_features
 
 
@@ -151,6 +152,26 @@ def test_group_norm_in_16_bits_is_torchs_own_in_either_layout():
         assert out.dtype == torch.bfloat16
         assert out.is_contiguous(memory_format=layout)
         assert relative_error(out.float(), expected) < 0.02
+
+
+def test_group_norm_of_a_large_map_is_exact_in_either_layout():
+    norm = GroupNorm(4, 8).requires_grad_(False)
+    x = torch.randn(1, 8, 700, 700) + 3
+    expected = F.silu(F.group_norm(x.double(), 4, norm.weight.double(), norm.bias.double(), norm.eps))
+    for layout in (torch.contiguous_format, torch.channels_last):
+        assert relative_error(norm(x.to(memory_format=layout), silu=True), expected) < 2e-6
+
+
+def test_a_feed_forward_layer_in_parts_is_the_whole(monkeypatch):
+    layer, x = FeedForward(16).requires_grad_(False), torch.randn(2, 37, 16)
+    whole = layer(x)
+    value, gate = layer.net[0].proj.double()(x.double()).chunk(2, dim=-1)
+    assert relative_error(whole, layer.net[2].double()(value * F.gelu(gate))) < 1e-6
+    layer.float()
+    monkeypatch.setattr(attention, "WIDE_BYTES", 10 * 8 * 16 * 4)
+    with torch.no_grad():
+        parts = layer(x)
+    assert relative_error(parts, whole) < 1e-6
 
 
 @pytest.mark.parametrize("flip", [False, True])

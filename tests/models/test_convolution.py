@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ldm.kernels import native
 from ldm.models import convolution
-from ldm.models.convolution import Conv2d, by_product, weight_gradient
+from ldm.models.convolution import Conv2d, weight_gradient
 
 SHAPES = {  # (B, C, O, H, W, kernel, stride, padding)
     "3x3": (2, 6, 10, 5, 7, 3, 1, 1),
@@ -148,37 +148,51 @@ def test_two_runs_are_bit_for_bit_the_same():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("size", [(8, 8), (5, 7), (1, 1)], ids=str)
-def test_few_pixels_by_one_product(size, stride):
-    layer = Conv2d(512, 512, 3, stride=stride, padding=1).to(memory_format=torch.channels_last)
-    layer.requires_grad_(False)
-    x = torch.randn(2, 512, *size).to(memory_format=torch.channels_last)
-    wanted = F.conv2d(x.double(), layer.weight.double(), layer.bias.double(), stride, 1)
-    product = by_product(x, layer.weight, layer.bias, layer.stride, layer.padding)
-    assert relative_error(product, wanted) < 1e-6
-    assert torch.equal(layer(x), product)
-    assert layer(x).is_contiguous(memory_format=torch.channels_last)
+@pytest.fixture
+def called(monkeypatch):
+    """The names of the kernels that have convolved."""
+    names = []
+
+    def counted(name, kernel):
+        return lambda *given: names.append(name) or kernel(*given)
+
+    for name in ("convolve", "convolve_unpacked"):
+        monkeypatch.setattr(native, name, counted(name, getattr(native, name)))
+    return names
 
 
 @pytest.mark.skipif(not native.available(), reason="no compiler here")
-def test_the_kernel_draws_where_it_is_faster_and_only_there(monkeypatch):
-    called = []
-    kernel = native.convolve
-    monkeypatch.setattr(native, "convolve", lambda *given: called.append(1) or kernel(*given))
-    layer = Conv2d(128, 128, 3, padding=1).to(memory_format=torch.channels_last)
-    x = torch.randn(1, 128, 32, 36)
+@pytest.mark.parametrize(
+    ("channels", "size", "packs", "kernel"),
+    [
+        (64, (8, 8), True, "convolve"),
+        (64, (80, 70), True, "convolve"),
+        (64, (8, 8), False, "convolve_unpacked"),
+        (264, (5, 7), True, "convolve_unpacked"),  # a large weight for few pixels
+        (264, (65, 65), True, "convolve"),
+    ],
+)
+def test_the_kernel_by_the_size_of_weight_and_map(called, channels, size, packs, kernel):
+    layer = Conv2d(channels, channels, 3, padding=1).requires_grad_(False)
+    layer.packs = packs
+    x = torch.randn(1, channels, *size)
     wanted = F.conv2d(x.double(), layer.weight.double(), layer.bias.double(), padding=1)
+    assert relative_error(layer(x), wanted) < 4e-6
+    assert called == [kernel]
+
+
+@pytest.mark.skipif(not native.available(), reason="no compiler here")
+def test_the_kernels_draw_where_they_are_faster_and_only_there(called):
+    layer = Conv2d(64, 64, 3, padding=1).to(memory_format=torch.channels_last)
+    x = torch.randn(1, 64, 12, 12)
     with torch.inference_mode():
-        assert relative_error(layer(x), wanted) < 4e-6
-        assert len(called) == 1
-        small, seamless, half = torch.randn(1, 128, 31, 33), copy.deepcopy(layer), copy.deepcopy(layer).half()
+        seamless, half = copy.deepcopy(layer), copy.deepcopy(layer).half()
         seamless.padding_mode = "circular"
-        layer(small), half(x.half()), seamless(x)
-        Conv2d(64, 64, 3, padding=1)(torch.randn(1, 64, 64, 64))
-    assert len(called) == 1
+        layer(torch.randn(1, 64, 3, 5)), half(x.half()), seamless(x)
+        Conv2d(48, 48, 3, padding=1)(torch.randn(1, 48, 64, 64))
+        Conv2d(64, 64, 3, stride=2, padding=1)(x)
     layer(x).sum().backward()  # a gradient is wanted
-    assert len(called) == 1
+    assert called == []
     assert layer.weight.grad.abs().sum() > 0
 
 

@@ -1,20 +1,28 @@
 // What Python calls (ldm/kernels/native.py): plain C functions of pointers, shapes and strides in numbers, fp32.
 // They use the threads that torch's own kernels use, `threads` of them.
 #include <cstdlib>
-#include <memory>
 
+#include "norm.hpp"
 #include "winograd.hpp"
 
 namespace {
 
-struct Free {
-  void operator()(float* p) const { std::free(p); }
-};
-using Buffer = std::unique_ptr<float[], Free>;
-
-Buffer buffer(size_t numbers) {
-  const size_t bytes = (numbers * sizeof(float) + 63) / 64 * 64 + 64;
-  return Buffer(static_cast<float*>(std::aligned_alloc(64, bytes)));
+// Memory for `numbers`, the same at each call of one thread for one `purpose`: it is kept. Blocks that come and go among
+// the caller's would leave it holes, and pages to be cleared again.
+template <int purpose>
+float* scratch(size_t numbers) {
+  struct Kept {
+    float* at = nullptr;
+    size_t size = 0;
+    ~Kept() { std::free(at); }
+  };
+  thread_local Kept kept;
+  if (kept.size < numbers) {
+    std::free(kept.at);
+    kept.size = (numbers + 1023) / 1024 * 1024;
+    kept.at = static_cast<float*>(std::aligned_alloc(64, kept.size * sizeof(float)));
+  }
+  return kept.at;
 }
 
 }  // namespace
@@ -27,9 +35,13 @@ int64_t winograd_numbers(int64_t O, int64_t C) { return (int64_t)PARTS * panels(
 void pack_winograd(const float* weight, float* packed, int64_t O, int64_t C, int64_t output, int64_t input, int64_t row,
                    int64_t column, int threads) {
   const Weight given{weight, O, C, output, input, row, column};
-  const int64_t deep = (C + VL - 1) / VL, count = (int64_t)panels(O) * deep;
+  const int64_t rounds = (C + ROUND - 1) / ROUND, count = (int64_t)panels(O) * rounds;
+  const size_t part = panels(O) * NR * C;
 #pragma omp parallel for num_threads(threads)
-  for (int64_t task = 0; task < count; task++) pack_panel(given, task / deep, task % deep * VL, packed);
+  for (int64_t task = 0; task < count; task++) {
+    const int64_t p = task / rounds, c = task % rounds * ROUND;
+    pack_panel(given, p, c, std::min(C, c + ROUND), packed + (p * C + c) * NR, part);
+  }
 }
 
 // y [B, H', W', O] = x [B, H, W, C] * weight + bias [O], x padded by `pad` zeros on all sides: H' = H + 2 pad - 2
@@ -39,11 +51,49 @@ void convolve(const float* x, const float* packed, const float* bias, float* y, 
   const int64_t count = B * given.down() * given.across(), wide = panels(O) * NR;
 #pragma omp parallel num_threads(threads)
   {
-    Buffer v = buffer(PARTS * at_once * C), m = buffer(PARTS * at_once * wide), sums = buffer(at_once * wide);
+    float *v = scratch<0>(PARTS * at_once * C), *m = scratch<1>(PARTS * at_once * wide), *sums = scratch<2>(at_once * wide);
 #pragma omp for schedule(dynamic)
     for (int64_t t = 0; t < count; t += at_once)
-      tiles(given, (int)t, (int)std::min(count, t + at_once), v.get(), m.get(), sums.get());
+      tiles(given, (int)t, (int)std::min(count, t + at_once), v, m, sums);
   }
+}
+
+// The same with the weight [O, C, 3, 3] at strides, of which nothing is kept.
+void convolve_unpacked(const float* x, const float* weight, const float* bias, float* y, int64_t B, int64_t H, int64_t W, int64_t C,
+                  int64_t O, int64_t pad, int64_t output, int64_t input, int64_t row, int64_t column, int threads) {
+  const Convolution given{x, nullptr, bias, y, (int)B, (int)H, (int)W, (int)C, (int)O, (int)pad};
+  const Weight by{weight, O, C, output, input, row, column};
+  const int all = (int)(B * given.down() * given.across()), count = (int)panels(O), most = std::min(all, AT_ONCE);
+  float* v = scratch<0>((size_t)PARTS * most * C);
+#pragma omp parallel num_threads(threads)
+  {
+    float *u = scratch<1>(PARTS * APART), *m = scratch<2>((size_t)PARTS * most * NR);
+    for (int t0 = 0; t0 < all; t0 += AT_ONCE) {
+      const int T = std::min(AT_ONCE, all - t0);
+#pragma omp for
+      for (int t = 0; t < T; t++) input_tile(given, t0 + t, v, T, t);
+#pragma omp for schedule(dynamic)
+      for (int p = 0; p < count; p++) one_panel(given, by, p, t0, T, v, u, m);
+    }
+  }
+}
+
+// y [B, P, C] = silu(GroupNorm(x)) with `silu`, of G groups; x and y in bf16 where `half`, all else fp32
+void group_norm(const void* x, const float* weight, const float* bias, void* y, int64_t B, int64_t P, int64_t C, int64_t G,
+                double eps, int silu, int half, int threads) {
+  const Normed given{weight, bias, B, P, C, G, eps, silu != 0};
+  if (half)
+    normalise((const bf16*)x, (bf16*)y, given, threads);
+  else
+    normalise((const float*)x, (float*)y, given, threads);
+}
+
+// y [N, D] = value * gelu(gate), of [value, gate] = x [N, 2 D]; x and y in bf16 where `half`
+void geglu_rows(const void* x, void* y, int64_t N, int64_t D, int half, int threads) {
+  if (half)
+    geglu((const bf16*)x, (bf16*)y, N, D, threads);
+  else
+    geglu((const float*)x, (float*)y, N, D, threads);
 }
 
 }  // extern "C"

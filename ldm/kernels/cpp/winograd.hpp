@@ -49,33 +49,33 @@ struct Weight {
   int64_t O, C, output, input, row, column;
 };
 
-// Panel p of all 36 parts, the channels c0 ... c0 + VL: [36][O / NR][C][NR].
-static inline void pack_panel(const Weight& w, int64_t p, int64_t c0, float* packed) {
-  const int64_t wide = panels(w.O) * NR, n = std::min<int64_t>(VL, w.C - c0);
-  vf u[PARTS][NR];
-  for (int j = 0; j < NR; j++) {
-    const int64_t o = p * NR + j;
-    vf taps[3][3], half[3][SEEN];
-    for (int i = 0; i < 3; i++) {
-      for (int k = 0; k < 3; k++) {
-        taps[i][k] = vf{};
-        if (o >= w.O) continue;
-        const float* from = w.w + o * w.output + c0 * w.input + i * w.row + k * w.column;
-        for (int64_t c = 0; c < n; c++) taps[i][k][c] = from[c * w.input];
+constexpr int ROUND = 64;  // channels whose weights are packed at a time
+
+// Panel p of all 36 parts, the channels c0 to before c1, ROUND at most: `to` [c1 - c0][NR], each part `part` numbers
+// after the last.
+static inline void pack_panel(const Weight& w, int64_t p, int64_t c0, int64_t c1, float* to, size_t part) {
+  const int64_t wide = std::min<int64_t>(NR, w.O - p * NR), deep = c1 - c0;
+  float taps[3][3][ROUND][NR];
+  if (wide < NR) std::memset(taps, 0, sizeof taps);
+  for (int i = 0; i < 3; i++)
+    for (int k = 0; k < 3; k++)
+      for (int64_t j = 0; j < wide; j++) {  // read as the weight lies, written within the first cache
+        const float* from = w.w + (p * NR + j) * w.output + c0 * w.input + i * w.row + k * w.column;
+        for (int64_t c = 0; c < deep; c++) taps[i][k][c][j] = from[c * w.input];
       }
-      weight_1d(taps[i], half[i]);
-    }
-    for (int k = 0; k < SEEN; k++) {
-      const vf column[3] = {half[0][k], half[1][k], half[2][k]};
-      vf out[SEEN];
-      weight_1d(column, out);
-      for (int i = 0; i < SEEN; i++) u[i * SEEN + k][j] = out[i];
-    }
-  }
-  for (int f = 0; f < PARTS; f++)
-    for (int64_t c = 0; c < n; c++) {
-      float* to = packed + f * wide * w.C + (p * w.C + c0 + c) * NR;
-      for (int j = 0; j < NR; j++) to[j] = u[f][j][c];
+  for (int64_t c = 0; c < deep; c++, to += NR)
+    for (int v = 0; v < NR; v += VL) {
+      vf half[3][SEEN];
+      for (int i = 0; i < 3; i++) {
+        const vf row[3] = {load(taps[i][0][c] + v), load(taps[i][1][c] + v), load(taps[i][2][c] + v)};
+        weight_1d(row, half[i]);
+      }
+      for (int k = 0; k < SEEN; k++) {
+        const vf column[3] = {half[0][k], half[1][k], half[2][k]};
+        vf out[SEEN];
+        weight_1d(column, out);
+        for (int i = 0; i < SEEN; i++) store(to + (i * SEEN + k) * part + v, out[i]);
+      }
     }
 }
 
@@ -91,77 +91,109 @@ struct Convolution {
   int across() const { return (width() + TILE - 1) / TILE; }
 };
 
-// The tiles t0 ... t1 of all. v: [36][T][C], m: [36][T][O] with T = t1 - t0 and O rounded up to NR.
-static inline void tiles(const Convolution& c, int t0, int t1, float* v, float* m, float* c_sums) {
-  const int across = c.across(), down = c.down(), T = t1 - t0, height = c.height(), width = c.width();
-  const size_t wide = panels(c.O) * NR, C = c.C;
-  for (int t = t0; t < t1; t++) {
-    const int b = t / (across * down), top = t / across % down * TILE - c.pad, left = t % across * TILE - c.pad;
-    const float* picture = c.x + (size_t)b * c.H * c.W * C;
-    for (size_t ch = 0; ch < C; ch += VL) {
-      const int n = (int)std::min<size_t>(VL, C - ch);
-      vf half[SEEN][SEEN];
-      for (int j = 0; j < SEEN; j++) {
-        vf column[SEEN], out[SEEN];
-        for (int i = 0; i < SEEN; i++) {
-          const int h = top + i, w = left + j;
-          column[i] = vf{};
-          if (h < 0 || h >= c.H || w < 0 || w >= c.W) continue;
-          const float* p = picture + ((size_t)h * c.W + w) * C + ch;
-          if (n == VL)
-            column[i] = load(p);
-          else
-            std::memcpy(&column[i], p, n * sizeof(float));
-        }
-        input_1d(column, out);
-        for (int i = 0; i < SEEN; i++) half[i][j] = out[i];
-      }
+// What tile t sees, B^T d B, as row `at` of v [36][T][C].
+static inline void input_tile(const Convolution& c, int t, float* v, int T, int at) {
+  const int across = c.across(), down = c.down();
+  const int b = t / (across * down), top = t / across % down * TILE - c.pad, left = t % across * TILE - c.pad;
+  const size_t C = c.C;
+  const float* picture = c.x + (size_t)b * c.H * c.W * C;
+  for (size_t ch = 0; ch < C; ch += VL) {
+    const int n = (int)std::min<size_t>(VL, C - ch);
+    vf half[SEEN][SEEN];
+    for (int j = 0; j < SEEN; j++) {
+      vf column[SEEN], out[SEEN];
       for (int i = 0; i < SEEN; i++) {
-        vf out[SEEN];
-        input_1d(half[i], out);
-        for (int j = 0; j < SEEN; j++) {
-          float* p = v + ((size_t)(i * SEEN + j) * T + (t - t0)) * C + ch;
-          if (n == VL)
-            store(p, out[j]);
-          else
-            std::memcpy(p, &out[j], n * sizeof(float));
-        }
+        const int h = top + i, w = left + j;
+        column[i] = vf{};
+        if (h < 0 || h >= c.H || w < 0 || w >= c.W) continue;
+        const float* p = picture + ((size_t)h * c.W + w) * C + ch;
+        if (n == VL)
+          column[i] = load(p);
+        else
+          std::memcpy(&column[i], p, n * sizeof(float));
+      }
+      input_1d(column, out);
+      for (int i = 0; i < SEEN; i++) half[i][j] = out[i];
+    }
+    for (int i = 0; i < SEEN; i++) {
+      vf out[SEEN];
+      input_1d(half[i], out);
+      for (int j = 0; j < SEEN; j++) {
+        float* p = v + ((size_t)(i * SEEN + j) * T + at) * C + ch;
+        if (n == VL)
+          store(p, out[j]);
+        else
+          std::memcpy(p, &out[j], n * sizeof(float));
       }
     }
   }
+}
+
+// The pixels of tile t, A^T m A and the bias, in the channels o0 to before o1: from row `at` of m [36][T][wide].
+static inline void output_tile(const Convolution& c, int t, const float* m, int T, int at, size_t wide, int o0, int o1) {
+  const int across = c.across(), down = c.down(), height = c.height(), width = c.width();
+  const int b = t / (across * down), top = t / across % down * TILE, left = t % across * TILE;
+  for (int o = o0; o < o1; o += VL) {
+    const int n = std::min(VL, o1 - o);
+    vf plus{};
+    for (int k = 0; k < n; k++) plus[k] = c.bias ? c.bias[o + k] : 0;
+    vf half[TILE][SEEN];
+    for (int j = 0; j < SEEN; j++) {
+      vf column[SEEN], out[TILE];
+      for (int i = 0; i < SEEN; i++) column[i] = load(m + ((size_t)(i * SEEN + j) * T + at) * wide + (o - o0));
+      output_1d(column, out);
+      for (int i = 0; i < TILE; i++) half[i][j] = out[i];
+    }
+    for (int i = 0; i < TILE && top + i < height; i++) {
+      vf out[TILE];
+      output_1d(half[i], out);
+      for (int j = 0; j < TILE && left + j < width; j++) {
+        float* y = c.y + (((size_t)b * height + top + i) * width + left + j) * c.O + o;
+        const vf sum = out[j] + plus;
+        if (n == VL)
+          store(y, sum);
+        else
+          for (int k = 0; k < n; k++) y[k] = sum[k];
+      }
+    }
+  }
+}
+
+// The tiles t0 to before t1 of all, by packed weights. v: [36][T][C], m: [36][T][O], sums: [T][O], with T = t1 - t0 and
+// O rounded up to NR.
+static inline void tiles(const Convolution& c, int t0, int t1, float* v, float* m, float* sums) {
+  const int T = t1 - t0;
+  const size_t wide = panels(c.O) * NR, C = c.C;
+  for (int t = t0; t < t1; t++) input_tile(c, t, v, T, t - t0);
   for (int f = 0; f < PARTS; f++) {
     float* mine = m + (size_t)f * T * wide;
-    gemm(v + (size_t)f * T * C, C, T, c.u + (size_t)f * wide * C, c.C, 0, (int)panels(c.O), c_sums,
+    gemm(v + (size_t)f * T * C, C, T, c.u + (size_t)f * wide * C, c.C, 0, (int)panels(c.O), sums,
          [&](int row, int p, vf(&acc)[NV]) {
            for (int j = 0; j < NV; j++) store(mine + row * wide + p * NR + j * VL, acc[j]);
          });
   }
-  for (int t = t0; t < t1; t++) {
-    const int b = t / (across * down), top = t / across % down * TILE, left = t % across * TILE;
-    for (int o = 0; o < c.O; o += VL) {
-      const int n = std::min(VL, c.O - o);
-      vf plus{};
-      for (int k = 0; k < n; k++) plus[k] = c.bias ? c.bias[o + k] : 0;
-      vf half[TILE][SEEN];
-      for (int j = 0; j < SEEN; j++) {
-        vf column[SEEN], out[TILE];
-        for (int i = 0; i < SEEN; i++) column[i] = load(m + ((size_t)(i * SEEN + j) * T + (t - t0)) * wide + o);
-        output_1d(column, out);
-        for (int i = 0; i < TILE; i++) half[i][j] = out[i];
-      }
-      for (int i = 0; i < TILE && top + i < height; i++) {
-        vf out[TILE];
-        output_1d(half[i], out);
-        for (int j = 0; j < TILE && left + j < width; j++) {
-          const size_t at = (((size_t)b * height + top + i) * width + left + j) * c.O + o;
-          vf y = out[j] + plus;
-          if (n == VL) {
-            store(c.y + at, y);
-          } else {
-            for (int k = 0; k < n; k++) c.y[at + k] = y[k];
-          }
-        }
-      }
-    }
+  for (int t = t0; t < t1; t++) output_tile(c, t, m, T, t - t0, wide, 0, c.O);
+}
+
+// A part of a panel of KC channels, and a line more: parts 4 KB apart would all fall into the same few cache lines.
+constexpr size_t APART = (size_t)KC * NR + NR;
+
+constexpr int AT_ONCE = 128;  // tiles for which a weight is packed
+
+// One panel of the T tiles from t0 on, whose input lies in v [36][T][C]: its weights are packed KC channels at a time and
+// used at once. u: [36][APART], m: [36][T][NR].
+static inline void one_panel(const Convolution& c, const Weight& w, int p, int t0, int T, const float* v, float* u, float* m) {
+  for (int k = 0; k < c.C; k += KC) {
+    const int depth = std::min(KC, c.C - k);
+    for (int s = 0; s < depth; s += ROUND)
+      pack_panel(w, p, k + s, k + std::min(depth, s + ROUND), u + (size_t)s * NR, APART);
+    for (int f = 0; f < PARTS; f++)
+      for (int s = 0; s < depth; s += KC / 2)  // shorter sums round less
+        for (int row = 0; row < T; row += MR)
+          some_rows<MR>(std::min(MR, T - row), v + ((size_t)f * T + row) * c.C + k + s, c.C, u + f * APART + (size_t)s * NR,
+                        std::min(KC / 2, depth - s), m + ((size_t)f * T + row) * NR, NR, k + s == 0, false,
+                        [](int, vf(&)[NV]) {});
   }
+  const int o = p * NR;
+  for (int t = 0; t < T; t++) output_tile(c, t0 + t, m, T, t, NR, o, std::min(c.O, o + NR));
 }

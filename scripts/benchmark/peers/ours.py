@@ -122,7 +122,7 @@ class OpenedOurs(OpenedPipeline):
 
     def _step(self, lora: bool) -> Run:
         from benchmark import training
-        from ldm.train.memory import freed_memory_kept
+        from ldm.kernels.malloc import freed_memory_kept
 
         freed_memory_kept().__enter__()  # as the training loop does, here for as long as the process lives
         step = training.ours(lora, self.peer.dtype == "bf16", self.case.training)
