@@ -143,6 +143,11 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--no-preview", dest="preview", action="store_const", const=None, help="show none")
     add_mark_flags(add)
+    add(
+        "--watermark",
+        action=argparse.BooleanOptionalAction,
+        help="mark the pixels themselves, invisibly, by the key in $LDM_WATERMARK_KEY or everybody's",
+    )
 
 
 def add_image_flags(parser: argparse.ArgumentParser) -> None:

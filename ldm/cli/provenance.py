@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from ldm.errors import UserError, printable, reason
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from ldm.images.provenance import Marks
 
 VARIABLES = {"c2pa_certificate": "LDM_C2PA_CERTIFICATE", "c2pa_key": "LDM_C2PA_KEY"}
@@ -115,7 +117,7 @@ def examine(path: Path, anchors: str | None) -> tuple[int, list[str]]:
     data = read_bytes(path)
     found = [*_of_text(marks_in(data)), *_of_manifest(data, anchors)]
     try:
-        open_picture(path, io.BytesIO(data))
+        found += _of_pixels(open_picture(path, io.BytesIO(data)))
     except UserError as error:
         if not found:
             raise
@@ -167,3 +169,19 @@ def _of_manifest(data: bytes, anchors: str | None) -> Found:
     )
     faults = f" ({', '.join(manifest.faults)})" if manifest.faults else ""
     yield f"C2PA: {manifest.state.lower()}{faults}", None if manifest.holds else False
+
+
+def _of_pixels(image: Image) -> Found:
+    """Whether a watermark is in the pixels, by everybody's key or one's own."""
+    import numpy as np
+
+    from ldm.fields import PUBLIC_MARK, mark_named, own_key
+    from ldm.images.watermark import FALSE_POSITIVES, detect, key_named
+
+    names = [PUBLIC_MARK] if (own := own_key()) is None else [PUBLIC_MARK, mark_named(own)]
+    for name in names:
+        found = detect(np.asarray(image), key_named(name))
+        if found.found:
+            yield f"watermark: {name}, z {found.z:.1f} (by chance: at most {found.chance:.0e})", True
+        elif name != PUBLIC_MARK:
+            yield f"watermark: none by {name} (z {found.z:.1f}; {FALSE_POSITIVES:.0e} is asked for)", None

@@ -1,5 +1,6 @@
 """Flags that mark pictures, and `ldm provenance`, which reads and verifies the marks."""
 
+import numpy as np
 import pytest
 from certificates import write_certificates
 from fake_pipeline import files
@@ -88,6 +89,46 @@ def test_a_broken_label_does_not_hold(tmp_path, capsys):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.webp", xmp=xmp)
     assert cli.main(["provenance", str(tmp_path / "a.webp")]) == 1
     assert "the AIGC label has no Label" in capsys.readouterr().out
+
+
+def test_a_watermark_is_drawn_again_and_found(tiny, tiny_folder, monkeypatch, capsys):
+    model = ["-m", str(tiny_folder), "--dtype", "fp32", "-q"]
+    size = ["-W", "128", "-H", "128", "-q"]
+    assert cli.txt2img([*tiny, *size, "-o", "plain.png"]) == 0
+    assert cli.txt2img([*tiny, *size, "-o", "a.png", "--watermark"]) == 0
+    assert cli.main(["provenance", "plain.png"]) == 0
+    assert "watermark" not in capsys.readouterr().out
+    assert cli.main(["provenance", "a.png"]) == 0
+    assert "watermark: ldm, z " in capsys.readouterr().out
+    assert cli.main(["redraw", "a.png", *model]) == 0
+    assert cli.main(["redraw", "plain.png", *model]) == 0
+    assert capsys.readouterr().out.count("equal: every pixel") == 2
+    with Image.open("a.png") as image, Image.open("plain.png") as plain:
+        change = np.abs(np.asarray(image, int) - np.asarray(plain))
+        assert 0 < change.mean() < 10
+        image.convert("RGB").resize((64, 64)).save("small.jpg", quality=90)
+    assert cli.main(["provenance", "small.jpg"]) == 0
+    assert "watermark: ldm, z " in capsys.readouterr().out
+    assert cli.txt2img([*tiny, *size, "-o", "b.png", "--from-png", "a.png", "--no-watermark"][2:]) == 0
+    assert cli.main(["provenance", "b.png"]) == 0
+    assert "watermark" not in capsys.readouterr().out
+    # By a secret key.
+    monkeypatch.setenv("LDM_WATERMARK_KEY", "a secret")
+    assert cli.txt2img([*tiny, *size, "-o", "c.png", "--watermark"]) == 0
+    assert cli.main(["redraw", "c.png", *model]) == 0
+    assert cli.main(["redraw", "a.png", *model]) == 0
+    capsys.readouterr()
+    assert cli.main(["provenance", "c.png", "a.png"]) == 0
+    out = capsys.readouterr().out
+    assert "c.png: watermark: key:" in out
+    assert "a.png: watermark: none by key:" in out
+    with open("c.png", "rb") as file:
+        assert b"a secret" not in file.read()
+    monkeypatch.delenv("LDM_WATERMARK_KEY")
+    assert cli.main(["redraw", "c.png", *model]) == 2
+    assert "set LDM_WATERMARK_KEY" in capsys.readouterr().err
+    assert cli.txt2img([*tiny, "-W", "32", "-H", "64", "-q", "-o", "d.png", "--watermark"]) == 2
+    assert "at least 64 a side" in capsys.readouterr().err
 
 
 # --- C2PA ------------------------------------------------------------------------------------------------
