@@ -152,7 +152,7 @@ def _of_text(said: dict[str, str]) -> Found:
 
 
 def _of_manifest(data: bytes, anchors: str | None) -> Found:
-    """What a C2PA manifest says, and whether its signature and hashes hold."""
+    """What a C2PA manifest says, and whether it holds: with `anchors`, that of one they trust."""
     from ldm.images.provenance import GENERATED
     from ldm.images.signing import has_manifest, read_manifest
 
@@ -167,8 +167,9 @@ def _of_manifest(data: bytes, anchors: str | None) -> Found:
         f"C2PA: {sources}{inputs}; signed by {manifest.signer or 'nobody'}",
         True if manifest.holds and ({*manifest.sources} & {*GENERATED}) else None,
     )
+    holds = manifest.state == "Trusted" if anchors is not None else manifest.holds
     faults = f" ({', '.join(manifest.faults)})" if manifest.faults else ""
-    yield f"C2PA: {manifest.state.lower()}{faults}", None if manifest.holds else False
+    yield f"C2PA: {manifest.state.lower()}{faults}", None if holds else False
 
 
 def _of_pixels(image: Image) -> Found:

@@ -77,12 +77,14 @@ class Marks:
         source: of pictures without a request, such as sheets; None: nothing is said of those.
         producer: who is named by an AIGC label; None: pictures carry that of their input, if it has one.
         signer: signs each file, last of all.
+        parent: the file of the picture that all are drawn from, where it came from memory.
     """
 
     on: bool = True
     source: str | None = None
     producer: str | None = None
     signer: Signer | None = None
+    parent: bytes | None = None
 
     def origin(self, image: Image.Image, request: Request | None) -> Origin | None:
         """What `image` is to say; `request` draws it. None: nothing."""
@@ -93,7 +95,7 @@ class Marks:
             model = f", model {request.model_hash}" if request.model_hash else ""
             name, version = f"{request.model} via ldm" if request.model else "ldm", f"{__version__}{model}"
             if request.has_images or {"image", "mask_image"} & {*request.not_kept}:
-                source, parent = COMPOSITE, _input_of(request)
+                source, parent = COMPOSITE, _input_of(request) or self.parent
         said = {} if parent is None else marks_in(parent)
         if said.get(SOURCE) == VOCABULARY + TRAINED:
             source = TRAINED

@@ -39,27 +39,29 @@ Array = NDArray[np.float64]
 
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as JPEG has it
 LOWEST, HIGHEST, FADED = 5, 60, 64  # half waves per picture: which are used, and where the weight would be 0
-MIN_SIDE = 64  # pixels: the highest is there, even so
+OCTAVES = 4  # of larger pictures 2, 4 or 8 times as many, finer ones: tried one after another
+MIN_SIDE = 64  # pixels: the highest are there, even so
 NOISE = 4.0  # levels of 255: what a JPEG of quality 75 adds to a coefficient, about
 CLIP = 2.0  # of a score: one strong edge is to decide nothing
-AMPLITUDE, GROWTH, MOST_GROWTH = 1.6, 1.12, 14  # of the change, rms in levels: at least, and by steps up to
+AMPLITUDES = (1.6, 1.6, 0.9, 0.6)  # of the change, rms in levels, by octave: at least,
+GROWTH, MOST_GROWTH = 1.12, 14  # and by how many such steps at most
 HIDING, MOST_HIDDEN = 3.0, 8.0  # levels of contrast that hide twice as much; and how much more at most
 TARGET = 9.0  # z of a marked picture, at least, unless it takes too much
 BOUND = 1 / (4 * (1 - float(ndtr(math.sqrt(2)))))  # 3.178
 FALSE_POSITIVES = 1e-6  # for one key, at most
-THRESHOLD = -float(ndtri(FALSE_POSITIVES / BOUND))  # 4.98
+THRESHOLD = -float(ndtri(FALSE_POSITIVES / BOUND / OCTAVES))  # 5.26
 
 
 @dataclass(frozen=True)
 class Detection:
-    """How a picture agrees with a key."""
+    """How a picture agrees with a key: the highest z of all octaves."""
 
     z: float
 
     @property
     def chance(self) -> float:
         """The most that an unmarked picture has of such a z, or a higher one, over keys."""
-        return min(1.0, BOUND * float(ndtr(-self.z)))
+        return min(1.0, OCTAVES * BOUND * float(ndtr(-self.z)))
 
     @property
     def found(self) -> bool:
@@ -71,28 +73,34 @@ def mark(picture: NDArray[Any], key: bytes) -> Array:
     height, width = picture.shape[:2]
     check_size(height, width)
     levels = 255 * np.asarray(picture, dtype=np.float64)
-    down, across, luma = _waves(height), _waves(width), levels @ LUMA
+    octave = octave_of(height, width)
+    down, across, luma = _waves(height, octave), _waves(width, octave), levels @ LUMA
     coefficients = down @ luma @ across.T
     # Of all changes of one energy, this one raises z the most.
-    change = _signs(key)[: len(down), : len(across)] * _weights(coefficients.shape) / _scale(coefficients)
-    pattern = (down.T @ change @ across) * _room(luma)
+    weights = _weights(coefficients.shape, octave) / _scale(coefficients)
+    pattern = (down.T @ (_signs(key, coefficients.shape) * weights) @ across) * _room(luma)
     pattern /= math.sqrt(float(np.mean(pattern**2)))
     grown, marked = down @ pattern @ across.T, levels
     for step in range(MOST_GROWTH):
-        strength = AMPLITUDE * GROWTH**step
-        if _statistic(coefficients + strength * grown, key) < TARGET and step < MOST_GROWTH - 1:
+        strength, last = AMPLITUDES[octave] * GROWTH**step, step == MOST_GROWTH - 1
+        if _statistic(coefficients + strength * grown, key, octave) < TARGET and not last:
             continue
         marked = np.clip(levels + strength * pattern[..., None], 0, 255)  # which takes some of it
-        if _statistic(down @ (marked @ LUMA) @ across.T, key) >= TARGET:
+        if _statistic(down @ (marked @ LUMA) @ across.T, key, octave) >= TARGET:
             break
     return marked / 255
 
 
+def octave_of(height: int, width: int) -> int:
+    """Which frequencies a picture is marked in: the finest that are there at half its size."""
+    return max(0, min(OCTAVES - 1, int(math.log2(min(height, width) / (2 * MIN_SIDE)) + 1e-9)))
+
+
 def detect(picture: NDArray[Any], key: bytes) -> Detection:
     """Whether a picture [H, W, 3] of 8 bits agrees with a key more than chance would have it."""
-    height, width = picture.shape[:2]
-    luma = np.asarray(picture, dtype=np.float64) @ LUMA
-    return Detection(_statistic(_waves(height) @ luma @ _waves(width).T, key))
+    every = _coefficients(picture)
+    tops = [HIGHEST << octave for octave in range(OCTAVES)]
+    return Detection(max(_statistic(every[:top, :top], key, octave) for octave, top in enumerate(tops)))
 
 
 def check_size(height: int, width: int) -> None:
@@ -119,23 +127,29 @@ def key_named(name: str) -> bytes:
 # --- the statistic ---------------------------------------------------------------------------------------
 
 
-def scores(picture: NDArray[Any]) -> Array:
+def scores(picture: NDArray[Any], octave: int = 0) -> Array:
     """g of a picture [H, W, 3] of 8 bits: the statistic of any key is a sum of these with its signs."""
+    top = HIGHEST << octave
+    return _scores(_coefficients(picture)[:top, :top], octave)
+
+
+def _coefficients(picture: NDArray[Any]) -> Array:
+    """All that any octave uses."""
     height, width = picture.shape[:2]
-    luma = np.asarray(picture, dtype=np.float64) @ LUMA
-    return _scores(_waves(height) @ luma @ _waves(width).T)
+    coefficients: Array = _waves(height, OCTAVES - 1) @ (picture @ LUMA) @ _waves(width, OCTAVES - 1).T
+    return coefficients
 
 
-def _statistic(coefficients: Array, key: bytes) -> float:
-    g = _scores(coefficients)
+def _statistic(coefficients: Array, key: bytes, octave: int) -> float:
+    g = _scores(coefficients, octave)
     energy = math.sqrt(float((g * g).sum()))
-    rows, columns = g.shape
-    return float((g * _signs(key)[:rows, :columns]).sum()) / energy if energy else 0.0
+    return float((g * _signs(key, coefficients.shape)).sum()) / energy if energy else 0.0
 
 
-def _scores(coefficients: Array) -> Array:
+def _scores(coefficients: Array, octave: int) -> Array:
     scale = _scale(coefficients)
-    score: Array = np.clip(coefficients / scale, -CLIP, CLIP) * _weights(coefficients.shape) / scale
+    weights = _weights(coefficients.shape, octave)
+    score: Array = np.clip(coefficients / scale, -CLIP, CLIP) * weights / scale
     return score
 
 
@@ -153,25 +167,30 @@ def _room(luma: Array) -> Array:
     return room
 
 
-@lru_cache(maxsize=8)
-def _weights(shape: tuple[int, int]) -> Array:
+@lru_cache(maxsize=16)
+def _weights(shape: tuple[int, ...], octave: int) -> Array:
     """Less for high frequencies, which a resize and a JPEG take first; 0 for those that are not used."""
-    radius = np.hypot(np.arange(shape[0])[:, None], np.arange(shape[1])[None])
+    radius = np.hypot(np.arange(shape[0])[:, None], np.arange(shape[1])[None]) / 2**octave
     weights: Array = np.where((radius >= LOWEST) & (radius < HIGHEST), 1 - radius / FADED, 0.0)
     return weights
 
 
 @lru_cache(maxsize=16)
-def _waves(size: int) -> Array:
-    """The first rows of the orthonormal DCT-II, [min(size, HIGHEST), size]."""
-    k = np.arange(min(size, HIGHEST))[:, None]
+def _waves(size: int, octave: int) -> Array:
+    """The first rows of the orthonormal DCT-II, [at most size, size]."""
+    k = np.arange(min(size, HIGHEST << octave))[:, None]
     waves: Array = np.sqrt(2 / size) * np.cos(np.pi / size * (np.arange(size)[None] + 0.5) * k)
     waves[0] /= math.sqrt(2)
     return waves
 
 
-@lru_cache(maxsize=1024)
-def _signs(key: bytes) -> Array:
-    """[HIGHEST, HIGHEST] of +-1."""
-    bits = np.unpackbits(np.frombuffer(hashlib.shake_256(key).digest(HIGHEST**2 // 8), np.uint8))
-    return 2.0 * bits.reshape(HIGHEST, HIGHEST) - 1
+def _signs(key: bytes, shape: tuple[int, ...]) -> Array:
+    return _all_signs(key)[: shape[0], : shape[1]]
+
+
+@lru_cache(maxsize=64)
+def _all_signs(key: bytes) -> Array:
+    """+-1 for each frequency of each octave."""
+    side = HIGHEST << (OCTAVES - 1)
+    bits = np.unpackbits(np.frombuffer(hashlib.shake_256(key).digest(side**2 // 8), np.uint8))
+    return 2.0 * bits.reshape(side, side) - 1

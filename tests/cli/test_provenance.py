@@ -144,6 +144,10 @@ def test_a_run_is_signed_and_a_flipped_byte_is_found(fake, certificates, monkeyp
     assert "C2PA: valid (signingCredential.untrusted)" in out
     assert cli.main(["provenance", "a.jpg", "--trust", str(root)]) == 0
     assert "C2PA: trusted" in capsys.readouterr().out
+    other = root.parent / "other"
+    other.mkdir()
+    assert cli.main(["provenance", "a.jpg", "--trust", str(write_certificates(other)[0])]) == 1
+    assert "C2PA: valid (signingCredential.untrusted)" in capsys.readouterr().out
     with open("a.jpg", "rb") as file:
         data = bytearray(file.read())
     data[-20] ^= 1

@@ -105,6 +105,14 @@ def test_marks_of_the_input_are_kept(tmp_path, name):
     assert again[SOURCE] == VOCABULARY + COMPOSITE
 
 
+def test_marks_of_an_input_in_memory_are_kept_where_its_file_is_given(tmp_path):
+    first = save_png(picture(), tmp_path / "first.png", REQUEST)
+    request, marks = REQUEST.replace(not_kept=("image",)), Marks(parent=first.read_bytes())
+    assert said(save_png(picture(), tmp_path / "a.png", request, marks=marks))[SOURCE] == VOCABULARY + TRAINED
+    assert said(save_png(picture(), tmp_path / "b.png", request))[SOURCE] == VOCABULARY + COMPOSITE
+    assert said(save_png(picture(), tmp_path / "c.png", REQUEST, marks=marks))[SYSTEM] == "a model via ldm"
+
+
 def test_of_an_input_that_is_another_file_now_nothing_is_taken(tmp_path):
     first = save_png(picture(), tmp_path / "first.png", REQUEST)
     other = REQUEST.replace(image=str(first), image_sha256="0" * 64)

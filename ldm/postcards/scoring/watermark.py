@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from scipy.special import ndtri
 from scipy.stats import binomtest
@@ -49,13 +50,13 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=128, metavar="PIXELS", help="of a side (default: 128)")
     args = parser.parse_args()
     found, prices, rng = {name: list[float]() for name in CHANGES}, list[float](), np.random.default_rng(0)
-    public, chances = list[float](), np.zeros(0)
+    public, chances = list[float](), list[NDArray[np.float64]]()
     for k in range(args.count):
         picture = postcards.render(postcards.sample_scene(random.Random(f"watermark {k}")), args.size)
         pixels, key = np.asarray(picture)[..., :3], f"key {k}".encode()
         public.append(detect(pixels, b"ldm").z)
         g = scores(pixels).ravel()
-        chances = np.append(chances, rng.choice([-1.0, 1.0], (100, g.size)) @ g / np.linalg.norm(g))
+        chances.append(rng.choice([-1.0, 1.0], (100, g.size)) @ g / np.linalg.norm(g))
         marked = Image.fromarray((mark(pixels / 255, key) * 255).round().astype(np.uint8))
         prices.append(10 * np.log10(255**2 / np.mean((np.asarray(marked) - pixels.astype(float)) ** 2)))
         for name, change in CHANGES.items():
@@ -69,5 +70,5 @@ def main() -> None:
     hits = sum(z >= THRESHOLD for z in public)
     print(f"unmarked, the key `ldm`: {interval(hits, len(public))}, z to {max(public):.1f}")
     for level in LEVELS:
-        hits = int((chances >= -ndtri(level / BOUND)).sum())
-        print(f"unmarked, other keys, at most {level:g} are expected: {interval(hits, len(chances))}")
+        hits = int((np.concatenate(chances) >= -ndtri(level / BOUND)).sum())
+        print(f"unmarked, other keys, at most {level:g} are expected: {interval(hits, 100 * len(chances))}")
