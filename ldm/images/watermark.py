@@ -193,4 +193,5 @@ def _all_signs(key: bytes) -> Array:
     """+-1 for each frequency of each octave."""
     side = HIGHEST << (OCTAVES - 1)
     bits = np.unpackbits(np.frombuffer(hashlib.shake_256(key).digest(side**2 // 8), np.uint8))
-    return 2.0 * bits.reshape(side, side) - 1
+    signs: Array = bits.reshape(side, side) * 2.0 - 1
+    return signs

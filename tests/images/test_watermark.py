@@ -80,7 +80,7 @@ def test_its_price(pictures, marked):
 def test_another_key_finds_nothing(marked):
     z = [detect(np.asarray(image), f"key {k}".encode()).z for image in marked for k in range(20)]
     assert max(z) < THRESHOLD
-    assert abs(np.mean(z)) < 0.2
+    assert np.mean(z) < 1.03  # the mean of the highest of four normal variables
 
 
 def test_unmarked_pictures_show_no_more_than_the_bound(pictures):
