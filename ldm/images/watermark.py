@@ -193,5 +193,5 @@ def _all_signs(key: bytes) -> Array:
     """+-1 for each frequency of each octave."""
     side = HIGHEST << (OCTAVES - 1)
     bits = np.unpackbits(np.frombuffer(hashlib.shake_256(key).digest(side**2 // 8), np.uint8))
-    signs: Array = bits.reshape(side, side) * 2.0 - 1
+    signs: Array = np.where(bits.reshape(side, side) == 1, 1.0, -1.0)
     return signs
