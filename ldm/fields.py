@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import operator
+import os
 import secrets
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Self, TypeGuard
@@ -16,6 +18,7 @@ MAX_SIDE = 4096
 MAP_BYTES = 512  # of a pixel: 256 features, the most that Stable Diffusion's VAE has at full size, in 16 bits
 MAX_STEPS = 1000
 MAX_SEED = 2**63 - 1
+PUBLIC_MARK, KEY_VARIABLE = "ldm", "LDM_WATERMARK_KEY"  # of watermarks
 
 
 def _writable(text: str) -> str:
@@ -23,6 +26,17 @@ def _writable(text: str) -> str:
     if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
         raise ValueError("not writable")
     return text
+
+
+def mark_named(key: bytes | None) -> str:
+    """What a request keeps of the key of a watermark: which it is, and not the key; None: everybody's."""
+    return PUBLIC_MARK if key is None else f"key:{hashlib.sha256(key).hexdigest()[:16]}"
+
+
+def own_key() -> bytes | None:
+    """The secret key of whoever draws, by the environment."""
+    text = os.environ.get(KEY_VARIABLE)
+    return text.encode("utf-8", "surrogateescape") if text else None
 
 
 def _rising(pair: tuple[float, float]) -> tuple[float, float]:
@@ -83,6 +97,10 @@ NoiseSource = Annotated[Literal["cpu", "gpu"], Field(description="cpu or gpu")]
 MaskFill = Annotated[
     Literal["original", "blur", "noise", "nothing"],
     Field(description="original, blur, noise or nothing"),
+]
+Watermark = Annotated[
+    Annotated[str, Field(pattern="^(ldm|key:[0-9a-f]{16})$", description="true, ldm or key:...")] | None,
+    BeforeValidator(lambda given: mark_named(own_key()) if given is True else given or None),
 ]
 NoiseLevel = Annotated[int, Field(ge=0, description="a whole number from 0 up")]
 

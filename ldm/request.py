@@ -44,6 +44,7 @@ from ldm.fields import (
     Size,
     Steps,
     Text,
+    Watermark,
     short,
 )
 from ldm.prompts.grammar import Grammar
@@ -196,6 +197,7 @@ class Request(Checked):
     denoising_start: Fraction | None = None  # diffusers' names: the share of the timesteps at which its
     denoising_end: Fraction | None = None  # latents begin, and at which it leaves them
     refiner_switch_at: Fraction | None = None  # the share at which a second model goes on
+    watermark: Watermark = None  # by whose key the finished picture is marked (`ldm.images.watermark`)
     refining: Request | None = None  # by that; prompt, seed, sampler and steps are those of the picture
     not_kept: Annotated[tuple[Text, ...], Field(description="a list of names")] = ()
     version: Literal[1, 2, 3] = VERSION  # 1: drawn by the rules of before, `ldm.pipeline.before`

@@ -14,6 +14,7 @@ from ldm.fields import MAX_SEED, consecutive_seeds
 from ldm.request import Request
 
 WHOLE = Request(
+    watermark="ldm",
     prompt_grammar="comfy",
     prompt='a "red" boat,\nnach Süden ⛵',
     negative_prompt="blurry: yes",

@@ -13,7 +13,19 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from ldm.cli import convert, diffuse, draw, draw_flags, evaluate, finetune, folder, likelihood, merge, redraw
+from ldm.cli import (
+    convert,
+    diffuse,
+    draw,
+    draw_flags,
+    evaluate,
+    finetune,
+    folder,
+    likelihood,
+    merge,
+    provenance,
+    redraw,
+)
 from ldm.cli.flags import FLAGS
 from ldm.cli.parser import Parser, dashes
 from ldm.errors import NEWLINE, UserError, printable
@@ -31,6 +43,11 @@ COMMANDS = {
         redraw.add_flags,
         redraw.redraw,
         "draw a picture again from its own metadata and compare the pixels",
+    ),
+    "provenance": (
+        provenance.add_flags,
+        provenance.provenance,
+        "show what pictures say of their origin, and verify it",
     ),
     "convert": (
         convert.add_flags,

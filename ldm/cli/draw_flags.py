@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ldm.cli.flags import add_common_flags, add_input_flags, add_model_flags
 from ldm.cli.parser import count
+from ldm.cli.provenance import add_mark_flags
 from ldm.cli.terminal import TERMINAL
 
 OUTDIR = "outputs/txt2img-samples"
@@ -141,6 +142,12 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
         help="show each step in the terminal (kitty, iTerm2, sixel), or write it to a picture's file",
     )
     add("--no-preview", dest="preview", action="store_const", const=None, help="show none")
+    add_mark_flags(add)
+    add(
+        "--watermark",
+        action=argparse.BooleanOptionalAction,
+        help="mark the pixels themselves, invisibly, by the key in $LDM_WATERMARK_KEY or everybody's",
+    )
 
 
 def add_image_flags(parser: argparse.ArgumentParser) -> None:

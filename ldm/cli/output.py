@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm.cli.provenance import marks
 from ldm.cli.requests import Asked
 from ldm.cli.terminal import echo
 from ldm.errors import UserError
@@ -33,8 +34,12 @@ class Output:
         from ldm.files import check_writable
         from ldm.images.formats import encoding_of
         from ldm.images.names import Pattern
+        from ldm.images.provenance import COMPOSITE, TRAINED
 
         self.args, self.kept = args, 0  # pictures
+        self.marks = marks(args)
+        edited = any(each.request.has_images for each in asked)
+        self.sheet_marks = replace(self.marks, source=COMPOSITE if edited else TRAINED)
         self.encoding = encoding_of(args.output, args.format, args.quality, args.lossless)
         self.pattern = None if args.name is None else Pattern(args.name)
         self.plot = plot
@@ -85,16 +90,16 @@ class Output:
     def _save(self, image: Image, request: Request) -> Path:
         from ldm.images.png import save_new, save_numbered, save_png
 
-        suffix = self.encoding.suffix
+        suffix, marks = self.encoding.suffix, self.marks
         if self.args.output is not None:
-            return save_png(image, self.args.output, request, self.encoding)
+            return save_png(image, self.args.output, request, self.encoding, marks)
         if self.pattern is None:
-            return save_numbered(image, self.folder, f"%05d{suffix}", request, self.encoding)
+            return save_numbered(image, self.folder, f"%05d{suffix}", request, self.encoding, marks=marks)
         name, like = self.pattern.fill(request, datetime.now())
         path = self.folder / f"{name}{suffix}"
         if "%" not in name:
-            return save_new(image, path, request, self.encoding)
-        return save_numbered(image, path.parent, path.name, request, self.encoding, f"{like}.*")
+            return save_new(image, path, request, self.encoding, marks)
+        return save_numbered(image, path.parent, path.name, request, self.encoding, f"{like}.*", marks)
 
     # --- sheets ---
 
@@ -145,10 +150,8 @@ class Output:
     def _numbered(self, sheet: Image, name: str) -> Path:
         from ldm.images.png import save_numbered
 
-        like = f"{name}-%04d.*"
-        return save_numbered(
-            sheet, self.args.outdir, f"{name}-%04d{self.encoding.suffix}", None, self.encoding, like
-        )
+        like, name = f"{name}-%04d.*", f"{name}-%04d{self.encoding.suffix}"
+        return save_numbered(sheet, self.args.outdir, name, None, self.encoding, like, self.sheet_marks)
 
     # --- what is there already ---
 

@@ -11,6 +11,7 @@ from ldm.cli.draw import draw_images, tell_of_marks
 from ldm.cli.flags import FLAGS, add_common_flags, add_input_flags, add_model_flags
 from ldm.cli.models import load
 from ldm.cli.output import check_file
+from ldm.cli.provenance import add_mark_flags, marks
 from ldm.errors import UserError, printable
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "file", type=Path, metavar="FILE", help="a picture; give its model and LoRAs as when drawn"
     )
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="keep the new picture here")
+    add_mark_flags(parser.add_argument)
     group = add_input_flags(parser, "where the files that it was drawn from lie now, if they were moved")
     group.add_argument("--hires-upscaler", metavar="FILE", help="the network that enlarged it")
     add_model_flags(parser)
@@ -81,7 +83,7 @@ def redraw(args: argparse.Namespace) -> int:
     from ldm.images.texts import read_texts
 
     request, old = read_request(args.file), open_picture(args.file)
-    encoding = PNG if args.output is None else encoding_of(args.output)
+    encoding, marked = PNG if args.output is None else encoding_of(args.output), marks(args)
     if args.output is not None:
         check_file(args.output)
     inputs = find_inputs(args, request)
@@ -95,7 +97,7 @@ def redraw(args: argparse.Namespace) -> int:
     job = pipe.prepare(request.replace(model=None, model_hash=None, **again))
     new, seed, levels = nearest(job, old, args)
     if args.output is not None:
-        save_png(new, args.output, job.request.replace(seeds=(seed,)), encoding)
+        save_png(new, args.output, job.request.replace(seeds=(seed,)), encoding, marked)
     several = "" if len(request.seeds) == 1 else f" (seed {seed}, the nearest of {len(request.seeds)})"
     if not levels.any():
         print(f"equal: every pixel{several}")

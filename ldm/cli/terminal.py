@@ -9,9 +9,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm.cli.provenance import marks
 from ldm.errors import UserError, printable
 
 if TYPE_CHECKING:
@@ -68,10 +70,12 @@ class Preview:
     """
 
     def __init__(self, pipe: Pipeline, args: argparse.Namespace) -> None:
+        from ldm.images.provenance import TRAINED
         from ldm.pipeline.preview import decoder
 
         self.file = None if args.preview == TERMINAL else Path(args.preview)
         self.encoding = check_preview(args)
+        self.marks = replace(marks(args), source=TRAINED, signer=None)  # of pictures that are not finished
         self.way = None if self.file is not None or args.quiet else terminal()
         self.decode = decoder(pipe) if self.file is not None or self.way is not None else None
         if self.decode is None and not args.quiet:
@@ -101,7 +105,7 @@ class Preview:
             self._show(image, title, step.i == 0)
             return
         try:
-            save_png(image, self.file, encoding=self.encoding or PNG)
+            save_png(image, self.file, encoding=self.encoding or PNG, marks=self.marks)
         except UserError as error:
             if not self.told:
                 print(f"no preview: {printable(error)}", file=sys.stderr)

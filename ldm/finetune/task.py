@@ -50,6 +50,7 @@ class FinetuneTask(Task):
     def __init__(self, parts: Parts, mode: Mode, recipe: FinetuneRecipe, feed: Feed, splits: Splits) -> None:
         super().__init__()
         self.parts, self.mode, self.recipe, self.feed, self.splits = parts, mode, recipe, feed, splits
+        self.shows_originals = feed.masks is not None
         self.unet, self.text_encoder, self.text_encoder_2 = (
             parts.unet,
             parts.text_encoder,

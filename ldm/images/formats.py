@@ -1,7 +1,8 @@
 """The formats that pictures are written in, and how each carries the texts of its request.
 
 PNG has text chunks: `parameters`, in the form that other tools read, and `ldm`, the whole request as JSON. In
-JPEG, WebP and AVIF the first is EXIF's UserComment, as AUTOMATIC1111 writes it, and both are in XMP.
+JPEG, WebP and AVIF the first is EXIF's UserComment, as AUTOMATIC1111 writes it, and both are in XMP. What is
+said of a picture's origin (`ldm.images.provenance`) is XMP in all of them.
 """
 
 from __future__ import annotations
@@ -9,30 +10,24 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
-from xml.etree import ElementTree
-from xml.sax.saxutils import escape
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ldm.errors import UserError
+from ldm.images.provenance import AIGC, AIGC_CHUNK, Origin
+from ldm.images.xmp import CREATOR_TOOL, DESCRIPTION, REQUEST, packet
 from ldm.version import __version__
 
-CHUNK, PARAMETERS = "ldm", "parameters"
+CHUNK, PARAMETERS, XMP_CHUNK = "ldm", "parameters", "XML:com.adobe.xmp"
 EXIF_IFD, USER_COMMENT, SOFTWARE = 0x8769, 0x9286, 0x0131
 SEGMENT = 2**16 - 64  # bytes that a JPEG holds of EXIF, and of XMP
 SUFFIXES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".avif": "avif"}
 QUALITY = {"jpeg": 95, "webp": 90, "avif": 80}  # where none is asked for
 MAX_SIDE = {"jpeg": 65_535, "webp": 16_383, "avif": 65_535}  # pixels
-LDM, DC, RDF, XMP = (
-    "urn:ldm:1.0:",
-    "http://purl.org/dc/elements/1.1/",
-    "http://www.w3.org/1999/02/22-rdf-syntax-ns#",
-    "http://ns.adobe.com/xap/1.0/",
-)
 
 
 @dataclass(frozen=True)
@@ -95,31 +90,58 @@ def encoding_of(
     return Encoding(asked or name or ("webp" if lossless else "png"), quality, lossless)
 
 
-def encode(image: Image.Image, file: IO[bytes], texts: Mapping[str, str], encoding: Encoding = PNG) -> None:
-    """Write a picture with its texts. Raises OSError, and ValueError for one that the format cannot hold."""
+def encode(
+    image: Image.Image,
+    file: IO[bytes],
+    texts: Mapping[str, str],
+    encoding: Encoding = PNG,
+    origin: Origin | None = None,
+) -> None:
+    """Write a picture with its texts, and what is said of its origin, signed where that has a signer.
+
+    Raises OSError, and UserError for what the format cannot hold.
+    """
+    if origin is not None and origin.signer is not None:
+        data = io.BytesIO()
+        encode(image, data, texts, encoding, replace(origin, signer=None))
+        file.write(origin.signer.sign(data.getvalue(), encoding.format, origin))
+        return
+    said = {} if origin is None else origin.statements
     if encoding.format == "png":
         chunks = PngInfo()
         for name, text in texts.items():
             chunks.add_text(name, text)
+        if said:
+            chunks.add_itxt(XMP_CHUNK, packet(said).decode())
+        if AIGC in said:  # where many look for it
+            chunks.add_text(AIGC_CHUNK, said[AIGC])
         image.save(file, format="PNG", pnginfo=chunks)
         return
     if max(image.size) > MAX_SIDE[encoding.format]:
         width, height = image.size
         raise UserError(f"{encoding.format} cannot hold {width}x{height} pixels: give --format png")
-    carried: dict[str, Any] = {}
-    if texts:
-        carried = {"exif": _exif(texts), "xmp": _xmp(texts)}
-        if encoding.format == "jpeg":
-            if len(carried["xmp"]) >= SEGMENT:
-                carried["xmp"] = _xmp({name: text for name, text in texts.items() if name != PARAMETERS})
-            carried = {name: data for name, data in carried.items() if len(data) < SEGMENT}
-            if "xmp" not in carried:
-                lost = "how it was drawn" if not carried else "all of how it was drawn"
-                warnings.warn(f"a JPEG cannot hold a text this long: it does not say {lost}", stacklevel=2)
+    carried = _carried(texts, said, SEGMENT if encoding.format == "jpeg" else None)
     # To memory first: Pillow's encoders do not all say that a disk is full.
     data = io.BytesIO()
     image.save(data, format=encoding.format.upper(), **encoding.options, **carried)
     file.write(data.getbuffer())
+
+
+def _carried(texts: Mapping[str, str], said: dict[str, str], room: int | None) -> dict[str, bytes]:
+    """EXIF and XMP of a picture, each in less than `room` bytes; of what is too long, the origin at least."""
+    exif = {"exif": _exif(texts)} if texts else {}
+    whole = {CREATOR_TOOL: f"ldm {__version__}"} if texts else {}
+    whole |= {name: texts[key] for name, key in ((DESCRIPTION, PARAMETERS), (REQUEST, CHUNK)) if key in texts}
+    shorter = ({}, *(dict.fromkeys(names) for names in ((DESCRIPTION,), (DESCRIPTION, REQUEST))))
+    packets = ({n: t for n, t in whole.items() if n not in left_out} | said for left_out in shorter)
+    xmp: dict[str, str] = next((each for each in packets if room is None or len(packet(each)) < room), {})
+    carried = exif | ({"xmp": packet(xmp)} if xmp else {})
+    if room is not None:
+        carried = {name: data for name, data in carried.items() if len(data) < room}
+    if CHUNK in texts and REQUEST not in xmp:
+        lost = "all of how it was drawn" if "exif" in carried else "how it was drawn"
+        warnings.warn(f"a JPEG cannot hold a text this long: it does not say {lost}", stacklevel=4)
+    return carried
 
 
 def _exif(texts: Mapping[str, str]) -> bytes:
@@ -129,39 +151,3 @@ def _exif(texts: Mapping[str, str]) -> bytes:
     comment = texts.get(PARAMETERS, "").encode("utf-16-be", "replace")
     exif.get_ifd(EXIF_IFD)[USER_COMMENT] = b"UNICODE\0" + comment
     return exif.tobytes()
-
-
-def _xmp(texts: Mapping[str, str]) -> bytes:
-    """An XMP packet (ISO 16684-1): what viewers show as the description, and the request for us."""
-    own = f"<ldm:request>{escape(_allowed(texts[CHUNK]))}</ldm:request>" if CHUNK in texts else ""
-    described = escape("".join(c if _in_xml(c) else "\ufffd" for c in texts.get(PARAMETERS, "")))
-    return (
-        '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">'
-        f'<rdf:RDF xmlns:rdf="{RDF}"><rdf:Description rdf:about="" xmlns:dc="{DC}" xmlns:xmp="{XMP}" '
-        f'xmlns:ldm="{LDM}"><xmp:CreatorTool>ldm {escape(__version__)}</xmp:CreatorTool>'
-        f'<dc:description><rdf:Alt><rdf:li xml:lang="x-default">{described}</rdf:li></rdf:Alt>'
-        f'</dc:description>{own}</rdf:Description></rdf:RDF></x:xmpmeta><?xpacket end="w"?>'
-    ).encode()
-
-
-def request_in_xmp(packet: bytes | str) -> str | None:
-    """The request's JSON in an XMP packet, whoever wrote it last; None where there is none to be read."""
-    text = packet.decode("utf-8", "replace") if isinstance(packet, bytes) else packet
-    if "<!" in text or LDM not in text:  # XMP declares no types and no entities
-        return None
-    try:
-        tree = ElementTree.fromstring(text.strip("\0 \n\r\t\ufeff"))
-    except ElementTree.ParseError:
-        return None
-    name = f"{{{LDM}}}request"
-    found = [each.text for each in tree.iter(name)] + [each.get(name) for each in tree.iter()]
-    return next(filter(None, found), None)
-
-
-def _allowed(text: str) -> str:
-    """The same JSON with escapes for the few characters that XML cannot hold."""
-    return "".join(c if _in_xml(c) else f"\\u{ord(c):04x}" for c in text)
-
-
-def _in_xml(c: str) -> bool:
-    return c in "\t\n\r" or "\x20" <= c <= "\ud7ff" or "\ue000" <= c <= "\ufffd" or c >= "\U00010000"

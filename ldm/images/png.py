@@ -1,7 +1,8 @@
 """PNGs, and files of other formats, that carry their own request. They appear complete or not at all.
 
 Each holds two texts: `parameters`, in the form that other tools read, and `ldm`, the whole `Request` as JSON,
-from which the picture can be drawn again. `ldm.images.formats` says where they lie in each format.
+from which the picture can be drawn again. `ldm.images.formats` says where they lie in each format, and
+`ldm.images.provenance` what is said beside them: that a model drew it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ldm.errors import UserError, abbreviate
 from ldm.files import temporary_file, write_errors
 from ldm.images.formats import CHUNK, PARAMETERS, PNG, Encoding, encode
 from ldm.images.parameters import format_parameters, parse_parameters, split_parameters
+from ldm.images.provenance import MARKED, Marks
 from ldm.images.texts import read_texts
 from ldm.request import Request
 
@@ -28,10 +30,14 @@ FEW_FILES = 256  # in a folder: to list them for each picture costs nothing
 
 
 def save_png(
-    image: Image.Image, path: Path, request: Request | None = None, encoding: Encoding = PNG
+    image: Image.Image,
+    path: Path,
+    request: Request | None = None,
+    encoding: Encoding = PNG,
+    marks: Marks = MARKED,
 ) -> Path:
     """Write `path`, replacing what is there, with the request in its texts. Raises UserError."""
-    with write_errors(path), _complete_file(image, path, request, encoding) as temporary:
+    with write_errors(path), _complete_file(image, path, request, encoding, marks) as temporary:
         temporary.replace(path)
     return path
 
@@ -43,6 +49,7 @@ def save_numbered(
     request: Request | None = None,
     encoding: Encoding = PNG,
     like: str | None = None,
+    marks: Marks = MARKED,
 ) -> Path:
     """Write the first free of `name % 0`, `name % 1`, ... after the highest in `folder`, never over another.
 
@@ -52,7 +59,8 @@ def save_numbered(
         like: which names count for the highest, with * for any text; by default those of this `name`.
     """
     like = like or name
-    with write_errors(folder), _complete_file(image, folder / name, request, encoding) as temporary:
+    saved = _complete_file(image, folder / name, request, encoding, marks)
+    with write_errors(folder), saved as temporary:
         number = _next_number(folder, like)
         while not _rename_new(temporary, folder / (name % number)):
             number += 1
@@ -61,10 +69,14 @@ def save_numbered(
 
 
 def save_new(
-    image: Image.Image, path: Path, request: Request | None = None, encoding: Encoding = PNG
+    image: Image.Image,
+    path: Path,
+    request: Request | None = None,
+    encoding: Encoding = PNG,
+    marks: Marks = MARKED,
 ) -> Path:
     """Write `path`, or if that is taken the first free of name-2, name-3, ... Raises UserError."""
-    with write_errors(path), _complete_file(image, path, request, encoding) as temporary:
+    with write_errors(path), _complete_file(image, path, request, encoding, marks) as temporary:
         stem, number = path.stem, 1
         while not _rename_new(temporary, path):
             number += 1
@@ -134,7 +146,7 @@ def _as_drawn(request: Request) -> Request:
 
 @contextlib.contextmanager
 def _complete_file(
-    image: Image.Image, path: Path, request: Request | None, encoding: Encoding
+    image: Image.Image, path: Path, request: Request | None, encoding: Encoding, marks: Marks
 ) -> Iterator[Path]:
     """A finished file under a temporary name beside `path`; whatever happens, no such name stays."""
     texts = {}
@@ -142,7 +154,7 @@ def _complete_file(
         texts = {PARAMETERS: format_parameters(request), CHUNK: request.to_json()}
     with temporary_file(path) as temporary:
         with temporary.open("wb") as file:
-            encode(image, file, texts, encoding)
+            encode(image, file, texts, encoding, marks.origin(image, request))
         yield temporary
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from PIL import Image
 
 from ldm.errors import UserError, reason
-from ldm.images.formats import CHUNK, EXIF_IFD, PARAMETERS, USER_COMMENT, request_in_xmp
+from ldm.images.formats import CHUNK, EXIF_IFD, PARAMETERS, USER_COMMENT
 from ldm.images.opening import formats
 from ldm.images.parameters import split_parameters
+from ldm.images.xmp import REQUEST, statements_in
 
 _ENCODINGS = {b"ASCII\0\0\0": "utf-8", b"\0" * 8: "utf-8", b"JIS\0\0\0\0\0": "euc_jp"}  # `UNICODE\0`: UTF-16
 
@@ -25,7 +26,7 @@ def read_texts(path: str | Path) -> dict[str, str]:
             image.load()  # a PNG may have texts after its pixels
             texts = {str(key): str(value) for key, value in getattr(image, "text", {}).items()}
             comments = [] if PARAMETERS in texts else [_user_comment(image), _comment(image)]
-            own = None if CHUNK in texts else request_in_xmp(image.info.get("xmp", b""))
+            own = None if CHUNK in texts else statements_in(image.info.get("xmp", b"")).get(REQUEST)
     except Exception as error:  # broken files make decoders raise anything
         raise UserError(f"cannot read {path} as a PNG, JPEG or WebP picture: {reason(error)}") from None
     # Cameras and drawing programs write comments too: without settings they are no `parameters`.
@@ -40,7 +41,7 @@ def read_own(path: Path) -> str | None:
     """
     with contextlib.suppress(Exception), Image.open(path, formats=formats()) as image:
         own = image.info.get(CHUNK)
-        return str(own) if own else request_in_xmp(image.info.get("xmp", b""))
+        return str(own) if own else statements_in(image.info.get("xmp", b"")).get(REQUEST)
     return None
 
 

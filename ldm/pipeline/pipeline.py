@@ -301,7 +301,7 @@ class Pipeline(Model):
                 break
         requests = requests_of(job, pictures)
         if output_type == "latent":
-            requests = tuple(each.replace(upscaling=None) for each in requests)
+            requests = tuple(each.replace(upscaling=None, watermark=None) for each in requests)
         return Result(as_output(torch.cat(drawn), output_type), requests)
 
     def generate(

@@ -20,6 +20,7 @@ from ldm.errors import UserError, printable
 from ldm.fast import fast_fields
 from ldm.fields import MAX_SIDE
 from ldm.images.enlarging import LABELS
+from ldm.images.watermark import check_size, key_named
 from ldm.models.kind import Kind
 from ldm.passes import HIRES_SCALE, SWITCH_AT, hires_of, hires_request, refining_of, refining_request
 from ldm.pipeline import edit
@@ -52,6 +53,9 @@ def resolve(model: Model, request: Request, images: Images) -> Request:
         pixels = getattr(request, side)
         if pixels % factor:
             raise UserError(f"{side} {pixels} is not allowed: this model draws multiples of {factor} pixels")
+    if request.watermark is not None:
+        check_size(*request.size)
+        key_named(request.watermark)  # raises
     if request.cache_interval is not None or request.cache_branch_id is not None:
         request = _cached(request, model.parts)
     if request.tile_size is not None or request.tile_overlap is not None:

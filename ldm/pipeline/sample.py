@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ldm.diffusion.guidance import Exchangeable, Guidance, composed
 from ldm.diffusion.solvers import Step
+from ldm.images.watermark import key_named, mark
 from ldm.models.conditioning import Conditioning
 from ldm.pipeline import networks
 from ldm.pipeline.edit import Invert
@@ -39,7 +40,15 @@ def draw_batch(job: Job, batch: Batch, on_step: OnStep | None = None) -> Tensor:
     latents = draw_latents(job, batch, on_step)
     start = job.start.rows([picture.prompt for picture in batch])
     images = start.finish(networks.decode(job.model.vae, latents), latents)
-    return images if job.model.upscaler is None else enlarge(job, batch, images)
+    images = images if job.model.upscaler is None else enlarge(job, batch, images)
+    return images if job.request.watermark is None else watermarked(images, job.request.watermark)
+
+
+def watermarked(images: Tensor, name: str) -> Tensor:
+    """Images [B, 3, H, W] in 0..1, each marked by the key of that name. Raises UserError."""
+    pictures = images.detach().double().cpu().movedim(1, -1).numpy()
+    marked = [torch.from_numpy(mark(picture, key_named(name))) for picture in pictures]
+    return torch.stack(marked).movedim(-1, 1).to(images)
 
 
 def draw_latents(job: Job, batch: Batch, on_step: OnStep | None = None) -> Tensor:

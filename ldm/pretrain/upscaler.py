@@ -129,6 +129,8 @@ class UpscalerTask(Task):
     count alike for the picture).
     """
 
+    shows_originals = True
+
     def __init__(self, parts: Parts, train: Pairs, held_out: Pairs, loss: dict[str, float]) -> None:
         super().__init__()
         self.parts, self.unet = parts, parts.unet.requires_grad_()

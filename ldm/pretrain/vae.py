@@ -46,6 +46,8 @@ class VAETask(Task):
     details), fine_std (their standard deviation).
     """
 
+    shows_originals = True
+
     def __init__(
         self,
         vae: AutoencoderKL | AutoencoderTiny,

@@ -241,6 +241,8 @@ class RunSection(Section):
     """what to do with a batch whose loss is NaN or Inf"""
     report_to: Literal["none", "tensorboard"] = "none"
     """beside metrics.jsonl, which is always written"""
+    provenance: Free[bool] = True
+    """pictures that a run draws say that a model drew them (docs/provenance.md)"""
 
     @field_validator("resume_from_checkpoint", "mixed_precision", mode="before")
     @classmethod

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from ldm.errors import UserError, abbreviate
 from ldm.files import whole_file
+from ldm.images.formats import encode
+from ldm.images.provenance import COMPOSITE, TRAINED, Marks
 from ldm.runtime import is_out_of_memory, memory_format
 from ldm.train.optimiser import lr_factor, make_optimiser
 from ldm.train.prefetch import Place, Prefetcher
@@ -248,8 +250,10 @@ class Run:
                 self.task.export(self.run_dir / "export")
             picture = self.task.picture(self.run_dir / "export")
         if picture is not None:
-            with whole_file(self.run_dir / "grids" / f"{self.position.step:08d}.png") as aside:
-                picture.save(aside, format="PNG")
+            marks = Marks(self.recipe.run.provenance, COMPOSITE if self.task.shows_originals else TRAINED)
+            name = f"{self.position.step:08d}.png"
+            with whole_file(self.run_dir / "grids" / name) as aside, aside.open("wb") as file:
+                encode(picture, file, {}, origin=marks.origin(picture, None))
         self.progress.evaluation(self.position, figures)
 
     def _export(self) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ldm.errors import UserError
 from ldm.images import formats
-from ldm.images.formats import Encoding, encode, encoding_of, request_in_xmp
+from ldm.images.formats import Encoding, encode, encoding_of
 from ldm.images.parameters import format_parameters, parse_parameters
 from ldm.images.png import read_fields, read_request, save_png
 from ldm.images.texts import read_own
@@ -170,25 +170,3 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, name)
     with pytest.raises(UserError, match=r"cannot write to .*a: No space left on device$"):
         save_png(picture(), tmp_path / "a", REQUEST, Encoding(name))
     assert os.listdir(tmp_path) == []
-
-
-def test_a_packet_that_another_program_wrote_again_is_read():
-    attribute = (
-        '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
-        '<rdf:Description xmlns:q="urn:ldm:1.0:" q:request="{&quot;version&quot;: 3}"/></rdf:RDF></x:xmpmeta>'
-    )
-    assert request_in_xmp(attribute) == '{"version": 3}'
-
-
-@pytest.mark.parametrize(
-    "packet",
-    [
-        b"",
-        b"\xff\xfe",
-        b"<x",
-        b'<a xmlns="urn:ldm:1.0:">',
-        b'<!DOCTYPE a [<!ENTITY b "c">]><a xmlns="urn:ldm:1.0:"><request>&b;</request></a>',
-    ],
-)
-def test_packets_that_say_nothing(packet):
-    assert request_in_xmp(packet) is None

@@ -146,7 +146,7 @@ def test_png_carries_its_request(tmp_path):
     path = save_png(picture(), tmp_path / "new" / "a.png", request)
     assert read_request(path) == request
     with Image.open(path) as image:
-        assert list(image.text) == ["parameters", "ldm"]
+        assert list(image.text) == ["parameters", "ldm", "XML:com.adobe.xmp"]
         assert image.text["parameters"] == format_parameters(request)
         assert np.array_equal(image, picture())
     assert os.listdir(path.parent) == ["a.png"]

@@ -58,7 +58,7 @@ def test_every_field_of_a_request_survives_the_json():
         "timesteps": (9.0, 1.0), "seeds": (4, 2), "version": 1, "not_kept": ("latents",),
         "prompt_grammar": "comfy", "noise": "gpu", "mask_fill": "blur", "extend": (0, 8, 0, 8),
         "mask_invert": True, "soft_mask": True, "variation_strength": 0.5, "variation_seed": 3,
-        "sampler_options": {"s_churn": 2}, "guidance_interval": (0.2, 0.8), "fast": True,
+        "sampler_options": {"s_churn": 2}, "guidance_interval": (0.2, 0.8), "fast": True, "watermark": "ldm",
     }  # fmt: skip
     values = {}
     for name, field in Request.model_fields.items():

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tiny_training import Line, exported
 from tiny_training import tiny_recipe as recipe
 
 from ldm.errors import UserError
+from ldm.images.provenance import COMPOSITE, SOURCE, TRAINED, VOCABULARY, marks_in
 from ldm.pretrain.recipe import load_recipe
 from ldm.train.loop import train
 from ldm.train.optimiser import Muon
@@ -37,6 +39,18 @@ def hashes(run_dir: Path) -> dict[str, str]:
 def test_learns(tmp_path):
     train(Line(dropout=0), recipe(300), tmp_path)
     assert [row["held_out"] for row in rows(tmp_path) if "held_out" in row][-1] < 0.02
+
+
+@pytest.mark.parametrize(
+    ("originals", "provenance", "source"),
+    [(False, True, TRAINED), (True, True, COMPOSITE), (False, False, None)],
+)
+def test_grids_say_that_a_model_drew_them(tmp_path, monkeypatch, originals, provenance, source):
+    monkeypatch.setattr(Line, "shows_originals", originals)
+    monkeypatch.setattr(Line, "picture", lambda self, folder: Image.new("RGB", (8, 8), "red"))
+    train(Line(), recipe(2, validation_steps=2, provenance=provenance), tmp_path)
+    (path,) = (tmp_path / "grids").iterdir()
+    assert marks_in(path.read_bytes()).get(SOURCE) == (source and VOCABULARY + source)
 
 
 # --- stopping and going on -------------------------------------------------------------------------------
