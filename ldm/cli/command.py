@@ -13,7 +13,19 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from ldm.cli import convert, diffuse, draw, draw_flags, evaluate, finetune, folder, likelihood, merge, redraw
+from ldm.cli import (
+    convert,
+    diffuse,
+    draw,
+    draw_flags,
+    evaluate,
+    finetune,
+    folder,
+    likelihood,
+    merge,
+    redraw,
+    serve,
+)
 from ldm.cli.flags import FLAGS
 from ldm.cli.parser import Parser, dashes
 from ldm.errors import NEWLINE, UserError, printable
@@ -47,6 +59,7 @@ COMMANDS = {
     ),
     "folder": (folder.add_flags, folder.folder, "examine a folder of pictures before training on it"),
     "finetune": (finetune.add_flags, finetune.finetune, "train a model on a folder of pictures"),
+    "serve": (serve.add_flags, serve.serve, "draw for others over HTTP: OpenAI's API and our own"),
 }
 
 

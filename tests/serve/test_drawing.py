@@ -71,7 +71,8 @@ def test_pictures_drawn_together_are_those_drawn_alone(pipe, store, draw, monkey
         assert ticket.state is State.COMPLETED
         for name, seed in zip(ticket.pictures, ticket.request.seeds, strict=True):
             alone = pipe(ticket.request.prompt, seed=seed, num_inference_steps=3).images[0]
-            assert (pixels(store, name) == np.asarray(alone)).all()
+            levels = pixels(store, name).astype(int) - np.asarray(alone, int)
+            assert abs(levels).max() <= 1  # a batch rounds otherwise than a picture alone
             request = read_request(store.get(name).path)
             assert (request.prompt, request.seeds) == (ticket.request.prompt, (seed,))
 
