@@ -21,6 +21,9 @@ from ldm.serve.guard import App, Guard, Rules
 from ldm.serve.jobs_api import jobs_router, pictures_router
 from ldm.serve.manual import manual
 from ldm.serve.metrics import exposition
+from ldm.serve.models import NoSuchModel
+from ldm.serve.openai_api import openai_router
+from ldm.serve.openai_orders import NAMES
 from ldm.serve.queue import Closed, Full
 from ldm.serve.service import Service
 from ldm.serve.ticket import internal_error
@@ -40,7 +43,7 @@ def create_app(service: Service, rules: Rules | None = None) -> App:
     app = FastAPI(
         title="ldm", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None
     )
-    for router in (jobs_router(service), pictures_router(service)):
+    for router in (jobs_router(service), pictures_router(service), openai_router(service)):
         app.include_router(router)
     add_plain_routes(app, service, answers)
     add_errors(app)
@@ -91,8 +94,13 @@ def add_errors(app: FastAPI) -> None:
     """What went wrong, as `{"error": {message, type, param, code}}` with the status that says whose it is."""
 
     @app.exception_handler(UserError)
-    async def users(_: Asked, error: UserError) -> JSONResponse:
-        return JSONResponse(error_body(str(error)), 400)
+    async def users(asked: Asked, error: UserError) -> JSONResponse:
+        if isinstance(error, NoSuchModel):
+            return JSONResponse(error_body(str(error), 404, "model", "model_not_found"), 404)
+        body = error_body(str(error))
+        if asked.url.path.startswith("/v1/"):
+            body["error"]["param"] = NAMES.get(body["error"]["param"], body["error"]["param"])
+        return JSONResponse(body, 400)
 
     @app.exception_handler(Full)
     async def full(_: Asked, error: Full) -> JSONResponse:

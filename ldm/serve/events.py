@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 BEAT = 15.0  # seconds after which a silent stream says that it is alive
+STREAM = "text/event-stream"
 LOOK = 1.0  # seconds between looks whether a client still waits
 
 
@@ -67,21 +68,21 @@ def event(name: str, data: Mapping[str, Any]) -> bytes:
     return f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()
 
 
-async def glimpse(ticket: Ticket, kind: str = "WEBP", **options: Any) -> bytes | None:
-    """What a ticket looks like now, as a small picture's bytes; None where nothing can be seen."""
+async def glimpse(ticket: Ticket) -> Image | None:
+    """What a ticket looks like now, a small picture; None where nothing can be seen."""
     look = ticket.glimpse
     if look is None:
         return None
     try:
-        image = await run_in_threadpool(look)
+        return await run_in_threadpool(look)
     except (FloatingPointError, ValueError):  # of 16 bits, on the way
         return None
-    return await run_in_threadpool(encoded, image, kind, **options)
 
 
-def encoded(image: Image, kind: str, **options: Any) -> bytes:
+def encoded(image: Image, kind: str = "WEBP") -> bytes:
+    """The bytes of a preview."""
     data = io.BytesIO()
-    image.save(data, format=kind, **options)
+    image.save(data, format=kind)
     return data.getvalue()
 
 

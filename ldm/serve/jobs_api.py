@@ -10,13 +10,16 @@ from fastapi import Request as Asked
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 
+from ldm.images.formats import Encoding
 from ldm.request import Request
 from ldm.serve.answers import error_body
-from ldm.serve.events import changes, data_url, event, glimpse
+from ldm.serve.events import STREAM, changes, data_url, encoded, event, glimpse
+from ldm.serve.pictures import converted
 from ldm.serve.service import Service
 from ldm.serve.ticket import Ticket
 from ldm.serve.uploads import decode_base64
 
+KINDS = ("png", "jpeg", "webp")
 PAGE = 50  # pictures or jobs
 MOST = 500
 BODY = {
@@ -64,8 +67,8 @@ def jobs_router(service: Service) -> APIRouter:
     async def preview(job: str) -> Response:
         """404 before its first step, and once it is over."""
         ticket = service.ticket(job)
-        data = None if ticket is None else await glimpse(ticket)
-        return missing("preview") if data is None else Response(data, media_type="image/webp")
+        image = None if ticket is None else await glimpse(ticket)
+        return missing("preview") if image is None else Response(encoded(image), media_type="image/webp")
 
     @router.get("/{job}/events", summary="A job's changes as server-sent events")
     async def events(job: str, preview: bool = False) -> Response:
@@ -81,9 +84,6 @@ def jobs_router(service: Service) -> APIRouter:
     return router
 
 
-STREAM = "text/event-stream"
-
-
 async def once(told: dict[str, Any]) -> AsyncIterator[bytes]:
     yield event("job", told)
 
@@ -94,8 +94,8 @@ async def stream(service: Service, ticket: Ticket, preview: bool) -> AsyncIterat
             yield b": still here\n\n"
             continue
         told = service.as_json(ticket)
-        if preview and not ticket.is_over and (data := await glimpse(ticket)) is not None:
-            told["preview"] = data_url(data, "webp")
+        if preview and not ticket.is_over and (image := await glimpse(ticket)) is not None:
+            told["preview"] = data_url(encoded(image), "webp")
         yield event("job", told)
 
 
@@ -113,11 +113,15 @@ def pictures_router(service: Service) -> APIRouter:
         found, after = service.store.page(limit, before, search)
         return {"pictures": [each.as_json() for each in found], "next": after}
 
-    @router.get("/pictures/{picture}.png", summary="A picture's file")
-    def file(picture: str) -> Response:
-        """A PNG that says in its texts how it was drawn."""
+    @router.get("/pictures/{picture}.{kind}", summary="A picture's file: png, jpeg or webp")
+    def file(picture: str, kind: str) -> Response:
+        """It says in its texts how it was drawn."""
         kept = service.store.get(picture)
-        return missing("picture") if kept is None else FileResponse(kept.path, media_type="image/png")
+        if kept is None or kind not in KINDS:
+            return missing("picture")
+        if kind == "png":
+            return FileResponse(kept.path, media_type="image/png")
+        return Response(converted(kept.path, Encoding(kind)), media_type=f"image/{kind}")
 
     @router.get("/pictures/{picture}", summary="What a picture says of itself", response_model=None)
     def picture(picture: str) -> dict[str, Any] | Response:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ldm.adapters.lora import name_of
+from ldm.errors import UserError
 from ldm.images.pixels import to_pil
 from ldm.pipeline.preview import decoder
 from ldm.spelling import unknown
@@ -28,6 +29,10 @@ SAFE = ".safetensors"
 PICKLES = {".bin", ".ckpt", ".pt", ".pth", ".pkl"}
 NEEDED = 1.5  # times the size of its files is to be free before a model is read
 log = logging.getLogger("ldm.serve")
+
+
+class NoSuchModel(UserError):
+    """For a name that is none of the server's models."""
 
 
 class Preview:
@@ -94,7 +99,7 @@ class Shelf:
         names = self.places
         if asked is None or asked in names:
             return asked or self.default
-        raise unknown("model", asked, list(names))
+        raise NoSuchModel(str(unknown("model", asked, list(names))))
 
     def __call__(self, name: str) -> Loaded:
         """The model of a name, read if it is not in memory. Raises UserError."""
@@ -102,7 +107,7 @@ class Shelf:
             if name not in self._held:
                 place = self.places.get(name)
                 if place is None:
-                    raise unknown("model", name, list(self.places))
+                    raise NoSuchModel(str(unknown("model", name, list(self.places))))
                 self._make_room(sum(map(_size, files_of(place))))
                 log.info("reading the model %s", name)
                 pipe = self._read(place)

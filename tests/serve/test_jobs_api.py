@@ -62,7 +62,6 @@ def test_requests_name_what_is_wrong_with_them(client):
         ({"seeds": list(range(17)), "seed": None}, None, "two names"),
         ({"nonsense": 1}, "nonsense", "is not a field"),
         ({"sampler": "nonsense"}, None, "unknown sampler"),
-        ({"model": "../x"}, None, "unknown model"),
         ({"model": 3}, "model", "must be a name"),
         ({"prompt": "a <lora:nobody:1>"}, "loras", "no LoRA of that name"),
         ({"hires_upscaler": "/etc/passwd"}, "hires_upscaler", "must be one of"),
@@ -78,6 +77,8 @@ def test_requests_name_what_is_wrong_with_them(client):
         assert answer.status_code == 400, given
         assert words in fault(answer)["message"], given
         assert fault(answer)["param"] == param, given
+    answer = client.post("/api/jobs", json={**ASK, "model": "../x"})
+    assert (answer.status_code, fault(answer)["code"]) == (404, "model_not_found")
     for body in (b"[]", b"{", b"3", b"\xff"):
         answer = client.post("/api/jobs", content=body, headers={"content-type": "application/json"})
         assert answer.status_code == 400
