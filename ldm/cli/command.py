@@ -59,7 +59,11 @@ COMMANDS = {
     ),
     "folder": (folder.add_flags, folder.folder, "examine a folder of pictures before training on it"),
     "finetune": (finetune.add_flags, finetune.finetune, "train a model on a folder of pictures"),
-    "serve": (serve.add_flags, serve.serve, "draw for others over HTTP: OpenAI's API and our own"),
+    "serve": (
+        serve.add_flags,
+        serve.serve,
+        "draw for others over HTTP, by OpenAI's API, A1111's and our own",
+    ),
 }
 
 

@@ -25,6 +25,7 @@ from ldm.serve.models import NoSuchModel
 from ldm.serve.openai_api import openai_router
 from ldm.serve.openai_orders import NAMES
 from ldm.serve.queue import Closed, Full
+from ldm.serve.sdapi.api import sdapi_router
 from ldm.serve.service import Service
 from ldm.serve.ticket import internal_error
 from ldm.version import __version__
@@ -43,8 +44,8 @@ def create_app(service: Service, rules: Rules | None = None) -> App:
     app = FastAPI(
         title="ldm", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None
     )
-    for router in (jobs_router(service), pictures_router(service), openai_router(service)):
-        app.include_router(router)
+    for make in (jobs_router, pictures_router, openai_router, sdapi_router):
+        app.include_router(make(service))
     add_plain_routes(app, service, answers)
     add_errors(app)
     return Guard(app, rules or Rules(), answers)
@@ -95,6 +96,9 @@ def add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(UserError)
     async def users(asked: Asked, error: UserError) -> JSONResponse:
+        if asked.url.path.startswith("/sdapi/"):
+            absent = isinstance(error, NoSuchModel) or str(error).startswith("unknown sampler")
+            return JSONResponse({"detail": str(error), "error": type(error).__name__}, 404 if absent else 422)
         if isinstance(error, NoSuchModel):
             return JSONResponse(error_body(str(error), 404, "model", "model_not_found"), 404)
         body = error_body(str(error))
@@ -120,7 +124,9 @@ def add_errors(app: FastAPI) -> None:
         return JSONResponse(error_body(f"{name} is not allowed: {first['msg']}", 400, param), 400)
 
     @app.exception_handler(HTTPException)
-    async def plain(_: Asked, error: HTTPException) -> JSONResponse:
+    async def plain(asked: Asked, error: HTTPException) -> JSONResponse:
+        if asked.url.path.startswith("/sdapi/"):
+            return JSONResponse({"detail": error.detail}, error.status_code, headers=error.headers)
         body = error_body(str(error.detail), error.status_code)
         return JSONResponse(body, error.status_code, headers=error.headers)
 

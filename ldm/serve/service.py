@@ -106,10 +106,11 @@ class Service:
             "a picture, or a data: URL of a PNG, JPEG or WebP; paths are not opened, addresses not fetched"
         )
 
-    def submit(self, request: Request, model: str) -> Ticket:
+    def submit(self, request: Request, model: str, source: str = "jobs") -> Ticket:
         """Let a request wait to be drawn. Raises UserError, and the queue's Full."""
         self.limits.check(request, self.shelf.loras)
-        ticket = Ticket(request, model, f"{model}\n{settings(request)!r}", on_over=self._over)
+        key = f"{model}\n{settings(request)!r}"
+        ticket = Ticket(request, model, source, key, on_over=self._over)
         self.store.note(ticket)
         try:
             self.queue.put(ticket)

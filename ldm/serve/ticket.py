@@ -50,6 +50,7 @@ class Ticket:
 
     request: Request
     model: str  # the name under which the server knows it
+    source: str = "jobs"  # the API that it came by
     key: str = ""  # tickets of one key may be drawn together
     id: str = field(default_factory=new_id)
     created: float = field(default_factory=time.time)  # seconds since 1970

@@ -42,7 +42,7 @@ def queue(hand):
 
 
 def ask(queue, prompt, key="a", count=1):
-    ticket = Ticket(Request(prompt=prompt, seeds=range(count)), "model", key)
+    ticket = Ticket(Request(prompt=prompt, seeds=range(count)), "model", key=key)
     queue.put(ticket)
     return ticket
 
