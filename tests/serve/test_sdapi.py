@@ -93,6 +93,24 @@ def test_img2img_and_its_masks(api):
     assert (inverted[:, 33:] == (200, 40, 40)).all()
 
 
+def test_extras_enlarge_by_interpolation_only(server, api):
+    picture = Image.effect_noise((24, 16), 80).convert("RGB")
+    result = api.extra_single_image(picture, upscaler_1="Nearest", upscaling_resize=2)
+    assert levels(result.image, picture.resize((48, 32), Image.Resampling.NEAREST)) == 0
+    ask = {"upscaler_1": "Lanczos", "resize_mode": 1, "upscaling_resize_w": 40, "upscaling_resize_h": 40}
+    results = api.extra_batch_images([picture, picture], **ask).images
+    assert [image.size for image in results] == [(40, 40)] * 2
+    encoded = webuiapi.raw_b64_img(picture)
+    for wrong in (
+        {"upscaler_1": "ESRGAN"},
+        {"gfpgan_visibility": 1},
+        {"upscaling_resize": 1e6},
+        {"image": "x"},
+    ):
+        answer = server[0].post("/sdapi/v1/extra-single-image", json={"image": encoded, **wrong})
+        assert answer.status_code == 422
+
+
 def test_models_are_set_and_waited_for(api):
     assert api.util_get_model_names() == ["postcard"]
     api.util_set_model("Postcard")

@@ -13,6 +13,7 @@ from fastapi.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from ldm.diffusion.samplers import SAMPLERS
+from ldm.errors import UserError
 from ldm.images.formats import PARAMETERS
 from ldm.images.texts import read_texts
 from ldm.request import Request
@@ -20,6 +21,7 @@ from ldm.runtime import resident_memory
 from ldm.serve.events import encoded, glimpse, until_over
 from ldm.serve.sdapi import lists
 from ldm.serve.sdapi.asked import Drawing, read_drawing
+from ldm.serve.sdapi.extras import extra
 from ldm.serve.service import Service
 from ldm.serve.ticket import State, Ticket
 from ldm.serve.uploads import decode_base64
@@ -174,8 +176,25 @@ def sdapi_router(service: Service) -> APIRouter:
         texts = read_texts(service.uploads.folder / service.uploads.put(data))
         return {"info": texts.get(PARAMETERS, ""), "items": texts, "parameters": {}}
 
+    add_extras(router, service)
     add_lists(router, service)
     return router
+
+
+def add_extras(router: APIRouter, service: Service) -> None:
+    """Pictures made larger."""
+
+    @router.post("/extra-single-image", summary="A picture, larger")
+    def single(given: Given) -> dict[str, Any]:
+        return {"image": extra(service, given, given.get("image")), "html_info": ""}
+
+    @router.post("/extra-batch-images", summary="Pictures, larger")
+    def several(given: Given) -> dict[str, Any]:
+        images = given.get("imageList")
+        if not isinstance(images, list) or not all(isinstance(each, dict) for each in images):
+            raise UserError("imageList is not allowed: it must be a list of {data, name}")
+        service.limits.count(len(images), "imageList")
+        return {"images": [extra(service, given, each.get("data")) for each in images], "html_info": ""}
 
 
 def add_lists(router: APIRouter, service: Service) -> None:
