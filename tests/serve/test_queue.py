@@ -135,6 +135,7 @@ def test_progress_never_goes_back_and_time_left_follows_it():
     ticket.add("one")
     ticket.report(0, 4)
     ticket.report(2, 4)
+    ticket.report(1, 4)  # a batch that failed is drawn again, one by one
     assert ticket.progress == 0.75
     ticket.end(State.COMPLETED)
     ticket.report(1, 4)  # too late
