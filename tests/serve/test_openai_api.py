@@ -197,3 +197,15 @@ def test_other_faults_have_their_classes(server, client):
         assert int(refused.value.response.headers["retry-after"]) >= 1
     finally:
         queue.capacity = capacity
+
+
+def test_who_hangs_up_cancels_what_he_asked_for(server, client):
+    before = {each["id"] for each in server[1].store.jobs(1000)}
+    slow = {"seed": 1, "num_inference_steps": 150, "sampler": "euler"}
+    with pytest.raises(openai.APITimeoutError):
+        client.with_options(timeout=0.5).images.generate(prompt="a boat", extra_body=slow)
+    (told,) = (each for each in server[1].store.jobs(1000) if each["id"] not in before)
+    ticket = server[1].ticket(told["id"])
+    assert ticket.wait(30)
+    assert ticket.state.value == "cancelled"
+    assert ticket.progress < 1
