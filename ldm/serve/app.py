@@ -18,7 +18,7 @@ from ldm.errors import UserError
 from ldm.request import Request
 from ldm.serve.answers import error_body
 from ldm.serve.guard import App, Guard, Rules
-from ldm.serve.jobs_api import jobs_router, pictures_router
+from ldm.serve.jobs_api import jobs_router, pictures_router, uploads_router
 from ldm.serve.manual import manual
 from ldm.serve.metrics import exposition
 from ldm.serve.models import NoSuchModel
@@ -44,7 +44,7 @@ def create_app(service: Service, rules: Rules | None = None) -> App:
     app = FastAPI(
         title="ldm", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None
     )
-    for make in (jobs_router, pictures_router, openai_router, sdapi_router):
+    for make in (jobs_router, pictures_router, uploads_router, openai_router, sdapi_router):
         app.include_router(make(service))
     add_plain_routes(app, service, answers)
     add_errors(app)

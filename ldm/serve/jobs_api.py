@@ -100,10 +100,10 @@ async def stream(service: Service, ticket: Ticket, preview: bool) -> AsyncIterat
 
 
 def pictures_router(service: Service) -> APIRouter:
-    """`/api/pictures`, `/api/uploads` and `/api/models`."""
-    router = APIRouter(prefix="/api", tags=["pictures"])
+    """`/api/pictures`."""
+    router = APIRouter(prefix="/api/pictures", tags=["pictures"])
 
-    @router.get("/pictures", summary="The gallery, the newest first")
+    @router.get("", summary="The gallery, the newest first")
     def pictures(
         limit: Annotated[int, Query(ge=1, le=MOST)] = PAGE,
         before: Annotated[str | None, Query(max_length=200)] = None,
@@ -113,7 +113,7 @@ def pictures_router(service: Service) -> APIRouter:
         found, after = service.store.page(limit, before, search)
         return {"pictures": [each.as_json() for each in found], "next": after}
 
-    @router.get("/pictures/{picture}.{kind}", summary="A picture's file: png, jpeg or webp")
+    @router.get("/{picture}.{kind}", summary="A picture's file: png, jpeg or webp")
     def file(picture: str, kind: str) -> Response:
         """It says in its texts how it was drawn."""
         kept = service.store.get(picture)
@@ -123,14 +123,21 @@ def pictures_router(service: Service) -> APIRouter:
             return FileResponse(kept.path, media_type="image/png")
         return Response(converted(kept.path, Encoding(kind)), media_type=f"image/{kind}")
 
-    @router.get("/pictures/{picture}", summary="What a picture says of itself", response_model=None)
+    @router.get("/{picture}", summary="What a picture says of itself", response_model=None)
     def picture(picture: str) -> dict[str, Any] | Response:
         kept = service.store.get(picture)
         return missing("picture") if kept is None else kept.as_json()
 
-    @router.delete("/pictures/{picture}", summary="Delete a picture")
+    @router.delete("/{picture}", summary="Delete a picture")
     def delete(picture: str) -> Response:
         return Response(status_code=204) if service.store.remove(picture) else missing("picture")
+
+    return router
+
+
+def uploads_router(service: Service) -> APIRouter:
+    """`/api/uploads`, `/api/models` and `/api/limits`."""
+    router = APIRouter(prefix="/api", tags=["pictures"])
 
     @router.post(
         "/uploads",
