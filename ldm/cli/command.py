@@ -25,6 +25,7 @@ from ldm.cli import (
     merge,
     provenance,
     redraw,
+    serve,
 )
 from ldm.cli.flags import FLAGS
 from ldm.cli.parser import Parser, dashes
@@ -64,6 +65,11 @@ COMMANDS = {
     ),
     "folder": (folder.add_flags, folder.folder, "examine a folder of pictures before training on it"),
     "finetune": (finetune.add_flags, finetune.finetune, "train a model on a folder of pictures"),
+    "serve": (
+        serve.add_flags,
+        serve.serve,
+        "draw for others over HTTP, by OpenAI's API, A1111's and our own",
+    ),
 }
 
 

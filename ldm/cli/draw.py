@@ -7,7 +7,7 @@ import itertools
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ldm.cli.explain import explain
 from ldm.cli.models import load
@@ -93,6 +93,8 @@ def prepare_jobs(
 
     What is wrong with any of them is said before drawing: lines of a file become `faults`, else it is raised.
     """
+    from ldm.pipeline.job import settings
+
     groups = itertools.groupby(asked, key=lambda each: settings(each.request))
     return [
         drawing for _, group in groups for drawing in prepare_group(pipe, list(group), batch_size, faults)
@@ -118,13 +120,6 @@ def prepare_group(
         faults.add(asked[0].line, error)
         return []
     return [(job, asked)]
-
-
-def settings(request: Request) -> dict[str, Any]:
-    """What the requests of one job have alike."""
-    from ldm.pipeline.job import OWN
-
-    return {**request.model_dump(exclude=OWN), "is an edit": request.target_prompt is not None}
 
 
 def draw_or_tell(

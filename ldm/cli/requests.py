@@ -169,8 +169,7 @@ def read_line(text: str, count: int) -> dict[str, Any]:
 
     `seed` gives `count` pictures consecutive ones, `seeds` are taken as they are. Raises UserError.
     """
-    from ldm.fields import consecutive_seeds
-    from ldm.request import field_named
+    from ldm.request_json import fields_of
 
     if not re.match(r'\{\s*["}]', text):  # {a|b} is a prompt
         return {"prompt": text}
@@ -178,17 +177,4 @@ def read_line(text: str, count: int) -> dict[str, Any]:
         given = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"this is not valid JSON: {reason(error)}") from None
-    fields = {field_named(name) or name: value for name, value in given.items()}
-    if len(fields) < len(given):
-        raise UserError("one field has two names here: give it once")
-    for name in ("prompt", "seeds"):
-        if name in fields and fields[name] is None:
-            del fields[name]
-    if not isinstance(fields.get("prompt", ""), str) or not isinstance(
-        fields.get("negative_prompt") or "", str
-    ):
-        raise UserError("a prompt must be a text")
-    if isinstance(fields.get("seeds"), int):
-        fields["seeds"] = consecutive_seeds(fields["seeds"], count)
-    fields.pop("embeddings", None)  # they follow from the words of the prompt
-    return fields
+    return fields_of(given, count)

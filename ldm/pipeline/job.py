@@ -199,14 +199,9 @@ def _prepare(
     )
 
 
-def requests_of(job: Job, pictures: Sequence[Picture]) -> tuple[Request, ...]:
-    """The requests that draw these pictures: all of the job's, unless it was stopped."""
-    if len(pictures) == len(job.pictures):
-        return job.requests
-    seeds: dict[int, tuple[int, ...]] = {}
-    for picture in pictures:
-        seeds[picture.prompt] = (*seeds.get(picture.prompt, ()), picture.seed)
-    return tuple(job.requests[p].replace(seeds=own) for p, own in seeds.items())
+def settings(request: Request) -> dict[str, Any]:
+    """What the requests of one job have alike."""
+    return {**request.model_dump(exclude=OWN), "is an edit": request.target_prompt is not None}
 
 
 def check_alike(requests: Sequence[Request]) -> None:

@@ -38,7 +38,7 @@ from ldm.pipeline.inputs import (
     scaled_loras,
     seeds_of,
 )
-from ldm.pipeline.job import Batch, Job, Picture, prepare, requests_of
+from ldm.pipeline.job import Batch, Job, Picture, prepare
 from ldm.pipeline.model import Model
 from ldm.pipeline.sample import OnStep, draw_batch, draw_latents, sample
 from ldm.request import NOTED, Request
@@ -381,3 +381,13 @@ class Pipeline(Model):
 CALL_ARGUMENTS = tuple(inspect.signature(Pipeline.__call__).parameters)[1:-1]
 # Of a request, what comes by `others`: `seeds` is the call's seed.
 FIELDS = tuple(name for name in Request.model_fields if name not in (*NOTED, *CALL_ARGUMENTS, "seeds"))
+
+
+def requests_of(job: Job, pictures: Sequence[Picture]) -> tuple[Request, ...]:
+    """The requests that draw these pictures: all of the job's, unless it was stopped."""
+    if len(pictures) == len(job.pictures):
+        return job.requests
+    seeds: dict[int, tuple[int, ...]] = {}
+    for picture in pictures:
+        seeds[picture.prompt] = (*seeds.get(picture.prompt, ()), picture.seed)
+    return tuple(job.requests[p].replace(seeds=own) for p, own in seeds.items())

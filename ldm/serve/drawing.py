@@ -1,0 +1,144 @@
+"""What a worker does with tickets: a model, a job, its batches; pictures are kept as they are finished."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldm.errors import UserError
+from ldm.images.pixels import to_pil
+from ldm.pipeline.job import Batch, Job, Picture, prepare
+from ldm.pipeline.sample import draw_batch
+from ldm.request import Request
+from ldm.runtime import is_out_of_memory
+from ldm.serve.limits import Limits
+from ldm.serve.models import Loaded, Preview
+from ldm.serve.ticket import State, Ticket, internal_error
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ldm.diffusion.solvers import Step
+
+Keep = Callable[[Ticket, "Image", Request], str]  # a finished picture -> its id
+log = logging.getLogger("ldm.serve")
+
+
+class NobodyWaits(Exception):
+    """All tickets of a batch were cancelled: it stops at its step."""
+
+
+@dataclass(frozen=True, eq=False)
+class Drawing:
+    """Draws tickets that are alike. Raises nothing for what goes wrong with one: that ends the ticket.
+
+    Args:
+        model: the model of a name that the server has; raises UserError.
+        root: the folder beneath which the images of requests lie.
+        keep: is given each finished picture with the request that draws it alone.
+        most: pictures of a batch; memory may make it fewer.
+    """
+
+    model: Callable[[str], Loaded]
+    root: Path
+    keep: Keep
+    limits: Limits
+    most: int
+
+    def __call__(self, tickets: Sequence[Ticket]) -> None:
+        try:
+            model = self.model(tickets[0].model)
+        except Exception as error:
+            for ticket in tickets:
+                fail(ticket, error)
+            return
+        self._draw(model, tickets)
+
+    def _draw(self, model: Loaded, tickets: Sequence[Ticket]) -> None:
+        requests = [self._with_places(ticket.request) for ticket in tickets]
+        try:
+            job = prepare(model.pipe, requests, batch_size=self.most)
+            self.limits.check_bounds(job.request)
+        except Exception as error:
+            if len(tickets) > 1:  # whose fault it is shows alone
+                for ticket in tickets:
+                    self._draw(model, [ticket])
+                return
+            fail(tickets[0], error)
+            return
+        for batch in job.batches:
+            self._draw_batch(job, batch, model.preview, tickets)
+        for ticket in tickets:
+            ticket.end(State.COMPLETED)
+
+    def _draw_batch(self, job: Job, batch: Batch, preview: Preview, tickets: Sequence[Ticket]) -> None:
+        """The pictures of a batch that somebody waits for; one by one if together they fail."""
+        batch = tuple(picture for picture in batch if not tickets[picture.prompt].is_over)
+        if not batch:
+            return
+        try:
+            images = to_pil(draw_batch(job, batch, Watch(job, batch, preview, tickets)))
+        except NobodyWaits:
+            return
+        except Exception as error:
+            if len(batch) == 1:
+                fail(tickets[batch[0].prompt], error)
+                return
+            log.warning("a batch of %d failed (%s): one by one", len(batch), type(error).__name__)
+            for picture in batch:
+                self._draw_batch(job, (picture,), preview, tickets)
+            return
+        for image, picture in zip(images, batch, strict=True):
+            self._keep(tickets[picture.prompt], image, picture)
+
+    def _keep(self, ticket: Ticket, image: Image, picture: Picture) -> None:
+        if ticket.is_over:
+            return
+        places = {name: getattr(ticket.request, name) for name in ("image", "mask_image")}
+        try:
+            ticket.add(self.keep(ticket, image, picture.request.replace(**places)))
+        except UserError as error:  # a full disk
+            fail(ticket, error)
+
+    def _with_places(self, request: Request) -> Request:
+        """The request with the whole paths of its images, of which the pictures say the end only."""
+        named = {name: getattr(request, name) for name in ("image", "mask_image")}
+        return request.replace(**{n: str(self.root / place) for n, place in named.items() if place})
+
+
+class Watch:
+    """What a batch calls after each step: tickets are told, and nobody's batch stops."""
+
+    def __init__(self, job: Job, batch: Batch, preview: Preview, tickets: Sequence[Ticket]) -> None:
+        self.steps, self.preview = job.count_steps(batch), preview
+        self.first: dict[int, int] = {}  # prompt -> the row of its first picture
+        for row, picture in enumerate(batch):
+            self.first.setdefault(picture.prompt, row)
+        counts = [picture.prompt for picture in batch]
+        self.told = [(tickets[p], row, counts.count(p)) for p, row in self.first.items()]
+        self.rows = len(batch)
+
+    def __call__(self, step: Step) -> None:
+        if all(ticket.is_over for ticket, _, _ in self.told):
+            raise NobodyWaits
+        x0 = step.x0
+        for ticket, row, count in self.told:
+            # Second passes may go one by one: their steps show one picture, whose nobody says.
+            shown = partial(self.preview, x0[row : row + 1]) if len(x0) == self.rows else None
+            ticket.report(step.i + 1, self.steps, count, shown)
+
+
+def fail(ticket: Ticket, error: Exception) -> None:
+    """End a ticket with what its user can do; our own mistakes are logged without what was asked."""
+    if isinstance(error, UserError):
+        ticket.end(State.FAILED, str(error), True)
+    elif is_out_of_memory(error):
+        ticket.end(State.FAILED, "not enough memory for this picture: ask for a smaller one", True)
+    elif isinstance(error, FloatingPointError):
+        ticket.end(State.FAILED, str(error).partition("\n")[0])
+    else:
+        ticket.end(State.FAILED, internal_error(error))

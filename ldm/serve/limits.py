@@ -1,0 +1,107 @@
+"""What a request may ask of this server: bounds that its owner sets, checked before anything is drawn."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
+
+from ldm.errors import UserError
+from ldm.fields import short
+from ldm.images.enlarging import LABELS, enlarger_name
+from ldm.passes import HIRES_SCALE
+from ldm.request import Request
+
+# Fields that the server notes of its own files, or that name files of its machine.
+NOT_ASKED = (
+    "classifier_sha256",
+    "hires_upscaler_sha256",
+    "image_sha256",
+    "mask_image_sha256",
+    "not_kept",
+)
+SIZES = ("height", "width")
+FEWEST_TILE = 64  # pixels of a window's side: smaller ones would be thousands
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of one request. All are the owner's to change, by flags of `ldm serve`."""
+
+    side: int = 2048  # pixels, of what is drawn and of what is drawn from
+    steps: int = 150  # all passes together
+    pictures: int = 16
+    text: int = 20_000  # characters of a prompt
+    parts: int = 8  # of a prompt, between AND
+    body: int = 32 * 2**20  # bytes
+    pixels: int = 2**24  # of an uploaded picture, before it is decoded
+
+    def count(self, asked: object, name: str = "n") -> int:
+        """A number of pictures. Raises UserError."""
+        if not isinstance(asked, int) or isinstance(asked, bool) or not 1 <= asked <= self.pictures:
+            raise UserError(f"{name} {short(asked)} is not allowed: it must be from 1 to {self.pictures}")
+        return asked
+
+    def check(self, request: Request, loras: Container[str]) -> None:
+        """Raise UserError, naming the field, for more than is allowed. `loras` are those that are there."""
+        self.check_bounds(request)
+        self._check_texts(request)
+        for name in NOT_ASKED:
+            if getattr(request, name):
+                raise UserError(f"{name} is not allowed here: the server notes it of its own files")
+        for use in request.loras or ():
+            if use.name not in loras:
+                raise UserError(
+                    f"loras {short(use.name)} is not allowed: the server has no LoRA of that name"
+                )
+        upscaler = request.hires_upscaler
+        if upscaler is not None and enlarger_name(upscaler) is None:
+            raise UserError(
+                f"hires_upscaler {short(upscaler)} is not allowed: it must be one of {', '.join(LABELS)}"
+            )
+        if request.tile_size is not None and request.tile_size < FEWEST_TILE:
+            raise UserError(f"tile_size {request.tile_size} is not allowed: here at least {FEWEST_TILE}")
+        if request.tile_size and (request.tile_overlap or 0) > request.tile_size * 3 // 4:
+            raise UserError(
+                f"tile_overlap {request.tile_overlap} is not allowed: here at most 3/4 of tile_size"
+            )
+
+    def check_bounds(self, request: Request) -> None:
+        """Raise UserError for too much of anything; of a resolved request also by a model's own defaults."""
+        for field, value, most in self._bounded(request):
+            if value is not None and value > most:
+                raise UserError(f"{field} {short(value)} is not allowed: this server takes at most {most:g}")
+
+    def _bounded(self, request: Request) -> Iterator[tuple[str, float | None, float]]:
+        """(field, its value, the most)."""
+        yield "seeds", request.num_images, self.pictures
+        yield "num_inference_steps", self._steps(request), self.steps
+        for name in SIZES:
+            yield name, getattr(request, name), self.side
+        if request.hires or request.hires_scale:
+            second = request.hires or Request()
+            for name in SIZES:
+                yield f"hires {name}", getattr(second, name), self.side
+                grown = (getattr(request, name) or 0) * (request.hires_scale or HIRES_SCALE)
+                yield "hires_scale", grown if getattr(second, name) is None else None, self.side
+        for name in ("extend", "seed_resize"):
+            for side in getattr(request, name) or ():
+                yield name, side, self.side
+
+    def _steps(self, request: Request) -> int:
+        """Of all passes, by what is asked; a second pass that says nothing has the first's."""
+        own = request.num_grid_steps or 0
+        second = request.hires.num_grid_steps or own if request.hires else 0
+        return own + second + (request.refining.num_grid_steps or 0 if request.refining else 0)
+
+    def _check_texts(self, request: Request) -> None:
+        nested = [each for each in (request.hires, request.refining, request.upscaling) if each is not None]
+        for each in (request, *nested):
+            for name in ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "target_prompt"):
+                text = getattr(each, name) or ""
+                if len(text) > self.text:
+                    raise UserError(f"{name} is too long: this server takes at most {self.text} characters")
+                if len(re.findall(r"\bAND\b", text)) >= self.parts:
+                    raise UserError(f"{name} has too many parts: this server takes at most {self.parts}")
+            if each is not request and (each.hires or each.refining or each.upscaling):
+                raise UserError("hires is not allowed to hold another request within")
