@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ldm.cli.flags import add_common_flags, add_model_flags
 from ldm.cli.parser import count
+from ldm.cli.provenance import add_mark_flags, marks
 from ldm.cli.terminal import echo
 from ldm.errors import UserError
 
@@ -68,6 +69,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--max-pictures", type=count, default=16, metavar="N", help="of a request (default: 16)")
     add("--max-body", type=count, default=32, metavar="MIB", help="of an HTTP request (default: 32)")
     add("--log-prompts", action="store_true", help="say in the log what was asked (default: that it was)")
+    add_mark_flags(parser.add_argument_group("what pictures say of their origin").add_argument)
     add_model_flags(parser)
     add_common_flags(parser)
 
@@ -131,7 +133,7 @@ def make_service(args: argparse.Namespace) -> Service:
 
     if args.models is not None and not args.models.is_dir():
         raise UserError(f"--models {args.models} is no folder")
-    store = Store(args.outdir)
+    store = Store(args.outdir, marks(args))
     limits = Limits(
         side=args.max_side,
         steps=args.max_steps,

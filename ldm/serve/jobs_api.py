@@ -121,7 +121,7 @@ def pictures_router(service: Service) -> APIRouter:
             return missing("picture")
         if kind == "png":
             return FileResponse(kept.path, media_type="image/png")
-        return Response(converted(kept.path, Encoding(kind)), media_type=f"image/{kind}")
+        return Response(converted(kept.path, Encoding(kind), service.store.marks), media_type=f"image/{kind}")
 
     @router.get("/{picture}", summary="What a picture says of itself", response_model=None)
     def picture(picture: str) -> dict[str, Any] | Response:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import time
 from collections.abc import AsyncIterator, Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body
@@ -116,7 +115,7 @@ def answer(service: Service, order: Order, ticket: Ticket, host: str) -> dict[st
             path = f"/api/pictures/{name}.{order.encoding.format}"
             data.append({"url": host + signed(service.secret, path), "seed": seed})
         else:
-            data.append({"b64_json": picture(order, service.path_of(name)), "seed": seed})
+            data.append({"b64_json": picture(service, order, name), "seed": seed})
     return {
         "created": int(ticket.created),
         "data": data,
@@ -126,9 +125,10 @@ def answer(service: Service, order: Order, ticket: Ticket, host: str) -> dict[st
     }
 
 
-def picture(order: Order, path: Path) -> str:
+def picture(service: Service, order: Order, name: str) -> str:
     """A finished picture in the order's format, as base64."""
-    return base64.b64encode(converted(path, order.encoding)).decode()
+    data = converted(service.path_of(name), order.encoding, service.store.marks)
+    return base64.b64encode(data).decode()
 
 
 def size_of(service: Service, name: str) -> str:
@@ -159,7 +159,7 @@ async def stream(service: Service, order: Order, ticket: Ticket, kind: str) -> A
             yield event("error", failure(ticket)[1])
             return
         for name in ticket.pictures:
-            data = await run_in_threadpool(picture, order, service.path_of(name))
+            data = await run_in_threadpool(picture, service, order, name)
             told = {**order.told, "size": size_of(service, name), "usage": USAGE}
             yield event(f"{kind}.completed", body_of(f"{kind}.completed", ticket, data) | told)
     finally:

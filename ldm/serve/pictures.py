@@ -1,21 +1,27 @@
-"""Finished pictures in other formats, with all that they say of themselves."""
+"""Finished pictures in other formats, with all that they say of themselves and of their origin."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 from pathlib import Path
 
 from PIL import Image
 
+from ldm.errors import UserError
 from ldm.images.formats import Encoding, encode
+from ldm.images.png import read_request
+from ldm.images.provenance import Marks
 from ldm.images.texts import read_texts
 
 
-def converted(path: Path, encoding: Encoding) -> bytes:
+def converted(path: Path, encoding: Encoding, marks: Marks) -> bytes:
     """A picture of the gallery as bytes; a PNG as it lies there. Raises UserError where it cannot be read."""
     if encoding.format == "png":
         return path.read_bytes()
-    data, texts = io.BytesIO(), read_texts(path)
+    data, texts, request = io.BytesIO(), read_texts(path), None
+    with contextlib.suppress(UserError):  # of one that says none, nothing is said
+        request = read_request(path)
     with Image.open(path, formats=("PNG",)) as image:
-        encode(image.convert("RGB"), data, texts, encoding)
+        encode(pixels := image.convert("RGB"), data, texts, encoding, marks.origin(pixels, request))
     return data.getvalue()

@@ -26,6 +26,7 @@ from PIL import Image
 from ldm.errors import UserError, reason
 from ldm.files import check_writable
 from ldm.images.png import save_new
+from ldm.images.provenance import MARKED, Marks
 from ldm.images.texts import read_own
 from ldm.request import Request
 from ldm.serve.queue import STOPPED
@@ -66,7 +67,9 @@ class Kept:
 class Store:
     """A folder of pictures with its index. Threads may share it. Raises UserError if it cannot be written."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, marks: Marks = MARKED) -> None:
+        """`marks`: what pictures say of their origin."""
+        self.marks = marks
         self.folder, self.pictures, self.uploads = folder, folder / "pictures", folder / "uploads"
         check_writable(folder)
         for each in (self.pictures, self.uploads):
@@ -86,7 +89,7 @@ class Store:
         """Write a finished picture; gives its id. Raises UserError."""
         name = f"{ticket.id}-{len(ticket.pictures)}"
         path = self.pictures / name[:8] / f"{name}.png"
-        path = save_new(image, path, request)
+        path = save_new(image, path, request, marks=self.marks)
         self._add(path, request.to_json(), image.size)
         return path.stem
 

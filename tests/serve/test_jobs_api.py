@@ -12,6 +12,7 @@ from serve_server import ASK, png, running, shelf, wait
 import ldm
 import ldm.serve.drawing
 from ldm.images.png import read_request
+from ldm.images.provenance import COMPOSITE, SOURCE, TRAINED, VOCABULARY, marks_in
 from ldm.serve.ticket import State
 
 BLUE = "a blue boat"
@@ -192,3 +193,13 @@ def test_a_server_that_stops_tells_what_it_did_not_draw(tmp_path):
     with running(tmp_path, shelves=[shelf()]) as (client, _):
         for name in names:
             assert client.get(f"/api/jobs/{name}").json()["status"] == "interrupted"
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
+def test_each_file_says_that_a_model_drew_it(client, kind):
+    drawn = wait(client, ask(client)["id"])["pictures"][0]
+    upload = client.post("/api/uploads", content=png(), headers={"content-type": "image/png"}).json()["id"]
+    edited = wait(client, ask(client, image=upload, strength=0.5)["id"])["pictures"][0]
+    for name, source in ((drawn, TRAINED), (edited, COMPOSITE)):
+        said = marks_in(client.get(f"/api/pictures/{name}.{kind}").content)
+        assert said[SOURCE] == VOCABULARY + source
