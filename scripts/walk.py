@@ -1,8 +1,9 @@
 """The way of one prompt through the code: every function in the order of its first call, file by file.
 
 `python scripts/walk.py` draws one picture of one step and counts how often a reader who follows it changes
-files between the loaded model and the PNG. Networks are left out; what a reader reads in place is no stop of
-its own: comprehensions, lambdas, properties, and the methods that Python calls by itself.
+files between the loaded model and the PNG. Networks and the tokenizer, which are the model's own, are left
+out; what a reader reads in place is no stop of its own: comprehensions, lambdas, properties, and the methods
+that Python calls by itself.
 """
 
 import sys
@@ -15,7 +16,7 @@ from types import FrameType
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 PACKAGE = f"{ROOT / 'ldm'}/"
-NETWORKS = "models/"
+MODELS_OWN = ("models/", "prompts/tokenizer.py")
 
 Stop = tuple[str, str]  # file, function
 
@@ -53,7 +54,7 @@ def walk(argv: list[str]) -> list[Stop]:
     finally:
         sys.setprofile(None)
     assert code == 0
-    order = [stop for stop in calls if not stop[0].startswith(NETWORKS)]
+    order = [stop for stop in calls if not stop[0].startswith(MODELS_OWN)]
     first, last = order.index(("cli/draw.py", "check_latents")), order.index(("files.py", "temporary_file"))
     return order[first : last + 1]
 

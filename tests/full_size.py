@@ -107,7 +107,7 @@ def text_errors(config):
             module.position_ids = torch.arange(config["max_position_embeddings"])[None]
     ours = make_text_encoder(config, tensors, Path(name))
     ids = torch.randint(config["vocab_size"], (1, config["max_position_embeddings"]))
-    theirs, mine = (model.eval()(ids, output_hidden_states=True) for model in (reference, ours))
+    theirs, mine = reference.eval()(ids, output_hidden_states=True), ours.eval()(ids)
     errors = {"last": relative_error(mine.last_hidden_state, theirs.last_hidden_state)}
     errors["penultimate"] = relative_error(mine.hidden_states[-2], theirs.hidden_states[-2])
     if "text_embeds" in theirs:

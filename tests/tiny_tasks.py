@@ -4,10 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import CLIPTextConfig, CLIPTextModel
 
-from ldm.checkpoint.clip import load_tokenizer
-from ldm.checkpoint.parts import Parts
+from ldm.checkpoint import Parts, load_tokenizer
+from ldm.checkpoint.peers import fresh_text_encoder
 from ldm.models import build
 from ldm.pretrain.data import Pictures
 from ldm.pretrain.vocabulary import train_vocabulary
@@ -57,16 +56,7 @@ def unet_config():
 def tiny_parts(tokenizer_dir: Path, prediction: str) -> Parts:
     torch.manual_seed(0)
     tokenizer = load_tokenizer(tokenizer_dir)
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=8,
-        **ids,
-    )
+    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     unet = build(unet_config())
     scheduler = {
         "_class_name": "DDPMScheduler",
@@ -77,7 +67,7 @@ def tiny_parts(tokenizer_dir: Path, prediction: str) -> Parts:
         "prediction_type": prediction,
         "rescale_betas_zero_snr": prediction == "v_prediction",
     }
-    return Parts(unet, tiny_vae(), CLIPTextModel(text), tokenizer, scheduler)
+    return Parts(unet, tiny_vae(), fresh_text_encoder(text, tokenizer), tokenizer, scheduler)
 
 
 def learn(task: Task, steps: int, size: int, lr: float) -> tuple[float, float]:

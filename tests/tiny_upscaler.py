@@ -3,11 +3,10 @@
 from pathlib import Path
 
 import torch
-from transformers import CLIPTextConfig, CLIPTextModel
 
-from ldm.checkpoint import Parts
-from ldm.checkpoint.clip import load_tokenizer
+from ldm.checkpoint import Parts, load_tokenizer
 from ldm.checkpoint.parts import Defaults
+from ldm.checkpoint.peers import fresh_text_encoder
 from ldm.models import build
 from ldm.pretrain.vae import build_vae
 from ldm.pretrain.vocabulary import train_vocabulary
@@ -57,13 +56,11 @@ def upscaler_parts(tokenizer_dir: Path) -> Parts:
     train_vocabulary(["a red car", "snow"], 20, 8, tokenizer_dir)
     tokenizer = load_tokenizer(tokenizer_dir)
     torch.manual_seed(0)
-    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    width = {"hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
-    text = CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=8, **width, **ids)
+    text = {"hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
     return Parts(
         build(UNET),
         build_vae(KL),
-        CLIPTextModel(text),
+        fresh_text_encoder(text, tokenizer),
         tokenizer,
         SCHEDULER,
         defaults=Defaults(num_inference_steps=2, guidance_scale=1.0, noise_level=0),

@@ -25,6 +25,8 @@ from ldm.checkpoint.pickles import check_whole, read_pickle
 from ldm.errors import UserError
 from ldm.files import sha256
 from ldm.memory.residence import awake
+from ldm.models.clip import CLIPTextModel
+from ldm.prompts.tokenizer import CLIPTokenizer
 
 XL_KEYS = {"clip_l": TEXT, "clip_g": TEXT_2}
 WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 1280: "SDXL's second encoder"}
@@ -162,11 +164,11 @@ def _family(widths: Mapping[str, int]) -> str:
     return f"{numbers} ({name})" if name else numbers
 
 
-def _width(model: Any) -> int:
+def _width(model: CLIPTextModel) -> int:
     return int(model.config.hidden_size)
 
 
-def _add_tokens(tokenizer: Any, embeddings: Sequence[Embedding]) -> Any:
+def _add_tokens(tokenizer: CLIPTokenizer, embeddings: Sequence[Embedding]) -> CLIPTokenizer:
     extended = copy.deepcopy(tokenizer)
     for each in embeddings:
         count = len(next(iter(each.vectors.values())))
@@ -178,31 +180,27 @@ def _add_tokens(tokenizer: Any, embeddings: Sequence[Embedding]) -> Any:
     return extended
 
 
-def taken_token(tokenizer: Any, name: str, count: int) -> str | None:
+def taken_token(tokenizer: CLIPTokenizer, name: str, count: int) -> str | None:
     """The first of the tokens of a word of `count` vectors that a tokenizer has already."""
     known = tokenizer.get_vocab()
     # The last would be read as one more vector.
     return next((token for token in (*_tokens(name, count), f"{name}_{count}") if token in known), None)
 
 
-def add_tokens(tokenizer: Any, name: str, count: int) -> None:
+def add_tokens(tokenizer: CLIPTokenizer, name: str, count: int) -> None:
     """Teach a tokenizer, in place, the tokens of a word of `count` vectors."""
-    from transformers import AddedToken
-
     # "ed" must not be found in "red".
-    whole = name[0].isalnum() and name[-1].isalnum()
-    tokens = [AddedToken(token, single_word=whole, normalized=True) for token in _tokens(name, count)]
-    tokenizer.add_tokens(tokens)
+    tokenizer.add_tokens(_tokens(name, count), single_word=name[0].isalnum() and name[-1].isalnum())
 
 
 def _tokens(name: str, count: int) -> list[str]:
     return [name, *(f"{name}_{i}" for i in range(1, count))]
 
 
-def _add_rows(model: Any, rows: Tensor, tokenizer: Any) -> Any:
+def _add_rows(model: CLIPTextModel, rows: Tensor, tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """A text encoder that shares all tensors of `model` but the token embedding, which is longer."""
     extended = share(model)
-    old: nn.Embedding = extended.get_input_embeddings()
+    old = extended.get_input_embeddings()
     # Rows beyond the tokenizer's words are padding of the matrix: new ones go where their tokens say.
     first = len(tokenizer) - len(rows)
     with awake(old.weight):
@@ -210,14 +208,13 @@ def _add_rows(model: Any, rows: Tensor, tokenizer: Any) -> Any:
     frozen = not old.weight.requires_grad
     new = nn.Embedding.from_pretrained(weight, frozen)  # type: ignore[no-untyped-call]
     extended.set_input_embeddings(new)
-    extended.config.vocab_size = len(weight)
-    pool_at_end(extended, tokenizer.eos_token_id)
+    pool_at_end(extended, tokenizer.eos_token_id, len(weight))
     return extended
 
 
-def pool_at_end(model: Any, end: int) -> None:
-    """Configs that say `eos_token_id` 2 make transformers pool at the highest id: now a new word's."""
-    model.config.eos_token_id = end
-    for module in model.modules():
-        if hasattr(module, "eos_token_id"):
-            module.eos_token_id = end
+def pool_at_end(model: CLIPTextModel, end: int, rows: int) -> None:
+    """Say how many `rows` its table has now, and pool at `end`.
+
+    Where a config says `eos_token_id` 2, text is pooled at the highest id, which is now a new word's.
+    """
+    model.config = replace(model.config, vocab_size=rows, eos_token_id=end)

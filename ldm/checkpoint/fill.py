@@ -9,10 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ldm.errors import UserError, abbreviate
 
@@ -21,6 +22,29 @@ M = TypeVar("M", bound=nn.Module)
 CHUNK = 2**18  # elements cast at a time: the intermediate fp32 stays in the processor's cache
 ALIGNMENT = 64  # bytes
 THREADS = 4  # at most: with more, they only wait for each other and for memory
+
+
+class _Unfilled(TorchFunctionMode):
+    """torch's random beginnings of parameters are left out."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else given["tensor"]
+        return func(*args, **given)
+
+
+@contextmanager
+def unfilled() -> Iterator[None]:
+    """Inside the block modules are made on the meta device, to be given their tensors.
+
+    Numbers are not drawn there: they would be none, but torch imports half a thousand modules (torch._dynamo,
+    sympy) to know that, which takes longer than a picture of the embedded model.
+    """
+    with torch.device("meta"), _Unfilled():
+        yield
 
 
 # What is done with tensors that fit, in place of reading them: `filled_by`.

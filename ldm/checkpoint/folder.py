@@ -16,7 +16,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ldm.checkpoint.clip import check_text_encoder, check_tokenizer, load_tokenizer, make_text_encoder
+from ldm.checkpoint.clip import empty_text_encoder, with_prefix
 from ldm.checkpoint.fill import fill
 from ldm.checkpoint.io import read_bytes, read_config, read_json
 from ldm.checkpoint.original.component import build_stored, dtype_of, load_component, named
@@ -30,6 +30,7 @@ from ldm.checkpoint.parts import (
     Parts,
     check_fit,
 )
+from ldm.checkpoint.tokenizer import load_tokenizer
 from ldm.checkpoint.weights import Stored, open_stored, warn
 from ldm.diffusion.schedule import Schedule
 from ldm.diffusion.scheduler_config import noise_levels
@@ -128,9 +129,7 @@ def load_folder(
     weights = stored["unet"].path if "unet" in stored else overrides["unet"]
     small = _load_small_parts(folder, index)
     sources = {part: overrides.get(part, folder / part) for part in networks}
-    for part in TOKENIZERS:
-        if part in index:
-            check_tokenizer(folder / part)
+    tokenizers = {part: load_tokenizer(folder / part) for part in TOKENIZERS if part in index}
     empty = {part: _make_empty(part, each) for part, each in stored.items()}
     modules = {
         part: _load_network(
@@ -138,7 +137,6 @@ def load_folder(
         )
         for part in networks
     }
-    tokenizers = {part: load_tokenizer(folder / part) for part in TOKENIZERS if part in index}
     nothing = {"text_encoder": None, "tokenizer": None}
     parts = Parts(**{**nothing, **modules, **tokenizers, **small}, weights=weights)
     check_fit(parts, sources)
@@ -169,10 +167,9 @@ def _load_small_parts(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _make_empty(part: str, stored: Stored) -> Any:
-    """The module that a network's tensors go to, which they fit; None for a text encoder, only checked."""
+    """The module that a network's tensors go to, which they fit."""
     if part in TEXT_ENCODERS:
-        check_text_encoder(stored.config, stored.tensors, stored.path)
-        return None
+        return empty_text_encoder(stored.config, stored.tensors, stored.path)
     return build_stored(stored)
 
 
@@ -189,10 +186,9 @@ def _load_network(
     dtype = dtype_of(part, config, runtime)
     if stored is None:
         module = load_component(source, part, config, dtype)
-    elif part in TEXT_ENCODERS:
-        module = make_text_encoder(config, stored.tensors, stored.path, dtype)
     else:
-        module = fill(empty, named(stored), stored.path, dtype)
+        tensors = with_prefix(stored.tensors) if part in TEXT_ENCODERS else named(stored)
+        module = fill(empty, tensors, stored.path, dtype)
     classes = {"unet": UNet, "vae": AutoencoderKL | AutoencoderTiny}
     if part in classes and not isinstance(module, classes[part]):
         raise UserError(f"{source}: a {config.get('_class_name')}, which cannot be the {part}")

@@ -14,7 +14,7 @@ from ldm.models.kind import Kind
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
-NETWORKS = ("vae", "unet", *TEXT_ENCODERS)  # text encoders last: transformers takes its time to import
+NETWORKS = ("vae", "unet", *TEXT_ENCODERS)
 EMBEDDED = ("postcard", "postcard-upscaler")  # models that come with the package
 MODEL_STEM, TEXT_STEM = "diffusion_pytorch_model", "model"  # of weight files: diffusers', transformers'
 STEMS = {part: TEXT_STEM if part in TEXT_ENCODERS else MODEL_STEM for part in NETWORKS}
@@ -39,15 +39,15 @@ class Parts:
 
     unet: UNet
     vae: VAE
-    text_encoder: Any  # transformers' CLIPTextModel; None in the SDXL refiner, and where embeddings are given
-    tokenizer: Any  # transformers' CLIPTokenizer; None where text_encoder is
+    text_encoder: Any  # a CLIPTextModel; None in the SDXL refiner, and where embeddings are given
+    tokenizer: Any  # a CLIPTokenizer; None where text_encoder is
     scheduler: Mapping[str, Any]  # scheduler_config.json
     defaults: Defaults = field(default_factory=Defaults)
     words: frozenset[str] = frozenset()  # that the model has seen; empty if not known
     weights: Path | None = None  # the U-Net's file, or the single file; None for parts made in memory
     # What was asked to be other than in the model: parts with the file of their weights, prediction type.
     changes: tuple[tuple[str, Path | None], ...] = ()
-    text_encoder_2: Any = None  # transformers' CLIPTextModelWithProjection: SDXL's second, with pooled text
+    text_encoder_2: Any = None  # SDXL's second, a CLIPTextModel with pooled text
     tokenizer_2: Any = None
     low_res_scheduler: Mapping[str, Any] | None = None  # x4 upscaler: how its low-resolution input is noised
     force_zeros_for_empty_prompt: bool = False  # SDXL: no negative prompt is zeros, not the encoding of ""

@@ -25,12 +25,14 @@ from ldm.checkpoint.parts import (
     TOKENIZERS,
     Parts,
 )
-from ldm.checkpoint.tokenizer import bpe, describe_tokenizer
+from ldm.checkpoint.tokenizer import bpe
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
 from ldm.files import whole_file, whole_folder
 from ldm.models import Network
+from ldm.models.clip import CLIPTextModel
 from ldm.models.kind import Kind
+from ldm.prompts.tokenizer import CLIPTokenizer
 
 State = Mapping[str, Tensor | Later]  # by the names in a module
 SCHEDULERS = ("scheduler", "low_res_scheduler")
@@ -93,9 +95,10 @@ def save_folder(
         write_json(aside / "model_index.json", _index(parts))
         for name in NETWORKS:
             if (module := getattr(parts, name)) is not None:
-                config = _text_config(module) if name in TEXT_ENCODERS else module.to_config()
-                state = _state(parts, name, states)
-                _write_network(aside / name, STEMS[name], config, state, dtype, max_shard_size, header)
+                state = (states or {}).get(name) or module.state_dict()
+                _write_network(
+                    aside / name, STEMS[name], module.to_config(), state, dtype, max_shard_size, header
+                )
         for name in TOKENIZERS:
             if (tokenizer := getattr(parts, name)) is not None:
                 save_tokenizer(tokenizer, aside / name)
@@ -116,17 +119,16 @@ def save_module(
 
 
 def save_text_encoder(
-    model: Any, folder: Path, dtype: torch.dtype | None = None, max_shard_size: str | None = None
+    model: CLIPTextModel, folder: Path, dtype: torch.dtype | None = None, max_shard_size: str | None = None
 ) -> None:
-    """Write CLIP's text encoder with the `text_model.` prefix, which every version of transformers reads."""
-    state = _prefixed(model.state_dict())
-    _write_network(folder, TEXT_STEM, _text_config(model), state, dtype, max_shard_size)
+    """Write the config.json and weights of a text encoder, which every version of transformers reads."""
+    _write_network(folder, TEXT_STEM, model.to_config(), model.state_dict(), dtype, max_shard_size)
 
 
-def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
     """Write vocab.json, merges.txt and tokenizer_config.json, which every version of transformers reads."""
     folder.mkdir(parents=True, exist_ok=True)
-    described = describe_tokenizer(tokenizer)
+    described = tokenizer.describe()
     write_json(folder / "vocab.json", described.pop("vocab"))
     merges = map(" ".join, described.pop("merges"))
     _write_lines(folder / "merges.txt", ["#version: 0.2", *merges])
@@ -145,7 +147,7 @@ def _write_lines(path: Path, lines: Iterable[str]) -> None:
     path.write_bytes("".join(f"{line}\n" for line in lines).encode())
 
 
-def _learnt_words(tokenizer: Any) -> list[str]:
+def _learnt_words(tokenizer: CLIPTokenizer) -> list[str]:
     """Those of textual inversions, which are no part of CLIP's vocabulary."""
     return [token.content for token in tokenizer.added_tokens_decoder.values() if not token.special]
 
@@ -173,7 +175,7 @@ def _index(parts: Parts) -> dict[str, Any]:
     for encoder, tokenizer in zip(TEXT["sdxl"], TOKENIZERS, strict=True):
         model = getattr(parts, encoder)
         if model is not None:
-            index |= {encoder: ["transformers", type(model).__name__]}
+            index |= {encoder: ["transformers", model.class_name]}
             index |= {tokenizer: ["transformers", "CLIPTokenizer"]}
         elif "XL" in name:
             index |= {encoder: absent, tokenizer: absent}
@@ -228,26 +230,6 @@ def _write_network(
         write_json(folder / f"{stem}.safetensors.index.json", index)
 
 
-def _text_config(model: Any) -> dict[str, Any]:
-    """config.json of a text encoder: its keys are plain values, but for what transformers adds."""
-    config = model.config.to_diff_dict() | {"architectures": [type(model).__name__]}
-    plain: dict[str, Any] = json.loads(json.dumps(config, default=str))
-    return plain
-
-
-def _state(parts: Parts, part: str, states: Mapping[str, State] | None) -> State:
-    """A part's tensors as they are written, by the names in files of diffusers and transformers."""
-    state: State = (states or {}).get(part) or getattr(parts, part).state_dict()
-    return _prefixed(state) if part in TEXT_ENCODERS else state
-
-
-def _prefixed(state: State) -> State:
-    return {
-        name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}": tensor
-        for name, tensor in state.items()
-    }
-
-
 def _likes(state: State) -> dict[str, Tensor]:
     """Tensors of the same shapes and dtypes, without numbers."""
     return {
@@ -288,10 +270,10 @@ def save_single(
         module = getattr(parts, part)
         if part in TEXT_ENCODERS:
             open_clip = not TEXT[family][part].endswith("transformer.")
-            keys = text_keys(_text_config(module), open_clip)
+            keys = text_keys(module.to_config(), open_clip)
         else:
             keys = module_keys(module)
-        renamed = _to_original(keys, _state(parts, part, states))
+        renamed = _to_original(keys, (states or {}).get(part) or module.state_dict())
         tensors |= {prefix + name: tensor for name, tensor in renamed.items()}
     schedule = Schedule.from_config(dict(parts.scheduler))
     if family == "sdxl" and schedule.prediction.value == "v_prediction":
@@ -328,11 +310,11 @@ def family_of_parts(parts: Parts) -> str:
 def _metadata(path: Path, family: str, parts: Parts, prediction: str) -> dict[str, str]:
     """ModelSpec (https://github.com/Stability-AI/ModelSpec), and what of the model is not tensors."""
     own: dict[str, Any] = {"unet": parts.unet.to_config(), "vae": parts.vae.to_config()}
-    own |= {part: _text_config(getattr(parts, part)) for part in TEXT[family]}
+    own |= {part: getattr(parts, part).to_config() for part in TEXT[family]}
     own |= {name: getattr(parts, name) for name in SCHEDULERS if getattr(parts, name) is not None}
     for name in TOKENIZERS:
         if getattr(parts, name) is not None:
-            own[name] = described = describe_tokenizer(getattr(parts, name))
+            own[name] = described = getattr(parts, name).describe()
             if (described["vocab"], list(map(tuple, described["merges"]))) == bpe():
                 del described["vocab"], described["merges"]  # CLIP's, which comes with the package
     own |= {"options": {key: getattr(parts, key) for key in OPTIONS}, "defaults": _defaults(parts)}

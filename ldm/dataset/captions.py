@@ -383,9 +383,10 @@ def clip_counter() -> Callable[[str], int]:
 
     def count(caption: str) -> int:
         if not made:
-            from ldm.checkpoint.tokenizer import END, make_tokenizer
+            from ldm.checkpoint.tokenizer import make_tokenizer
+            from ldm.prompts.tokenizer import END
 
-            made.append(make_tokenizer({"pad_token": END}).backend_tokenizer)
-        return len(made[0].encode(caption, add_special_tokens=False).ids)
+            made.append(make_tokenizer({"pad_token": END}))
+        return len(made[0].ids(caption))
 
     return count

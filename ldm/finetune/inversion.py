@@ -22,7 +22,9 @@ from ldm.checkpoint.io import write_tensors
 from ldm.checkpoint.parts import TOKENIZERS
 from ldm.errors import UserError
 from ldm.files import whole_file
+from ldm.models.clip import CLIPTextModel
 from ldm.prompts.text_encoder import Clip, spell_out
+from ldm.prompts.tokenizer import CLIPTokenizer
 
 FILE = "learned_embeds.safetensors"  # the name that diffusers looks for
 
@@ -83,7 +85,7 @@ def _check_word(word: str, vectors: int, clip: Clip) -> None:
     if not 1 <= vectors <= clip.window - 2:
         raise UserError(f"{vectors} vectors are not allowed: a word has 1 to {clip.window - 2}")
     taken = taken_token(clip.tokenizer, word, vectors)
-    if taken is None and len(clip.tokenizer.tokenize(word)) < 2:  # as "cat", which is stored as "cat</w>"
+    if taken is None and len(clip.tokenizer.ids(word)) < 2:  # as "cat", which is stored as "cat</w>"
         taken = word
     if taken is not None:
         new = f"<my-{word.strip('<>')}>"
@@ -92,8 +94,9 @@ def _check_word(word: str, vectors: int, clip: Clip) -> None:
 
 def _initial_rows(initial: str, vectors: int, clip: Clip, parts: Parts) -> Tensor:
     """[n, D]: the embeddings of the tokens of `initial`, over and over. Raises UserError."""
-    ids = clip.tokenizer(initial, add_special_tokens=False, verbose=False)["input_ids"]
-    ids = [i for spelt in spell_out(ids, clip.tokenizer.get_added_vocab()) for i in spelt]
+    ids = [
+        i for spelt in spell_out(clip.tokenizer.ids(initial), clip.tokenizer.get_added_vocab()) for i in spelt
+    ]
     begins = f"the new word cannot begin as {initial!r}"
     if not ids:
         raise UserError(f'{begins}: give what it is close to in meaning, such as "cat"')
@@ -109,13 +112,12 @@ def _initial_rows(initial: str, vectors: int, clip: Clip, parts: Parts) -> Tenso
     return rows
 
 
-def _learn(model: Any, rows: Tensor, tokenizer: Any) -> Any:
+def _learn(model: CLIPTextModel, rows: Tensor, tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """A text encoder that shares all tensors of `model`, frozen, and learns `rows` of the last tokens."""
     learning = share(model).requires_grad_(False)
     first = len(tokenizer) - len(rows)
     learning.set_input_embeddings(LearntWord(learning.get_input_embeddings(), rows, first))
-    learning.config.vocab_size = max(learning.config.vocab_size, len(tokenizer))
-    pool_at_end(learning, tokenizer.eos_token_id)
+    pool_at_end(learning, tokenizer.eos_token_id, max(learning.config.vocab_size, len(tokenizer)))
     return learning
 
 
@@ -135,7 +137,7 @@ def save_word(parts: Parts, folder: Path) -> Path:
     tables: dict[str, LearntWord] = {part: model.get_input_embeddings() for part, model in encoders.items()}
     part, table = next(iter(tables.items()))
     tokenizer = getattr(parts, part.replace("text_encoder", "tokenizer"))
-    word: str = tokenizer.convert_ids_to_tokens(table.first)
+    (word,) = tokenizer.convert_ids_to_tokens([table.first])
     keys = {word: part} if len(tables) == 1 else XL_KEYS
     with whole_file(path := folder / FILE) as aside:
         rows = {key: tables[part].learnt.weight for key, part in keys.items()}

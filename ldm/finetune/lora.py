@@ -234,7 +234,7 @@ def _tensors(parts: Parts, dtype: torch.dtype | None) -> dict[Layer, dict[str, T
 def _to_diffusers(layers: Mapping[Layer, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for layer, roles in layers.items():
-        stem = f"{layer.part}.{_stored_path(layer)}"
+        stem = f"{layer.part}.{layer.path}"
         for role, ending in DIFFUSERS_ROLES.items():
             if role in roles:
                 # transformers, by which diffusers 0.42 reads these parts, leaves out magnitudes without it.
@@ -247,7 +247,7 @@ def _to_kohya(parts: Parts, layers: Mapping[Layer, Mapping[str, Tensor]]) -> dic
     xl = parts.text_encoder_2 is not None
     tensors: dict[str, Tensor] = {}
     for layer, roles in layers.items():
-        path = _stored_path(layer)
+        path = layer.path
         if layer.part == UNET and xl:
             (key,) = unet_keys(parts.unet.config, [f"{path}.weight"])
             path = key.original.removesuffix(".weight")
@@ -257,12 +257,6 @@ def _to_kohya(parts: Parts, layers: Mapping[Layer, Mapping[str, Tensor]]) -> dic
             ones = [1] * (roles["down"].ndim - 1)
             tensors[f"{stem}.dora_scale"] = roles["magnitude"].reshape(-1, *ones)
     return tensors
-
-
-def _stored_path(layer: Layer) -> str:
-    """Files have the prefix `text_model.`, which transformers has dropped in some classes."""
-    bare = layer.part in ENCODERS and not layer.path.startswith(("text_model.", "text_projection"))
-    return f"text_model.{layer.path}" if bare else layer.path
 
 
 def _configs(parts: Parts) -> dict[str, dict[str, Any]]:

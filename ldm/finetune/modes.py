@@ -167,6 +167,6 @@ def freeze_unread(parts: Parts) -> None:
     Of SDXL's first text encoder the last layer but one is read, without the final norm.
     """
     if parts.text_encoder is not None and parts.text_encoder_2 is not None:
-        model = getattr(parts.text_encoder, "text_model", parts.text_encoder)
+        model = parts.text_encoder.text_model
         model.encoder.layers[-1].requires_grad_(False)
         model.final_layer_norm.requires_grad_(False)

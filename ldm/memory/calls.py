@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,17 +10,18 @@ from torch import Tensor, nn
 from ldm.memory.trace import META, on_meta
 from ldm.models import VAE, UNet, vae_bands
 from ldm.models.attention import Attention, SpatialTransformer
+from ldm.models.clip import CLIPTextModel
 from ldm.models.convolution import Conv2d
 
 Call = Callable[[], object]
 WINDOW = 77  # tokens of a text encoder, where the model has none
 
 
-def text(encoder: Any, rows: int) -> Call:
+def text(encoder: CLIPTextModel, rows: int) -> Call:
     """A text encoder's, of so many windows."""
     meta = on_meta(encoder)
     ids = torch.zeros(rows, encoder.config.max_position_embeddings, dtype=torch.long, device=META)
-    return lambda: meta(input_ids=ids, output_hidden_states=True)
+    return lambda: meta(ids)
 
 
 def unet(

@@ -279,7 +279,8 @@ class AttentionPooling(nn.Module):
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.positional_embedding = nn.Parameter(torch.randn(1, dim) / dim**0.5)
+        self.positional_embedding = nn.Parameter(torch.empty(1, dim))
+        nn.init.normal_(self.positional_embedding, std=dim**-0.5)
         self.k_proj = nn.Linear(dim, dim)
         self.q_proj = nn.Linear(dim, dim)
         self.v_proj = nn.Linear(dim, dim)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -19,23 +18,24 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
-    CLIPTextModel,
-    CLIPTokenizer,
     CLIPVisionModelWithProjection,
 )
 
+from ldm.checkpoint import load_tokenizer, save_text_encoder, save_tokenizer
+from ldm.checkpoint.peers import text_encoder_of
 from ldm.pretrain.data import Pictures
 from ldm.pretrain.vocabulary import known_words
+from ldm.prompts.tokenizer import CLIPTokenizer
 from ldm.train.recipe import loss_settings
 from ldm.train.task import Batch, Task
 
 
-def tokenise(tokenizer: Any, captions: list[list[str]]) -> Tensor:
+def tokenise(tokenizer: CLIPTokenizer, captions: list[list[str]]) -> Tensor:
     """Token ids int16 [N, captions, length], every picture's captions repeated to the same number."""
     most = max(len(each) for each in captions)
     flat = [each[i % len(each)] for each in captions for i in range(most)]
-    ids = tokenizer(flat, padding="max_length", truncation=True, return_tensors="np")["input_ids"]
-    return torch.from_numpy(ids.astype(np.int16)).view(len(captions), most, -1)
+    ids: Tensor = tokenizer(flat, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    return ids.short().view(len(captions), most, -1)
 
 
 def pick_captions(token_ids: Tensor, index: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -57,7 +57,7 @@ class CLIPTask(Task):
     ) -> None:
         super().__init__()
         self.tokenizer_dir = tokenizer_dir
-        tokenizer = CLIPTokenizer.from_pretrained(tokenizer_dir)
+        tokenizer = load_tokenizer(tokenizer_dir)
         ids = {"vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length}
         ids |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
         ids |= {"pad_token_id": tokenizer.pad_token_id}
@@ -123,10 +123,7 @@ class CLIPTask(Task):
 
     def export(self, folder: Path) -> None:
         """text_encoder/, tokenizer/, words.txt (for a pipeline), image_encoder/ and clip/ (for metrics)."""
-        text = CLIPTextModel(self.clip.config.text_config)
-        prefix = "text_model." if any(k.startswith("text_model.") for k in text.state_dict()) else ""
-        text.load_state_dict({prefix + k: v for k, v in self.clip.text_model.state_dict().items()})
-        text.save_pretrained(folder / "text_encoder")
+        save_text_encoder(text_encoder_of(self.clip.text_model), folder / "text_encoder")
         vision = CLIPVisionModelWithProjection(self.clip.config.vision_config)
         state = self.clip.state_dict()
         vision.load_state_dict({k: state[k] for k in vision.state_dict()})
@@ -135,9 +132,9 @@ class CLIPTask(Task):
         half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # pictures in -1..1
         processor = CLIPImageProcessorPil(size=side, do_center_crop=False, resample=2, **half)
         processor.save_pretrained(folder / "image_encoder")
-        tokenizer = CLIPTokenizer.from_pretrained(self.tokenizer_dir)
-        tokenizer.save_pretrained(folder / "tokenizer")
-        for part in (self.clip, tokenizer, processor):  # both towers: what `ldm evaluate --clip` reads
+        for part in (self.clip, processor):  # both towers: what `ldm evaluate --clip` reads
             part.save_pretrained(folder / "clip")
+        for name in ("tokenizer", "clip"):
+            save_tokenizer(load_tokenizer(self.tokenizer_dir), folder / name)
         words = known_words(caption for each in self.train_pictures.captions for caption in each)
         (folder / "words.txt").write_text("\n".join(words) + "\n", encoding="utf-8")

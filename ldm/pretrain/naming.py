@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from ldm.checkpoint import load_tokenizer, save_text_encoder, save_tokenizer
+from ldm.checkpoint.peers import fresh_text_encoder
+from ldm.models.clip import CLIPTextModel
 from ldm.postcards.sprites import captions, mixture
 from ldm.postcards.sprites.labels import AnyScene, Labels, kind_number
 from ldm.postcards.sprites.scene import Scene
@@ -24,6 +26,7 @@ from ldm.pretrain.clip import tokenise
 from ldm.pretrain.recipe import DataSection
 from ldm.pretrain.sprites import make_mixture, scene_of
 from ldm.pretrain.vocabulary import known_words, train_vocabulary
+from ldm.prompts.tokenizer import CLIPTokenizer
 from ldm.train.recipe import loss_settings
 from ldm.train.task import Batch, Task
 
@@ -41,8 +44,7 @@ class NamingTask(Task):
     ) -> None:
         super().__init__()
         self.data, self.tokenizer_dir, self.text_encoder = data, tokenizer_dir, text
-        self.text_encoder.set_attn_implementation("eager")  # its backward is faster on a CPU
-        self.tokenizer = CLIPTokenizer.from_pretrained(tokenizer_dir)
+        self.tokenizer = load_tokenizer(tokenizer_dir)
         self.mixed = make_mixture(data)
         self.labels = Labels(len(self.mixed.world.things))
         self.naming = nn.Linear(text.config.hidden_size, self.labels.total)
@@ -111,8 +113,8 @@ class NamingTask(Task):
 
     def export(self, folder: Path) -> None:
         """text_encoder/, tokenizer/ and words.txt, for a pipeline."""
-        self.text_encoder.save_pretrained(folder / "text_encoder")
-        self.tokenizer.save_pretrained(folder / "tokenizer")
+        save_text_encoder(self.text_encoder, folder / "text_encoder")
+        save_tokenizer(self.tokenizer, folder / "tokenizer")
         (folder / "words.txt").write_text("\n".join(known_words(survey(self.data))) + "\n", encoding="utf-8")
 
 
@@ -138,15 +140,13 @@ def learn_vocabulary(data: DataSection, merges: int, length: int, folder: Path) 
 
 @torch.no_grad()
 def new_text_encoder(
-    config: dict[str, Any], tokenizer: Any, old: tuple[CLIPTextModel, Any] | None = None
+    config: dict[str, Any], tokenizer: CLIPTokenizer, old: tuple[CLIPTextModel, CLIPTokenizer] | None = None
 ) -> CLIPTextModel:
     """A CLIPTextModel for a tokenizer; what it shares with an old one (weights, tokenizer) comes from there.
 
     A token's embedding is that of the same token; of matrices of other sizes the common corner is taken.
     """
-    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length}
-    text = CLIPTextModel(CLIPTextConfig(**config, **ids, **sizes))
+    text = fresh_text_encoder(config, tokenizer)
     if old is None:
         return text
     known, old_tokenizer = old

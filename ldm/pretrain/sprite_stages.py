@@ -58,7 +58,7 @@ def _vae(recipe: Recipe, run_dir: Path, old: Path | None) -> Task:
 
 
 def _clip(recipe: Recipe, run_dir: Path, old: Path | None) -> Task:
-    from ldm.checkpoint.clip import load_text_encoder, load_tokenizer
+    from ldm.checkpoint import load_text_encoder, load_tokenizer
     from ldm.pretrain.naming import NamingTask, learn_vocabulary, new_text_encoder
 
     model, tokenizer = recipe.model, run_dir / "clip" / "tokenizer"

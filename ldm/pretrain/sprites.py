@@ -27,6 +27,7 @@ from ldm.pretrain.clip import tokenise
 from ldm.pretrain.data import Pictures, digest_of
 from ldm.pretrain.recipe import DataSection
 from ldm.pretrain.unet import LatentDataset, encode
+from ldm.prompts.tokenizer import CLIPTokenizer
 from ldm.runtime import has_amx
 
 _PART = 256  # scenes that are made and kept at once
@@ -66,7 +67,7 @@ def sprite_pictures(data: DataSection) -> tuple[Pictures, Pictures]:
 
 @torch.no_grad()
 def sprite_latents(
-    data: DataSection, vae: AutoencoderKL | AutoencoderTiny, tokenizer: Any, repainted: bool
+    data: DataSection, vae: AutoencoderKL | AutoencoderTiny, tokenizer: CLIPTokenizer, repainted: bool
 ) -> tuple[LatentDataset, LatentDataset]:
     """Training and held-out latents and captions; the pictures themselves are not kept.
 

@@ -20,10 +20,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
-from transformers import CLIPTextConfig, CLIPTextModel
 
 import ldm
 from ldm.checkpoint import Defaults, Parts, save_folder
+from ldm.checkpoint.peers import fresh_text_encoder
 from ldm.diffusion.prediction import Prediction
 from ldm.diffusion.schedule import Schedule
 from ldm.diffusion.scheduler_config import noise_levels
@@ -34,6 +34,7 @@ from ldm.images.pixels import contact_sheet
 from ldm.models import AutoencoderKL, AutoencoderTiny, UNet, build
 from ldm.postcards.scoring.upscaling import bicubic
 from ldm.pretrain.data import Pictures, cached, crop_squares, digest_of
+from ldm.prompts.tokenizer import CLIPTokenizer
 from ldm.runtime import half_dtype, memory_format
 from ldm.train.loss import (
     PLAIN_LOSS,
@@ -101,17 +102,15 @@ def rescaled(vae: AutoencoderKL | AutoencoderTiny) -> AutoencoderKL | Autoencode
     return other
 
 
-def new_parts(model: dict[str, Any], vae: AutoencoderKL | AutoencoderTiny, tokenizer: Any) -> Parts:
+def new_parts(model: dict[str, Any], vae: AutoencoderKL | AutoencoderTiny, tokenizer: CLIPTokenizer) -> Parts:
     """An upscaler of random weights as the recipe has it. Its text encoder is there for the layout only."""
     unet = build(model["unet"])
     if not isinstance(unet, UNet):
         raise UserError(f"model.unet is a {type(unet).__name__}, no U-Net")
-    ids = {f"{each}_token_id": getattr(tokenizer, f"{each}_token_id") for each in ("bos", "eos", "pad")}
-    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length}
     return Parts(
         unet=unet,
         vae=vae,
-        text_encoder=CLIPTextModel(CLIPTextConfig(**model["text_config"], **ids, **sizes)),
+        text_encoder=fresh_text_encoder(model["text_config"], tokenizer),
         tokenizer=tokenizer,
         scheduler=model["scheduler"],
         low_res_scheduler=model["low_res_scheduler"],

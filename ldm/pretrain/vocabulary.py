@@ -11,9 +11,7 @@ from pathlib import Path
 from tokenizers import Regex as Pattern
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-START, END = "<|startoftext|>", "<|endoftext|>"
-# CLIP's split of a text into words (openai/CLIP, simple_tokenizer.py).
-WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+from ldm.prompts.tokenizer import END, START, WORDS
 
 
 def train_vocabulary(captions: Iterable[str], merges: int, length: int, folder: Path) -> None:

@@ -14,14 +14,15 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.errors import UserError
+from ldm.models.clip import CLIPTextModel, EncodedText
 from ldm.models.conditioning import Conditioning
 from ldm.prompts.grammar import BREAK, Grammar, pieces
+from ldm.prompts.tokenizer import CLIPTokenizer
 from ldm.runtime import finite
 
 COMMA_REACH = 20  # tokens: how far back a window may end at a comma
@@ -51,25 +52,25 @@ class Window:
 
 @dataclass(frozen=True)
 class Clip:
-    """transformers' CLIPTokenizer and its CLIPTextModel or CLIPTextModelWithProjection."""
+    """A text encoder and the tokenizer that it was trained with."""
 
-    tokenizer: Any
-    model: Any
+    tokenizer: CLIPTokenizer
+    model: CLIPTextModel
 
     @property
     def window(self) -> int:
         """Tokens in one window, its start and end included."""
-        return min(int(self.tokenizer.model_max_length), int(self.model.config.max_position_embeddings))
+        return min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
 
     @property
     def width(self) -> int:
         """Channels of an embedding."""
-        return int(self.model.config.hidden_size)
+        return self.model.config.hidden_size
 
     @property
     def pools(self) -> bool:
         """Whether it gives pooled text too."""
-        return hasattr(self.model, "text_projection")
+        return self.model.config.projects
 
     def cut(self, prompt: str, grammar: Grammar = "plain") -> list[Window]:
         """The windows of a prompt: at least one, for the empty one too. Raises UserError, see `cut`."""
@@ -137,14 +138,9 @@ class Clip:
 
     @property
     def _vocabulary(self) -> Vocabulary:
-        def ids(text: str) -> list[int]:
-            # Without `verbose` transformers would complain of the length, which is no fault here.
-            found: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            return found
-
         comma = self.tokenizer.convert_tokens_to_ids(",</w>")
         known = comma != self.tokenizer.unk_token_id
-        return Vocabulary(ids, self.tokenizer.get_added_vocab(), comma if known else None)
+        return Vocabulary(self.tokenizer.ids, self.tokenizer.get_added_vocab(), comma if known else None)
 
 
 @dataclass(frozen=True)
@@ -245,7 +241,7 @@ class TextEncoder:
         return -1 - self.pools - self._skipped(clip_skip), not self.pools
 
     def _skipped(self, clip_skip: int | None) -> int:
-        layers = min(int(clip.model.config.num_hidden_layers) for clip in self.clips) - self.pools
+        layers = min(clip.model.config.num_hidden_layers for clip in self.clips) - self.pools
         if clip_skip is not None and not 0 <= clip_skip < layers:
             raise UserError(
                 f"clip_skip {clip_skip} is not allowed: this text encoder has {layers} layers to read from"
@@ -258,15 +254,13 @@ def _concatenate(read: Sequence[Conditioning]) -> Conditioning:
     return Conditioning(torch.cat([part.tokens for part in read], -1), read[-1].pooled)
 
 
-def _read(model: Any, ids: Tensor, layer: int, norm: bool) -> tuple[Tensor, ...]:
+def _read(model: CLIPTextModel, ids: Tensor, layer: int, norm: bool) -> tuple[Tensor, ...]:
     """[B, N] ids -> a layer's output [B, N, D] and, where the model has any, its pooled text [B, P]."""
-    out = model(input_ids=ids.to(next(model.parameters()).device), output_hidden_states=True)
+    out: EncodedText = model(ids.to(next(model.parameters()).device))
     hidden = out.hidden_states[layer]
     if norm:
-        # transformers < 5.6 keeps the layers in an inner module.
-        final_norm: nn.Module = getattr(model, "text_model", model).final_layer_norm
-        hidden = final_norm(hidden)
-    return (hidden, out.text_embeds) if "text_embeds" in out else (hidden,)
+        hidden = model.text_model.final_layer_norm(hidden)
+    return (hidden,) if out.text_embeds is None else (hidden, out.text_embeds)
 
 
 def weighted(hidden: Tensor, weights: Tensor, empty: Tensor) -> Tensor:

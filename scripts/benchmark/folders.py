@@ -26,21 +26,19 @@ def folder_of(model: str, cache: Path) -> Path:
 def make_folder(family: str, folder: Path) -> None:
     """Write a family's published configs with random weights in fp16, as such models are distributed."""
     import torch
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     from benchmark.training import filled
     from ldm.checkpoint import Parts, save_folder
     from ldm.checkpoint.original.detect import family_configs
     from ldm.checkpoint.tokenizer import make_tokenizer
     from ldm.models import build
+    from ldm.models.clip import CLIPTextModel
 
     torch.manual_seed(0)
     configs, texts = family_configs(family), dict[str, Any]()
     for part in ("text_encoder", "text_encoder_2"):
         if part in configs:
-            kind = CLIPTextModelWithProjection if part.endswith("2") else CLIPTextModel
-            config = CLIPTextConfig(**configs[part])
-            texts[part] = filled(partial(kind, config), torch.float16)
+            texts[part] = filled(partial(CLIPTextModel.from_config, configs[part]), torch.float16)
             name = part.replace("text_encoder", "tokenizer")
             texts[name] = make_tokenizer(configs.get(name) or configs["tokenizer"])
     unet, vae = (filled(partial(build, configs[part]), torch.float16) for part in ("unet", "vae"))

@@ -286,7 +286,7 @@ def test_pooled_text_is_that_of_the_end(tmp_path):
     pipe = ldm.load(tmp_path / "xl", dtype="fp32", device="cpu")
     same = pipe.parts.text_encoder_2.get_input_embeddings().weight[320:321].clone()
     first = pipe.parts.text_encoder.get_input_embeddings().weight[320:321].clone()
-    word = pipe.parts.tokenizer.convert_ids_to_tokens(320).removesuffix("</w>")
+    word = pipe.parts.tokenizer.convert_ids_to_tokens([320])[0].removesuffix("</w>")
     save_file({"clip_l": first, "clip_g": same}, tmp_path / "copy.safetensors")
     adapted = pipe.with_embedding(tmp_path / "copy.safetensors", "<copy>")
     ours, theirs = adapted.text.encode(["the <copy> boat"]), pipe.text.encode([f"the {word} boat"])

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from ldm.adapters import names as table
 from ldm.adapters.names import find_layers, list_layers, name_layers, other_kind, split_name, split_word
 from ldm.models import UNet
+from ldm.models.clip import CLIPTextConfig, CLIPTextModel
 
 SD1 = {
     "block_out_channels": (320, 640, 1280, 1280),
@@ -39,12 +39,14 @@ def sd1():
 
 @pytest.fixture(scope="module")
 def xl():
-    wide = CLIPTextConfig(hidden_size=1280, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280)
+    wide = CLIPTextConfig(
+        hidden_size=1280, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280, projects=True
+    )
     with torch.device("meta"):
         return SimpleNamespace(
             unet=UNet.from_config(XL),
             text_encoder=CLIPTextModel(CLIPTextConfig(hidden_size=768, num_hidden_layers=12)),
-            text_encoder_2=CLIPTextModelWithProjection(wide),
+            text_encoder_2=CLIPTextModel(wide),
         )
 
 

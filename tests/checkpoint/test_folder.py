@@ -115,10 +115,8 @@ def test_modules_alone(tiny_folder, tmp_path):
     save_module(unet, tmp_path / "unet")
     again = load_module(tmp_path / "unet")
     assert all(torch.equal(t, unet.state_dict()[name]) for name, t in again.state_dict().items())
-    assert (
-        load_text_encoder(tiny_folder / "text_encoder", torch.bfloat16).final_layer_norm.weight.dtype
-        is torch.bfloat16
-    )
+    text = load_text_encoder(tiny_folder / "text_encoder", torch.bfloat16)
+    assert text.text_model.final_layer_norm.weight.dtype is torch.bfloat16
 
 
 def test_words_and_defaults_travel(tiny_folder, folder):

@@ -24,7 +24,7 @@ FIELDS = (
 def tensors_of(parts):
     modules = {part: getattr(parts, part, None) for part in MODULES}
     return {
-        f"{part}.{name}": tensor
+        f"{part}.{name.removeprefix('text_model.')}": tensor  # as transformers has them from 5.6 on
         for part, module in modules.items()
         if module is not None
         for name, tensor in module.state_dict().items()

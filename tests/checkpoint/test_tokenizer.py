@@ -2,7 +2,7 @@
 
 import pytest
 
-from ldm.checkpoint.tokenizer import SIZE, bpe, describe_tokenizer, make_tokenizer
+from ldm.checkpoint.tokenizer import SIZE, bpe, make_tokenizer
 
 # Ids that OpenAI's CLIP gives: its own examples, and those in the tests of transformers and open_clip.
 KNOWN = {
@@ -44,7 +44,7 @@ def test_every_byte_and_every_language_is_there(clip):
 
 
 def test_a_description_makes_the_same_tokenizer(clip):
-    again = make_tokenizer(describe_tokenizer(clip))
+    again = make_tokenizer(clip.describe())
     text = "an oil painting of 3 foxes, 4k -- 'soft' light"
     assert again(text).input_ids == clip(text).input_ids
     assert again.pad_token == clip.pad_token

@@ -64,6 +64,7 @@ WORKS = """
     pipe.to("cpu").unet.compile(backend="eager")
     pipe.compiled(backend="eager")("sea", **few)
     pipe.tokenizer("sea").input_ids
+    pipe.text_encoder(pipe.tokenizer(["sea"], padding="max_length", return_tensors="pt").input_ids)[0]
     pipe.text_encoder.config.hidden_size
     pipe.device.type, pipe.dtype, pipe.vae.config.scaling_factor, pipe.unet.config.sample_size
 """

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 import ldm
-from ldm.checkpoint.clip import load_text_encoder, load_tokenizer
+from ldm.checkpoint import load_text_encoder, load_tokenizer
 from ldm.errors import UserError
 from ldm.postcards.sprites import mixture
 from ldm.postcards.sprites.labels import PAINTS
@@ -138,7 +138,7 @@ def test_a_text_encoder_learns_to_name(tmp_path, tokenizer):
 def test_padding_that_is_cut_changes_nothing(tmp_path, tokenizer):
     task = NamingTask(section(tmp_path), tokenizer, new_text_encoder(CONFIG, load_tokenizer(tokenizer)), {})
     texts = ["a dog", "two cars on a table at night, 3d render"]
-    full = task.tokenizer(texts, padding="max_length", return_tensors="pt")["input_ids"]
+    full = task.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
     cut = task._ids(texts)
     assert cut.shape[1] < full.shape[1]
     with torch.no_grad():
@@ -150,7 +150,7 @@ def test_what_an_old_text_encoder_knows_is_kept():
     old, known = load_text_encoder(OLD / "text_encoder", torch.float32), load_tokenizer(OLD / "tokenizer")
     config = {name: getattr(old.config, name) for name in (*CONFIG, "hidden_act")}
     same = new_text_encoder(config, known, (old, known))
-    ids = known(["a red car at night"], return_tensors="pt")["input_ids"]
+    ids = known(["a red car at night"], return_tensors="pt").input_ids
     with torch.no_grad():
         torch.testing.assert_close(same(input_ids=ids).pooler_output, old(input_ids=ids).pooler_output)
     narrow = new_text_encoder(config | {"intermediate_size": 64}, known, (old, known))

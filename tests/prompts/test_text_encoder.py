@@ -7,16 +7,20 @@ import torch
 from tiny_families import make_family
 from tiny_pipeline import WINDOW, randomise, tiny_text_encoder, write_tokenizer
 
+from ldm.checkpoint import load_folder, load_tokenizer
+from ldm.checkpoint.peers import text_encoder_of
 from ldm.errors import UserError
 from ldm.prompts.text_encoder import Clip, TextEncoder, weighted
+from ldm.runtime import choose
 
 ROOM = WINDOW - 2
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    tokenizer = write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-    return Clip(tokenizer, randomise(tiny_text_encoder(tokenizer)))
+    folder = tmp_path_factory.mktemp("tokenizer")
+    theirs = randomise(tiny_text_encoder(write_tokenizer(folder)))
+    return Clip(load_tokenizer(folder), text_encoder_of(theirs))
 
 
 @pytest.fixture(scope="module")
@@ -27,17 +31,20 @@ def text(clip):
 @pytest.fixture(scope="module")
 def xl(tmp_path_factory):
     """The two encoders of SDXL, of 24 and 40 channels."""
-    pipe = make_family("sdxl", tmp_path_factory.mktemp("sdxl") / "model")
-    return TextEncoder((Clip(pipe.tokenizer, pipe.text_encoder), Clip(pipe.tokenizer_2, pipe.text_encoder_2)))
+    make_family("sdxl", folder := tmp_path_factory.mktemp("sdxl") / "model")
+    parts = load_folder(folder, choose("cpu", "fp32"))
+    pairs = ((parts.tokenizer, parts.text_encoder), (parts.tokenizer_2, parts.text_encoder_2))
+    return TextEncoder(tuple(Clip(*pair) for pair in pairs))
 
 
 def tokens(text, prompts, *args, **kwargs):
     return text.encode(prompts, *args, **kwargs).tokens
 
 
-def test_short_prompt_is_what_transformers_makes_of_it(clip):
+def test_short_prompt_is_what_transformers_makes_of_it(clip, tmp_path):
     prompts = ["the red boat", "", "Sea?  2 boats'", "<|endoftext|> red"]
-    wanted = clip.tokenizer(prompts, padding="max_length", max_length=WINDOW, return_tensors="pt").input_ids
+    theirs = write_tokenizer(tmp_path)
+    wanted = theirs(prompts, padding="max_length", max_length=WINDOW, return_tensors="pt").input_ids
     assert torch.equal(torch.cat([clip.tokenise(prompt) for prompt in prompts]), wanted)
 
 
@@ -56,7 +63,7 @@ def test_long_prompt_is_read_in_windows(clip, words, windows):
 
 def test_no_token_is_lost(clip):
     prompt = "the red boat at sea " * 10
-    whole = clip.tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+    whole = clip.tokenizer.ids(prompt)
     ids = clip.tokenise(prompt, clip.count_windows(prompt))
     special = {clip.tokenizer.bos_token_id, clip.tokenizer.eos_token_id}
     assert [token for token in ids.flatten().tolist() if token not in special] == whole
@@ -116,7 +123,7 @@ def test_penultimate_layers_side_by_side_without_the_final_norm(xl, clip_skip):
         xl.clips, [["the red boat", "sea"], ["a boat", "red"]], [slice(24), slice(24, 64)], strict=True
     ):
         ids = clip.tokenizer(prompts, padding="max_length", max_length=WINDOW, return_tensors="pt").input_ids
-        out = clip.model(input_ids=ids, output_hidden_states=True)
+        out = clip.model(ids)
         assert torch.allclose(read.tokens[..., channels], out.hidden_states[layer], atol=1e-5)
     assert torch.allclose(read.pooled, out.text_embeds, atol=1e-5)
 

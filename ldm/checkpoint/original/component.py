@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.checkpoint.clip import load_text_encoder, make_text_encoder, read_sizes, wanted_tensors
-from ldm.checkpoint.fill import check_names, fill, reshape
+from ldm.checkpoint.clip import build_empty_text, load_text_encoder
+from ldm.checkpoint.fill import check_names, fill, reshape, unfilled
 from ldm.checkpoint.io import read_tensors
 from ldm.checkpoint.keymap import Key, from_original, module_keys, text_keys
 from ldm.checkpoint.original.sections import section_of
@@ -20,6 +20,7 @@ from ldm.checkpoint.parts import MODEL_STEM, TEXT_ENCODERS
 from ldm.checkpoint.weights import Stored, check_counts, open_stored
 from ldm.errors import UserError, abbreviate
 from ldm.models import Network, build
+from ldm.models.clip import CLIPTextModel
 from ldm.runtime import Runtime
 
 # Names that diffusers gave the VAE's attention before 0.15; Stable Diffusion 1.5 is stored with them.
@@ -50,7 +51,7 @@ def load_module(folder: Path, dtype: torch.dtype | None = None, variant: str | N
 def build_empty(config: Mapping[str, Any], path: Path) -> Network:
     """The module of a config, which is from `path`, on the meta device. Raises UserError."""
     try:
-        with torch.device("meta"):
+        with unfilled():
             return build(config)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -142,14 +143,14 @@ def load_section(
 ) -> tuple[Any, list[str]]:
     """A part from its tensors in the original layout, and the names in the file of those not used."""
     check_counts(config, section, path)
+    module: CLIPTextModel | Network
     if part in TEXT_ENCODERS:
-        read_sizes(config, path)
+        module = build_empty_text(config, path)
         keys = text_keys(config, is_open_clip(section))
-        tensors, left = _rename(keys, section, part, config, path, prefix)
-        _, wanted = wanted_tensors(config, tensors, path)
-        return make_text_encoder(config, reshape(wanted, tensors, path), path, dtype), left
-    module = build_empty(config, path)
-    tensors, left = _rename(module_keys(module), section, part, config, path, prefix)
+    else:
+        module = build_empty(config, path)
+        keys = module_keys(module)
+    tensors, left = _rename(keys, section, part, config, path, prefix)
     return fill(module, reshape(module.state_dict(), tensors, path), path, dtype), left
 
 

@@ -13,8 +13,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ldm.checkpoint.original.sections import Single, prefixes
 from ldm.checkpoint.original.shapes import shape_of
 from ldm.checkpoint.parts import Defaults
@@ -90,6 +88,8 @@ def _kind(in_channels: Any, latent_channels: int) -> Kind | None:
 @cache
 def family_configs(family: str) -> dict[str, Any]:
     """The published configs of a family."""
+    import yaml
+
     path = Path(__file__).parent / "families" / f"{family}.yaml"
     values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     return values

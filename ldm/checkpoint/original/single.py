@@ -13,13 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ldm.checkpoint.clip import load_tokenizer
 from ldm.checkpoint.io import read_json
 from ldm.checkpoint.original.component import dtype_of, load_component, load_section, refuse
 from ldm.checkpoint.original.detect import OPTIONS, Detected, detect, own_configs
 from ldm.checkpoint.original.sections import TEXT, Single, open_single, prefixes
 from ldm.checkpoint.parts import MODEL_STEM, Parts, check_fit
-from ldm.checkpoint.tokenizer import make_tokenizer
+from ldm.checkpoint.tokenizer import load_tokenizer, make_tokenizer
 from ldm.checkpoint.weights import find_weights
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
@@ -162,7 +161,7 @@ def _assemble(
             else:
                 try:
                     tokenizers[name] = make_tokenizer(found.configs[name])
-                except Exception as error:  # transformers raises whatever it likes at odd values
+                except Exception as error:  # tokenizers raises whatever it likes at odd values
                     reason = str(error).partition("\n")[0]
                     raise UserError(f"{path}: its {name} is damaged ({reason}); convert it again") from None
     return Parts(

@@ -53,8 +53,6 @@ class OpenedOurs(OpenedPipeline):
     def __init__(self, case: Case, peer: Peer) -> None:
         super().__init__(case, peer)
         import torch  # noqa: F401
-        import transformers.models.clip.modeling_clip  # noqa: F401
-        import transformers.models.clip.tokenization_clip  # noqa: F401
 
         import ldm.pipeline  # noqa: F401
 
