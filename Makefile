@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROMPT ?= a red sailboat on a calm sea at sunset
 
-.PHONY: picture test test-all bench lint types floors clean
+.PHONY: picture test test-all test-cuda gpu-report bench lint types floors clean
 
 # torch first and pinned: a bare `torch` would fetch gigabytes of CUDA.
 $(BIN)/python:
@@ -25,7 +25,14 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2
 
 test-all: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 -m ""
+	$(BIN)/python -m pytest -n 2 -m "not cuda"
+
+# With a torch that knows CUDA; LDM_TEST_DEVICE=cpu rehearses it on the processor.
+test-cuda: $(VENV)/.test
+	$(BIN)/python -m pytest -m cuda tests/cuda
+
+gpu-report: $(VENV)/.test
+	bash scripts/gpu_report.sh
 
 $(VENV)/.bench: setup.cfg constraints.txt | $(BIN)/python
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[test,bench]'

@@ -188,15 +188,25 @@ class Finite(Generic[M]):
     in one step of a drawing would do so in the next. So one is made for each drawing, and forgotten with it.
     """
 
-    def __init__(self, module: M, what: str, gradients: bool = False) -> None:
-        """`what` names the network in messages; with `gradients` its answers can be differentiated."""
-        self.module, self.what, self.gradients = module, what, gradients
+    def __init__(
+        self, module: M, what: str, gradients: bool = False, unread: list[Tensor] | None = None
+    ) -> None:
+        """`what` names the network in messages; with `gradients` its answers can be differentiated.
+
+        With `unread` no answer is looked at, as the host would have to wait for a card: each gives a bool
+        there, whether it is good, for whoever reads them all at the end, and makes the drawing again.
+        """
+        self.module, self.what, self.gradients, self.unread = module, what, gradients, unread
 
     def __call__(self, call: Callable[[M], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """`call` of the network. Raises FloatingPointError if fp32 does not help."""
         with torch.set_grad_enabled(self.gradients):
             out = tuple(each.float() for each in call(self.module))
-            if all(bool(each.isfinite().all()) for each in out):
+            good = torch.stack([each.isfinite().all() for each in out]).all()
+            if self.unread is not None:
+                self.unread.append(good)
+                return out
+            if bool(good):
                 return out
             dtype = next(self.module.parameters()).dtype
             if dtype is not torch.float32:
@@ -219,7 +229,7 @@ def finite(module: M, call: Callable[[M], tuple[Tensor, ...]], what: str) -> tup
 def _device(device: str | torch.device | None) -> torch.device:
     if device is None:
         if torch.cuda.is_available():
-            return torch.device("cuda")
+            return _device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         chosen = torch.device(device)
@@ -229,6 +239,8 @@ def _device(device: str | torch.device | None) -> torch.device:
     if (chosen.index or 0) >= count.get(chosen.type, 0):
         there = ", ".join(kind for kind, number in count.items() if number)
         raise UserError(f"device {str(device)!r} is not there; this machine has {there}")
+    if chosen == torch.device("cuda"):  # with a number, as tensors say it, which are compared with it
+        return torch.device("cuda", torch.cuda.current_device())
     return chosen
 
 

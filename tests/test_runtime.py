@@ -70,7 +70,7 @@ def cards(monkeypatch):
 
 def test_bf16_is_for_cards_that_have_it_and_not_for_the_current_one(cards):
     assert choose().dtype is torch.float16
-    assert choose("cuda").dtype is torch.float16
+    assert choose("cuda") == choose() == Runtime(torch.device("cuda", 0), torch.float16)
     assert choose("cuda:1") == Runtime(torch.device("cuda:1"), torch.bfloat16)
     cards.capability = [(8, 0), (7, 0)]
     assert [choose(name).dtype for name in ("cuda", "cuda:1")] == [torch.bfloat16, torch.float16]

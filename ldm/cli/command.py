@@ -133,9 +133,20 @@ def verdict(error: Exception) -> tuple[str, int]:
             return "nobody reads the output any more", 1
         case _ if "No space left on device" in first_line:  # safetensors has an exception of its own for it
             return "no space left on the disk", 2
+        case _ if out_of_memory(error):  # where nothing nearer says for what: a model that is loaded, say
+            return "not enough memory: a smaller model or picture, fewer at once, or 16 bits take less", 2
         case _:
             what = f"{type(error).__name__}: {first_line}"
             return f"internal error: {what} (please report it, with what --debug shows)", 1
+
+
+def out_of_memory(error: Exception) -> bool:
+    """As `ldm.runtime` has it, without loading torch where that was not needed."""
+    if "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from ldm.runtime import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def in_flags(line: str) -> str:

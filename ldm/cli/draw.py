@@ -153,7 +153,7 @@ def draw_images(
 ) -> list[Image]:
     """The pictures of one batch, with a bar or a preview; running out of memory becomes a UserError."""
     from ldm.images.pixels import to_pil
-    from ldm.pipeline.sample import draw_batch
+    from ldm.pipeline.sample import Counted, draw_batch
     from ldm.runtime import is_out_of_memory
 
     try:
@@ -163,11 +163,12 @@ def draw_images(
         # Both would move the cursor: where the terminal shows pictures, the bar's words go with them.
         shown = preview is not None and preview.in_terminal
         with bar(title, "it/s", quiet or shown, steps) as on_progress:
+            if preview is None:
+                return to_pil(draw_batch(job, batch, Counted(lambda i: on_progress(i + 1, steps))))
 
             def on_step(step: Step) -> None:
                 on_progress(step.i + 1, steps)
-                if preview is not None:
-                    preview(step, f"{title}  {step.i + 1}/{steps}")
+                preview(step, f"{title}  {step.i + 1}/{steps}")
 
             return to_pil(draw_batch(job, batch, on_step))
     except (MemoryError, RuntimeError) as error:

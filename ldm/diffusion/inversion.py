@@ -101,4 +101,4 @@ def edit_mask(
 
 
 def _eps(denoise: Denoise, x: Tensor, sigma: Tensor) -> Tensor:
-    return (x - denoise(x, sigma).anchor) / sigma.to(x)
+    return (x - denoise(x, sigma).anchor) / float(sigma)

@@ -96,6 +96,16 @@ def _randn(generator: Generator, shape: Shape) -> Tensor:
     return torch.randn((1, *shape), generator=generator)
 
 
+def _sent(noise: Tensor, device: torch.device) -> Tensor:
+    """Noise of the CPU on a device.
+
+    A card takes it when it comes to that, and the host goes on, as it could not from memory that may move.
+    """
+    if device.type != "cuda":
+        return noise.to(device)
+    return noise.pin_memory().to(device, non_blocking=True)
+
+
 class Noise:
     """Independent unit noise, image by image.
 
@@ -147,7 +157,7 @@ class Noise:
             raise UserError(
                 f"{like.shape[0]} images but {len(self.generators)} seeds: give one seed per image"
             )
-        return self.draw(like, sigma, sigma_next).to(like)
+        return _sent(self.draw(like, sigma, sigma_next).to(like.dtype), like.device)
 
     def draw(self, like: Tensor, sigma: float, sigma_next: float) -> Tensor:
         """The noise itself, fp32 on the CPU; here it does not depend on the noise levels."""

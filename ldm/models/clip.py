@@ -174,7 +174,7 @@ class _Layers(nn.Module):
 
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(_Layer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(CLIPEncoderLayer(config) for _ in range(config.num_hidden_layers))
 
 
 class _Embeddings(nn.Module):
@@ -191,7 +191,7 @@ class _Embeddings(nn.Module):
         return out
 
 
-class _Layer(nn.Module):
+class CLIPEncoderLayer(nn.Module):
     """[B, N, D] -> [B, N, D]: attention and feed-forward, each added to its input."""
 
     def __init__(self, config: CLIPTextConfig) -> None:

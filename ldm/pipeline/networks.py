@@ -48,14 +48,15 @@ def predict(
     gradients: bool = False,
     tiles: Tiles | None = None,
     savings: Savings = EXACT,
+    unread: list[Tensor] | None = None,
 ) -> Predict:
     """The U-Net's raw output, fp32, for the branches that a guidance asks for, in one call; or one for each
     of the windows that `tiles` cuts latents into.
 
     With `gradients` it can be differentiated in x, as likelihoods need it. With an interval in `savings` it
-    is of one drawing, whose deep features it keeps.
+    is of one drawing, whose deep features it keeps. `unread` is as `Finite` has it.
     """
-    network = Finite(unet, "the U-Net", gradients)
+    network = Finite(unet, "the U-Net", gradients, unread)
     cache = None if savings.interval == 1 else DeepCache(savings.interval, grid.sigmas)
 
     def outputs(x: Tensor, sigma: Tensor, cond: Conditioning, told: Mapping[Hashable, object]) -> Tensor:
@@ -101,9 +102,10 @@ def _within(cond: Conditioning, window: Window, tiles: Tiles) -> Conditioning:
         ids[:, 2] += window.top * tiles.downscale
         ids[:, 3] += window.left * tiles.downscale
         if ids.shape[1] == 6:
-            sizes = ids.new_tensor([[window.height, window.width], [window.full_height, window.full_width]])
-            own, full = sizes * tiles.downscale
-            ids[:, 4:] = torch.where(ids[:, 4:] == full, own, ids[:, 4:])
+            own = (window.height * tiles.downscale, window.width * tiles.downscale)
+            full = (window.full_height * tiles.downscale, window.full_width * tiles.downscale)
+            for column, (is_own, is_full) in enumerate(zip(own, full, strict=True), start=4):
+                ids[:, column].masked_fill_(ids[:, column] == is_full, is_own)
     return replace(cond, concat=concat, time_ids=ids)
 
 
@@ -157,8 +159,9 @@ def _unet(
         sample = torch.cat([sample, cond.concat], dim=1)
     given = (
         sample.to(dtype, memory_format=memory_format(sample.device)),
-        # A tensor, as torch.compile takes a number for a constant and compiles again for each.
-        timestep.float().to(sample.device),
+        # A tensor, as torch.compile takes a number for a constant and compiles again for each; filled there,
+        # as copying it would make the host wait for a card.
+        torch.full((), float(timestep), dtype=torch.float32, device=sample.device),
         cond.tokens.to(dtype),
     )
     extra: dict[str, Any] = {

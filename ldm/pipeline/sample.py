@@ -7,6 +7,7 @@ U-Net is called (`ldm.pipeline.networks`).
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -35,6 +36,16 @@ class Change:
 OnStep = Callable[[Step], object]  # what it gives means nothing, unless it is a Change
 
 
+@dataclass(frozen=True)
+class Counted:
+    """An OnStep that looks at no values, so that the host need not wait for a card to have them."""
+
+    tell: Callable[[int], object]  # of the step's number
+
+    def __call__(self, step: Step) -> None:
+        self.tell(step.i)
+
+
 def draw_batch(job: Job, batch: Batch, on_step: OnStep | None = None) -> Tensor:
     """The images [B, 3, H, W] in 0..1 of one batch, enlarged where the model has an upscaler."""
     latents = draw_latents(job, batch, on_step)
@@ -57,17 +68,43 @@ def draw_latents(job: Job, batch: Batch, on_step: OnStep | None = None) -> Tenso
     Where other jobs go on from them, it sees their steps too, with numbers that go on, and changes nothing.
     If it stops the batch, they are those of that step at the network's scale, x / sqrt(sigma^2 + 1).
     """
-    steps, change = sample(job, batch), None
+    looks = on_step is not None and not isinstance(on_step, Counted)
+    drawn = None if looks or job.model.device.type == "cpu" else draw_ahead(job, batch, on_step)
+    latents, stopped = walk(sample(job, batch), on_step) if drawn is None else drawn
+    if stopped:
+        return latents
+    latents = latents * job.grid.final_scale
+    return latents if job.then is None else go_on(job, job.then, batch, latents, on_step)
+
+
+def walk(steps: Generator[Step, Change | None, None], on_step: OnStep | None) -> tuple[Tensor, bool]:
+    """The state that the steps end in; or, as `on_step` stops them, that step's latents and True."""
+    change = None
     try:
         while True:
             step = steps.send(change)
             answer = None if on_step is None else on_step(step)
             change = answer if isinstance(answer, Change) else None
             if change is not None and change.stop:
-                return step.latents
+                return step.latents, True
     except StopIteration:
-        latents = step.x * job.grid.final_scale
-    return latents if job.then is None else go_on(job, job.then, batch, latents, on_step)
+        return step.x, False
+
+
+def draw_ahead(job: Job, batch: Batch, on_step: OnStep | None) -> tuple[Tensor, bool] | None:
+    """`walk` of a batch whose steps nobody looks at: the host tells the card of all, and waits at the end.
+
+    None where an answer of the U-Net was not finite: the batch is to be drawn again, looking at each.
+    """
+    given = [each.source for each in batch if isinstance(each.source, torch.Generator)]
+    states, unread = [each.get_state() for each in given], list[Tensor]()
+    with suppress(FloatingPointError):  # of a classifier that was given what is not finite
+        drawn = walk(sample(job, batch, unread), on_step)
+        if not unread or bool(torch.stack(unread).all()):
+            return drawn
+    for generator, state in zip(given, states, strict=True):  # which the second drawing begins with
+        generator.set_state(state)
+    return None
 
 
 def go_on(job: Job, then: Then, batch: Batch, latents: Tensor, on_step: OnStep | None) -> Tensor:
@@ -86,6 +123,9 @@ def later(on_step: OnStep | None, seen: int) -> OnStep | None:
     """`on_step` of steps that come after as many others; what it gives changes nothing."""
     if on_step is None:
         return None
+    if isinstance(on_step, Counted):
+        tell = on_step.tell
+        return Counted(lambda i: tell(i + seen))
 
     def call(step: Step) -> None:
         on_step(replace(step, i=step.i + seen))
@@ -93,10 +133,13 @@ def later(on_step: OnStep | None, seen: int) -> OnStep | None:
     return call
 
 
-def sample(job: Job, batch: Batch) -> Generator[Step, Change | None, None]:
+def sample(
+    job: Job, batch: Batch, unread: list[Tensor] | None = None
+) -> Generator[Step, Change | None, None]:
     """The steps of one batch: the first state, then whatever the solver does with it.
 
-    A Change that is sent to it holds from the next step on.
+    A Change that is sent to it holds from the next step on. With `unread` no answer of the U-Net is looked
+    at: each gives a bool there, whether it is finite (`ldm.runtime.Finite`).
     """
     noise = job.sampler.noise([picture.source for picture in batch])
     given = [picture.latents for picture in batch if picture.latents is not None]
@@ -105,10 +148,12 @@ def sample(job: Job, batch: Batch) -> Generator[Step, Change | None, None]:
     start = job.start.rows(prompts)
     begun = start.begin(noise, torch.stack(given) if given else None, texts["cond"], texts["uncond"])
     branches, known = begun.branches, begun.known
-    predict = networks.predict(job.model.unet, job.grid, branches, tiles=job.tiles, savings=job.savings)
+    predict = networks.predict(
+        job.model.unet, job.grid, branches, tiles=job.tiles, savings=job.savings, unread=unread
+    )
     if shares is not None:
         tell(branches, texts)
-        predict = composed(predict, shares)
+        predict = composed(predict, shares.to(begun.x.device))
     schedule = job.model.schedule
     guided = Exchangeable(job.guidance(predict, schedule.prediction.x0))
     denoise = guided if schedule.bounds is None else schedule.bounded(guided, job.sampler)

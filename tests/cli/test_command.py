@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from fake_pipeline import FakePipeline, files
 
 import ldm
@@ -65,6 +66,14 @@ def test_debug_shows_the_traceback(fake, capsys):
 def test_a_full_disk_is_the_users_to_put_right():
     error = RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
     assert command.verdict(error) == ("no space left on the disk", 2)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried ...")])
+def test_memory_that_a_model_does_not_fit_into_is_the_users_too(error):
+    line, code = command.verdict(error)
+    assert line.startswith("not enough memory: a smaller model or picture")
+    assert code == 2
+    assert command.verdict(RuntimeError("illegal memory access"))[1] == 1
 
 
 def test_ctrl_c_where_nothing_is_drawn(monkeypatch, capsys):

@@ -95,7 +95,10 @@ class OpenedOurs(OpenedPipeline):
         ]
         sigma = grid.sigma(TIMESTEP)
         x = given["sample"][:1] / c_in(sigma).float().to(self.case.device)
-        predict = networks.predict(self.pipe.unet, grid, {"uncond": conds[0], "cond": conds[1]})
+        unread: list[Any] | None = None if self.case.device == "cpu" else []  # cards are not waited for
+        predict = networks.predict(
+            self.pipe.unet, grid, {"uncond": conds[0], "cond": conds[1]}, unread=unread
+        )
 
         def call(k: int) -> Any:
             return list(predict(x, sigma.float(), ("uncond", "cond")).values())
