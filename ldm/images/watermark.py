@@ -25,12 +25,11 @@ import hashlib
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import uniform_filter
-from scipy.special import ndtr, ndtri
 
 from ldm.errors import UserError
 from ldm.fields import KEY_VARIABLE, PUBLIC_MARK, mark_named, own_key
@@ -47,9 +46,10 @@ AMPLITUDES = (1.6, 1.6, 0.9, 0.6)  # of the change, rms in levels, by octave: at
 GROWTH, MOST_GROWTH = 1.12, 14  # and by how many such steps at most
 HIDING, MOST_HIDDEN = 3.0, 8.0  # levels of contrast that hide twice as much; and how much more at most
 TARGET = 9.0  # z of a marked picture, at least, unless it takes too much
-BOUND = 1 / (4 * (1 - float(ndtr(math.sqrt(2)))))  # 3.178
+NORMAL = NormalDist()
+BOUND = 1 / (4 * NORMAL.cdf(-math.sqrt(2)))  # 3.178
 FALSE_POSITIVES = 1e-6  # for one key, at most
-THRESHOLD = -float(ndtri(FALSE_POSITIVES / BOUND / OCTAVES))  # 5.26
+THRESHOLD = -NORMAL.inv_cdf(FALSE_POSITIVES / BOUND / OCTAVES)  # 5.26
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Detection:
     @property
     def chance(self) -> float:
         """The most that an unmarked picture has of such a z, or a higher one, over keys."""
-        return min(1.0, OCTAVES * BOUND * float(ndtr(-self.z)))
+        return min(1.0, OCTAVES * BOUND * NORMAL.cdf(-self.z))
 
     @property
     def found(self) -> bool:
@@ -155,14 +155,22 @@ def _scores(coefficients: Array, octave: int) -> Array:
 
 def _scale(coefficients: Array) -> Array:
     """How large the coefficients around each are, and what a JPEG adds to them."""
-    around: Array = uniform_filter(np.abs(coefficients), 9, mode="nearest")
-    return np.sqrt(around**2 + NOISE**2)
+    scale: Array = np.sqrt(_mean_around(np.abs(coefficients), 9) ** 2 + NOISE**2)
+    return scale
+
+
+def _mean_around(values: Array, side: int) -> Array:
+    """Of `side` x `side` numbers around each of [H, W]."""
+    from scipy.ndimage import uniform_filter  # not for those who mark nothing: it takes a quarter of a second
+
+    mean: Array = uniform_filter(values, side, mode="nearest")
+    return mean
 
 
 def _room(luma: Array) -> Array:
     """[H, W]: how much more than on a flat ground a change is hidden by what is around each pixel."""
-    mean = uniform_filter(luma, 7, mode="nearest")
-    contrast = np.sqrt(np.maximum(uniform_filter(luma**2, 7, mode="nearest") - mean**2, 0))
+    mean = _mean_around(luma, 7)
+    contrast = np.sqrt(np.maximum(_mean_around(luma**2, 7) - mean**2, 0))
     room: Array = 1 + np.minimum(contrast / HIDING, MOST_HIDDEN)
     return room
 
