@@ -265,6 +265,11 @@ class Request(Checked):
         steps = self.num_grid_steps or 0
         return steps if self.strength is None else int(steps * self.strength)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the requests of one job have alike."""
+        return {**self.model_dump(exclude=OWN), "is an edit": self.target_prompt is not None}
+
     def check_given(self, given: Container[str]) -> None:
         """Raise UserError if this request is of a picture that more was `given` to than now."""
         lost = [name for name in self.not_kept if name not in given]
@@ -371,10 +376,6 @@ class Request(Checked):
             )
         if self.variation_seed is not None and self.variation_strength is None:
             raise UserError("variation_seed needs variation_strength, 0 to 1 (--variation-strength)")
-        return self
-
-    @model_validator(mode="after")
-    def _one_grid(self) -> Self:
         if self.timesteps is not None and self.sigmas is not None:
             raise UserError("give timesteps or sigmas, not both: each is a whole grid")
         return self
@@ -389,6 +390,7 @@ class Request(Checked):
 
 OF_MASKS = ("extend", "mask_invert", "mask_grow", "mask_blur", "soft_mask", "mask_fill", "padding_mask_crop")
 PROMPTS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "target_prompt")
+OWN = {*PROMPTS, "seeds", "embeddings", "variation_seed"}  # in which requests of one job may differ
 
 
 def field_named(name: str) -> str | None:

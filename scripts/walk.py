@@ -16,7 +16,7 @@ from types import FrameType
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 PACKAGE = f"{ROOT / 'ldm'}/"
-MODELS_OWN = ("models/", "prompts/tokenizer.py")
+MODELS_OWN = ("models/", "kernels/", "prompts/tokenizer.py")
 
 Stop = tuple[str, str]  # file, function
 

@@ -93,9 +93,7 @@ def prepare_jobs(
 
     What is wrong with any of them is said before drawing: lines of a file become `faults`, else it is raised.
     """
-    from ldm.pipeline.job import settings
-
-    groups = itertools.groupby(asked, key=lambda each: settings(each.request))
+    groups = itertools.groupby(asked, key=lambda each: each.request.settings)
     return [
         drawing for _, group in groups for drawing in prepare_group(pipe, list(group), batch_size, faults)
     ]

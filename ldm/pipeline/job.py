@@ -47,12 +47,9 @@ from ldm.pipeline.pictures import NO_IMAGES, Images, masked, read_images
 from ldm.pipeline.plan import Plan, arranged
 from ldm.pipeline.resolve import meaningless_eta, resolve
 from ldm.pipeline.start import Edit, Enlarge, FromImage, FromLatents, FromNoise, Inpaint, Masked
-from ldm.request import Request
+from ldm.request import OWN, Request
 
 LCM = "LatentConsistencyModelPipeline"  # as diffusers names it
-# What the requests of one job may differ in: their texts, and what follows from those.
-OWN = {"prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "target_prompt", "seeds", "embeddings"}
-OWN |= {"variation_seed"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,11 +194,6 @@ def _prepare(
         then=then,
         savings=savings_of(first),
     )
-
-
-def settings(request: Request) -> dict[str, Any]:
-    """What the requests of one job have alike."""
-    return {**request.model_dump(exclude=OWN), "is an edit": request.target_prompt is not None}
 
 
 def check_alike(requests: Sequence[Request]) -> None:

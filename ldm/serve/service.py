@@ -13,7 +13,6 @@ from typing import Any
 
 from ldm.errors import UserError, printable
 from ldm.fields import short
-from ldm.pipeline.job import settings
 from ldm.request import Request
 from ldm.request_json import fields_of
 from ldm.serve.drawing import Drawing
@@ -109,7 +108,7 @@ class Service:
     def submit(self, request: Request, model: str, source: str = "jobs") -> Ticket:
         """Let a request wait to be drawn. Raises UserError, and the queue's Full."""
         self.limits.check(request, self.shelf.loras)
-        key = f"{model}\n{settings(request)!r}"
+        key = f"{model}\n{request.settings!r}"
         ticket = Ticket(request, model, source, key, on_over=self._over)
         self.store.note(ticket)
         try:
