@@ -9,7 +9,6 @@ from PIL import Image
 import ldm
 from ldm.errors import UserError
 from ldm.images.png import read_request
-from ldm.pipeline.job import settings
 from ldm.request import Request
 from ldm.serve import drawing as module
 from ldm.serve.drawing import Drawing
@@ -64,7 +63,7 @@ def test_pictures_drawn_together_are_those_drawn_alone(pipe, store, draw, monkey
         module, "draw_batch", lambda job, batch, *a: sizes.append(len(batch)) or real(job, batch, *a)
     )
     made = begun(tickets(pipe, *BOATS))
-    assert len({repr(settings(each.request)) for each in made}) == 1
+    assert len({repr(each.request.settings) for each in made}) == 1
     draw(made)
     assert sizes == [4]
     for ticket in made:
