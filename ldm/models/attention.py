@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from ldm.kernels import native
 from ldm.models.convolution import Conv2d
 from ldm.models.layers import KERNEL_DTYPES, GroupNorm
 from ldm.models.merging import merged
+
+T = TypeVar("T")
 
 # Scores per head (queries x keys), by bytes a number, up to which plain attention trains faster on a CPU.
 PLAIN_SCORES = {2: 512 * 1024, 4: 256 * 256}
@@ -109,6 +112,31 @@ def to_image(tokens: Tensor, height: int, width: int) -> Tensor:
     return tokens.reshape(tokens.shape[0], height, width, -1).permute(0, 3, 1, 2)
 
 
+class Context:
+    """A text embedding [B, M, D] that many calls of a network read, and what its layers make of it, once.
+
+    It is of one drawing, as a layer's weights must stay what they are.
+    """
+
+    def __init__(self, tokens: Tensor) -> None:
+        self.tokens = tokens
+        self._made: dict[nn.Module, Any] = {}
+
+    def once(self, layer: nn.Module, make: Callable[[Tensor], T]) -> T:
+        """What `make` makes of the tokens for this layer."""
+        if layer not in self._made:
+            self._made[layer] = make(self.tokens)
+        made: T = self._made[layer]
+        return made
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """Some of the rows, for one call."""
+        return self.tokens[rows]
+
+
+AnyText = Tensor | Context
+
+
 class Attention(nn.Module):
     """Multi-head attention of tokens [B, N, dim] to a context [B, M, context_dim], or to themselves."""
 
@@ -122,10 +150,12 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim, dim, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        context = x if context is None else context
-        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
-        q, k, v = (split_heads(a, self.heads) for a in (q, k, v))
+    def forward(self, x: Tensor, context: AnyText | None = None) -> Tensor:
+        q = split_heads(self.to_q(x), self.heads)
+        if isinstance(context, Context):
+            k, v = context.once(self, self._keys_and_values)
+        else:
+            k, v = self._keys_and_values(x if context is None else context)
         if self.sliced and q.device.type == "mps":  # whose kernel holds the scores of all heads
             each = zip(*(torch.split(a, 1, dim=1) for a in (q, k, v)), strict=True)
             attended = torch.cat([attend(*head) for head in each], dim=1)
@@ -133,6 +163,10 @@ class Attention(nn.Module):
             attended = attend(q, k, v)
         out: Tensor = self.to_out[0](merge_heads(attended))
         return out
+
+    def _keys_and_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, M, context_dim] -> [B, heads, M, d] each."""
+        return split_heads(self.to_k(context), self.heads), split_heads(self.to_v(context), self.heads)
 
 
 class GEGLU(nn.Module):
@@ -190,7 +224,7 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(dim)
 
     def forward(
-        self, x: Tensor, context: Tensor, size: tuple[int, int] = (0, 0), merging: float = 0.0
+        self, x: Tensor, context: AnyText, size: tuple[int, int] = (0, 0), merging: float = 0.0
     ) -> Tensor:
         """`merging` is the share of the tokens, of a picture of `size`, that self-attention merges."""
         if merging and not self.only_cross:
@@ -235,7 +269,7 @@ class SpatialTransformer(nn.Module):
         )
         self.proj_out = nn.Linear(inner, channels) if linear else Conv2d(inner, channels, 1)
 
-    def forward(self, x: Tensor, context: Tensor, merging: float = 0.0) -> Tensor:
+    def forward(self, x: Tensor, context: AnyText, merging: float = 0.0) -> Tensor:
         if self.sliced and len(x) > 1:
             out = torch.empty_like(x)
             for i in range(len(x)):
@@ -243,7 +277,7 @@ class SpatialTransformer(nn.Module):
             return out
         return self._rows(x, context, merging)
 
-    def _rows(self, x: Tensor, context: Tensor, merging: float) -> Tensor:
+    def _rows(self, x: Tensor, context: AnyText, merging: float) -> Tensor:
         height, width = x.shape[2:]
         h = self.norm(x)
         tokens = self.proj_in(to_tokens(h)) if self.linear else to_tokens(self.proj_in(h))

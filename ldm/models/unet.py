@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.models.attention import SpatialTransformer, TextTimeEmbedding
+from ldm.models.attention import AnyText, Context, SpatialTransformer, TextTimeEmbedding
 from ldm.models.config import UNET_FIXED, UNetConfig, read_config, write_config
 from ldm.models.convolution import Conv2d
 from ldm.models.layers import (
@@ -37,11 +37,11 @@ class DownBlock(nn.Module):
         self.attentions = nn.ModuleList(attentions)
         self.downsamplers = nn.ModuleList([downsample] if downsample else [])
 
-    def forward(self, x: Tensor, time: Tensor, context: Tensor, merging: float = 0.0) -> list[Tensor]:
+    def forward(self, x: Tensor, time: Tensor, context: AnyText, merging: float = 0.0) -> list[Tensor]:
         """All outputs that the way up will want; the last of them goes on."""
         return list(self.outputs(x, time, context, merging))
 
-    def outputs(self, x: Tensor, time: Tensor, context: Tensor, merging: float = 0.0) -> Iterator[Tensor]:
+    def outputs(self, x: Tensor, time: Tensor, context: AnyText, merging: float = 0.0) -> Iterator[Tensor]:
         """The same one by one, each computed when it is asked for."""
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, time)
@@ -60,7 +60,7 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList(resnets)
         self.attentions = nn.ModuleList(attentions)
 
-    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, context: AnyText) -> Tensor:
         x = self.resnets[0](x, time)
         for attention, resnet in zip(self.attentions, self.resnets[1:], strict=True):
             x = resnet(attention(x, context), time)
@@ -82,7 +82,7 @@ class UpBlock(nn.Module):
         self.upsamplers = nn.ModuleList([upsample] if upsample else [])
 
     def forward(
-        self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor, merging: float = 0.0
+        self, x: Tensor, skips: list[Tensor], time: Tensor, context: AnyText, merging: float = 0.0
     ) -> Tensor:
         """Pops what it takes from `skips`. Enlarges to the size of the next one, which may be odd."""
         for i in range(len(self.resnets)):
@@ -90,7 +90,13 @@ class UpBlock(nn.Module):
         return x
 
     def layer(
-        self, i: int, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor, merging: float = 0.0
+        self,
+        i: int,
+        x: Tensor,
+        skips: list[Tensor],
+        time: Tensor,
+        context: AnyText,
+        merging: float = 0.0,
     ) -> Tensor:
         """The i-th resnet with its transformer; the last enlarges too."""
         x = self.resnets[i](torch.cat([x, skips.pop()], dim=1), time)
@@ -143,7 +149,7 @@ class UNet(nn.Module):
         self,
         sample: Tensor,
         timestep: Tensor | float,
-        context: Tensor,
+        context: AnyText,
         *,
         pooled: Tensor | None = None,
         time_ids: Tensor | None = None,
@@ -159,7 +165,7 @@ class UNet(nn.Module):
             sample: [B, in_channels, H, W] latents in VP scale, x / sqrt(sigma^2 + 1), then the channels that
                 some models see beside them (mask, picture); any H and W.
             timestep: [B] or a number, in training steps; fractions allowed.
-            context: [B, N, cross_attention_dim] text embedding.
+            context: [B, N, cross_attention_dim] text embedding; keys and values of a `Context` are made once.
             pooled: [B, P] pooled text embedding (XL).
             time_ids: [B, 6] sizes and crops in pixels (XL), or [B, 5] with an aesthetic score (refiner).
             class_labels: [B] noise level of the low-resolution picture (x4 upscaler).
@@ -197,7 +203,7 @@ class UNet(nn.Module):
         self,
         sample: Tensor,
         timestep: Tensor | float,
-        context: Tensor,
+        context: AnyText,
         branch: int,
         deep: Tensor | None = None,
         merging: float = 0.0,
@@ -227,7 +233,7 @@ class UNet(nn.Module):
         assert deep is not None
         return self._end(x), deep
 
-    def _skips(self, x: Tensor, time: Tensor, context: Tensor, shares: Iterable[float]) -> Iterator[Tensor]:
+    def _skips(self, x: Tensor, time: Tensor, context: AnyText, shares: Iterable[float]) -> Iterator[Tensor]:
         """What the way up wants of the way down, each computed when it is asked for."""
         yield x
         for block, share in zip(self.down_blocks, shares, strict=True):
@@ -245,7 +251,7 @@ class UNet(nn.Module):
         self,
         sample: Tensor,
         timestep: Tensor | float,
-        context: Tensor,
+        context: AnyText,
         fields: Mapping[str, Tensor | None],
     ) -> tuple[Tensor, Tensor]:
         """The first features, and the embedding of the time and of what is extra as all layers take it."""
@@ -262,7 +268,7 @@ class UNet(nn.Module):
         return out
 
     def _embed(
-        self, sample: Tensor, timestep: Tensor | float, context: Tensor, extra: Mapping[str, Tensor]
+        self, sample: Tensor, timestep: Tensor | float, context: AnyText, extra: Mapping[str, Tensor]
     ) -> Tensor:
         """[B, time_dim]: the sum of embeddings of the timestep and of all else that it is extra."""
         config, dtype = self.config, sample.dtype
@@ -276,11 +282,14 @@ class UNet(nn.Module):
                 labels = self._features(labels).to(dtype)
             embedding = embedding + self.class_embedding(labels)
         if self.add_embedding is not None:
-            added = context
             if config.addition_embed_type == "text_time":
                 sizes = self._features(extra["time_ids"], config.addition_time_embed_dim).flatten(1)
-                added = torch.cat([extra["pooled"], sizes.to(dtype)], dim=1)
-            embedding = embedding + self.add_embedding(added)
+                added = self.add_embedding(torch.cat([extra["pooled"], sizes.to(dtype)], dim=1))
+            elif isinstance(context, Context):
+                added = context.once(self.add_embedding, self.add_embedding)
+            else:
+                added = self.add_embedding(context)
+            embedding = embedding + added
         return embedding
 
     def _features(self, t: Tensor, dim: int | None = None) -> Tensor:

@@ -6,7 +6,7 @@ The VAE works on the whole of all pictures where that fits into the free memory,
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +21,7 @@ from ldm.diffusion.schedule import Grid
 from ldm.diffusion.tiles import Tiles, Window
 from ldm.memory.residence import in_use
 from ldm.models import VAE, LatentClassifier, LatentDist, UNet, vae_bands
+from ldm.models.attention import AnyText, Context
 from ldm.models.conditioning import Conditioning
 from ldm.runtime import Finite, Runtime, finite, memory_format
 
@@ -39,6 +40,7 @@ class Savings:
 
 
 EXACT = Savings()
+Text = Callable[[torch.dtype], AnyText]
 
 
 def predict(
@@ -57,13 +59,24 @@ def predict(
     is of one drawing, whose deep features it keeps. `unread` is as `Finite` has it.
     """
     network = Finite(unet, "the U-Net", gradients, unread)
+    keeps = not gradients and not hasattr(unet, "_orig_mod")  # torch.compile would compile it in
+    joined = dict[tuple[str, ...], Joined]()
     cache = None if savings.interval == 1 else DeepCache(savings.interval, grid.sigmas)
 
-    def outputs(x: Tensor, sigma: Tensor, cond: Conditioning, told: Mapping[Hashable, object]) -> Tensor:
+    def told(names: tuple[str, ...]) -> Joined:
+        """What the branches are told now: a prompt may change over the steps."""
+        parts = [branches[name] for name in names]
+        if names not in joined or not joined[names].is_of(parts):
+            joined[names] = Joined(parts, keeps)
+        return joined[names]
+
+    def outputs(
+        x: Tensor, sigma: Tensor, cond: Conditioning, text: Text, told: Mapping[Hashable, object]
+    ) -> Tensor:
         if cache is None:
-            return network(lambda unet: _unet(unet, grid, x, sigma, cond, savings))[0]
+            return network(lambda unet: _unet(unet, grid, x, sigma, cond, text, savings))[0]
         deep = cache.kept(told, sigma)
-        out, made = network(lambda unet: _unet(unet, grid, x, sigma, cond, savings, deep))
+        out, made = network(lambda unet: _unet(unet, grid, x, sigma, cond, text, savings, deep))
         if deep is None:
             cache.keep(told, sigma, made)
         return out
@@ -71,9 +84,9 @@ def predict(
     def call(x: Tensor, sigma: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
         if unet.in_turn and len(names) > 1:
             return {name: call(x, sigma, (name,))[name] for name in names}
-        cond = Conditioning.cat([branches[name] for name in names])
+        cond, text = (now := told(names)).cond, now.text
         if tiles is None or tiles.is_whole(x):
-            out = outputs(x, sigma, cond, {name: branches[name] for name in names})
+            out = outputs(x, sigma, cond, text, {name: branches[name] for name in names})
         else:
             out = tiles.averaged(
                 x,
@@ -81,12 +94,35 @@ def predict(
                     window(x),
                     sigma,
                     _within(cond, window, tiles),
+                    text,
                     {(name, window): branches[name] for name in names},
                 ),
             )
         return dict(zip(names, out.chunk(len(names)), strict=True))
 
     return call
+
+
+class Joined:
+    """What some branches of a drawing are told, one below the other, for all of its calls."""
+
+    def __init__(self, parts: Sequence[Conditioning], keeps: bool) -> None:
+        """`keeps`: what layers make of the text is kept for the next call."""
+        self.parts, self.cond, self.keeps = parts, Conditioning.cat(parts), keeps
+        self._contexts = dict[torch.dtype, Context]()
+
+    def is_of(self, parts: Sequence[Conditioning]) -> bool:
+        """Whether these very ones are joined here."""
+        return all(a is b for a, b in zip(self.parts, parts, strict=True))
+
+    def text(self, dtype: torch.dtype) -> AnyText:
+        """The text as a network of that dtype reads it."""
+        tokens = self.cond.tokens
+        if not self.keeps:
+            return tokens.to(dtype)
+        if dtype not in self._contexts:
+            self._contexts[dtype] = Context(tokens.to(dtype))
+        return self._contexts[dtype]
 
 
 def _within(cond: Conditioning, window: Window, tiles: Tiles) -> Conditioning:
@@ -145,6 +181,7 @@ def _unet(
     x: Tensor,
     sigma: Tensor,
     cond: Conditioning,
+    text: Text,
     savings: Savings,
     deep: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
@@ -162,7 +199,7 @@ def _unet(
         # A tensor, as torch.compile takes a number for a constant and compiles again for each; filled there,
         # as copying it would make the host wait for a card.
         torch.full((), float(timestep), dtype=torch.float32, device=sample.device),
-        cond.tokens.to(dtype),
+        text(dtype),
     )
     extra: dict[str, Any] = {
         "pooled": None if cond.pooled is None else cond.pooled.to(dtype),

@@ -1,0 +1,61 @@
+"""What attentions make of the text is made once for all steps, and the picture is bit for bit the same."""
+
+import pytest
+import torch
+
+import ldm
+from ldm.models.attention import Attention
+from ldm.pipeline import networks
+
+STEPS = {"num_inference_steps": 4, "sampler": "euler", "seed": 5, "width": 64, "height": 64}
+
+
+@pytest.fixture
+def pipe():
+    return ldm.load()
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """The texts of which keys and values were made."""
+    texts, plain = [], Attention._keys_and_values
+
+    def counted(layer, context):
+        if layer.to_k.in_features != layer.to_q.in_features:  # not of the latents themselves
+            texts.append(context)
+        return plain(layer, context)
+
+    monkeypatch.setattr(Attention, "_keys_and_values", counted)
+    return texts
+
+
+def drawn(pipe, prompt, **fields):
+    return torch.from_numpy(pipe(prompt, output_type="np", **STEPS, **fields).images)
+
+
+def attentions(pipe):
+    return sum(
+        isinstance(each, Attention) and each.to_k.in_features != each.to_q.in_features
+        for each in pipe.unet.modules()
+    )
+
+
+def test_once_for_all_steps_and_the_same_to_the_bit(pipe, read, monkeypatch):
+    once = drawn(pipe, "a red boat")
+    assert len(read) == attentions(pipe)
+    monkeypatch.setattr(networks, "Context", lambda tokens: tokens)
+    assert torch.equal(drawn(pipe, "a red boat"), once)
+    assert len(read) == (1 + 4) * attentions(pipe)
+
+
+def test_a_prompt_that_changes_is_read_again(pipe, read, monkeypatch):
+    once = drawn(pipe, "a [red:blue:0.5] boat")
+    assert len(read) == 2 * attentions(pipe)
+    monkeypatch.setattr(networks, "Context", lambda tokens: tokens)
+    assert torch.equal(drawn(pipe, "a [red:blue:0.5] boat"), once)
+
+
+def test_two_drawings_share_nothing(pipe, read):
+    drawn(pipe, "a red boat")
+    drawn(pipe, "a red boat")
+    assert len(read) == 2 * attentions(pipe)
