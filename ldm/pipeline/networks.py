@@ -190,7 +190,8 @@ def _unet(
 
     All conditioning is cast too, but for sizes and noise levels, which 16 bits cannot hold.
     """
-    dtype, timestep = unet.conv_in.weight.dtype, grid.t(sigma)
+    dtype = unet.conv_in.weight.dtype
+    context, timestep = text(dtype), grid.t(sigma)
     sample = (x * c_in(sigma)).repeat(len(cond) // len(x), 1, 1, 1)
     if cond.concat is not None:
         sample = torch.cat([sample, cond.concat], dim=1)
@@ -199,7 +200,7 @@ def _unet(
         # A tensor, as torch.compile takes a number for a constant and compiles again for each; filled there,
         # as copying it would make the host wait for a card.
         torch.full((), float(timestep), dtype=torch.float32, device=sample.device),
-        text(dtype),
+        context,
     )
     extra: dict[str, Any] = {
         "pooled": None if cond.pooled is None else cond.pooled.to(dtype),
