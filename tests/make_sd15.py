@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from hub_configs import SCHEDULERS, TEXT_ENCODERS, UNETS, VAES
 from tiny_pipeline import write_tokenizer
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from ldm.checkpoint import Parts, load_module, save_folder
 from ldm.models import build
+from ldm.models.clip import CLIPTextModel
 
 # The names of U-Net and scheduler, VAE and text encoders in hub_configs.
 FAMILIES = {
@@ -44,8 +44,7 @@ def fill_randomly(module):
 def text_encoder(config, tokenizer):
     """Of that size, for our small vocabulary's start and end; its table stays as long as CLIP's."""
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    kind = CLIPTextModelWithProjection if "WithProjection" in config["architectures"][0] else CLIPTextModel
-    return kind(CLIPTextConfig(**{k: v for k, v in config.items() if k != "torch_dtype"} | ids))
+    return CLIPTextModel.from_config(config | ids)
 
 
 def make(folder, family="sd1"):

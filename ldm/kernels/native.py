@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from ctypes import c_double, c_int, c_int64, c_void_p
 from functools import cache
+from mmap import mmap
 
 import torch
 from torch import Tensor
@@ -40,9 +41,11 @@ def pack_winograd(weight: Tensor) -> Tensor:
     """A 3 x 3 convolution's weight [O, C, 3, 3] as `convolve` takes it: four times as many numbers."""
     weight = weight.float()
     out_channels, in_channels = weight.shape[:2]
-    packed = torch.empty(_library().winograd_numbers(out_channels, in_channels))
+    numbers = _library().winograd_numbers(out_channels, in_channels)
     if _has_no_numbers(weight):
-        return packed
+        return torch.empty(numbers)
+    # Mapped: in the heap, among tensors that come and go, what stays would leave them holes.
+    packed = torch.frombuffer(mmap(-1, 4 * numbers), dtype=torch.float32)
     sizes = (out_channels, in_channels, *weight.stride())
     _library().pack_winograd(weight.data_ptr(), packed.data_ptr(), *sizes, torch.get_num_threads())
     return packed

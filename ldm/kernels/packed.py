@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ldm.kernels import native
+from ldm.kernels.malloc import give_back
 
 # Of the memory that is free, the share that all packed weights may take.
 SHARE = 1 / 4
@@ -40,6 +41,7 @@ def winograd(weight: Tensor) -> Tensor | None:
     if nbytes() + 4 * 4 * weight.numel() > psutil.virtual_memory().available * SHARE:
         return None
     packed = native.pack_winograd(weight)
+    give_back()  # small blocks that stay would hold all that is free below them in the heap
     with _LOCK:
         _KEPT[weight] = _Packed(packed, *now)
     return packed

@@ -1,26 +1,30 @@
 // What Python calls (ldm/kernels/native.py): plain C functions of pointers, shapes and strides in numbers, fp32.
 // They use the threads that torch's own kernels use, `threads` of them.
-#include <cstdlib>
+#include <sys/mman.h>
 
 #include "norm.hpp"
 #include "winograd.hpp"
 
 namespace {
 
-// Memory for `numbers`, the same at each call of one thread for one `purpose`: it is kept. Blocks that come and go among
-// the caller's would leave it holes, and pages to be cleared again.
+// Memory for `numbers`, the same at each call of one thread for one `purpose`: it is kept, as pages that come and go would
+// have to be cleared again. Mapped: what stays in the heap among blocks that come and go keeps all below it from the system.
 template <int purpose>
 float* scratch(size_t numbers) {
   struct Kept {
     float* at = nullptr;
     size_t size = 0;
-    ~Kept() { std::free(at); }
+    void leave() {
+      if (at != nullptr) munmap(at, size * sizeof(float));
+    }
+    ~Kept() { leave(); }
   };
   thread_local Kept kept;
   if (kept.size < numbers) {
-    std::free(kept.at);
+    kept.leave();
     kept.size = (numbers + 1023) / 1024 * 1024;
-    kept.at = static_cast<float*>(std::aligned_alloc(64, kept.size * sizeof(float)));
+    kept.at = static_cast<float*>(
+        mmap(nullptr, kept.size * sizeof(float), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
   }
   return kept.at;
 }
