@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -92,13 +92,20 @@ SIZES = (
 )
 
 
-class EncodedText(NamedTuple):
+@dataclass(frozen=True)
+class EncodedText:
     """What a text encoder makes of token ids [B, N]."""
 
     last_hidden_state: Tensor  # [B, N, D], the last layer's output with the final norm
     pooler_output: Tensor  # [B, D], that at the end of each text
     hidden_states: tuple[Tensor, ...]  # [B, N, D] each: the embeddings, and each layer's output, without norm
     text_embeds: Tensor | None  # [B, P], the pooled text projected
+
+    def __getitem__(self, place: int) -> Tensor | tuple[Tensor, ...]:
+        """As transformers' outputs count: the projected text first, where there is one; or the last state."""
+        if self.text_embeds is not None:
+            return (self.text_embeds, self.last_hidden_state, self.hidden_states)[place]
+        return (self.last_hidden_state, self.pooler_output, self.hidden_states)[place]
 
 
 class CLIPTextModel(nn.Module):
@@ -142,8 +149,8 @@ class CLIPTextModel(nn.Module):
         """Another table, of as many channels."""
         self.text_model.embeddings.token_embedding = table  # type: ignore[assignment]  # any will do
 
-    def forward(self, input_ids: Tensor) -> EncodedText:
-        """N up to `max_position_embeddings`."""
+    def forward(self, input_ids: Tensor, output_hidden_states: bool = True) -> EncodedText:
+        """N up to `max_position_embeddings`. Hidden states are there in any case, asked for or not."""
         hidden = self.text_model(input_ids)
         last = self.text_model.final_layer_norm(hidden[-1])
         end = self.config.eos_token_id

@@ -46,6 +46,8 @@ def test_all_states_are_those_of_transformers(activation, length, end):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(mine.last_hidden_state, wanted.last_hidden_state, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(mine.text_embeds, wanted.text_embeds, rtol=1e-5, atol=1e-5)
+    for k in range(2):  # by place, as scripts for diffusers take them
+        torch.testing.assert_close(mine[k], wanted[k], rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -54,6 +56,7 @@ def test_without_a_projection_the_pooled_text_is_that_at_the_end(end):
     ours, theirs = both("CLIPTextModel", eos_token_id=end)
     ids = texts(4, 9)
     assert ours(ids).text_embeds is None
+    torch.testing.assert_close(ours(ids)[0], theirs(ids)[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours(ids).pooler_output, theirs(ids).pooler_output, rtol=1e-5, atol=1e-5)
     at = ids.argmax(1) if end == 2 else (ids == end).int().argmax(1)
     assert torch.equal(ours(ids).pooler_output, ours(ids).last_hidden_state[range(4), at])
