@@ -1,13 +1,16 @@
-"""Finished pictures in other formats, with all that they say of themselves."""
+"""Pictures on disk: in other formats, and what they say of themselves."""
 
 from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
+from ldm.errors import UserError
 from ldm.images.formats import Encoding, encode
+from ldm.images.png import read_request
 from ldm.images.texts import read_texts
 
 
@@ -19,3 +22,11 @@ def converted(path: Path, encoding: Encoding) -> bytes:
     with Image.open(path, formats=("PNG",)) as image:
         encode(image.convert("RGB"), data, texts, encoding)
     return data.getvalue()
+
+
+def told_request(path: Path) -> dict[str, Any] | None:
+    """What a picture, of ours or of another program, says of how it was drawn, as JSON; None if nothing."""
+    try:
+        return read_request(path).filled_in("json")
+    except UserError:
+        return None
