@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from PIL import Image, PngImagePlugin
 from serve_server import png, running
 
 from ldm.images.png import save_png
@@ -98,15 +99,15 @@ def test_the_lists_that_it_shows_are_names_that_requests_take(client):
 
 
 def test_an_upload_says_how_it_was_drawn_and_can_be_seen(client, tmp_path):
-    from PIL import Image, PngImagePlugin
-
     ours = tmp_path / "ours.png"
     save_png(Image.new("RGB", (64, 64)), ours, Request(prompt="a boat", seeds=(5,), num_inference_steps=9))
     told = client.post("/api/uploads", content=ours.read_bytes()).json()
     assert (told["request"]["prompt"], told["request"]["seeds"]) == ("a boat", [5])
     assert client.get(f"/api/uploads/{told['id']}").content == ours.read_bytes()
 
-    text = "a castle\nNegative prompt: fog\nSteps: 12, Sampler: Euler a, CFG scale: 6.5, Seed: 77, Size: 64x64"
+    text = (
+        "a castle\nNegative prompt: fog\nSteps: 12, Sampler: Euler a, CFG scale: 6.5, Seed: 77, Size: 64x64"
+    )
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", text)
     theirs = tmp_path / "theirs.png"
