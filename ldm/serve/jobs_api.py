@@ -145,7 +145,7 @@ def uploads_router(service: Service) -> APIRouter:
         openapi_extra={"requestBody": {"content": {f"image/{kind}": {} for kind in ("png", "jpeg", "webp")}}},
     )
     async def upload(asked: Asked) -> dict[str, Any]:
-        """The body is the file; or JSON, `{"image": base64}`. `request` is how it was drawn, if it says so."""
+        """The body is the file; or JSON, `{"image": base64}`. `request` is how it was drawn, or null."""
         data = await asked.body()
         if asked.headers.get("content-type", "").startswith("application/json"):
             given = await asked.json()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, PngImagePlugin
 from serve_server import ASK, png, running, wait
 
@@ -61,7 +62,7 @@ class Page:
     def js(self, script, *values):
         return self.driver.execute_script(script, *values)
 
-    def until(self, call, seconds=30):
+    def until(self, call, seconds=90):
         return WebDriverWait(self.driver, seconds, 0.02).until(lambda _: call())
 
     def id(self, name):
@@ -122,14 +123,18 @@ def driver(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     with running(tmp_path_factory.mktemp("serve")) as made:
+        shelf = made[1].shelf
+        shelf(shelf.default).preview(torch.zeros(1, 4, 8, 8))  # fitted once, which takes its time
         yield made
 
 
 @pytest.fixture
 def page(driver, server):
     client, service = server
-    for ticket in service.queue.waiting:
-        service.queue.cancel(ticket)
+    for told in service.jobs(20):  # of a test that failed
+        if ticket := service.ticket(told["id"]):
+            service.queue.cancel(ticket)
+            ticket.wait(60)
     made = Page(driver, str(client.base_url.join("/")))
     made.forget()
     made.open()
@@ -161,7 +166,7 @@ def test_what_is_typed_is_drawn_with_a_preview_on_the_way(page, server):
 def test_one_is_cancelled_and_those_that_wait_say_their_place(page):
     page.generate(prompt="slow", num_inference_steps=150, width=256, height=256, n=4)
     page.generate(prompt="next", n=1)
-    page.until(lambda: "place 1" in page.all(".job .hint")[0].text, 10)
+    page.until(lambda: "place 1" in page.all(".job .hint")[0].text)
     page.click(page.id("cancel"))  # the one that is drawn
     page.until(lambda: page.all(".job")[1].get_attribute("data-status") == "cancelled")
     page.until(lambda: page.status() == "completed")
@@ -221,7 +226,7 @@ def test_the_brush_paints_what_is_drawn_anew(page, server):
     page.screenshot("inpaint")
     stroke = painted(page)
     page.click(page.id("invert"))
-    assert np.array_equal(painted(page) > 128, stroke < 128)
+    assert abs(painted(page).astype(int) + stroke - 255).max() <= 2  # edges are half transparent
     page.click(page.id("undo"))
     assert np.array_equal(painted(page), stroke)
     page.click(page.id("clear"))
