@@ -123,8 +123,9 @@ def driver(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     with running(tmp_path_factory.mktemp("serve")) as made:
-        shelf = made[1].shelf
-        shelf(shelf.default).preview(torch.zeros(1, 4, 8, 8))  # fitted once, which takes its time
+        model = made[1].shelf(made[1].shelf.default)
+        # Fitted once, which takes its time.
+        model.preview(torch.zeros(1, model.pipe.vae.latent_channels, 8, 8))
         yield made
 
 
