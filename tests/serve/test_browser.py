@@ -223,7 +223,7 @@ def test_the_brush_paints_what_is_drawn_anew(page, server):
     width = canvas.size["width"]
     move = ActionChains(page.driver).move_to_element_with_offset(canvas, -width // 4, 0)
     move.click_and_hold().move_by_offset(0, width // 8).release().perform()
-    page.until(lambda: page.id("mask-fields").is_enabled())
+    page.until(lambda: not page.id("mask-fields").get_property("disabled"))
     page.screenshot("inpaint")
     stroke = painted(page)
     page.click(page.id("invert"))
@@ -231,9 +231,9 @@ def test_the_brush_paints_what_is_drawn_anew(page, server):
     page.click(page.id("undo"))
     assert np.array_equal(painted(page), stroke)
     page.click(page.id("clear"))
-    page.until(lambda: not page.id("mask-fields").is_enabled())
+    page.until(lambda: page.id("mask-fields").get_property("disabled"))
     page.click(page.id("undo"))
-    page.until(lambda: page.id("mask-fields").is_enabled())
+    page.until(lambda: not page.id("mask-fields").get_property("disabled"))
     page.open()  # the mask outlives a reload
     page.until(lambda: page.id("stage").is_displayed())
     assert abs(painted(page).astype(int) - stroke).max() < 8
@@ -359,5 +359,5 @@ def test_every_control_has_a_name_and_can_be_reached(page):
     page.field("prompt").click()
     for _ in range(40):
         reached.add(page.js("return document.activeElement.name || document.activeElement.id"))
-        page.driver.switch_to.active_element.send_keys(Keys.TAB)
+        ActionChains(page.driver).send_keys(Keys.TAB).perform()
     assert {"prompt", "generate", "model", "swap", "dice", "n", "file", "hires", "search"} <= reached

@@ -65,6 +65,7 @@ export class Brush {
     if (!this.stroke) return;
     this.operations.push(this.stroke);
     this.stroke = null;
+    this.redraw(); // as one line: its pieces overlapped, with harder edges
     this.onChange();
   }
 

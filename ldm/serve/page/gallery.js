@@ -8,6 +8,8 @@ const PAGE = 40;
 export class Gallery {
   constructor({ open, onFault }) {
     Object.assign(this, { open, onFault });
+    this.refresh = later(() => this.readNew(), 200); // pictures of a batch come together
+    document.addEventListener("visibilitychange", () => document.hidden || this.refresh());
     this.reset();
     new IntersectionObserver((seen) => {
       this.isAtEnd = seen.at(-1).isIntersecting;
@@ -30,11 +32,19 @@ export class Gallery {
     return [...$("pictures").children].map((each) => each.dataset.picture);
   }
 
+  query() {
+    return new URLSearchParams({ limit: PAGE, search: $("search").value.trim() });
+  }
+
+  tellEnd() {
+    $("end").textContent = this.isWhole ? (this.shown.size ? "That is all." : "No pictures.") : "";
+  }
+
   async more() {
     if (this.isAsking || this.isWhole) return;
     const round = this.round;
     this.isAsking = true;
-    const asked = new URLSearchParams({ limit: PAGE, search: $("search").value.trim() });
+    const asked = this.query();
     if (this.next !== null) asked.set("before", this.next);
     try {
       const page = await get(`/api/pictures?${asked}`);
@@ -42,7 +52,7 @@ export class Gallery {
       for (const each of page.pictures) this.add(each, false);
       this.next = page.next;
       this.isWhole = page.next === null;
-      $("end").textContent = this.isWhole ? (this.shown.size ? "That is all." : "No pictures.") : "";
+      this.tellEnd();
     } catch (error) {
       if (round !== this.round) return;
       this.isWhole = true; // or scrolling would ask again and again
@@ -62,13 +72,22 @@ export class Gallery {
     else $("pictures").append(button);
   }
 
-  async addNew(id) {
-    const search = $("search").value.trim().toLowerCase();
+  // What came since, from here or from other programs.
+  async readNew() {
+    if (this.isAsking) return this.refresh();
+    const round = this.round;
     try {
-      const picture = await get(`/api/pictures/${encodeURIComponent(id)}`);
-      if ((picture.request?.prompt ?? "").toLowerCase().includes(search)) this.add(picture, true);
+      const page = await get(`/api/pictures?${this.query()}`);
+      if (round !== this.round) return;
+      const fresh = page.pictures.filter((each) => !this.shown.has(each.id));
+      if (fresh.length === PAGE) { // there may be more between: begin again
+        this.reset();
+        return this.more();
+      }
+      for (const each of fresh.reverse()) this.add(each, true);
+      this.tellEnd();
     } catch (error) {
-      if (error.status !== 404) this.onFault(error); // deleted meanwhile
+      this.onFault(error);
     }
   }
 

@@ -10,7 +10,7 @@ const OVER = ["completed", "failed", "cancelled", "interrupted"];
 
 const isOver = (told) => OVER.includes(told.status);
 
-// `onPicture(id)` for each finished picture, `open(picture)` for one that is clicked, `onFault(error)`.
+// `onPicture()` when some are finished, `open(id)` for one that is clicked, `onFault(error)`.
 export class Jobs {
   constructor({ onPicture, open, onFault }) {
     Object.assign(this, { onPicture, open, onFault });
@@ -100,8 +100,7 @@ export class Jobs {
     this.forget();
     if (!this.cards.has(told.id)) this.cards.set(told.id, this.card(told));
     this.fill(this.cards.get(told.id), told);
-    const finished = isNews ? told.pictures.slice(before?.pictures.length ?? 0) : [];
-    for (const name of finished) this.onPicture(name);
+    if (isNews && told.pictures.length > (before?.pictures.length ?? 0)) this.onPicture();
     $("nothing").hidden = this.told.size > 0;
     sessionStorage.setItem(KEY, JSON.stringify([...this.told.keys()]));
     this.summarize(told);

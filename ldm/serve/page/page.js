@@ -12,7 +12,7 @@ import { onWeightKeys } from "./weights.js";
 const source = new Source(showFault);
 const gallery = new Gallery({ open: (id) => viewer.open(id), onFault: showFault });
 const jobs = new Jobs({
-  onPicture: (id) => gallery.addNew(id), open: (id) => viewer.open(id), onFault: showFault,
+  onPicture: () => gallery.refresh(), open: (id) => viewer.open(id), onFault: showFault,
 });
 const viewer = new Viewer({
   use: restoreRequest,
