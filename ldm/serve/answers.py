@@ -6,6 +6,8 @@ import json
 import re
 from typing import Any
 
+from fastapi.responses import JSONResponse
+
 # "height 641 is not allowed: ...": the messages of a Request begin with its fields.
 FIELD = re.compile(r"^(?:hires )?(\w+) (?:.* )?(?:is not allowed|is too long|has too many)")
 UNKNOWN = re.compile(r"^(\w+) is not a field of a Request")
@@ -24,6 +26,10 @@ def field_in(message: str) -> str | None:
     """The field of a request that an error's first words name."""
     found = FIELD.match(message) or UNKNOWN.match(message)
     return found[1] if found else None
+
+
+def missing(what: str) -> JSONResponse:
+    return JSONResponse(error_body(f"there is no {what} of that id", 404, code="not_found"), 404)
 
 
 def json_bytes(value: Any) -> bytes:

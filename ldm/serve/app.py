@@ -11,12 +11,13 @@ from fastapi import FastAPI
 from fastapi import Request as Asked
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 
 from ldm.errors import UserError
 from ldm.request import Request
 from ldm.serve.answers import error_body
+from ldm.serve.front import page_router
 from ldm.serve.guard import App, Guard, Rules
 from ldm.serve.jobs_api import jobs_router, pictures_router, uploads_router
 from ldm.serve.manual import manual
@@ -46,6 +47,7 @@ def create_app(service: Service, rules: Rules | None = None) -> App:
     )
     for make in (jobs_router, pictures_router, uploads_router, openai_router, sdapi_router):
         app.include_router(make(service))
+    app.include_router(page_router())
     add_plain_routes(app, service, answers)
     add_errors(app)
     return Guard(app, rules or Rules(), answers)
@@ -73,10 +75,6 @@ def add_plain_routes(app: FastAPI, service: Service, answers: Counter[str]) -> N
     @app.get("/docs", include_in_schema=False)
     def docs() -> HTMLResponse:
         return HTMLResponse(manual(schema(app)))
-
-    @app.get("/", include_in_schema=False)
-    def root() -> RedirectResponse:
-        return RedirectResponse("/docs")
 
 
 def schema(app: FastAPI) -> dict[str, Any]:

@@ -8,17 +8,20 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Query
 from fastapi import Request as Asked
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, Response, StreamingResponse
 
+from ldm.diffusion.samplers import SAMPLERS, SPACINGS
+from ldm.images.enlarging import LABELS
 from ldm.images.formats import Encoding
 from ldm.request import Request
-from ldm.serve.answers import error_body
+from ldm.serve.answers import missing
 from ldm.serve.events import STREAM, changes, data_url, encoded, event, glimpse
-from ldm.serve.pictures import converted
+from ldm.serve.pictures import converted, told_request
 from ldm.serve.service import Service
 from ldm.serve.ticket import Ticket
 from ldm.serve.uploads import decode_base64
 
+UPLOADED = {".png": "png", ".jpg": "jpeg", ".webp": "webp"}
 KINDS = ("png", "jpeg", "webp")
 PAGE = 50  # pictures or jobs
 MOST = 500
@@ -28,10 +31,6 @@ BODY = {
         "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Request"}}},
     }
 }
-
-
-def missing(what: str) -> JSONResponse:
-    return JSONResponse(error_body(f"there is no {what} of that id", 404, code="not_found"), 404)
 
 
 def jobs_router(service: Service) -> APIRouter:
@@ -146,13 +145,21 @@ def uploads_router(service: Service) -> APIRouter:
         openapi_extra={"requestBody": {"content": {f"image/{kind}": {} for kind in ("png", "jpeg", "webp")}}},
     )
     async def upload(asked: Asked) -> dict[str, Any]:
-        """The body is the file; or JSON, `{"image": base64}`."""
+        """The body is the file; or JSON, `{"image": base64}`. `request` is how it was drawn, or null."""
         data = await asked.body()
         if asked.headers.get("content-type", "").startswith("application/json"):
             given = await asked.json()
             data = decode_base64(str(given.get("image", "") if isinstance(given, dict) else ""), "image")
         name = await run_in_threadpool(service.uploads.put, data)
-        return {"id": name}
+        place = service.uploads.folder / name
+        return {"id": name, "request": await run_in_threadpool(told_request, place)}
+
+    @router.get("/uploads/{upload}", summary="A picture that was uploaded")
+    def uploaded(upload: str) -> Response:
+        place = service.uploads.place(upload)
+        if place is None:
+            return missing("upload")
+        return FileResponse(place, media_type=f"image/{UPLOADED[place.suffix]}")
 
     @router.get("/models", summary="Models and LoRAs that requests may name")
     def models() -> dict[str, Any]:
@@ -166,10 +173,14 @@ def uploads_router(service: Service) -> APIRouter:
 
     @router.get("/limits", summary="What a request may ask for")
     def limits() -> dict[str, Any]:
+        """Samplers and upscalers by their names, with those that people know them by."""
         return {
             **vars(service.limits),
             "queue": service.queue.capacity,
             "request": list(Request.model_fields),
+            "samplers": {name: each.label for name, each in SAMPLERS.items()},
+            "spacings": list(SPACINGS),
+            "upscalers": dict(LABELS),
         }
 
     return router

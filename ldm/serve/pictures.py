@@ -1,10 +1,11 @@
-"""Finished pictures in other formats, with all that they say of themselves and of their origin."""
+"""Pictures on disk: in other formats, and what they say of themselves and of their origin."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -25,3 +26,11 @@ def converted(path: Path, encoding: Encoding, marks: Marks) -> bytes:
     with Image.open(path, formats=("PNG",)) as image:
         encode(pixels := image.convert("RGB"), data, texts, encoding, marks.origin(pixels, request))
     return data.getvalue()
+
+
+def told_request(path: Path) -> dict[str, Any] | None:
+    """What a picture, of ours or of another program, says of how it was drawn, as JSON; None if nothing."""
+    try:
+        return read_request(path).filled_in("json")
+    except UserError:
+        return None
