@@ -11,6 +11,8 @@ import hashlib
 import io
 import json
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image
@@ -96,7 +98,7 @@ class Marks:
             name, version = f"{request.model} via ldm" if request.model else "ldm", f"{__version__}{model}"
             if request.has_images or {"image", "mask_image"} & {*request.not_kept}:
                 source, parent = COMPOSITE, _input_of(request) or self.parent
-        said = {} if parent is None else marks_in(parent)
+        said = {} if parent is None else _marks_of_file(parent)
         if said.get(SOURCE) == VOCABULARY + TRAINED:
             source = TRAINED
         systems = dict.fromkeys([name, *filter(None, said.get(SYSTEM, "").split("; "))])
@@ -158,8 +160,21 @@ def _input_of(request: Request) -> bytes | None:
     path = request.image
     if path is None or is_remote(path):
         return None
-    with contextlib.suppress(UserError):
-        data = read_bytes(path)
-        if request.image_sha256 in (None, hashlib.sha256(data).hexdigest()):
+    with contextlib.suppress(UserError, OSError):
+        told = Path(path).stat()
+        data, digest = _read_once(Path(path), told.st_mtime_ns, told.st_size)
+        if request.image_sha256 in (None, digest):
             return data
     return None
+
+
+@lru_cache(maxsize=1)
+def _read_once(path: Path, _mtime: int, _size: int) -> tuple[bytes, str]:
+    """A file and its SHA-256: many pictures may be drawn from one."""
+    data = read_bytes(path)
+    return data, hashlib.sha256(data).hexdigest()
+
+
+@lru_cache(maxsize=1)
+def _marks_of_file(data: bytes) -> dict[str, str]:
+    return marks_in(data)

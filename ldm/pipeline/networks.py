@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.diffusion.deep_cache import DeepCache
 from ldm.diffusion.guidance import Gradient, Predict
@@ -59,14 +59,14 @@ def predict(
     is of one drawing, whose deep features it keeps. `unread` is as `Finite` has it.
     """
     network = Finite(unet, "the U-Net", gradients, unread)
-    keeps = not gradients and not hasattr(unet, "_orig_mod")  # torch.compile would compile it in
     joined = dict[tuple[str, ...], Joined]()
     cache = None if savings.interval == 1 else DeepCache(savings.interval, grid.sigmas)
 
     def told(names: tuple[str, ...]) -> Joined:
         """What the branches are told now: a prompt may change over the steps."""
         parts = [branches[name] for name in names]
-        if names not in joined or not joined[names].is_of(parts):
+        keeps = not gradients and not is_compiled(unet)  # torch.compile would take each text for a constant
+        if names not in joined or not joined[names].is_of(parts, keeps):
             joined[names] = Joined(parts, keeps)
         return joined[names]
 
@@ -103,6 +103,11 @@ def predict(
     return call
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile has made a module, or what it does, anew."""
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
 class Joined:
     """What some branches of a drawing are told, one below the other, for all of its calls."""
 
@@ -111,9 +116,9 @@ class Joined:
         self.parts, self.cond, self.keeps = parts, Conditioning.cat(parts), keeps
         self._contexts = dict[torch.dtype, Context]()
 
-    def is_of(self, parts: Sequence[Conditioning]) -> bool:
-        """Whether these very ones are joined here."""
-        return all(a is b for a, b in zip(self.parts, parts, strict=True))
+    def is_of(self, parts: Sequence[Conditioning], keeps: bool) -> bool:
+        """Whether these very ones are joined here, in this way."""
+        return self.keeps == keeps and all(a is b for a, b in zip(self.parts, parts, strict=True))
 
     def text(self, dtype: torch.dtype) -> AnyText:
         """The text as a network of that dtype reads it."""

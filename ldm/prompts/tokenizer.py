@@ -135,7 +135,7 @@ class CLIPTokenizer:
         """The same as ids by token."""
         return {token.content: i for i, token in self.added_tokens_decoder.items()}
 
-    def add_tokens(self, tokens: Iterable[str], single_word: bool) -> None:
+    def add_tokens(self, tokens: Iterable[str], single_word: bool = False) -> None:
         """Add tokens in place, with the next ids; `single_word` finds them only as words of their own."""
         self._backend.add_tokens(
             [AddedToken(token, single_word=single_word, normalized=True) for token in tokens]
