@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 def table(job: Job, args: argparse.Namespace) -> Iterator[str]:
     """The lines that tell of one job: what takes what, the peak of each way, and what to do."""
     from ldm.memory.sizes import as_text, parse_size
+    from ldm.memory.trace import loaded_by_tracing
     from ldm.pipeline.job import plan_of
     from ldm.pipeline.plan import WAYS
     from ldm.runtime import resident_memory
@@ -27,6 +28,8 @@ def table(job: Job, args: argparse.Namespace) -> Iterator[str]:
     own = resident_memory() if job.model.device.type != "cuda" else 0
     room = free + own if args.max_memory is None else min(parse_size(args.max_memory), free + own)
     plan = plan_of(job, room)
+    if args.max_memory is None:  # then the drawing traces nothing
+        plan.base -= loaded_by_tracing()
     first, request = plan.predict(WAYS[0]), job.request
     yield f"{len(job.batches[0])} x {request.width}x{request.height}, {str(job.model.dtype)[6:]}"
     yield row("python and libraries", first.base)

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ldm.models.convolution import is_imitated
+from ldm.runtime import resident_memory
 
 M = TypeVar("M", bound=nn.Module)
 META = torch.device("meta")
@@ -34,11 +35,21 @@ def peak(call: Callable[[], object], device: torch.device) -> int:
 
 def peak_and_rest(call: Callable[[], object], device: torch.device) -> tuple[int, int]:
     """`peak`, and the bytes that are still held when what it gave is gone: weights packed for kernels."""
-    counted = _Counted(device)
+    counted, before = _Counted(device), resident_memory()
     with torch.no_grad(), counted, _As(device):
         given = call()
     del given
+    if not _LOADED:
+        _LOADED.append(max(0, resident_memory() - before))
     return counted.most, counted.now
+
+
+def loaded_by_tracing() -> int:
+    """Bytes of torch's own code that the first trace of this process has loaded, and no drawing needs."""
+    return _LOADED[0] if _LOADED else 0
+
+
+_LOADED: list[int] = []
 
 
 def on_meta(module: M) -> M:
