@@ -13,7 +13,7 @@ import torch
 from hub_configs import SCHEDULERS, TEXT_ENCODERS, UNETS, VAES
 from tiny_pipeline import write_tokenizer
 
-from ldm.checkpoint import Parts, load_module, save_folder
+from ldm.checkpoint import Parts, load_module, load_tokenizer, save_folder
 from ldm.models import build
 from ldm.models.clip import CLIPTextModel
 
@@ -50,7 +50,8 @@ def text_encoder(config, tokenizer):
 def make(folder, family="sd1"):
     unet, vae, encoders = FAMILIES[family]
     with tempfile.TemporaryDirectory() as vocabulary:
-        tokenizer = write_tokenizer(Path(vocabulary), window=77)
+        write_tokenizer(Path(vocabulary), window=77)
+        tokenizer = load_tokenizer(Path(vocabulary))
     with torch.device("meta"):
         modules = [build(UNETS[unet]), build(VAES[vae])]
         modules += [text_encoder(TEXT_ENCODERS[name], tokenizer) for name in encoders]
