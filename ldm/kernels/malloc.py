@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import NamedTuple
 
@@ -19,11 +20,15 @@ class _Malloc(NamedTuple):
     mallopt: Callable[[int, int], int]
     trim: Callable[[int], int]
 
-    def as_before(self) -> None:
-        self.mallopt(M_MMAP_MAX, MMAP_MAX)
-        self.mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
-        self.mallopt(M_TRIM_THRESHOLD, 2 * LARGEST_MMAP_THRESHOLD)
-        self.trim(0)
+
+Settings = tuple[tuple[int, int], ...]  # arguments of mallopt
+AS_EVER: Settings = (
+    (M_MMAP_MAX, MMAP_MAX),
+    (M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD),
+    (M_TRIM_THRESHOLD, 2 * LARGEST_MMAP_THRESHOLD),
+)
+_BLOCKS: list[Settings] = []  # that are open, in this thread and others
+_LOCK = threading.Lock()
 
 
 def give_back() -> None:
@@ -39,38 +44,44 @@ def _malloc() -> _Malloc | None:
     return None if mallopt is None or trim is None else _Malloc(mallopt, trim)
 
 
-@contextmanager
-def freed_memory_kept() -> Iterator[None]:
+def freed_memory_kept() -> AbstractContextManager[None]:
     """Inside the block the C library keeps what is freed; at its end it gives all of it back.
 
     Else glibc gives every large tensor back, and the kernel clears the pages of the next one: a quarter of
     the time of a step that trains all weights on a CPU. Where there is no such setting nothing is done.
     """
-    malloc = _malloc()
-    if malloc is None:
-        yield
-        return
-    malloc.mallopt(M_MMAP_MAX, 0)
-    malloc.mallopt(M_TRIM_THRESHOLD, -1)  # never
-    try:
-        yield
-    finally:
-        malloc.as_before()
+    return _block((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1))  # none mapped; never trimmed
 
 
-@contextmanager
-def freed_memory_given_back() -> Iterator[None]:
+def freed_memory_given_back() -> AbstractContextManager[None]:
     """Inside the block the C library gives every block of 4 MiB back as soon as it is freed.
 
     Else glibc keeps those of up to 32 MB, and what is held among them leaves holes that nothing fits into: a
     map made band by band took seven times its size.
     """
+    return _block((M_MMAP_MAX, MMAP_MAX), (M_MMAP_THRESHOLD, SMALLEST_MAPPED))
+
+
+@contextmanager
+def _block(*settings: tuple[int, int]) -> Iterator[None]:
+    """Settings of the whole process; at the end those of the blocks that are still open hold again."""
     malloc = _malloc()
     if malloc is None:
         yield
         return
-    malloc.mallopt(M_MMAP_THRESHOLD, SMALLEST_MAPPED)
+    with _LOCK:
+        _BLOCKS.append(settings)
+        _set(malloc, settings)
     try:
         yield
     finally:
-        malloc.as_before()
+        with _LOCK:
+            _BLOCKS.remove(settings)
+            for each in (AS_EVER, *_BLOCKS):
+                _set(malloc, each)
+        malloc.trim(0)
+
+
+def _set(malloc: _Malloc, settings: Settings) -> None:
+    for option, value in settings:
+        malloc.mallopt(option, value)

@@ -87,3 +87,22 @@ def test_what_is_held_leaves_no_holes(given_back):
     command = [sys.executable, "-c", HOLES.format(given_back=given_back)]
     more = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert (more < 8) == given_back
+
+
+NESTED = """
+from resource import RUSAGE_SELF, getrusage
+from ldm.kernels.malloc import freed_memory_given_back, freed_memory_kept
+with freed_memory_kept():
+    with freed_memory_given_back():
+        pass
+    bytearray(64 << 20)
+    before = getrusage(RUSAGE_SELF).ru_minflt
+    bytearray(64 << 20)[::4096] = bytes(1 << 14)
+    print(getrusage(RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_a_block_leaves_the_one_around_it_as_it_was():
+    """A preview over bands within a training."""
+    command = [sys.executable, "-c", NESTED]
+    assert int(subprocess.run(command, check=True, capture_output=True, text=True).stdout) < 1 << 10
