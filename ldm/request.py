@@ -274,7 +274,7 @@ class Request(Checked):
         """Raise UserError if this request is of a picture that more was `given` to than now."""
         lost = [name for name in self.not_kept if name not in given]
         if lost:
-            files = " (images also by -i and --mask)" if {*lost} & {"image", "mask_image"} else ""
+            files = " (images also by -i and --mask)" if {*lost} & {*IMAGES} else ""
             raise UserError(
                 f"this was drawn in Python with {abbreviate(lost, 4)} from memory, which is not kept: "
                 f"it cannot be drawn again without the same{files}"
@@ -389,6 +389,7 @@ class Request(Checked):
 
 
 OF_MASKS = ("extend", "mask_invert", "mask_grow", "mask_blur", "soft_mask", "mask_fill", "padding_mask_crop")
+IMAGES = ("image", "mask_image")
 PROMPTS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "target_prompt")
 OWN = {*PROMPTS, "seeds", "embeddings", "variation_seed"}  # in which requests of one job may differ
 

@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +91,16 @@ def read_request(path: str | Path) -> Request:
     """
     texts = _read_written(path)
     try:
-        if CHUNK in texts:
-            return _as_drawn(Request.from_json(texts[CHUNK]))
-        return _as_drawn(parse_parameters(texts[PARAMETERS]))
+        return request_of(texts)
     except UserError as error:
         raise UserError(f"{path} does not say what can be drawn: {error}") from None
+
+
+def request_of(texts: Mapping[str, str]) -> Request:
+    """The request of a picture's texts, of which one is. Raises UserError for one that cannot be drawn."""
+    if CHUNK in texts:
+        return _as_drawn(Request.from_json(texts[CHUNK]))
+    return _as_drawn(parse_parameters(texts[PARAMETERS]))
 
 
 def read_fields(path: str | Path) -> list[tuple[str, object]]:

@@ -20,6 +20,7 @@ from PIL import Image
 from ldm.errors import UserError
 from ldm.images.opening import formats, is_remote, read_bytes
 from ldm.images.xmp import CREATOR_TOOL, statements_in
+from ldm.request import IMAGES
 from ldm.version import __version__
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ class Marks:
         if request is not None:
             model = f", model {request.model_hash}" if request.model_hash else ""
             name, version = f"{request.model} via ldm" if request.model else "ldm", f"{__version__}{model}"
-            if request.has_images or {"image", "mask_image"} & {*request.not_kept}:
+            if request.has_images or {*IMAGES} & {*request.not_kept}:
                 source, parent = COMPOSITE, _input_of(request) or self.parent
         said = {} if parent is None else _marks_of_file(parent)
         if said.get(SOURCE) == VOCABULARY + TRAINED:

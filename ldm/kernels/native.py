@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ldm.kernels.build import library
 
+# What kernels take that work number by number.
+POINTWISE_DTYPES = (torch.float32, torch.bfloat16)
 # Tiles that are convolved together: their numbers, 36 for each channel and tile, stay in the caches.
 TILE_NUMBERS = 36 * 96 * 640
 
@@ -66,7 +68,7 @@ def convolve(x: Tensor, packed: Tensor, bias: Tensor | None, out_channels: int, 
     at_once = max(8, min(96, TILE_NUMBERS // (36 * max(channels, out_channels))))
     threads = torch.get_num_threads()
     if _has_no_numbers(x):  # what the kernel takes for itself comes and goes too
-        torch.empty(threads * 37 * at_once * (channels + out_channels))
+        torch.empty(_library().convolve_scratch(channels, out_channels, at_once, threads))
         return out
     sizes = (batch, height, width, channels, out_channels, padding, at_once)
     _library().convolve(*_pointers(x, packed, bias, out), *sizes, threads)
@@ -83,8 +85,7 @@ def convolve_unpacked(x: Tensor, weight: Tensor, bias: Tensor | None, padding: i
     batch, channels, height, width = x.shape
     threads = torch.get_num_threads()
     if _has_no_numbers(x):
-        tiles = min(128, batch * -(-out.shape[2] // 4) * -(-out.shape[3] // 4))
-        torch.empty(36 * (tiles * channels + threads * 16 * (321 + tiles)))
+        torch.empty(_library().convolve_unpacked_scratch(batch, height, width, channels, padding, threads))
         return out
     sizes = (batch, height, width, channels, len(weight), padding, *weight.stride())
     _library().convolve_unpacked(*_pointers(x, weight, bias, out), *sizes, threads)
@@ -141,9 +142,12 @@ def _library() -> ctypes.CDLL:
     assert found is not None  # `fits` has said so
     pointer, size, flag = (c_void_p,), (c_int64,), (c_int,)
     found.winograd_numbers.argtypes = size * 2
-    found.winograd_numbers.restype = c_int64
     found.pack_winograd.argtypes = pointer * 2 + size * 6 + flag
     found.convolve.argtypes = pointer * 4 + size * 7 + flag
+    found.convolve_scratch.argtypes = size * 3 + flag
+    found.convolve_unpacked_scratch.argtypes = size * 5 + flag
+    for name in ("winograd_numbers", "convolve_scratch", "convolve_unpacked_scratch"):
+        getattr(found, name).restype = c_int64
     found.convolve_unpacked.argtypes = pointer * 4 + size * 10 + flag
     found.group_norm.argtypes = pointer * 4 + size * 4 + (c_double,) + flag * 3
     found.geglu_rows.argtypes = pointer * 2 + size * 2 + flag * 2

@@ -35,11 +35,11 @@ def peak(call: Callable[[], object], device: torch.device) -> int:
 
 def peak_and_rest(call: Callable[[], object], device: torch.device) -> tuple[int, int]:
     """`peak`, and the bytes that are still held when what it gave is gone: weights packed for kernels."""
-    counted, before = _Counted(device), resident_memory()
+    counted, before = _Counted(device), None if _LOADED else resident_memory()
     with torch.no_grad(), counted, _As(device):
         given = call()
     del given
-    if not _LOADED:
+    if before is not None:
         _LOADED.append(max(0, resident_memory() - before))
     return counted.most, counted.now
 

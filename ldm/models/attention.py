@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ldm.kernels import native
 from ldm.models.convolution import Conv2d
-from ldm.models.layers import KERNEL_DTYPES, GroupNorm
+from ldm.models.layers import GroupNorm
 from ldm.models.merging import merged
 
 T = TypeVar("T")
@@ -178,7 +178,7 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         both: Tensor = self.proj(x)
-        if native.fits(both, dtypes=KERNEL_DTYPES):
+        if native.fits(both, dtypes=native.POINTWISE_DTYPES):
             return native.geglu(both)
         value, gate = both.chunk(2, dim=-1)
         out: Tensor = value * F.gelu(gate)
@@ -190,13 +190,12 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.width = 8 * dim
         # diffusers has a dropout in the middle: its place keeps the names.
         self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, -2)
-        rows = max(1, WIDE_BYTES // (self.width * x.element_size()))
+        rows = max(1, WIDE_BYTES // (8 * x.shape[-1] * x.element_size()))
         if torch.is_grad_enabled() or x.device.type != "cpu" or len(tokens) <= rows:
             whole: Tensor = self.net(x)
             return whole

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from ldm.kernels import native
 from ldm.models.convolution import Conv2d, is_channels_last
 
-KERNEL_DTYPES = (torch.float32, torch.bfloat16)  # of kernels that work number by number
 LARGE_MAP = (
     256 * 256
 )  # pixels from which on torch's GroupNorm in channels_last is off by more than 1e-5 on a CPU
@@ -60,7 +59,11 @@ class GroupNorm(nn.GroupNorm):
     """[B, C, ...] -> the same: torch's GroupNorm, exact in channels_last too; SiLU after it where asked."""
 
     def forward(self, x: Tensor, silu: bool = False) -> Tensor:
-        if x.dim() == 4 and is_channels_last(x) and native.fits(x, self.weight, dtypes=KERNEL_DTYPES):
+        if (
+            x.dim() == 4
+            and is_channels_last(x)
+            and native.fits(x, self.weight, dtypes=native.POINTWISE_DTYPES)
+        ):
             return native.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, silu)
         out = self._by_torch(x)
         return F.silu(out) if silu else out

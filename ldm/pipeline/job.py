@@ -47,7 +47,7 @@ from ldm.pipeline.pictures import NO_IMAGES, Images, masked, read_images
 from ldm.pipeline.plan import Plan, arranged
 from ldm.pipeline.resolve import meaningless_eta, resolve
 from ldm.pipeline.start import Edit, Enlarge, FromImage, FromLatents, FromNoise, Inpaint, Masked
-from ldm.request import OWN, Request
+from ldm.request import IMAGES, OWN, Request
 
 LCM = "LatentConsistencyModelPipeline"  # as diffusers names it
 
@@ -146,7 +146,7 @@ def _prepare(
     requests = tuple(resolve(model, each, images) for each in asked)
     first = requests[0]
     if first.not_kept:
-        files = [name for name in ("image", "mask_image") if getattr(first, name) is not None]
+        files = [name for name in IMAGES if getattr(first, name) is not None]
         first.check_given([*inputs.given, *files])
     goes_on = first.hires is not None or first.refining is not None
     then = follow(_prepare, model, requests, inputs) if goes_on else None

@@ -13,7 +13,7 @@ from ldm.errors import UserError
 from ldm.images.pixels import to_pil
 from ldm.pipeline.job import Batch, Job, Picture, prepare
 from ldm.pipeline.sample import draw_batch
-from ldm.request import Request
+from ldm.request import IMAGES, Request
 from ldm.runtime import is_out_of_memory
 from ldm.serve.limits import Limits
 from ldm.serve.models import Loaded, Preview
@@ -98,7 +98,7 @@ class Drawing:
     def _keep(self, ticket: Ticket, image: Image, picture: Picture) -> None:
         if ticket.is_over:
             return
-        places = {name: getattr(ticket.request, name) for name in ("image", "mask_image")}
+        places = {name: getattr(ticket.request, name) for name in IMAGES}
         try:
             ticket.add(self.keep(ticket, image, picture.request.replace(**places)))
         except UserError as error:  # a full disk
@@ -106,7 +106,7 @@ class Drawing:
 
     def _with_places(self, request: Request) -> Request:
         """The request with the whole paths of its images, of which the pictures say the end only."""
-        named = {name: getattr(request, name) for name in ("image", "mask_image")}
+        named = {name: getattr(request, name) for name in IMAGES}
         return request.replace(**{n: str(self.root / place) for n, place in named.items() if place})
 
 

@@ -19,10 +19,10 @@ from ldm.serve.events import STREAM, changes, data_url, encoded, event, glimpse
 from ldm.serve.pictures import converted, told_request
 from ldm.serve.service import Service
 from ldm.serve.ticket import Ticket
-from ldm.serve.uploads import decode_base64
+from ldm.serve.uploads import FORMATS, decode_base64
 
-UPLOADED = {".png": "png", ".jpg": "jpeg", ".webp": "webp"}
-KINDS = ("png", "jpeg", "webp")
+# png, jpeg and webp, by the suffix of an upload.
+KINDS = {suffix: kind.lower() for kind, suffix in FORMATS.items()}
 PAGE = 50  # pictures or jobs
 MOST = 500
 BODY = {
@@ -116,7 +116,7 @@ def pictures_router(service: Service) -> APIRouter:
     def file(picture: str, kind: str) -> Response:
         """It says in its texts how it was drawn."""
         kept = service.store.get(picture)
-        if kept is None or kind not in KINDS:
+        if kept is None or kind not in KINDS.values():
             return missing("picture")
         if kind == "png":
             return FileResponse(kept.path, media_type="image/png")
@@ -142,7 +142,7 @@ def uploads_router(service: Service) -> APIRouter:
         "/uploads",
         status_code=201,
         summary="A picture to draw from",
-        openapi_extra={"requestBody": {"content": {f"image/{kind}": {} for kind in ("png", "jpeg", "webp")}}},
+        openapi_extra={"requestBody": {"content": {f"image/{kind}": {} for kind in KINDS.values()}}},
     )
     async def upload(asked: Asked) -> dict[str, Any]:
         """The body is the file; or JSON, `{"image": base64}`. `request` is how it was drawn, or null."""
@@ -159,7 +159,7 @@ def uploads_router(service: Service) -> APIRouter:
         place = service.uploads.place(upload)
         if place is None:
             return missing("upload")
-        return FileResponse(place, media_type=f"image/{UPLOADED[place.suffix]}")
+        return FileResponse(place, media_type=f"image/{KINDS[place.suffix[1:]]}")
 
     @router.get("/models", summary="Models and LoRAs that requests may name")
     def models() -> dict[str, Any]:

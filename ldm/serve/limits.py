@@ -10,7 +10,7 @@ from ldm.errors import UserError
 from ldm.fields import short
 from ldm.images.enlarging import LABELS, enlarger_name
 from ldm.passes import HIRES_SCALE
-from ldm.request import Request
+from ldm.request import PROMPTS, Request
 
 # Fields that the server notes of its own files, or that name files of its machine.
 NOT_ASKED = (
@@ -97,7 +97,7 @@ class Limits:
     def _check_texts(self, request: Request) -> None:
         nested = [each for each in (request.hires, request.refining, request.upscaling) if each is not None]
         for each in (request, *nested):
-            for name in ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "target_prompt"):
+            for name in PROMPTS:
                 text = getattr(each, name) or ""
                 if len(text) > self.text:
                     raise UserError(f"{name} is too long: this server takes at most {self.text} characters")

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ldm.errors import UserError
 from ldm.images.formats import Encoding, encode
-from ldm.images.png import read_request
+from ldm.images.png import read_request, request_of
 from ldm.images.provenance import Marks
 from ldm.images.texts import read_texts
 
@@ -21,8 +21,8 @@ def converted(path: Path, encoding: Encoding, marks: Marks) -> bytes:
     if encoding.format == "png":
         return path.read_bytes()
     data, texts, request = io.BytesIO(), read_texts(path), None
-    with contextlib.suppress(UserError):  # of one that says none, nothing is said
-        request = read_request(path)
+    with contextlib.suppress(UserError, KeyError):  # of one that says none, nothing is said
+        request = request_of(texts)
     with Image.open(path, formats=("PNG",)) as image:
         encode(pixels := image.convert("RGB"), data, texts, encoding, marks.origin(pixels, request))
     return data.getvalue()

@@ -13,7 +13,7 @@ from typing import Any
 
 from ldm.errors import UserError, printable
 from ldm.fields import short
-from ldm.request import Request
+from ldm.request import IMAGES, Request
 from ldm.request_json import fields_of
 from ldm.serve.drawing import Drawing
 from ldm.serve.limits import Limits
@@ -24,7 +24,6 @@ from ldm.serve.ticket import State, Ticket, as_json
 from ldm.serve.uploads import Uploads, decode_base64, is_data
 
 RECENT = 1000  # tickets that are over and still in memory
-IMAGES = ("image", "mask_image")
 log = logging.getLogger("ldm.serve")
 
 

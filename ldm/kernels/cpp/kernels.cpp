@@ -62,6 +62,11 @@ void convolve(const float* x, const float* packed, const float* bias, float* y, 
   }
 }
 
+// Numbers that `convolve` takes for itself.
+int64_t convolve_scratch(int64_t C, int64_t O, int64_t at_once, int threads) {
+  return threads * at_once * (PARTS * C + (PARTS + 1) * (int64_t)panels(O) * NR);
+}
+
 // The same with the weight [O, C, 3, 3] at strides, of which nothing is kept.
 void convolve_unpacked(const float* x, const float* weight, const float* bias, float* y, int64_t B, int64_t H, int64_t W, int64_t C,
                   int64_t O, int64_t pad, int64_t output, int64_t input, int64_t row, int64_t column, int threads) {
@@ -80,6 +85,13 @@ void convolve_unpacked(const float* x, const float* weight, const float* bias, f
       for (int p = 0; p < count; p++) one_panel(given, by, p, t0, T, v, u, m);
     }
   }
+}
+
+// Numbers that `convolve_unpacked` takes for itself.
+int64_t convolve_unpacked_scratch(int64_t B, int64_t H, int64_t W, int64_t C, int64_t pad, int threads) {
+  const Convolution given{nullptr, nullptr, nullptr, nullptr, (int)B, (int)H, (int)W, (int)C, 0, (int)pad};
+  const int64_t most = std::min<int64_t>(B * given.down() * given.across(), AT_ONCE);
+  return PARTS * (most * C + threads * ((int64_t)APART + most * NR));
 }
 
 // y [B, P, C] = silu(GroupNorm(x)) with `silu`, of G groups; x and y in bf16 where `half`, all else fp32
