@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ldm.diffusion.guidance import Exchangeable, Guidance, composed
+from ldm.diffusion.guidance import Exchangeable, Guidance, composed, divided
 from ldm.diffusion.solvers import Step
 from ldm.images.watermark import key_named, mark
 from ldm.models.conditioning import Conditioning
@@ -148,15 +149,20 @@ def sample(
     start = job.start.rows(prompts)
     begun = start.begin(noise, torch.stack(given) if given else None, texts["cond"], texts["uncond"])
     branches, known = begun.branches, begun.known
-    predict = networks.predict(
-        job.model.unet,
-        job.grid,
-        branches,
+    answering = partial(
+        networks.predict,
+        grid=job.grid,
+        branches=branches,
         tiles=job.tiles,
         savings=job.savings,
         unread=unread,
-        attending=job.attending,
+        attending=(*job.attending, *job.needs.attending),
     )
+    predict = answering(job.model.unet)
+    if job.needs.empty:
+        tell(branches, texts)
+    if job.needs.networks:
+        predict = divided(predict, {way: answering(unet) for way, unet in job.needs.networks.items()})
     if shares is not None:
         tell(branches, texts)
         predict = composed(predict, shares.to(begun.x.device))
@@ -181,13 +187,16 @@ def sample(
 
 def texts_of(job: Job, batch: Batch, step: int) -> tuple[dict[str, Conditioning], Tensor | None]:
     """What a batch is told in a step, a row for each picture: "cond", "uncond" and "image", which is without
-    the text too; and where prompts are composed "cond_1" and so on, with the shares [B, K] of all, else None.
+    the text too; where guidance wants it "empty", of no words at all; and where prompts are composed "cond_1"
+    and so on, with the shares [B, K] of all, else None.
     """
-    shares = [job.encode.shares(picture.prompt) for picture in batch]
-    told = [job.encode(picture.prompt, step) for picture in batch]
+    prompts = [picture.prompt for picture in batch]
+    shares, told = [job.encode.shares(p) for p in prompts], [job.encode(p, step) for p in prompts]
     most = max(map(len, shares))
     uncond = Conditioning.cat([each for _, each in told])
     texts = {"uncond": uncond, "image": uncond}
+    if job.needs.empty:
+        texts["empty"] = Conditioning.cat([job.encode.empty(p, step) for p in prompts])
     for k in range(most):  # of fewer the first stands in the others' place, with no share
         rows = [cond[k : k + 1] if k < len(cond) else cond[:1] for cond, _ in told]
         texts[f"cond_{k}" if k else "cond"] = Conditioning.cat(rows)
