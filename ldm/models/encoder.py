@@ -94,14 +94,20 @@ class Encoder(nn.Module):
         timestep: Tensor | float,
         context: AnyText,
         fields: Mapping[str, Tensor | None],
+        more: Tensor | float = 0.0,
     ) -> tuple[Tensor, Tensor]:
-        """The first features, and the embedding of the time and of what is extra as all layers take it."""
+        """The first features, and the embedding of the time and of what is extra as all layers take it.
+
+        `more` [B or 1, time_dim] is added to that.
+        """
         extra = {name: value for name, value in fields.items() if value is not None}
         if extra.keys() != self.config.conditioning:
-            raise ValueError(f"U-Net: takes {sorted(self.config.conditioning)}, was given {sorted(extra)}")
+            raise ValueError(
+                f"{type(self).__name__}: takes {sorted(self.config.conditioning)}, was given {sorted(extra)}"
+            )
         if self.config.center_input_sample:
             sample = 2 * sample - 1
-        time = F.silu(self._embed(sample, timestep, context, extra))
+        time = F.silu(self._embed(sample, timestep, context, extra) + more)
         return self.conv_in(sample), time
 
     def _embed(
