@@ -32,6 +32,12 @@ float* scratch(size_t numbers) {
 // Whether all tiles are convolved together, by threads that share them: else some would have none.
 bool shares_tiles(int64_t count, int64_t at_once, int threads) { return threads > 1 && count < threads * at_once; }
 
+// Tiles that a thread takes at a time, `most` of them, so that all threads have as many to do.
+int64_t balanced(int64_t count, int64_t most, int threads) {
+  const int64_t rounds = (count + most * threads - 1) / (most * threads);
+  return (count + rounds * threads - 1) / (rounds * threads);
+}
+
 // A convolution of which only the sizes matter.
 Convolution sized(int64_t B, int64_t H, int64_t W, int64_t C, int64_t pad) {
   return {nullptr, nullptr, nullptr, nullptr, (int)B, (int)H, (int)W, (int)C, 0, (int)pad};
@@ -76,6 +82,7 @@ void convolve(const float* x, const float* packed, const float* bias, float* y, 
     }
     return;
   }
+  at_once = balanced(count, at_once, threads);
 #pragma omp parallel num_threads(threads)
   {
     float *v = scratch<0>(PARTS * at_once * C), *m = scratch<1>(PARTS * at_once * wide), *sums = scratch<2>(at_once * wide);
@@ -89,7 +96,7 @@ void convolve(const float* x, const float* packed, const float* bias, float* y, 
 int64_t convolve_scratch(int64_t B, int64_t H, int64_t W, int64_t C, int64_t O, int64_t pad, int64_t at_once, int threads) {
   const int64_t count = sized(B, H, W, C, pad).tiles(), wide = panels(O) * NR;
   if (shares_tiles(count, at_once, threads)) return count * (PARTS * (C + wide) + threads * NR);
-  return threads * at_once * (PARTS * C + (PARTS + 1) * wide);
+  return threads * balanced(count, at_once, threads) * (PARTS * C + (PARTS + 1) * wide);
 }
 
 // The same with the weight [O, C, 3, 3] at strides, of which nothing is kept.
