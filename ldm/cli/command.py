@@ -26,6 +26,7 @@ from ldm.cli import (
     folder,
     likelihood,
     merge,
+    preprocess,
     provenance,
     redraw,
     serve,
@@ -52,6 +53,11 @@ COMMANDS = {
         provenance.add_flags,
         provenance.provenance,
         "show what pictures say of their origin, and verify it",
+    ),
+    "preprocess": (
+        preprocess.add_flags,
+        preprocess.preprocess,
+        "make control pictures: edges, lines, depth and others",
     ),
     "convert": (
         convert.add_flags,
