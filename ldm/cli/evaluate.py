@@ -200,7 +200,7 @@ def draw(pipe: Pipeline, prompts: Sequence[str], args: argparse.Namespace) -> di
     ):
         for job in jobs:
             for batch in job.batches:
-                for image, picture in zip(draw_images(job, batch, "", quiet=True), batch, strict=True):
+                for image, picture in zip(*draw_images(job, batch, "", quiet=True), strict=True):
                     save_png(image, aside / f"{done:05d}.png", picture.request)
                     done += 1
                 on_progress(done, len(requests))
