@@ -59,8 +59,8 @@ def make_requests(args: argparse.Namespace, plot: Plot | None, faults: Faults) -
 
     --fixed_code gives every batch the same. Raises UserError for what is wrong with the flags.
     """
-    from ldm.fields import consecutive_seeds
     from ldm.prompts import styles as sheets
+    from ldm.request.fields import consecutive_seeds
 
     check_edit(args)
     if args.prompt is None and args.from_file is None and args.from_png is None:
@@ -169,7 +169,7 @@ def read_line(text: str, count: int) -> dict[str, Any]:
 
     `seed` gives `count` pictures consecutive ones, `seeds` are taken as they are. Raises UserError.
     """
-    from ldm.request_json import fields_of
+    from ldm.request.as_json import fields_of
 
     if not re.match(r'\{\s*["}]', text):  # {a|b} is a prompt
         return {"prompt": text}

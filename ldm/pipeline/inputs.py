@@ -17,11 +17,11 @@ from ldm.diffusion.guidance import Guidance
 from ldm.diffusion.noise import torch_seed
 from ldm.diffusion.solvers import Solver
 from ldm.errors import UserError
-from ldm.fields import consecutive_seeds
 from ldm.images.fitting import InMemory, OneInMemory, read_file
 from ldm.images.opening import to_mask, to_rgb
 from ldm.images.pixels import to_numpy, to_pil
 from ldm.request import LoraUse, Request
+from ldm.request.fields import consecutive_seeds
 
 if TYPE_CHECKING:
     from ldm.pipeline.job import Job, Picture

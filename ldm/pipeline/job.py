@@ -41,7 +41,7 @@ from ldm.pipeline.conditioning import Telling
 from ldm.pipeline.edit import Invert, check_edit, invertible
 from ldm.pipeline.inputs import NOTHING, Inputs
 from ldm.pipeline.model import Model
-from ldm.pipeline.networks import EXACT, Savings
+from ldm.pipeline.networks import EXACT, Attending, Savings
 from ldm.pipeline.passes import Then, cut, follow, resumed
 from ldm.pipeline.pictures import NO_IMAGES, Images, masked, read_images
 from ldm.pipeline.plan import Plan, arranged
@@ -88,6 +88,7 @@ class Job:
     tiles: Tiles | None = None  # windows in which the U-Net sees its latents; None: whole
     then: Then | None = None  # what goes on from its latents
     savings: Savings = EXACT  # what the U-Net leaves out
+    attending: tuple[Attending, ...] = ()  # what is done in attention's place
 
     @property
     def request(self) -> Request:

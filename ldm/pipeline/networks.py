@@ -21,7 +21,7 @@ from ldm.diffusion.schedule import Grid
 from ldm.diffusion.tiles import Tiles, Window
 from ldm.memory.residence import in_use
 from ldm.models import VAE, LatentClassifier, LatentDist, UNet, vae_bands
-from ldm.models.attention import AnyText, Context
+from ldm.models.attention import AnyText, Attend, Context, plainly
 from ldm.models.conditioning import Conditioning
 from ldm.runtime import Finite, Runtime, finite, memory_format
 
@@ -41,6 +41,9 @@ class Savings:
 
 EXACT = Savings()
 Text = Callable[[torch.dtype], AnyText]
+# (names of branches, which lie one below the other in a call, as many rows each; what they are told; what
+# would be done) -> what is done in the place of `ldm.models.attention.attend`: the last itself for no change.
+Attending = Callable[[tuple[str, ...], Conditioning, Attend], Attend]
 
 
 def predict(
@@ -51,12 +54,14 @@ def predict(
     tiles: Tiles | None = None,
     savings: Savings = EXACT,
     unread: list[Tensor] | None = None,
+    attending: Sequence[Attending] = (),
 ) -> Predict:
     """The U-Net's raw output, fp32, for the branches that a guidance asks for, in one call; or one for each
     of the windows that `tiles` cuts latents into.
 
     With `gradients` it can be differentiated in x, as likelihoods need it. With an interval in `savings` it
-    is of one drawing, whose deep features it keeps. `unread` is as `Finite` has it.
+    is of one drawing, whose deep features it keeps. `unread` is as `Finite` has it. Of `attending` each goes
+    around those before it.
     """
     network = Finite(unet, "the U-Net", gradients, unread)
     joined = dict[tuple[str, ...], Joined]()
@@ -67,7 +72,7 @@ def predict(
         parts = [branches[name] for name in names]
         keeps = not gradients and not is_compiled(unet)  # torch.compile would take each text for a constant
         if names not in joined or not joined[names].is_of(parts, keeps):
-            joined[names] = Joined(parts, keeps)
+            joined[names] = Joined(names, parts, keeps, attending)
         return joined[names]
 
     def outputs(
@@ -111,10 +116,20 @@ def is_compiled(module: nn.Module) -> bool:
 class Joined:
     """What some branches of a drawing are told, one below the other, for all of its calls."""
 
-    def __init__(self, parts: Sequence[Conditioning], keeps: bool) -> None:
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        parts: Sequence[Conditioning],
+        keeps: bool,
+        attending: Sequence[Attending] = (),
+    ) -> None:
         """`keeps`: what layers make of the text is kept for the next call."""
         self.parts, self.cond, self.keeps = parts, Conditioning.cat(parts), keeps
         self._contexts = dict[torch.dtype, Context]()
+        attend: Attend = plainly
+        for around in attending:
+            attend = around(names, self.cond, attend)
+        self.attend = None if attend is plainly else attend
 
     def is_of(self, parts: Sequence[Conditioning], keeps: bool) -> bool:
         """Whether these very ones are joined here, in this way."""
@@ -124,9 +139,9 @@ class Joined:
         """The text as a network of that dtype reads it."""
         tokens = self.cond.tokens
         if not self.keeps:
-            return tokens.to(dtype)
+            return tokens.to(dtype) if self.attend is None else Context(tokens.to(dtype), self.attend)
         if dtype not in self._contexts:
-            self._contexts[dtype] = Context(tokens.to(dtype))
+            self._contexts[dtype] = Context(tokens.to(dtype), self.attend)
         return self._contexts[dtype]
 
 

@@ -1,7 +1,7 @@
 """What goes on from a drawing's latents: a second pass at a larger size ("hires fix"), and a second model.
 
 Each is a drawing like any other, decided with the first (`ldm.pipeline.job`): its request follows from that
-of the first (`ldm.passes`), and it begins with the latents at which that ended.
+of the first (`ldm.request.passes`), and it begins with the latents at which that ended.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from ldm.images.enlarging import (
 )
 from ldm.models.conditioning import Conditioning
 from ldm.models.kind import Kind
-from ldm.passes import hires_request, refining_request
 from ldm.pipeline import networks
 from ldm.pipeline.inputs import Inputs
 from ldm.pipeline.model import Model
 from ldm.pipeline.start import Beginning, FromImage, FromLatents, FromNoise
 from ldm.request import Request
+from ldm.request.passes import hires_request, refining_request
 
 if TYPE_CHECKING:
     from ldm.pipeline.job import Job

@@ -17,17 +17,17 @@ from ldm.checkpoint import Parts
 from ldm.checkpoint.esrgan import read_pixel_upscaler
 from ldm.diffusion.samplers import SAMPLERS, resolve_sampler
 from ldm.errors import UserError, printable
-from ldm.fast import fast_fields
-from ldm.fields import MAX_SIDE
 from ldm.images.enlarging import LABELS
 from ldm.images.watermark import check_size, key_named
 from ldm.models.kind import Kind
-from ldm.passes import HIRES_SCALE, SWITCH_AT, hires_of, hires_request, refining_of, refining_request
 from ldm.pipeline import edit
 from ldm.pipeline.model import Model
 from ldm.pipeline.passes import cannot_go_on, check_hires, hires_enlarger
 from ldm.pipeline.pictures import Images
 from ldm.request import Request
+from ldm.request.fast import fast_fields
+from ldm.request.fields import MAX_SIDE
+from ldm.request.passes import HIRES_SCALE, SWITCH_AT, hires_of, hires_request, refining_of, refining_request
 
 CLASSIFIER_SCALE = 4.0  # by default: of the embedded classifier's the nearest to renders; 1 is Bayes' rule
 

@@ -172,7 +172,13 @@ def sample(
     begun = start.begin(noise, torch.stack(given) if given else None, texts["cond"], texts["uncond"])
     branches, known = begun.branches, begun.known
     predict = networks.predict(
-        job.model.unet, job.grid, branches, tiles=job.tiles, savings=job.savings, unread=unread
+        job.model.unet,
+        job.grid,
+        branches,
+        tiles=job.tiles,
+        savings=job.savings,
+        unread=unread,
+        attending=job.attending,
     )
     if shares is not None:
         tell(branches, texts)

@@ -7,10 +7,10 @@ from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 from ldm.errors import UserError
-from ldm.fields import short
 from ldm.images.enlarging import LABELS, enlarger_name
-from ldm.passes import HIRES_SCALE
 from ldm.request import PROMPTS, Request
+from ldm.request.fields import short
+from ldm.request.passes import HIRES_SCALE
 
 # Fields that the server notes of its own files, or that name files of its machine.
 NOT_ASKED = (

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import UserError, printable
-from ldm.fields import short
 from ldm.request import IMAGES, Request
-from ldm.request_json import fields_of
+from ldm.request.as_json import fields_of
+from ldm.request.fields import short
 from ldm.serve.drawing import Drawing
 from ldm.serve.limits import Limits
 from ldm.serve.models import Shelf

@@ -18,10 +18,10 @@ from PIL import Image, ImageOps
 
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import UserError, printable
-from ldm.fields import consecutive_seeds, short
 from ldm.images.opening import open_picture, to_mask
 from ldm.images.parameters import parse_parameters
 from ldm.request import Request
+from ldm.request.fields import consecutive_seeds, short
 from ldm.serve.service import Service
 from ldm.serve.uploads import decode_base64
 

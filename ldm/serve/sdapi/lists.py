@@ -6,8 +6,8 @@ from typing import Any
 
 from ldm.diffusion.samplers import SAMPLERS, SPACINGS
 from ldm.errors import UserError
-from ldm.fields import short
 from ldm.images.enlarging import LABELS, LATENT
+from ldm.request.fields import short
 from ldm.serve.service import Service
 from ldm.spelling import squash
 

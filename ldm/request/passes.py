@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 
 from ldm.errors import UserError
-from ldm.fields import MAX_SIDE
 from ldm.request import NOTED, OF_MASKS, Request
+from ldm.request.fields import MAX_SIDE
 
 HIRES_SCALE = 2.0
 HIRES_STRENGTH = 0.7  # as in A1111

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from ldm.errors import UserError
-from ldm.fields import MAX_SEED, consecutive_seeds
 from ldm.request import Request
+from ldm.request.fields import MAX_SEED, consecutive_seeds
 
 WHOLE = Request(
     watermark="ldm",

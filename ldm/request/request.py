@@ -10,16 +10,17 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Container
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ldm.errors import UserError, abbreviate
-from ldm.fields import (
+from ldm.prompts.grammar import Grammar
+from ldm.prompts.script import Scripts, read_scripts
+from ldm.request.fields import (
     Axes,
     Branch,
     CacheInterval,
-    Checked,
     Delta,
     Digest,
     Factor,
@@ -47,9 +48,8 @@ from ldm.fields import (
     Watermark,
     short,
 )
-from ldm.prompts.grammar import Grammar
-from ldm.prompts.script import Scripts, read_scripts
-from ldm.prompts.tags import take_tags
+from ldm.request.spelled import Spelled
+from ldm.request.uses import EmbeddingUse, LoraUse
 from ldm.spelling import squash
 
 VERSION: Literal[3] = 3  # of the JSON form, and of the rules by which pictures are drawn
@@ -87,26 +87,11 @@ _SHORT = {
     "w": "width",
     "h": "height",
 }
+PROMPTS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "target_prompt")
 NESTED = ("upscaling", "hires", "refining")  # requests within one
 
 
-class LoraUse(Checked):
-    """An adapter by its name, how strongly it acts, and which file it was."""
-
-    name: Text
-    weight: Scale = 1.0  # on the U-Net
-    text_weight: Scale | None = None  # on the text encoders; None: the same
-    sha256: Digest | None = None
-
-
-class EmbeddingUse(Checked):
-    """A textual inversion by the word that it is written as, and which file it was."""
-
-    name: Text
-    sha256: Digest
-
-
-class Request(Checked):
+class Request(Spelled):
     """What to draw. One picture per seed; the pictures of one request share everything else.
 
     Names and meanings are diffusers' (`clip_skip` counts skipped layers, so 1 is the penultimate layer).
@@ -129,6 +114,8 @@ class Request(Checked):
 
     Raises `ldm.errors.UserError`, naming the field, its value and what is allowed.
     """
+
+    prompts: ClassVar = PROMPTS
 
     prompt: Text = ""
     negative_prompt: Text | None = None  # None and "" differ in SDXL: zeros, or the encoding of no words
@@ -192,7 +179,7 @@ class Request(Checked):
     tile_size: Side | None = None  # pixels: the U-Net sees windows of at most so many a side
     tile_overlap: Overlap | None = None  # pixels that neighbours share; None: half of a tile
     tiling: Axes | None = None  # axes along which the picture continues at its other edge
-    fast: bool | None = None  # what is noted of it are the fields that it fills in (`ldm.fast`)
+    fast: bool | None = None  # what is noted of it are the fields that it fills in (`ldm.request.fast`)
     cache_interval: CacheInterval | None = None  # DeepCache: the U-Net is computed whole in one of so many
     cache_branch_id: Branch | None = None  # the layer that the others begin at; None: 0, the last
     token_merging_ratio: Fraction | None = None  # of the tokens, the share that self-attention merges
@@ -320,44 +307,6 @@ class Request(Checked):
         except RecursionError:
             raise UserError("this request holds one in one in one, too deep to be read") from None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _canonical_names(cls, fields: Any) -> Any:
-        if not isinstance(fields, dict | BaseModel):
-            return fields  # no fields at all: pydantic says so
-        fields = dict(fields)
-        names = {name: fields.get(name) for name in ("sampler", "spacing")}
-        for name, value in names.items():
-            if value is not None and not isinstance(value, str):
-                raise UserError(f"{name} {short(value)} is not allowed: it must be a name")
-        if names == {"sampler": None, "spacing": None}:
-            return fields
-        # Solvers need torch, and a request that names none does not.
-        from ldm.diffusion.samplers import SPACINGS, resolve_sampler, resolve_spacing
-
-        if names["sampler"] is not None:
-            sampler, implied = resolve_sampler(names["sampler"])
-            names = {"sampler": sampler.name, "spacing": names["spacing"] or implied}
-        if names["spacing"] not in (None, *SPACINGS):
-            names["spacing"] = resolve_spacing(names["spacing"])
-        fields |= names
-        return fields
-
-    @model_validator(mode="before")
-    @classmethod
-    def _tags_are_loras(cls, fields: Any) -> Any:
-        if not isinstance(fields, dict):
-            return fields
-        texts = {name: fields[name] for name in PROMPTS if isinstance(fields.get(name), str)}
-        taken = {name: take_tags(text) for name, text in texts.items()}
-        for name, (_, uses) in taken.items():
-            if uses and name != "prompt":
-                raise UserError(f"{name} has a <lora:...> tag: write it in the prompt, or give it by --lora")
-        text, uses = taken.get("prompt", ("", []))
-        if not uses or not isinstance(fields.get("loras") or (), list | tuple):
-            return fields
-        return {**fields, "prompt": text, "loras": [*(fields.get("loras") or ()), *uses]}
-
     @field_validator("loras")
     @classmethod
     def _each_once(cls, loras: tuple[LoraUse, ...] | None) -> tuple[LoraUse, ...] | None:
@@ -394,7 +343,6 @@ class Request(Checked):
 
 OF_MASKS = ("extend", "mask_invert", "mask_grow", "mask_blur", "soft_mask", "mask_fill", "padding_mask_crop")
 IMAGES = ("image", "mask_image")
-PROMPTS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "target_prompt")
 OWN = {*PROMPTS, "seeds", "embeddings", "variation_seed"}  # in which requests of one job may differ
 
 

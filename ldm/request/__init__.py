@@ -1,0 +1,26 @@
+"""What to draw, as a value: the `Request` that the command line, Python and a PNG's own metadata speak."""
+
+from ldm.request.request import (
+    IMAGES,
+    NOTED,
+    OF_MASKS,
+    OWN,
+    PROMPTS,
+    VERSION,
+    Request,
+    field_named,
+)
+from ldm.request.uses import EmbeddingUse, LoraUse
+
+__all__ = [
+    "IMAGES",
+    "NOTED",
+    "OF_MASKS",
+    "OWN",
+    "PROMPTS",
+    "VERSION",
+    "EmbeddingUse",
+    "LoraUse",
+    "Request",
+    "field_named",
+]
