@@ -153,7 +153,7 @@ def nearest(job: Job, old: Image, args: argparse.Namespace) -> tuple[Image, Pict
 
 
 def warn_of_other_models(pipe: Pipeline, request: Request, file: Path) -> None:
-    """Whether a picture was drawn, or enlarged, by another model than it will be drawn by again; or hidden."""
+    """Whether a picture was drawn, or enlarged, by another model than it will be now; or hidden."""
     if request.nsfw_content_detected and pipe.safety_checker is None:
         line = f"note: {file} is black, as a safety checker flagged it: give it by --safety-checker"
         print(printable(line), file=sys.stderr)
