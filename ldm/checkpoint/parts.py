@@ -18,6 +18,7 @@ NETWORKS = ("vae", "unet", *TEXT_ENCODERS)
 EMBEDDED = ("postcard", "postcard-upscaler")  # models that come with the package
 MODEL_STEM, TEXT_STEM = "diffusion_pytorch_model", "model"  # of weight files: diffusers', transformers'
 STEMS = {part: TEXT_STEM if part in TEXT_ENCODERS else MODEL_STEM for part in NETWORKS}
+STEMS["safety_checker"] = TEXT_STEM
 
 
 @dataclass(frozen=True)

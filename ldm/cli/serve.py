@@ -153,7 +153,8 @@ def make_shelf(args: argparse.Namespace, device: str | None) -> Shelf:
     def read(path: Path) -> Pipeline:
         import ldm
 
-        return ldm.load(path, device=device, dtype=args.dtype)
+        pipe = ldm.load(path, device=device, dtype=args.dtype)
+        return pipe if args.safety_checker is None else pipe.with_safety_checker(args.safety_checker or None)
 
     default = load(argparse.Namespace(**{**vars(args), "device": device}))
     return Shelf(default, read, args.models, args.max_models)

@@ -18,7 +18,7 @@ from ldm.models.unet_blocks import DownBlock, down_blocks, mid_block
 
 @dataclass(frozen=True, eq=False)
 class Residuals:
-    """What a network beside a U-Net adds to its features, [B, C, h, w] each, or [B, C, 1, 1] at all places."""
+    """What a network beside a U-Net adds to its features, [B, C, h, w] each, or [B, C, 1, 1] everywhere."""
 
     skips: tuple[Tensor, ...] = ()  # to what the way up takes of the way down, from the shallowest
     middle: Tensor | None = None  # to what leaves the middle

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from itertools import islice
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 
 from ldm.models.attention import AnyText

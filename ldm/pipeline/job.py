@@ -61,11 +61,12 @@ class Picture:
     seed: int
     source: int | Seed | torch.Generator  # of its noise
     latents: Tensor | None = None  # [C, h, w] unit noise, instead of what the source gives
+    flagged: bool | None = None  # by the model's safety checker; None: it was not looked at
 
     @property
     def request(self) -> Request:
         """The request that draws this picture alone."""
-        return self.prompt_request.replace(seeds=(self.seed,))
+        return self.prompt_request.replace(seeds=(self.seed,), nsfw_content_detected=self.flagged)
 
 
 Batch = tuple[Picture, ...]

@@ -20,6 +20,7 @@ from ldm.adapters.seamless import seamless
 from ldm.checkpoint import Parts, load_parts
 from ldm.checkpoint.classifier import ClassifierFile, read_classifier
 from ldm.checkpoint.io import weight_files
+from ldm.checkpoint.safety import SafetyChecker, read_checker
 from ldm.checkpoint.save import pipeline_class
 from ldm.checkpoint.source import find_adapter
 from ldm.diffusion.schedule import Schedule
@@ -47,6 +48,7 @@ class Model:
     upscaler: Self | None = None  # what enlarges each finished picture
     refiner: Self | None = None  # what draws the last steps of each picture
     classifier: ClassifierFile | None = None  # for requests that name a class
+    safety_checker: SafetyChecker | None = None  # looks at each finished picture
     max_memory: int | None = None  # bytes that a drawing may take (`ldm.pipeline.plan`)
     sleeps: bool = False  # weights come when they are used (`ldm.memory.residence`)
     # The last model that a request's LoRAs asked for, and the last seamless one, so that the next request
@@ -162,7 +164,9 @@ class Model:
         if classifier is not None:
             classifier = replace(classifier, network=move(classifier.network, runtime.device, None))
         refiner = None if self.refiner is None else self.refiner.to(*args, **kwargs)
+        checker = None if self.safety_checker is None else self.safety_checker.to(runtime.device)
         changed: dict[str, Any] = {"upscaler": upscaler, "refiner": refiner, "classifier": classifier}
+        changed["safety_checker"] = checker
         moved = replace(self, parts=parts, runtime=runtime, adapted=Adapted(), **changed)
         return moved if self.adapted.original is None else moved._with(self.adapted)
 
@@ -243,6 +247,20 @@ class Model:
             UserError: if it is damaged, or knows the latents of another model.
         """
         return replace(self, classifier=read_classifier(folder, self.vae, self.device))
+
+    def with_safety_checker(self, place: str | Path | None = None) -> Self:
+        """This model with a checker of finished pictures: what it flags is black, and a Result says so.
+
+        Latents are not checked, nor what callbacks and previews see on the way.
+
+        Args:
+            place: a folder with diffusers' StableDiffusionSafetyChecker, a pipeline folder or hub name that
+                has one, or "open-nsfw" (`ldm[safety]`); by default that of this model's own folder.
+
+        Raises:
+            UserError: where there is none, or it is damaged.
+        """
+        return replace(self, safety_checker=read_checker(place, self.parts.weights, self.device))
 
     def with_upscaler(self, upscaler: Self | str | Path) -> Self:
         """This model with another that enlarges each finished picture, with its prompt and seed.

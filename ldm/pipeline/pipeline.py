@@ -33,8 +33,10 @@ from ldm.pipeline.inputs import (
     as_output,
     check_output_type,
     count_images,
+    found_in,
     one_each,
     own_generators,
+    requests_of,
     scaled_loras,
     seeds_of,
 )
@@ -291,18 +293,21 @@ class Pipeline(Model):
 
     def _draw(self, job: Job, watch: Callable[[Batch], OnStep | None], output_type: str) -> Result:
         """Draw a job, each batch with a watcher of its own, until one of them stops."""
-        draw = draw_latents if output_type == "latent" else draw_batch
         drawn, pictures = list[Tensor](), list[Picture]()
         for batch in job.batches:
             on_step = watch(batch)
-            drawn.append(draw(job, batch, on_step))
-            pictures += batch
+            if output_type == "latent":
+                images, told = draw_latents(job, batch, on_step), batch
+            else:
+                images, told = draw_batch(job, batch, on_step)
+            drawn.append(images)
+            pictures += told
             if isinstance(on_step, Watch) and on_step.stopped:
                 break
         requests = requests_of(job, pictures)
         if output_type == "latent":
             requests = tuple(each.replace(upscaling=None, watermark=None) for each in requests)
-        return Result(as_output(torch.cat(drawn), output_type), requests)
+        return Result(as_output(torch.cat(drawn), output_type), requests, found_in(pictures))
 
     def generate(
         self,
@@ -381,13 +386,3 @@ class Pipeline(Model):
 CALL_ARGUMENTS = tuple(inspect.signature(Pipeline.__call__).parameters)[1:-1]
 # Of a request, what comes by `others`: `seeds` is the call's seed.
 FIELDS = tuple(name for name in Request.model_fields if name not in (*NOTED, *CALL_ARGUMENTS, "seeds"))
-
-
-def requests_of(job: Job, pictures: Sequence[Picture]) -> tuple[Request, ...]:
-    """The requests that draw these pictures: all of the job's, unless it was stopped."""
-    if len(pictures) == len(job.pictures):
-        return job.requests
-    seeds: dict[int, tuple[int, ...]] = {}
-    for picture in pictures:
-        seeds[picture.prompt] = (*seeds.get(picture.prompt, ()), picture.seed)
-    return tuple(job.requests[p].replace(seeds=own) for p, own in seeds.items())

@@ -40,7 +40,9 @@ def resolve(model: Model, request: Request, images: Images) -> Request:
     request = request.replace(**images.digests) if images.digests else request
     check(request, images.image is not None, images.mask is not None, model.parts)
     check_image_size(request, images, model.parts)
+    checker = model.safety_checker and model.safety_checker.sha256
     values = _adapters(model, request) | _classifier(model, request) | {"fast": None}
+    values |= {"safety_checker_sha256": checker, "nsfw_content_detected": None}  # found when it is drawn
     if request.num_grid_steps is not None:  # a grid of its own counts for itself
         values["num_inference_steps"] = request.num_grid_steps
     for name, value in _defaults(model, request, images).items():

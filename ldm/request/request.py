@@ -65,6 +65,8 @@ NOTED = (
     "upscaling",
     "hires_upscaler_sha256",
     "refining",
+    "safety_checker_sha256",
+    "nsfw_content_detected",
     "not_kept",
     "version",
 )
@@ -185,6 +187,8 @@ class Request(Spelled):
     denoising_end: Fraction | None = None  # latents begin, and at which it leaves them
     refiner_switch_at: Fraction | None = None  # the share at which a second model goes on
     watermark: Watermark = None  # by whose key the finished picture is marked (`ldm.images.watermark`)
+    safety_checker_sha256: Digest | None = None  # what looked at the finished picture,
+    nsfw_content_detected: bool | None = None  # and whether it was flagged, and so is black
     refining: Request | None = None  # by that; prompt, seed, sampler and steps are those of the picture
     not_kept: Annotated[tuple[Text, ...], Field(description="a list of names")] = ()
     version: Literal[1, 2, 3] = VERSION  # 1: drawn by the rules of before, `ldm.pipeline.before`

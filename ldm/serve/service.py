@@ -83,7 +83,8 @@ class Service:
         for name in IMAGES:
             if (value := fields.get(name)) is not None:
                 fields[name] = self.place(value, name)
-        fields.pop("model_hash", None)
+        for noted in ("model_hash", "safety_checker_sha256", "nsfw_content_detected"):
+            fields.pop(noted, None)
         if fields.pop("version", None) not in (None, 3):
             raise UserError("version is not allowed here: the server draws by the rules of today")
         return Request(**fields), self.shelf.name_of(asked)
