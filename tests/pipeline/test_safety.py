@@ -64,7 +64,7 @@ def test_pictures_and_what_is_found_are_diffusers_own(checked):
     folder, peer = checked
     pipe = ldm.load(folder, dtype="fp32").with_safety_checker()
     ask = {**ASK, "guidance_scale": 3.0}
-    with pytest.warns(UserWarning, match="safety checker flags the pictures of seeds"):
+    with pytest.warns(UserWarning, match="safety checker flags the pictures of the seeds"):
         ours = pipe("sea", seed=range(6), num_images_per_prompt=6, sampler="ddim", **ask)
     generators = [torch.Generator().manual_seed(k) for k in range(6)]
     theirs = peer("sea", num_images_per_prompt=6, generator=generators, **ask)
