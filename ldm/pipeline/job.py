@@ -33,7 +33,7 @@ from ldm.diffusion.scheduler_config import noise_levels
 from ldm.diffusion.tiles import Tiles
 from ldm.diffusion.variance import LearnedVariance
 from ldm.errors import UserError
-from ldm.images.fitting import fit_image, fit_mask
+from ldm.images.fitting import fit_image, fit_mask, size_of
 from ldm.models.conditioning import Conditioning
 from ldm.models.kind import Kind
 from ldm.pipeline import before, networks
@@ -43,10 +43,10 @@ from ldm.pipeline.inputs import NOTHING, Inputs
 from ldm.pipeline.model import Model
 from ldm.pipeline.networks import EXACT, Attending, Savings
 from ldm.pipeline.passes import Then, cut, follow, resumed
-from ldm.pipeline.pictures import NO_IMAGES, Images, masked, read_images
+from ldm.pipeline.pictures import NO_IMAGES, Images, in_shape, masked, read_images
 from ldm.pipeline.plan import Plan, arranged
 from ldm.pipeline.resolve import meaningless_eta, resolve
-from ldm.pipeline.start import Edit, Enlarge, FromImage, FromLatents, FromNoise, Inpaint, Masked
+from ldm.pipeline.start import Edit, Enlarge, FromImage, FromLatents, FromNoise, FromSmaller, Inpaint, Masked
 from ldm.request import IMAGES, OWN, Request
 
 LCM = "LatentConsistencyModelPipeline"  # as diffusers names it
@@ -147,6 +147,7 @@ def _prepare(
         images = read_images(model, asked, inputs)
     requests = tuple(resolve(model, each, images) for each in asked)
     first = requests[0]
+    images = in_shape(images, first) if first.resize_mode else images
     if first.not_kept:
         files = [name for name in IMAGES if getattr(first, name) is not None]
         first.check_given([*inputs.given, *files])
@@ -278,6 +279,9 @@ def start_of(
         keeps, within = request.strength != 1, Inpaint if model.kind is Kind.INPAINT else Masked
         fill = request.mask_fill or "original"
         return within(shape, grid, device, vae, pixels, mask, place, keeps, fill, samples=samples)
+    if request.resize_mode == "latent" and model.kind is Kind.TEXT and request.target_prompt is None:
+        own = tuple(max(factor, side // factor * factor) for side in size_of(images.image))
+        return FromSmaller(shape, grid, device, vae, fit_image(images.image, own), samples=samples)
     pixels = fit_image(images.image, size)
     if model.kind is Kind.PIX2PIX:
         return Edit(shape, grid, device, vae, pixels)

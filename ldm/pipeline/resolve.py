@@ -96,6 +96,7 @@ def check(request: Request, has_image: bool, has_mask: bool, parts: Parts) -> No
         (begins, "text-to-image and inpainting models, with an image,", ["mask_image", "extend"]),
         (has_mask and kind is Kind.TEXT, "text-to-image models, with a mask,", ["soft_mask"]),
         (begins, "img2img and inpainting, with an image,", ["strength"]),
+        (has_image and kind is not Kind.UPSCALE, "drawing from an image", ["resize_mode"]),
         (kind is Kind.PIX2PIX, "instruct-pix2pix models", ["image_guidance_scale"]),
         (kind is Kind.UPSCALE, "upscalers, as --model,", ["noise_level"]),
         (two_encoders, "models with two text encoders", ["prompt_2", "negative_prompt_2"]),

@@ -37,6 +37,7 @@ from ldm.request.fields import (
     Overlap,
     Pixels,
     Radius,
+    ResizeMode,
     Scale,
     Seed,
     Seeds,
@@ -146,6 +147,7 @@ class Request(Spelled):
     image_sha256: Digest | None = None
     mask_image: Text | None = None  # path; white is drawn anew, or what is painted on a transparent layer
     mask_image_sha256: Digest | None = None
+    resize_mode: ResizeMode | None = None  # how an image of another shape becomes the picture's; None: resize
     strength: Fraction | None = None  # of the steps, the share that is drawn, from the image
     extend: Sides | None = None  # of the image: pixels to draw beyond its left, top, right and bottom
     mask_invert: bool | None = None  # what is done to the mask, in this order
