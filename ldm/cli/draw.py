@@ -235,7 +235,11 @@ def warn_of_unknown_words(pipe: Pipeline, args: argparse.Namespace, requests: Se
 
     if args.model not in (None, EMBEDDED[0]) or args.quiet:
         return
-    texts = [all_words(text, each.grammar) for each in requests for text in (each.prompt, each.shown)]
+    texts = [
+        all_words(text, each.grammar)
+        for each in requests
+        for text in (each.prompt, each.shown, *(region.prompt for region in each.regions or ()))
+    ]
     unknown = dict.fromkeys(word for text in dict.fromkeys(texts) for word in pipe.unknown_words(text))
     if unknown:
         print(

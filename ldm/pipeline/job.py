@@ -35,6 +35,7 @@ from ldm.diffusion.variance import LearnedVariance
 from ldm.errors import UserError
 from ldm.images.fitting import fit_image, fit_mask
 from ldm.models.conditioning import Conditioning
+from ldm.models.freeu import FreeU
 from ldm.models.kind import Kind
 from ldm.pipeline import before, networks
 from ldm.pipeline.conditioning import Telling
@@ -47,6 +48,7 @@ from ldm.pipeline.pictures import NO_IMAGES, Images, masked, read_images
 from ldm.pipeline.plan import Plan, arranged
 from ldm.pipeline.resolve import meaningless_eta, resolve
 from ldm.pipeline.start import Edit, Enlarge, FromImage, FromLatents, FromNoise, Inpaint, Masked
+from ldm.pipeline.steering.regions import areas_of
 from ldm.request import IMAGES, OWN, Request
 
 LCM = "LatentConsistencyModelPipeline"  # as diffusers names it
@@ -88,6 +90,8 @@ class Job:
     then: Then | None = None  # what goes on from its latents
     savings: Savings = EXACT  # what the U-Net leaves out
     attending: tuple[Attending, ...] = ()  # what is done in attention's place
+    areas: Tensor | None = None  # [K + 1, 1, h, w] shares of the prompt and of regions
+    freeu: FreeU | None = None
 
     @property
     def request(self) -> Request:
@@ -194,6 +198,8 @@ def _prepare(
         tiles=tiles_of(first, model.vae.downscale),
         then=then,
         savings=savings_of(first),
+        areas=areas_of(first, inputs, model.vae.downscale),
+        freeu=None if first.freeu is None else FreeU(*first.freeu),
     )
 
 

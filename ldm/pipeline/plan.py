@@ -280,6 +280,7 @@ def _branches(job: Job) -> int:
     while (inner := getattr(guidance, "base", None)) is not None:
         guidance = inner
     composed = max(len(job.encode.shares(p)) for p in range(len(job.requests))) - 1
+    composed += len(job.request.regions or ())
     if isinstance(guidance, InstructPix2Pix):
         return 3 + composed
     return (1 if isinstance(guidance, CFG) and guidance.scale == 1 else 2) + composed
@@ -289,7 +290,7 @@ def _texts_of(job: Job) -> tuple[int, int]:
     """Windows of the longest prompt of a job; and rows that a text encoder reads at once."""
     windows = max(job.encode.length(p) for p in range(len(job.requests))) if job.model.text.clips else 1
     composed = max(len(job.encode.shares(p)) for p in range(len(job.requests)))
-    return windows, windows * (composed + 1)
+    return windows, windows * (composed + 1 + len(job.request.regions or ()))
 
 
 # --- tensors -----------------------------------------------------------------------------------------------

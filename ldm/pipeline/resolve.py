@@ -24,6 +24,7 @@ from ldm.pipeline import edit
 from ldm.pipeline.model import Model
 from ldm.pipeline.passes import cannot_go_on, check_hires, hires_enlarger
 from ldm.pipeline.pictures import Images
+from ldm.pipeline.steering import regions
 from ldm.request import Request
 from ldm.request.fast import fast_fields
 from ldm.request.fields import MAX_SIDE
@@ -56,6 +57,8 @@ def resolve(model: Model, request: Request, images: Images) -> Request:
     if request.watermark is not None:
         check_size(*request.size)
         key_named(request.watermark)  # raises
+    if request.regions:
+        request = request.replace(regions=regions.resolved(request))
     if request.cache_interval is not None or request.cache_branch_id is not None:
         request = _cached(request, model.parts)
     if request.tile_size is not None or request.tile_overlap is not None:

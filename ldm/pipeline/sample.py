@@ -22,6 +22,7 @@ from ldm.pipeline.edit import Invert
 from ldm.pipeline.inputs import Inputs
 from ldm.pipeline.job import Batch, Job, prepare
 from ldm.pipeline.passes import Then
+from ldm.pipeline.steering.regions import regional
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,10 +157,12 @@ def sample(
         savings=job.savings,
         unread=unread,
         attending=job.attending,
+        freeu=job.freeu,
     )
-    if shares is not None:
+    if shares is not None or job.areas is not None:
         tell(branches, texts)
-        predict = composed(predict, shares.to(begun.x.device))
+    predict = predict if shares is None else composed(predict, shares.to(begun.x.device))
+    predict = predict if job.areas is None else regional(predict, job.areas.to(begun.x.device))
     schedule = job.model.schedule
     guided = Exchangeable(job.guidance(predict, schedule.prediction.x0))
     denoise = guided if schedule.bounds is None else schedule.bounded(guided, job.sampler)
@@ -181,7 +184,8 @@ def sample(
 
 def texts_of(job: Job, batch: Batch, step: int) -> tuple[dict[str, Conditioning], Tensor | None]:
     """What a batch is told in a step, a row for each picture: "cond", "uncond" and "image", which is without
-    the text too; and where prompts are composed "cond_1" and so on, with the shares [B, K] of all, else None.
+    the text too; of regions "region_0" and so on; and where prompts are composed "cond_1" and so on, with the
+    shares [B, K] of all, else None.
     """
     shares = [job.encode.shares(picture.prompt) for picture in batch]
     told = [job.encode(picture.prompt, step) for picture in batch]
@@ -189,8 +193,14 @@ def texts_of(job: Job, batch: Batch, step: int) -> tuple[dict[str, Conditioning]
     uncond = Conditioning.cat([each for _, each in told])
     texts = {"uncond": uncond, "image": uncond}
     for k in range(most):  # of fewer the first stands in the others' place, with no share
-        rows = [cond[k : k + 1] if k < len(cond) else cond[:1] for cond, _ in told]
+        at = [k if k < len(own) else 0 for own in shares]
+        rows = [cond[i : i + 1] for i, (cond, _) in zip(at, told, strict=True)]
         texts[f"cond_{k}" if k else "cond"] = Conditioning.cat(rows)
+    for k in range(len(job.request.regions or ())):
+        at = [len(own) + k for own in shares]
+        texts[f"region_{k}"] = Conditioning.cat(
+            [cond[i : i + 1] for i, (cond, _) in zip(at, told, strict=True)]
+        )
     if all(each == (1.0,) for each in shares):
         return texts, None
     return texts, torch.tensor([[*each, *[0.0] * (most - len(each))] for each in shares])

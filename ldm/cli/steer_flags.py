@@ -1,0 +1,35 @@
+"""Flags of what steers a drawing from inside: areas with their own prompts, and attention."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def factors(text: str) -> tuple[float, ...]:
+    """Four numbers: b1, b2, s1, s2."""
+    try:
+        numbers = tuple(map(float, text.split(",")))
+    except ValueError:
+        numbers = ()
+    if len(numbers) != 4:
+        raise argparse.ArgumentTypeError(f"{text} is not four numbers: b1,b2,s1,s2, such as 1.3,1.4,0.9,0.2")
+    return numbers
+
+
+def add_steering_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("what is drawn where, from inside (docs/attention.md)").add_argument
+    add(
+        "--region",
+        dest="regions",
+        action="append",
+        metavar="AREA:TEXT",
+        help='an area with its own prompt, repeatable: "x,y,width,height: text" in pixels, or in shares of '
+        'the picture; or "mask.png: text"; weight=2 and strength=0.5 may follow the area after commas',
+    )
+    add(
+        "--freeu",
+        type=factors,
+        metavar="B1,B2,S1,S2",
+        help="FreeU: stronger deep features, weaker low frequencies beside them; SD 1 1.5,1.6,0.9,0.2; SD 2 "
+        "1.4,1.6,0.9,0.2; SDXL 1.3,1.4,0.9,0.2",
+    )
