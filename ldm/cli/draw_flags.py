@@ -166,7 +166,7 @@ def add_image_flags(parser: argparse.ArgumentParser) -> None:
         help="edit this picture: it is inverted to the noise that draws it (-p says what it shows) and drawn "
         "again as --to says; --mask covers what may change (default: where the two texts differ)",
     )
-    add("--to", dest="target_prompt", metavar="TEXT", help="what the picture of --invert becomes")
+    add("--to", dest="target_prompt", metavar="TEXT", help="what -p's picture, or --invert's, becomes")
     add(
         "--image-guidance-scale",
         type=float,

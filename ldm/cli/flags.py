@@ -19,6 +19,7 @@ FLAGS = {
     "target_prompt": "--to",
     "sampler_options": "--sampler-option",
     "regions": "--region",
+    "word_weights": "--word-weight",
 }
 
 

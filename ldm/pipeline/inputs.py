@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from ldm.images.opening import to_mask, to_rgb
 from ldm.images.pixels import to_numpy, to_pil
 from ldm.request import LoraUse, Request
 from ldm.request.fields import consecutive_seeds
+
+if TYPE_CHECKING:
+    from ldm.pipeline.job import Job, Picture
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -101,6 +104,16 @@ class Result:
     def seeds(self) -> tuple[int, ...]:
         """One per image."""
         return tuple(seed for request in self.requests for seed in request.seeds)
+
+
+def requests_of(job: Job, pictures: Sequence[Picture]) -> tuple[Request, ...]:
+    """The requests that draw these pictures: all of the job's, unless it was stopped."""
+    if len(pictures) == len(job.pictures):
+        return job.requests
+    seeds: dict[int, tuple[int, ...]] = {}
+    for picture in pictures:
+        seeds[picture.prompt] = (*seeds.get(picture.prompt, ()), picture.seed)
+    return tuple(job.requests[p].replace(seeds=own) for p, own in seeds.items())
 
 
 def check_output_type(output_type: str) -> None:

@@ -19,6 +19,7 @@ from ldm.checkpoint import embedded, save_model
 from ldm.diffusion.guidance import Guidance
 from ldm.diffusion.solvers import Solver, Step
 from ldm.errors import NoSuchName, UserError
+from ldm.images.pixels import to_pil
 from ldm.memory.sizes import parse_size
 from ldm.models import LatentDist
 from ldm.pipeline import networks
@@ -35,12 +36,14 @@ from ldm.pipeline.inputs import (
     count_images,
     one_each,
     own_generators,
+    requests_of,
     scaled_loras,
     seeds_of,
 )
 from ldm.pipeline.job import Batch, Job, Picture, prepare
 from ldm.pipeline.model import Model
 from ldm.pipeline.sample import OnStep, draw_batch, draw_latents, sample
+from ldm.pipeline.steering.maps import AttentionMaps, record_all
 from ldm.request import NOTED, Request
 from ldm.runtime import choose
 
@@ -327,6 +330,17 @@ class Pipeline(Model):
         """The request with the model's defaults in place of None. Raises UserError if the model cannot."""
         return self.prepare(request, inputs).request
 
+    def attention_maps(
+        self, request: Request, layers: Sequence[str] = (), inputs: Inputs = NOTHING
+    ) -> AttentionMaps:
+        """Which places of its pictures each word of a request's prompt drew, and the pictures.
+
+        `layers` are those that are looked at ("mid", "up.1"), by default all. Raises UserError.
+        """
+        return record_all(
+            self.prepare(request, inputs), lambda job, batch: to_pil(draw_batch(job, batch)), layers
+        )
+
     def encode(self, images: Tensor) -> LatentDist:
         """Images [B, 3, H, W] in 0..1 -> the Gaussian over latents that the VAE makes of them, fp32."""
         return networks.encode(self.vae, images)
@@ -381,13 +395,3 @@ class Pipeline(Model):
 CALL_ARGUMENTS = tuple(inspect.signature(Pipeline.__call__).parameters)[1:-1]
 # Of a request, what comes by `others`: `seeds` is the call's seed.
 FIELDS = tuple(name for name in Request.model_fields if name not in (*NOTED, *CALL_ARGUMENTS, "seeds"))
-
-
-def requests_of(job: Job, pictures: Sequence[Picture]) -> tuple[Request, ...]:
-    """The requests that draw these pictures: all of the job's, unless it was stopped."""
-    if len(pictures) == len(job.pictures):
-        return job.requests
-    seeds: dict[int, tuple[int, ...]] = {}
-    for picture in pictures:
-        seeds[picture.prompt] = (*seeds.get(picture.prompt, ()), picture.seed)
-    return tuple(job.requests[p].replace(seeds=own) for p, own in seeds.items())

@@ -281,9 +281,10 @@ def _branches(job: Job) -> int:
         guidance = inner
     composed = max(len(job.encode.shares(p)) for p in range(len(job.requests))) - 1
     composed += len(job.request.regions or ())
+    times = 1 if job.steering.swap is None else 2  # with the picture that it was before
     if isinstance(guidance, InstructPix2Pix):
-        return 3 + composed
-    return (1 if isinstance(guidance, CFG) and guidance.scale == 1 else 2) + composed
+        return times * (3 + composed)
+    return times * ((1 if isinstance(guidance, CFG) and guidance.scale == 1 else 2) + composed)
 
 
 def _texts_of(job: Job) -> tuple[int, int]:

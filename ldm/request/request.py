@@ -107,7 +107,8 @@ class Request(Spelled):
     image in memory): without them, this is not the request that draws the picture again.
 
     `target_prompt` makes an edit of it: the image is inverted under `prompt` up to `strength`, and drawn
-    again under that (`ldm.pipeline.edit`).
+    again under that (`ldm.pipeline.edit`); without an image, what `prompt` draws from the seed becomes that
+    (`ldm.pipeline.steering.prompt_to_prompt`).
 
     Tags in the prompt, `<lora:name:0.8>`, leave it and become `loras`: None is those that the pipeline has.
 
@@ -187,6 +188,9 @@ class Request(Spelled):
     refiner_switch_at: Fraction | None = None  # the share at which a second model goes on
     watermark: Watermark = None  # by whose key the finished picture is marked (`ldm.images.watermark`)
     freeu: Factors | None = None  # b1, b2, s1, s2 (`ldm.models.freeu`)
+    cross_replace_steps: Fraction | None = None  # of an edit between two prompts: of the steps, the share
+    self_replace_steps: Fraction | None = None  # in which it attends to words, and to itself, as before
+    word_weights: Options | None = None  # of its target's words
     regions: Regions = None  # areas with prompts of their own; the rest of the picture shows `prompt`
     refining: Request | None = None  # by that; prompt, seed, sampler and steps are those of the picture
     not_kept: Annotated[tuple[Text, ...], Field(description="a list of names")] = ()
