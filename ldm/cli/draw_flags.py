@@ -262,6 +262,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         metavar="SCALE",
         help="classifier-free guidance; 1 is none",
     )
+    add("--guidance", metavar="NAME[:OPTIONS]", help="e.g. apg:eta=0+interval:0.2,0.8 (docs/guidance.md)")
     add("--classifier-class", metavar="NAME", help="what the gradient of --classifier leads to")
     add(
         "--classifier-scale",

@@ -3,20 +3,27 @@
 A guidance is any callable ``(predict, to_x0) -> denoise``. It knows neither the network nor the solver.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from ldm.diffusion.solvers import Denoise, Denoised
 
-# (x [B, C, H, W], sigma, branches) -> {branch: raw network output [B, C, H, W]}, in one batched call.
+# (x [B, C, H, W], sigma, branches) -> {branch: raw network output [B, C, H, W]}, in one batched call. What a
+# branch is called is told in `ldm/diffusion/guidances/__init__.py`.
 Predict = Callable[[Tensor, Tensor, tuple[str, ...]], dict[str, Tensor]]
 # (output, x, sigma) -> x0
 ToX0 = Callable[[Tensor, Tensor, Tensor], Tensor]
 Guidance = Callable[[Predict, ToX0], Denoise]
 # (x [B, C, H, W], sigma) -> the gradient in x of log p(y | x, sigma), each picture's its own, [B, C, H, W].
 Gradient = Callable[[Tensor, Tensor], Tensor]
+
+
+def text_of(branch: str) -> str:
+    """The branch whose text a branch has: "cond:perturbed" is "cond", answered in another way."""
+    return branch.partition(":")[0]
 
 
 class Exchangeable:
@@ -51,16 +58,21 @@ class CFG:
     scale: float
     rescale: float = 0.0
 
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """Those that it asks for."""
+        return ("cond",) if self.scale == 1 else ("uncond", "cond")
+
     def __call__(self, predict: Predict, to_x0: ToX0) -> Denoise:
         def denoise(x: Tensor, sigma: Tensor) -> Denoised:
-            return Denoised(to_x0(self._combine(predict, x, sigma), x, sigma))
+            return Denoised(to_x0(self.combined(predict(x, sigma, self.branches)), x, sigma))
 
         return denoise
 
-    def _combine(self, predict: Predict, x: Tensor, sigma: Tensor) -> Tensor:
+    def combined(self, outputs: Mapping[str, Tensor]) -> Tensor:
+        """Of the outputs of its branches."""
         if self.scale == 1:
-            return predict(x, sigma, ("cond",))["cond"]
-        outputs = predict(x, sigma, ("uncond", "cond"))
+            return outputs["cond"]
         uncond, cond = outputs["uncond"], outputs["cond"]
         guided = uncond + self.scale * (cond - uncond)
         return rescale_to(guided, cond, self.rescale) if self.rescale else guided
@@ -78,15 +90,20 @@ class CFGPlusPlus:
     strength: float
     rescale: float = 0.0
 
+    branches: ClassVar = ("uncond", "cond")
+
     def __call__(self, predict: Predict, to_x0: ToX0) -> Denoise:
         def denoise(x: Tensor, sigma: Tensor) -> Denoised:
-            outputs = predict(x, sigma, ("uncond", "cond"))
-            uncond, cond = outputs["uncond"], outputs["cond"]
-            guided = uncond + self.strength * (cond - uncond)
-            guided = rescale_to(guided, cond, self.rescale) if self.rescale else guided
-            return Denoised(to_x0(guided, x, sigma), to_x0(uncond, x, sigma))
+            outputs = predict(x, sigma, self.branches)
+            anchor = to_x0(outputs["uncond"], x, sigma)
+            return Denoised(to_x0(self.combined(outputs), x, sigma), anchor)
 
         return denoise
+
+    def combined(self, outputs: Mapping[str, Tensor]) -> Tensor:
+        uncond, cond = outputs["uncond"], outputs["cond"]
+        guided = uncond + self.strength * (cond - uncond)
+        return rescale_to(guided, cond, self.rescale) if self.rescale else guided
 
 
 def cfg_pp_strength(scale: float, n: int) -> float:
@@ -108,14 +125,20 @@ def composed(predict: Predict, shares: Tensor) -> Predict:
     parts = ("cond", *(f"cond_{k}" for k in range(1, shares.shape[1])))
 
     def call(x: Tensor, sigma: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
-        if "cond" not in names:
+        endings = {name: name.removeprefix("cond") for name in names if text_of(name) == "cond"}
+        if not endings:
             return predict(x, sigma, names)
         without = "image" if "image" in names else "uncond"
-        outputs = predict(x, sigma, tuple(dict.fromkeys((*names, without, *parts))))
-        base, whole = outputs[without], outputs[without]
-        for name, share in zip(parts, shares.to(base).unbind(1), strict=True):
-            whole = whole + share[:, None, None, None] * (outputs[name] - base)
-        return {name: whole if name == "cond" else outputs[name] for name in names}
+        asked = [f"{part}{ending}" for ending in endings.values() for part in parts]
+        outputs = predict(x, sigma, tuple(dict.fromkeys((*names, without, *asked))))
+        base, answers = outputs[without], {name: outputs[name] for name in names}
+        for whole, ending in endings.items():
+            answers[whole] = base
+            for part, share in zip(parts, shares.to(base).unbind(1), strict=True):
+                answers[whole] = answers[whole] + share[:, None, None, None] * (
+                    outputs[f"{part}{ending}"] - base
+                )
+        return answers
 
     return call
 
@@ -132,15 +155,18 @@ class InstructPix2Pix:
     image_scale: float
     rescale: float = 0.0
 
+    branches: ClassVar = ("cond", "image", "uncond")
+
     def __call__(self, predict: Predict, to_x0: ToX0) -> Denoise:
         def denoise(x: Tensor, sigma: Tensor) -> Denoised:
-            outputs = predict(x, sigma, ("cond", "image", "uncond"))
-            cond, image, uncond = outputs["cond"], outputs["image"], outputs["uncond"]
-            guided = uncond + self.scale * (cond - image) + self.image_scale * (image - uncond)
-            guided = rescale_to(guided, cond, self.rescale) if self.rescale else guided
-            return Denoised(to_x0(guided, x, sigma))
+            return Denoised(to_x0(self.combined(predict(x, sigma, self.branches)), x, sigma))
 
         return denoise
+
+    def combined(self, outputs: Mapping[str, Tensor]) -> Tensor:
+        cond, image, uncond = (outputs[name] for name in self.branches)
+        guided = uncond + self.scale * (cond - image) + self.image_scale * (image - uncond)
+        return rescale_to(guided, cond, self.rescale) if self.rescale else guided
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from ldm.errors import UserError
 from ldm.images.fitting import fit_image, fit_mask
 from ldm.models.conditioning import Conditioning
 from ldm.models.kind import Kind
-from ldm.pipeline import before, networks
+from ldm.pipeline import before, guiding, networks
 from ldm.pipeline.conditioning import Telling
 from ldm.pipeline.edit import Invert, check_edit, invertible
 from ldm.pipeline.inputs import NOTHING, Inputs
@@ -192,12 +192,13 @@ def _prepare(
         sampler=sampler,
         options=solver_options | options_of(first, sampler, grid),
         grid=grid,
-        guidance=completed(inputs.guidance or guidance_of(first, model.parts), first, model),
+        guidance=completed(inputs.guidance or guidance_of(first, model, grid), first, model),
         start=start,
         batches=tuple(cut_into_batches(model, pictures, telling.length, 1 if sampler.alone else batch_size)),
         tiles=tiles_of(first, model.vae.downscale),
         then=then,
         savings=savings_of(first),
+        attending=guiding.attending(first, model) if first.guidance and not inputs.guidance else (),
         steering=steering_of(model, requests, inputs, telling, grid, images.image is not None),
     )
 
@@ -341,7 +342,13 @@ def noise_source(request: Request, seed: int, shape: tuple[int, int, int]) -> in
     )
 
 
-def guidance_of(request: Request, parts: Parts) -> Guidance:
+def guidance_of(request: Request, model: Model, grid: Grid) -> Guidance:
+    """What a resolved request says of guidance. Raises UserError for what does not go together."""
+    plain = plain_guidance(request, model.parts)
+    return plain if request.guidance is None else guiding.named(plain, request, model, grid)
+
+
+def plain_guidance(request: Request, parts: Parts) -> Guidance:
     """As in diffusers, a scale of at most 1 means no guidance, and a model told the scale needs none.
 
     Raises UserError for a CFG++ sampler where an image guides too.

@@ -140,7 +140,7 @@ class Pipeline(Model):
         seed: int | Iterable[int] | None = None,
         sampler: str | Solver | None = None,
         spacing: str | None = None,
-        guidance: Guidance | None = None,
+        guidance: str | Guidance | None = None,
         image: Any = None,
         mask_image: Any = None,
         strength: float | None = None,
@@ -171,7 +171,8 @@ class Pipeline(Model):
             latents: [images, C, h, w] unit noise, instead of what the seeds give.
             sampler: a name in any spelling, or a function like those in `ldm/diffusion/solvers.py`.
             spacing: where the sampler's steps lie ("karras", "trailing", ...).
-            guidance: a function like `ldm.diffusion.guidance.CFG`, in place of guidance_scale and _rescale.
+            guidance: names ("apg:eta=0+interval:0.2,0.8", docs/guidance.md), or a function like
+                `ldm.diffusion.guidance.CFG`, in place of guidance_scale and _rescale.
             image: to draw from: a path, a PIL image, an array [H, W, 3] of 8 bits or in 0..1, a tensor
                 [3, H, W] in 0..1, or its latents; resized as in diffusers. One, or one for each prompt.
             mask_image: white where the image is drawn anew, or where it has transparent parts, what is not;
@@ -221,6 +222,7 @@ class Pipeline(Model):
             eta=eta,
             clip_skip=clip_skip,
             sampler=None if callable(sampler) else sampler,
+            guidance=None if callable(guidance) else guidance,
             spacing=spacing,
             image=image_file,
             mask_image=mask_file,
@@ -247,7 +249,7 @@ class Pipeline(Model):
             mask_image=mask_image,
             image_latents=image_latents,
             solver=sampler if callable(sampler) else None,
-            guidance=guidance,
+            guidance=guidance if callable(guidance) else None,
         )
         texts = {
             "negative_prompt": negative_prompt,

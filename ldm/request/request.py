@@ -127,6 +127,7 @@ class Request(Spelled):
     width: Side | None = None
     num_inference_steps: Steps | None = None
     guidance_scale: Scale | None = None
+    guidance: str | None = None  # by name, with options: "apg:eta=0+interval:0.2,0.8"; None: plain
     guidance_rescale: Fraction = 0.0
     guidance_interval: Interval | None = None  # shares of the timesteps between which there is guidance
     seeds: Seeds = (0,)

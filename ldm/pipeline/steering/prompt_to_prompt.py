@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.diffusion.guidance import Predict
+from ldm.diffusion.guidance import Predict, text_of
 from ldm.diffusion.noise import Seed
 from ldm.diffusion.schedule import Grid
 from ldm.errors import UserError, printable
@@ -105,7 +105,7 @@ class Control:
     def attending(self, names: tuple[str, ...], cond: Conditioning, base: Attend) -> Attend:
         """An `ldm.pipeline.networks.Attending`, which acts in the branches with the text."""
         half = len(cond) // len(names) // 2
-        begins = [2 * half * k for k, name in enumerate(names) if name.partition(":")[0] == "cond"]
+        begins = [2 * half * k for k, name in enumerate(names) if text_of(name) == "cond"]
         pairs = [(slice(b, b + half), slice(b + half, b + 2 * half)) for b in begins]
 
         def attend(site: Site, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

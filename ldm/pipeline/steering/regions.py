@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.diffusion.guidance import Predict
+from ldm.diffusion.guidance import Predict, text_of
 from ldm.errors import UserError
 from ldm.images.fitting import fit_mask, read_file
 from ldm.images.masks import feathered
@@ -95,7 +95,7 @@ def regional(predict: Predict, areas: Tensor) -> Predict:
         instead = {
             name: [f"{part}{name.removeprefix('cond')}" for part in parts]
             for name in asked
-            if name.partition(":")[0] == "cond"
+            if text_of(name) == "cond"
         }
         outputs = predict(x, sigma, tuple(each for name in asked for each in instead.get(name, [name])))
         for name, branches in instead.items():
