@@ -47,6 +47,8 @@ from ldm.pipeline.pictures import NO_IMAGES, Images, in_shape, masked, read_imag
 from ldm.pipeline.plan import Plan, arranged
 from ldm.pipeline.resolve import meaningless_eta, resolve
 from ldm.pipeline.start import Edit, Enlarge, FromImage, FromLatents, FromNoise, FromSmaller, Inpaint, Masked
+from ldm.pipeline.steering.prompt_to_prompt import check_swap
+from ldm.pipeline.steering.steering import UNSTEERED, Steering, steering_of
 from ldm.request import IMAGES, OWN, Request
 
 LCM = "LatentConsistencyModelPipeline"  # as diffusers names it
@@ -62,6 +64,7 @@ class Picture:
     source: int | Seed | torch.Generator  # of its noise
     latents: Tensor | None = None  # [C, h, w] unit noise, instead of what the source gives
     flagged: bool | None = None  # by the model's safety checker; None: it was not looked at
+    is_source: bool = False  # of an edit between two prompts: drawn beside its target, under the prompt
 
     @property
     def request(self) -> Request:
@@ -89,6 +92,7 @@ class Job:
     then: Then | None = None  # what goes on from its latents
     savings: Savings = EXACT  # what the U-Net leaves out
     attending: tuple[Attending, ...] = ()  # what is done in attention's place
+    steering: Steering = UNSTEERED
 
     @property
     def request(self) -> Request:
@@ -140,10 +144,10 @@ def _prepare(
 ) -> Job:
     asked = (request,) if isinstance(request, Request) else tuple(request)
     check_alike(asked)
+    images, has_images = NO_IMAGES, asked[0].has_images or inputs.has_images
     if any(each.target_prompt is not None for each in asked):
-        check_edit(asked, inputs)
-    images = NO_IMAGES
-    if asked[0].has_images or inputs.has_images:
+        (check_edit if has_images else check_swap)(asked, inputs)
+    if has_images:
         images = read_images(model, asked, inputs)
     requests = tuple(resolve(model, each, images) for each in asked)
     first = requests[0]
@@ -170,7 +174,7 @@ def _prepare(
     grid = grid if spread else trim_to_strength(grid, first)
     if first.denoising_start is not None or first.denoising_end is not None or first.refining is not None:
         grid = cut(grid, first, sampler)
-    grid = grid if first.target_prompt is None else invertible(grid)
+    grid = grid if first.target_prompt is None or images.image is None else invertible(grid)
     telling = Telling(model, requests, inputs, len(grid.timesteps))
     start = start_of(
         model,
@@ -197,6 +201,7 @@ def _prepare(
         then=then,
         savings=savings_of(first),
         attending=guiding.attending(first, model) if first.guidance and not inputs.guidance else (),
+        steering=steering_of(model, requests, inputs, telling, grid, images.image is not None),
     )
 
 

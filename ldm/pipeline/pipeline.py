@@ -19,6 +19,7 @@ from ldm.checkpoint import embedded, save_model
 from ldm.diffusion.guidance import Guidance
 from ldm.diffusion.solvers import Solver, Step
 from ldm.errors import NoSuchName, UserError
+from ldm.images.pixels import to_pil
 from ldm.memory.sizes import parse_size
 from ldm.models import LatentDist
 from ldm.pipeline import networks
@@ -43,6 +44,7 @@ from ldm.pipeline.inputs import (
 from ldm.pipeline.job import Batch, Job, Picture, prepare
 from ldm.pipeline.model import Model
 from ldm.pipeline.sample import OnStep, draw_batch, draw_latents, sample
+from ldm.pipeline.steering.maps import AttentionMaps, record_all
 from ldm.request import NOTED, Request
 from ldm.runtime import choose
 
@@ -333,6 +335,17 @@ class Pipeline(Model):
     def resolve(self, request: Request, inputs: Inputs = NOTHING) -> Request:
         """The request with the model's defaults in place of None. Raises UserError if the model cannot."""
         return self.prepare(request, inputs).request
+
+    def attention_maps(
+        self, request: Request, layers: Sequence[str] = (), inputs: Inputs = NOTHING
+    ) -> AttentionMaps:
+        """Which places of its pictures each word of a request's prompt drew, and the pictures.
+
+        `layers` are those that are looked at ("mid", "up.1"), by default all. Raises UserError.
+        """
+        return record_all(
+            self.prepare(request, inputs), lambda job, batch: to_pil(draw_batch(job, batch).images), layers
+        )
 
     def encode(self, images: Tensor) -> LatentDist:
         """Images [B, 3, H, W] in 0..1 -> the Gaussian over latents that the VAE makes of them, fp32."""

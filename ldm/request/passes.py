@@ -40,6 +40,7 @@ REFINED = (
     *("crops_coords_top_left", "negative_original_size", "negative_crops_coords_top_left", "tiling"),
     *("tile_size", "tile_overlap", "sampler_options", "noise", "noise_seed_delta"),
     *("guidance", "guidance_interval", "cache_interval", "cache_branch_id", "token_merging_ratio"),
+    *("regions", "freeu"),
 )
 _DEFAULTS = {name: field.default for name, field in Request.model_fields.items()}
 
