@@ -201,7 +201,9 @@ def _prepare(
         then=then,
         savings=savings_of(first),
         attending=guiding.attending(first, model) if first.guidance and not inputs.guidance else (),
-        steering=steering_of(model, requests, inputs, telling, grid, images.image is not None),
+        steering=steering_of(model, requests, inputs, telling, grid, images.image is not None)
+        if first.is_steered
+        else UNSTEERED,
     )
 
 

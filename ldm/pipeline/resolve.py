@@ -59,7 +59,8 @@ def resolve(model: Model, request: Request, images: Images) -> Request:
     if request.watermark is not None:
         check_size(*request.size)
         key_named(request.watermark)  # raises
-    request = prompt_to_prompt.resolved(request, images.image is not None)
+    if request.is_steered:
+        request = prompt_to_prompt.resolved(request, images.image is not None)
     if request.regions:
         request = request.replace(regions=regions.resolved(request))
     if request.cache_interval is not None or request.cache_branch_id is not None:

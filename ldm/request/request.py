@@ -228,6 +228,11 @@ class Request(Spelled):
         return first, [self.prompt_2 or self.prompt, self.negative_prompt_2 or negative, *target]
 
     @property
+    def is_steered(self) -> bool:
+        """Whether anything is asked of `ldm.pipeline.steering`."""
+        return any(getattr(self, name) is not None for name in STEERING)
+
+    @property
     def has_images(self) -> bool:
         """Whether it names a picture to draw from, or asks something of one."""
         return self.image is not None or self.mask_image is not None or self.changes_mask is not None
@@ -362,6 +367,14 @@ class Request(Spelled):
 
 
 OF_MASKS = ("extend", "mask_invert", "mask_grow", "mask_blur", "soft_mask", "mask_fill", "padding_mask_crop")
+STEERING = (
+    "target_prompt",
+    "cross_replace_steps",
+    "self_replace_steps",
+    "word_weights",
+    "freeu",
+    "regions",
+)
 IMAGES = ("image", "mask_image")
 OWN = {*PROMPTS, "seeds", "embeddings", "variation_seed"}  # in which requests of one job may differ
 
