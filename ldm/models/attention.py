@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ldm.kernels import native
 from ldm.models.convolution import Conv2d
+from ldm.models.freeu import FreeU
 from ldm.models.layers import GroupNorm
 from ldm.models.merging import merged
 
@@ -138,10 +139,11 @@ class Context:
 
     Args:
         attend: what the layers that read it do in place of `attend`, and those beside them.
+        freeu: what is done on the way up of a U-Net that reads it.
     """
 
-    def __init__(self, tokens: Tensor, attend: Attend | None = None) -> None:
-        self.tokens, self.attend = tokens, attend
+    def __init__(self, tokens: Tensor, attend: Attend | None = None, freeu: FreeU | None = None) -> None:
+        self.tokens, self.attend, self.freeu = tokens, attend, freeu
         self._made: dict[nn.Module, Any] = {}
 
     def once(self, layer: nn.Module, make: Callable[[Tensor], T]) -> T:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ldm.models.attention import AnyText, SpatialTransformer
+from ldm.models.attention import AnyText, Context, SpatialTransformer
 from ldm.models.config import UNetConfig
 from ldm.models.layers import Downsample, ResnetBlock, Upsample
 
@@ -26,19 +26,25 @@ class DownBlock(nn.Module):
         self.attentions = nn.ModuleList(attentions)
         self.downsamplers = nn.ModuleList([downsample] if downsample else [])
 
-    def forward(self, x: Tensor, time: Tensor, context: AnyText, merging: float = 0.0) -> list[Tensor]:
-        """All outputs that the way up will want; the last of them goes on."""
-        return list(self.outputs(x, time, context, merging))
+    def outputs(
+        self, x: Tensor, time: Tensor, context: AnyText, merging: float = 0.0, more: Tensor | None = None
+    ) -> Iterator[Tensor]:
+        """All that the way up will want, each computed when it is asked for; the last of them goes on.
 
-    def outputs(self, x: Tensor, time: Tensor, context: AnyText, merging: float = 0.0) -> Iterator[Tensor]:
-        """The same one by one, each computed when it is asked for."""
+        `more` is added where this level's features are ready: before they are halved where the level attends,
+        else after, as T2I-Adapters were trained.
+        """
+        layers = len(self.resnets)
+        ready = layers - 1 if self.attentions else layers - 1 + len(self.downsamplers)
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, time)
             if self.attentions:
                 x = self.attentions[i](x, context, merging)
+            x = x if more is None or i != ready else x + more
             yield x
         for downsample in self.downsamplers:
-            yield downsample(x)
+            x = downsample(x)
+            yield x if more is None or ready != layers else x + more
 
 
 class MidBlock(nn.Module):
@@ -58,6 +64,8 @@ class MidBlock(nn.Module):
 
 class UpBlock(nn.Module):
     """One level on the way up: each resnet takes one output of the way down beside its input."""
+
+    level = 0  # from the deepest
 
     def __init__(
         self,
@@ -88,7 +96,10 @@ class UpBlock(nn.Module):
         merging: float = 0.0,
     ) -> Tensor:
         """The i-th resnet with its transformer; the last enlarges too."""
-        x = self.resnets[i](torch.cat([x, skips.pop()], dim=1), time)
+        skip = skips.pop()
+        if isinstance(context, Context) and context.freeu is not None:
+            x, skip = context.freeu(self.level, x, skip)
+        x = self.resnets[i](torch.cat([x, skip], dim=1), time)
         if self.attentions:
             x = self.attentions[i](x, context, merging)
         if i == len(self.resnets) - 1:
@@ -153,8 +164,10 @@ def up_blocks(config: UNetConfig, time_dim: int) -> Iterable[UpBlock]:
         inputs = [below] + [wide] * layers[level]
         skips = [wide] * layers[level] + [channels[max(level - 1, 0)]]
         attends = kind == "CrossAttnUpBlock2D"
-        yield UpBlock(
+        block = UpBlock(
             [_resnet(config, time_dim, c + s, wide) for c, s in zip(inputs, skips, strict=True)],
             _transformers(config, level, depths[level] if attends else (), only_cross[level]),
             Upsample(wide) if level else None,
         )
+        block.level = len(channels) - 1 - level
+        yield block

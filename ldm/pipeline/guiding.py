@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from ldm.adapters.layers import share
 from ldm.adapters.seamless import seamless
@@ -30,7 +30,6 @@ from ldm.pipeline.moving import move
 from ldm.pipeline.networks import Attending
 from ldm.request import Request
 
-M = TypeVar("M", bound=Model)
 # A part -> what it wants done in attention's place, in the branches whose names have its ending.
 ATTENDING: Mapping[type[Part], Callable[[Any, Model], tuple[Attending, ...]]] = {}
 
@@ -80,6 +79,15 @@ def check(parts: tuple[Part, ...], plain: Guidance, request: Request, model: Mod
             raise UserError(f"guidance interval: start {part.start:g} must be less than stop {part.stop:g}")
 
 
+def attending(request: Request, model: Model) -> tuple[Attending, ...]:
+    """What the guidance that a resolved request names wants done in attention's place."""
+    found = list[Attending]()
+    for part in read_guidance(request.guidance or ""):
+        if type(part) in ATTENDING:
+            found += ATTENDING[type(part)](part, model)
+    return tuple(found)
+
+
 @dataclass(frozen=True)
 class Needs:
     """What a guidance wants of a drawing beside its U-Net and texts.
@@ -88,7 +96,6 @@ class Needs:
     of no words.
     """
 
-    attending: tuple[Attending, ...] = ()
     networks: Mapping[str, UNet] = field(default_factory=dict)
     empty: bool = False
 
@@ -98,15 +105,12 @@ NO_NEEDS = Needs()
 
 def needed(request: Request, model: Model) -> Needs:
     """Of the guidance that a resolved request names. Raises UserError."""
-    attending, networks, empty = list[Attending](), dict[str, UNet](), False
-    for part in read_guidance(request.guidance or ""):
-        if type(part) in ATTENDING:
-            attending += ATTENDING[type(part)](part, model)
+    parts, networks = read_guidance(request.guidance or ""), dict[str, UNet]()
+    for part in parts:
         if isinstance(part, AutoGuidance):
             unet = thinned(model.unet) if part.model == THINNED else read_worse(part, model)
             networks["worse"] = unet if request.tiling is None else seamless(unet, request.tiling)
-        empty = empty or "empty" in part.reads
-    return Needs(tuple(attending), networks, empty)
+    return Needs(networks, any("empty" in part.reads for part in parts))
 
 
 # --- another network -------------------------------------------------------------------------------------
@@ -146,22 +150,22 @@ def thinned(unet: UNet) -> UNet:
     return made
 
 
-def read_worse(part: AutoGuidance, model: M) -> UNet:
+def read_worse(part: AutoGuidance, model: Model) -> UNet:
     """The U-Net that a part names, in the model's dtype, where the model is. Raises UserError."""
     if model.sleeps:
         raise UserError("guidance autoguidance takes no other model beside max_memory: give thinned")
-    kept, made = model._recent.get("worse", (None, model))
-    if kept == part:
-        return made.unet
-    own = model.unet.config
-    place = find_part(part.model, "unet")
-    unet: UNet = move(load_component(place, "unet", model.unet.to_config(), model.dtype), model.device, None)
+    place, own = find_part(part.model, "unet"), model.unet
+
+    def read() -> UNet:
+        unet: UNet = load_component(place, "unet", own.to_config(), model.dtype)
+        return move(unet, model.device, None)
+
+    unet = model.with_unet(part, read).unet
     for name in ("in_channels", "out_channels", "conditioning", "cross_attention_dim"):
-        if getattr(unet.config, name) != getattr(own, name):
+        said, here = (getattr(each.config, name) for each in (unet, own))
+        if said != here:
             raise UserError(
-                f"guidance autoguidance: {part.model} does not fit this model: its {name} is "
-                f"{getattr(unet.config, name)}, here {getattr(own, name)}"
+                f"guidance autoguidance: {part.model} does not fit this model: its {name} is {said}, "
+                f"here {here}"
             )
-    made = replace(model, parts=replace(model.parts, unet=unet))
-    model._recent["worse"] = part, made  # one assignment: threads may share a model
     return unet

@@ -23,6 +23,7 @@ from ldm.memory.residence import in_use
 from ldm.models import VAE, LatentClassifier, LatentDist, UNet, vae_bands
 from ldm.models.attention import AnyText, Attend, Context, plainly
 from ldm.models.conditioning import Conditioning
+from ldm.models.freeu import FreeU
 from ldm.runtime import Finite, Runtime, finite, memory_format
 
 
@@ -55,6 +56,7 @@ def predict(
     savings: Savings = EXACT,
     unread: list[Tensor] | None = None,
     attending: Sequence[Attending] = (),
+    freeu: FreeU | None = None,
 ) -> Predict:
     """The U-Net's raw output, fp32, for the branches that a guidance asks for, in one call; or one for each
     of the windows that `tiles` cuts latents into.
@@ -67,15 +69,12 @@ def predict(
     joined = dict[tuple[str, ...], Joined]()
     cache = None if savings.interval == 1 else DeepCache(savings.interval, grid.sigmas)
 
-    def of(name: str) -> Conditioning:
-        return branches[name] if name in branches else branches[text_of(name)]
-
     def told(names: tuple[str, ...]) -> Joined:
         """What the branches are told now: a prompt may change over the steps."""
-        parts = [of(name) for name in names]
+        parts = [branches[name] if name in branches else branches[text_of(name)] for name in names]
         keeps = not gradients and not is_compiled(unet)  # torch.compile would take each text for a constant
         if names not in joined or not joined[names].is_of(parts, keeps):
-            joined[names] = Joined(names, parts, keeps, attending)
+            joined[names] = Joined(names, parts, keeps, attending, freeu)
         return joined[names]
 
     def outputs(
@@ -94,7 +93,7 @@ def predict(
             return {name: call(x, sigma, (name,))[name] for name in names}
         cond, text = (now := told(names)).cond, now.text
         if tiles is None or tiles.is_whole(x):
-            out = outputs(x, sigma, cond, text, {name: of(name) for name in names})
+            out = outputs(x, sigma, cond, text, dict(zip(names, now.parts, strict=True)))
         else:
             out = tiles.averaged(
                 x,
@@ -103,7 +102,7 @@ def predict(
                     sigma,
                     _within(cond, window, tiles),
                     text,
-                    {(name, window): of(name) for name in names},
+                    {(name, window): part for name, part in zip(names, now.parts, strict=True)},
                 ),
             )
         return dict(zip(names, out.chunk(len(names)), strict=True))
@@ -125,6 +124,7 @@ class Joined:
         parts: Sequence[Conditioning],
         keeps: bool,
         attending: Sequence[Attending] = (),
+        freeu: FreeU | None = None,
     ) -> None:
         """`keeps`: what layers make of the text is kept for the next call."""
         self.parts, self.cond, self.keeps = parts, Conditioning.cat(parts), keeps
@@ -132,7 +132,7 @@ class Joined:
         attend: Attend = plainly
         for around in attending:
             attend = around(names, self.cond, attend)
-        self.attend = None if attend is plainly else attend
+        self.attend, self.freeu = None if attend is plainly else attend, freeu
 
     def is_of(self, parts: Sequence[Conditioning], keeps: bool) -> bool:
         """Whether these very ones are joined here, in this way."""
@@ -141,10 +141,11 @@ class Joined:
     def text(self, dtype: torch.dtype) -> AnyText:
         """The text as a network of that dtype reads it."""
         tokens = self.cond.tokens
+        is_plain = self.attend is None and self.freeu is None
         if not self.keeps:
-            return tokens.to(dtype) if self.attend is None else Context(tokens.to(dtype), self.attend)
+            return tokens.to(dtype) if is_plain else Context(tokens.to(dtype), self.attend, self.freeu)
         if dtype not in self._contexts:
-            self._contexts[dtype] = Context(tokens.to(dtype), self.attend)
+            self._contexts[dtype] = Context(tokens.to(dtype), self.attend, self.freeu)
         return self._contexts[dtype]
 
 

@@ -19,6 +19,7 @@ from ldm.checkpoint import embedded, save_model
 from ldm.diffusion.guidance import Guidance
 from ldm.diffusion.solvers import Solver, Step
 from ldm.errors import NoSuchName, UserError
+from ldm.images.pixels import to_pil
 from ldm.memory.sizes import parse_size
 from ldm.models import LatentDist
 from ldm.pipeline import networks
@@ -33,14 +34,17 @@ from ldm.pipeline.inputs import (
     as_output,
     check_output_type,
     count_images,
+    found_in,
     one_each,
     own_generators,
+    requests_of,
     scaled_loras,
     seeds_of,
 )
 from ldm.pipeline.job import Batch, Job, Picture, prepare
 from ldm.pipeline.model import Model
 from ldm.pipeline.sample import OnStep, draw_batch, draw_latents, sample
+from ldm.pipeline.steering.maps import AttentionMaps, record_all
 from ldm.request import NOTED, Request
 from ldm.runtime import choose
 
@@ -293,18 +297,21 @@ class Pipeline(Model):
 
     def _draw(self, job: Job, watch: Callable[[Batch], OnStep | None], output_type: str) -> Result:
         """Draw a job, each batch with a watcher of its own, until one of them stops."""
-        draw = draw_latents if output_type == "latent" else draw_batch
         drawn, pictures = list[Tensor](), list[Picture]()
         for batch in job.batches:
             on_step = watch(batch)
-            drawn.append(draw(job, batch, on_step))
-            pictures += batch
+            if output_type == "latent":
+                images, told = draw_latents(job, batch, on_step), batch
+            else:
+                images, told = draw_batch(job, batch, on_step)
+            drawn.append(images)
+            pictures += told
             if isinstance(on_step, Watch) and on_step.stopped:
                 break
         requests = requests_of(job, pictures)
         if output_type == "latent":
             requests = tuple(each.replace(upscaling=None, watermark=None) for each in requests)
-        return Result(as_output(torch.cat(drawn), output_type), requests)
+        return Result(as_output(torch.cat(drawn), output_type), requests, found_in(pictures))
 
     def generate(
         self,
@@ -328,6 +335,17 @@ class Pipeline(Model):
     def resolve(self, request: Request, inputs: Inputs = NOTHING) -> Request:
         """The request with the model's defaults in place of None. Raises UserError if the model cannot."""
         return self.prepare(request, inputs).request
+
+    def attention_maps(
+        self, request: Request, layers: Sequence[str] = (), inputs: Inputs = NOTHING
+    ) -> AttentionMaps:
+        """Which places of its pictures each word of a request's prompt drew, and the pictures.
+
+        `layers` are those that are looked at ("mid", "up.1"), by default all. Raises UserError.
+        """
+        return record_all(
+            self.prepare(request, inputs), lambda job, batch: to_pil(draw_batch(job, batch).images), layers
+        )
 
     def encode(self, images: Tensor) -> LatentDist:
         """Images [B, 3, H, W] in 0..1 -> the Gaussian over latents that the VAE makes of them, fp32."""
@@ -383,13 +401,3 @@ class Pipeline(Model):
 CALL_ARGUMENTS = tuple(inspect.signature(Pipeline.__call__).parameters)[1:-1]
 # Of a request, what comes by `others`: `seeds` is the call's seed.
 FIELDS = tuple(name for name in Request.model_fields if name not in (*NOTED, *CALL_ARGUMENTS, "seeds"))
-
-
-def requests_of(job: Job, pictures: Sequence[Picture]) -> tuple[Request, ...]:
-    """The requests that draw these pictures: all of the job's, unless it was stopped."""
-    if len(pictures) == len(job.pictures):
-        return job.requests
-    seeds: dict[int, tuple[int, ...]] = {}
-    for picture in pictures:
-        seeds[picture.prompt] = (*seeds.get(picture.prompt, ()), picture.seed)
-    return tuple(job.requests[p].replace(seeds=own) for p, own in seeds.items())

@@ -108,5 +108,11 @@ class Limits:
                     raise UserError(f"{name} is too long: this server takes at most {self.text} characters")
                 if len(re.findall(r"\bAND\b", text)) >= self.parts:
                     raise UserError(f"{name} has too many parts: this server takes at most {self.parts}")
+            for region in each.regions or ():
+                if region.mask is not None:
+                    raise UserError("regions are not allowed a mask here: give each a box")
+                if len(region.prompt) > self.text or len(each.regions or ()) > self.parts:
+                    most = f"{self.parts} of {self.text} characters each"
+                    raise UserError(f"regions are too many or too long: this server takes at most {most}")
             if each is not request and (each.hires or each.refining or each.upscaling):
                 raise UserError("hires is not allowed to hold another request within")
