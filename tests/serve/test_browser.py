@@ -308,6 +308,10 @@ def test_the_gallery_goes_on_as_one_scrolls_and_its_pictures_can_be_sent_and_del
     page.until(lambda: len(page.all("#pictures .picture")) == whole)
     names = page.js("return [...document.querySelectorAll('#pictures .picture')].map(e => e.dataset.picture)")
     assert len(set(names)) == whole
+    image = page.all("#pictures img")[0]
+    assert image.get_attribute("src").endswith(f"/{names[0]}/thumbnail")
+    assert image.get_attribute("loading") == "lazy"
+    page.until(lambda: page.js("return document.querySelector('#pictures img').naturalWidth") == 64)
 
     page.js("document.querySelector('#pictures .picture').click()")
     page.until(lambda: page.id("viewer").is_displayed())
