@@ -39,6 +39,7 @@ from ldm.models.kind import Kind
 from ldm.pipeline import before, guiding, networks
 from ldm.pipeline.conditioning import Telling
 from ldm.pipeline.edit import Invert, check_edit, invertible
+from ldm.pipeline.guiding import NO_NEEDS, Needs
 from ldm.pipeline.inputs import NOTHING, Inputs
 from ldm.pipeline.model import Model
 from ldm.pipeline.networks import EXACT, Attending, Savings
@@ -93,6 +94,7 @@ class Job:
     savings: Savings = EXACT  # what the U-Net leaves out
     attending: tuple[Attending, ...] = ()  # what is done in attention's place
     steering: Steering = UNSTEERED
+    needs: Needs = NO_NEEDS  # what a guidance by name wants beside the U-Net and the texts
 
     @property
     def request(self) -> Request:
@@ -200,10 +202,10 @@ def _prepare(
         tiles=tiles_of(first, model.vae.downscale),
         then=then,
         savings=savings_of(first),
-        attending=guiding.attending(first, model) if first.guidance and not inputs.guidance else (),
         steering=steering_of(model, requests, inputs, telling, grid, images.image is not None)
         if first.is_steered
         else UNSTEERED,
+        needs=guiding.needed(first, model) if first.guidance and not inputs.guidance else NO_NEEDS,
     )
 
 

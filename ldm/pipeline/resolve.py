@@ -20,7 +20,7 @@ from ldm.errors import UserError, printable
 from ldm.images.enlarging import LABELS
 from ldm.images.watermark import check_size, key_named
 from ldm.models.kind import Kind
-from ldm.pipeline import edit
+from ldm.pipeline import edit, guiding
 from ldm.pipeline.model import Model
 from ldm.pipeline.passes import cannot_go_on, check_hires, hires_enlarger
 from ldm.pipeline.pictures import Images
@@ -46,6 +46,8 @@ def resolve(model: Model, request: Request, images: Images) -> Request:
     values |= {"safety_checker_sha256": checker, "nsfw_content_detected": None}  # found when it is drawn
     if request.num_grid_steps is not None:  # a grid of its own counts for itself
         values["num_inference_steps"] = request.num_grid_steps
+    if request.guidance is not None:
+        values["guidance"] = guiding.noted(request.guidance)
     for name, value in _defaults(model, request, images).items():
         if getattr(request, name) is None:
             values.setdefault(name, value)
