@@ -9,15 +9,28 @@ from ldm.diffusion.guidance import CFG, CFGPlusPlus, Guidance, InstructPix2Pix, 
 from ldm.diffusion.guidances.catalogue import read_guidance
 from ldm.diffusion.guidances.chain import Chain
 from ldm.diffusion.guidances.part import Part, Rank
+from ldm.diffusion.guidances.perturbed import (
+    Disturbed,
+    PerturbedAttention,
+    SelfAttention,
+    SkipLayer,
+    SmoothedEnergy,
+)
 from ldm.diffusion.guidances.plain import Interval, Rescale
 from ldm.diffusion.schedule import Grid
 from ldm.errors import UserError
 from ldm.pipeline.model import Model
 from ldm.pipeline.networks import Attending
+from ldm.pipeline.steering import perturbed
 from ldm.request import Request
 
 # A part -> what it wants done in attention's place, in the branches whose names have its ending.
-ATTENDING: Mapping[type[Part], Callable[[Any, Model], tuple[Attending, ...]]] = {}
+ATTENDING: Mapping[type[Part], Callable[[Any, Model], tuple[Attending, ...]]] = {
+    PerturbedAttention: perturbed.attending,
+    SmoothedEnergy: perturbed.attending,
+    SkipLayer: perturbed.attending,
+    SelfAttention: perturbed.hear,
+}
 
 
 def named(plain: Guidance, request: Request, model: Model, grid: Grid) -> Guidance:
@@ -28,12 +41,18 @@ def named(plain: Guidance, request: Request, model: Model, grid: Grid) -> Guidan
     parts = read_guidance(request.guidance or "")
     assert isinstance(plain, CFG | CFGPlusPlus | InstructPix2Pix)
     check(parts, plain, request, model)
+    perturbed.check(parts, request, model)
     if plain.rescale:
         parts, plain = (*parts, Rescale(plain.rescale)), type(plain)(**{**vars(plain), "rescale": 0.0})
     begins = request.strength in (None, 1) and request.denoising_start is None
     levels = tuple(grid.sigmas.tolist()) if begins else ()
     limits = [part for part in parts if isinstance(part, Interval)]
-    chain: Guidance = Chain(plain, tuple(part for part in parts if part not in limits), levels)
+    within = tuple(
+        (part.name, *model.schedule.between(part.start, part.stop))
+        for part in parts
+        if isinstance(part, Disturbed) and (part.start, part.stop) != (0, 1)
+    )
+    chain: Guidance = Chain(plain, tuple(part for part in parts if part not in limits), levels, within)
     for limit in limits:
         chain = Limited(chain, *model.schedule.between(limit.start, limit.stop))
     return chain

@@ -44,6 +44,7 @@ EXACT = Savings()
 Text = Callable[[torch.dtype], AnyText]
 # (names of branches, which lie one below the other in a call, as many rows each; what they are told; what
 # would be done) -> what is done in the place of `ldm.models.attention.attend`: the last itself for no change.
+# One with a method `left_out`, (names, count of rows) -> a `LeftOut`, has transformer blocks left out too.
 Attending = Callable[[tuple[str, ...], Conditioning, Attend], Attend]
 
 
@@ -133,6 +134,12 @@ class Joined:
         for around in attending:
             attend = around(names, self.cond, attend)
         self.attend, self.freeu = None if attend is plainly else attend, freeu
+        self.left_out = dict[str, list[slice]]()
+        for around in attending:
+            left_out = getattr(around, "left_out", None)
+            if left_out is not None:
+                for block, rows in left_out(names, len(self.cond)).items():
+                    self.left_out[block] = [*self.left_out.get(block, []), *rows]
 
     def is_of(self, parts: Sequence[Conditioning], keeps: bool) -> bool:
         """Whether these very ones are joined here, in this way."""
@@ -141,11 +148,11 @@ class Joined:
     def text(self, dtype: torch.dtype) -> AnyText:
         """The text as a network of that dtype reads it."""
         tokens = self.cond.tokens
-        is_plain = self.attend is None and self.freeu is None
+        steers = self.attend, self.freeu, self.left_out
         if not self.keeps:
-            return tokens.to(dtype) if is_plain else Context(tokens.to(dtype), self.attend, self.freeu)
+            return Context(tokens.to(dtype), *steers) if any(steers) else tokens.to(dtype)
         if dtype not in self._contexts:
-            self._contexts[dtype] = Context(tokens.to(dtype), self.attend, self.freeu)
+            self._contexts[dtype] = Context(tokens.to(dtype), *steers)
         return self._contexts[dtype]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from ldm.diffusion.guidances.geometry import Magnitude, PerpNeg, Projected, Tangential, ZeroStar
 from ldm.diffusion.guidances.part import Option, Part, Rank
+from ldm.diffusion.guidances.perturbed import PerturbedAttention, SelfAttention, SkipLayer, SmoothedEnergy
 from ldm.diffusion.guidances.plain import Interval, PlainCFG, PlusPlus, Rescale
 from ldm.errors import UserError
 from ldm.spelling import squash, unknown
@@ -24,6 +25,10 @@ _PARTS: tuple[type[Part], ...] = (
     Tangential,
     PerpNeg,
     Magnitude,
+    PerturbedAttention,
+    SmoothedEnergy,
+    SkipLayer,
+    SelfAttention,
 )
 GUIDANCES = {part.name: part for part in _PARTS}
 _SPELLINGS = {
