@@ -45,7 +45,10 @@ def hires_of(args: argparse.Namespace) -> Request | None:
 
 def begun_like(request: Request) -> Request:
     """A picture's request for another one: of any model, and with other files in its files' place."""
-    named = ("model", "model_hash", "image_sha256", "mask_image_sha256", "classifier_sha256", "upscaling")
+    named = (
+        *("model", "model_hash", "image_sha256", "mask_image_sha256", "classifier_sha256", "upscaling"),
+        *("safety_checker_sha256", "nsfw_content_detected"),
+    )
     request = request.replace(**dict.fromkeys(named))
     request.check_given(())
     return request

@@ -137,7 +137,7 @@ def draw_or_tell(
     start = time.perf_counter()
     try:
         drawn = partial(draw_images, title=title, quiet=quiet, preview=preview)
-        images = drawn(job, batch) if heat is None else heat.draw(job, batch, drawn)
+        images, batch = drawn(job, batch) if heat is None else heat.draw(job, batch, drawn)
     except (UserError, FloatingPointError) as error:
         line = asked[batch[0].prompt].line
         if not line:
@@ -153,7 +153,7 @@ def draw_or_tell(
 
 def draw_images(
     job: Job, batch: Batch, title: str, quiet: bool, preview: Preview | None = None
-) -> list[Image]:
+) -> tuple[list[Image], Batch]:
     """The pictures of one batch, with a bar or a preview; running out of memory becomes a UserError."""
     from ldm.images.pixels import to_pil
     from ldm.pipeline.sample import Counted, draw_batch
@@ -161,19 +161,21 @@ def draw_images(
 
     try:
         if quiet and preview is None:
-            return to_pil(draw_batch(job, batch))
+            drawn = draw_batch(job, batch)
+            return to_pil(drawn.images), drawn.batch
         steps = job.count_steps(batch)
         # Both would move the cursor: where the terminal shows pictures, the bar's words go with them.
         shown = preview is not None and preview.in_terminal
         with bar(title, "it/s", quiet or shown, steps) as on_progress:
-            if preview is None:
-                return to_pil(draw_batch(job, batch, Counted(lambda i: on_progress(i + 1, steps))))
 
             def on_step(step: Step) -> None:
                 on_progress(step.i + 1, steps)
-                preview(step, f"{title}  {step.i + 1}/{steps}")
+                if preview is not None:
+                    preview(step, f"{title}  {step.i + 1}/{steps}")
 
-            return to_pil(draw_batch(job, batch, on_step))
+            counted = Counted(lambda i: on_progress(i + 1, steps))
+            drawn = draw_batch(job, batch, counted if preview is None else on_step)
+        return to_pil(drawn.images), drawn.batch
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
             size = f"{len(batch)} pictures of {job.request.width}x{job.request.height}"

@@ -155,6 +155,11 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
 def add_image_flags(parser: argparse.ArgumentParser) -> None:
     add = add_input_flags(parser, "drawing from a picture").add_argument
     add(
+        "--resize-mode",
+        choices=("resize", "crop", "fill", "latent"),
+        help="how an image of another shape becomes the picture's, as in AUTOMATIC1111 (default: resize)",
+    )
+    add(
         "--strength",
         type=float,
         metavar="SHARE",

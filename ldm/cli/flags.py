@@ -76,6 +76,14 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "exports, or postcard-classifier, which comes with ldm for postcard",
     )
     add(
+        "--safety-checker",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+        help="make finished pictures black that it flags: diffusers' checker in the model's folder, or in "
+        "FOLDER, or open-nsfw, a package (default: nothing is checked)",
+    )
+    add(
         "--lora",
         action="append",
         default=[],

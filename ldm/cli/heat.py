@@ -30,13 +30,22 @@ class HeatMaps:
         check_writable(args.attention_maps)
         self.args, self.marks = args, replace(marks(args), source=TRAINED)
 
-    def draw(self, job: Job, batch: Batch, draw: Callable[[Job, Batch], list[Image]]) -> list[Image]:
-        """The pictures of a batch, as `draw` draws them."""
+    def draw(
+        self, job: Job, batch: Batch, draw: Callable[[Job, Batch], tuple[list[Image], Batch]]
+    ) -> tuple[list[Image], Batch]:
+        """The pictures of a batch, as `draw` draws them, and what it tells of them."""
         from ldm.images.png import save_numbered
         from ldm.pipeline.steering.maps import record
 
-        made, folder = record(job, batch, draw), self.args.attention_maps
+        told, folder = batch, self.args.attention_maps
+
+        def images_of(job: Job, batch: Batch) -> list[Image]:
+            nonlocal told
+            images, told = draw(job, batch)
+            return images
+
+        made = record(job, batch, images_of)
         for sheet, picture in zip(made.sheets(), batch, strict=True):
             path = save_numbered(sheet, folder, "words-%05d.png", None, marks=self.marks)
             echo(self.args, f"{path}  words of seed {picture.seed}")
-        return list(made.images)
+        return list(made.images), told

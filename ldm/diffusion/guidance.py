@@ -14,6 +14,8 @@ from ldm.diffusion.solvers import Denoise, Denoised
 # (x [B, C, H, W], sigma, branches) -> {branch: raw network output [B, C, H, W]}, in one batched call. What a
 # branch is called is told in `ldm/diffusion/guidances/__init__.py`.
 Predict = Callable[[Tensor, Tensor, tuple[str, ...]], dict[str, Tensor]]
+# Branches -> their raw outputs, of one state.
+Ask = Callable[[tuple[str, ...]], Mapping[str, Tensor]]
 # (output, x, sigma) -> x0
 ToX0 = Callable[[Tensor, Tensor, Tensor], Tensor]
 Guidance = Callable[[Predict, ToX0], Denoise]
@@ -65,12 +67,13 @@ class CFG:
 
     def __call__(self, predict: Predict, to_x0: ToX0) -> Denoise:
         def denoise(x: Tensor, sigma: Tensor) -> Denoised:
-            return Denoised(to_x0(self.combined(predict(x, sigma, self.branches)), x, sigma))
+            return Denoised(to_x0(self.combined(lambda names: predict(x, sigma, names)), x, sigma))
 
         return denoise
 
-    def combined(self, outputs: Mapping[str, Tensor]) -> Tensor:
-        """Of the outputs of its branches."""
+    def combined(self, ask: Ask) -> Tensor:
+        """Of the outputs of its branches, which `ask` gives."""
+        outputs = ask(self.branches)
         if self.scale == 1:
             return outputs["cond"]
         uncond, cond = outputs["uncond"], outputs["cond"]
@@ -96,11 +99,12 @@ class CFGPlusPlus:
         def denoise(x: Tensor, sigma: Tensor) -> Denoised:
             outputs = predict(x, sigma, self.branches)
             anchor = to_x0(outputs["uncond"], x, sigma)
-            return Denoised(to_x0(self.combined(outputs), x, sigma), anchor)
+            return Denoised(to_x0(self.combined(lambda _: outputs), x, sigma), anchor)
 
         return denoise
 
-    def combined(self, outputs: Mapping[str, Tensor]) -> Tensor:
+    def combined(self, ask: Ask) -> Tensor:
+        outputs = ask(self.branches)
         uncond, cond = outputs["uncond"], outputs["cond"]
         guided = uncond + self.strength * (cond - uncond)
         return rescale_to(guided, cond, self.rescale) if self.rescale else guided
@@ -159,11 +163,12 @@ class InstructPix2Pix:
 
     def __call__(self, predict: Predict, to_x0: ToX0) -> Denoise:
         def denoise(x: Tensor, sigma: Tensor) -> Denoised:
-            return Denoised(to_x0(self.combined(predict(x, sigma, self.branches)), x, sigma))
+            return Denoised(to_x0(self.combined(lambda names: predict(x, sigma, names)), x, sigma))
 
         return denoise
 
-    def combined(self, outputs: Mapping[str, Tensor]) -> Tensor:
+    def combined(self, ask: Ask) -> Tensor:
+        outputs = ask(self.branches)
         cond, image, uncond = (outputs[name] for name in self.branches)
         guided = uncond + self.scale * (cond - image) + self.image_scale * (image - uncond)
         return rescale_to(guided, cond, self.rescale) if self.rescale else guided

@@ -26,19 +26,25 @@ class DownBlock(nn.Module):
         self.attentions = nn.ModuleList(attentions)
         self.downsamplers = nn.ModuleList([downsample] if downsample else [])
 
-    def forward(self, x: Tensor, time: Tensor, context: AnyText, merging: float = 0.0) -> list[Tensor]:
-        """All outputs that the way up will want; the last of them goes on."""
-        return list(self.outputs(x, time, context, merging))
+    def outputs(
+        self, x: Tensor, time: Tensor, context: AnyText, merging: float = 0.0, more: Tensor | None = None
+    ) -> Iterator[Tensor]:
+        """All that the way up will want, each computed when it is asked for; the last of them goes on.
 
-    def outputs(self, x: Tensor, time: Tensor, context: AnyText, merging: float = 0.0) -> Iterator[Tensor]:
-        """The same one by one, each computed when it is asked for."""
+        `more` is added where this level's features are ready: before they are halved where the level attends,
+        else after, as T2I-Adapters were trained.
+        """
+        layers = len(self.resnets)
+        ready = layers - 1 if self.attentions else layers - 1 + len(self.downsamplers)
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, time)
             if self.attentions:
                 x = self.attentions[i](x, context, merging)
+            x = x if more is None or i != ready else x + more
             yield x
         for downsample in self.downsamplers:
-            yield downsample(x)
+            x = downsample(x)
+            yield x if more is None or ready != layers else x + more
 
 
 class MidBlock(nn.Module):

@@ -19,7 +19,8 @@ _SAMPLER = 'give the call a sampler ("DPMSolverMultistepScheduler", "DPM++ 2M Ka
 _MEMORY = 'there is none: load with dtype="fp16", and draw fewer or smaller pictures at once'
 _TILING = "it is so by itself where memory is short, and always after pipe = pipe.with_vae_tiling()"
 _NOT_NEEDED = "it is not needed, as attention is never held whole in memory: leave it out"
-_NO_CHECKER = "there is none: leave it out"
+_CHECKER = "write pipe = pipe.with_safety_checker(FOLDER), which gives a new pipeline"
+_MARK = "give the call watermark=True"
 _STOP = 'return {"stop": True} from the callback, or raise StopIteration in it'
 _SCALE = 'return {"guidance_scale": 5.0} from the callback'
 _STEPS = "it is the number that the call was given as num_inference_steps"
@@ -89,9 +90,9 @@ INSTEAD: Mapping[str, str] = {
     "push_to_hub": "write pipe.save(FOLDER), then `hf upload NAME FOLDER`",
     **dict.fromkeys(("progress_bar", "_progress_bar_config"), "Python draws no bar: callback_on_step_end"),
     # loading
-    **dict.fromkeys(("safety_checker", "feature_extractor", "requires_safety_checker"), _NO_CHECKER),
-    **dict.fromkeys(("run_safety_checker", "load_safety_checker", "add_watermarker"), _NO_CHECKER),
-    **dict.fromkeys(("watermark", "watermarker"), _NO_CHECKER),
+    **dict.fromkeys(("safety_checker", "feature_extractor", "requires_safety_checker"), _CHECKER),
+    **dict.fromkeys(("run_safety_checker", "load_safety_checker"), _CHECKER),
+    **dict.fromkeys(("watermark", "watermarker", "add_watermarker"), _MARK),
     **dict.fromkeys(("cache_dir", "token", "use_auth_token", "local_files_only", "proxies"), _HUB),
     **dict.fromkeys(("force_download", "resume_download", "mirror"), _HUB),
     **dict.fromkeys(("device_map", "max_memory", "offload_folder", "hf_device_map"), _DEVICE),

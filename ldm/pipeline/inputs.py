@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -93,8 +94,7 @@ class Result:
 
     images: Any
     requests: tuple[Request, ...]
-
-    nsfw_content_detected: None = None  # diffusers' name; nothing is checked here
+    nsfw_content_detected: list[bool] | None = None  # of each image; None: nothing looked at them
 
     def __getitem__(self, key: int | str) -> Any:
         """`[0]` and `["images"]` are the images, as in diffusers."""
@@ -112,13 +112,30 @@ class Result:
 
 
 def requests_of(job: Job, pictures: Sequence[Picture]) -> tuple[Request, ...]:
-    """The requests that draw these pictures: all of the job's, unless it was stopped."""
-    if len(pictures) == len(job.pictures):
+    """The requests that draw these pictures: all of the job's, unless it was stopped or something checked."""
+    if len(pictures) == len(job.pictures) and job.model.safety_checker is None:
         return job.requests
-    seeds: dict[int, tuple[int, ...]] = {}
+    own: dict[int, list[Picture]] = {}
     for picture in pictures:
-        seeds[picture.prompt] = (*seeds.get(picture.prompt, ()), picture.seed)
-    return tuple(job.requests[p].replace(seeds=own) for p, own in seeds.items())
+        own.setdefault(picture.prompt, []).append(picture)
+    return tuple(
+        job.requests[p].replace(
+            seeds=tuple(each.seed for each in some),
+            nsfw_content_detected=None if some[0].flagged is None else any(each.flagged for each in some),
+        )
+        for p, some in own.items()
+    )
+
+
+def found_in(pictures: Sequence[Picture]) -> list[bool] | None:
+    """What a safety checker found in each; None without one. It is warned of what it flags."""
+    flags = [each.flagged for each in pictures if each.flagged is not None]
+    if any(flags):
+        seeds = ", ".join(str(each.seed) for each in pictures if each.flagged)
+        warnings.warn(
+            f"the safety checker flags the pictures of the seeds {seeds}: they are black", stacklevel=4
+        )
+    return flags or None
 
 
 def check_output_type(output_type: str) -> None:

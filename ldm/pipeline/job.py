@@ -33,7 +33,7 @@ from ldm.diffusion.scheduler_config import noise_levels
 from ldm.diffusion.tiles import Tiles
 from ldm.diffusion.variance import LearnedVariance
 from ldm.errors import UserError
-from ldm.images.fitting import fit_image, fit_mask
+from ldm.images.fitting import fit_image, fit_mask, size_of
 from ldm.models.conditioning import Conditioning
 from ldm.models.kind import Kind
 from ldm.pipeline import before, guiding, networks
@@ -43,10 +43,10 @@ from ldm.pipeline.inputs import NOTHING, Inputs
 from ldm.pipeline.model import Model
 from ldm.pipeline.networks import EXACT, Attending, Savings
 from ldm.pipeline.passes import Then, cut, follow, resumed
-from ldm.pipeline.pictures import NO_IMAGES, Images, masked, read_images
+from ldm.pipeline.pictures import NO_IMAGES, Images, in_shape, masked, read_images
 from ldm.pipeline.plan import Plan, arranged
 from ldm.pipeline.resolve import meaningless_eta, resolve
-from ldm.pipeline.start import Edit, Enlarge, FromImage, FromLatents, FromNoise, Inpaint, Masked
+from ldm.pipeline.start import Edit, Enlarge, FromImage, FromLatents, FromNoise, FromSmaller, Inpaint, Masked
 from ldm.pipeline.steering.prompt_to_prompt import check_swap
 from ldm.pipeline.steering.steering import UNSTEERED, Steering, steering_of
 from ldm.request import IMAGES, OWN, Request
@@ -63,12 +63,13 @@ class Picture:
     seed: int
     source: int | Seed | torch.Generator  # of its noise
     latents: Tensor | None = None  # [C, h, w] unit noise, instead of what the source gives
+    flagged: bool | None = None  # by the model's safety checker; None: it was not looked at
     is_source: bool = False  # of an edit between two prompts: drawn beside its target, under the prompt
 
     @property
     def request(self) -> Request:
         """The request that draws this picture alone."""
-        return self.prompt_request.replace(seeds=(self.seed,))
+        return self.prompt_request.replace(seeds=(self.seed,), nsfw_content_detected=self.flagged)
 
 
 Batch = tuple[Picture, ...]
@@ -150,6 +151,7 @@ def _prepare(
         images = read_images(model, asked, inputs)
     requests = tuple(resolve(model, each, images) for each in asked)
     first = requests[0]
+    images = in_shape(images, first) if first.resize_mode else images
     if first.not_kept:
         files = [name for name in IMAGES if getattr(first, name) is not None]
         first.check_given([*inputs.given, *files])
@@ -199,7 +201,9 @@ def _prepare(
         then=then,
         savings=savings_of(first),
         attending=guiding.attending(first, model) if first.guidance and not inputs.guidance else (),
-        steering=steering_of(model, requests, inputs, telling, grid, images.image is not None),
+        steering=steering_of(model, requests, inputs, telling, grid, images.image is not None)
+        if first.is_steered
+        else UNSTEERED,
     )
 
 
@@ -283,6 +287,9 @@ def start_of(
         keeps, within = request.strength != 1, Inpaint if model.kind is Kind.INPAINT else Masked
         fill = request.mask_fill or "original"
         return within(shape, grid, device, vae, pixels, mask, place, keeps, fill, samples=samples)
+    if request.resize_mode == "latent" and model.kind is Kind.TEXT and request.target_prompt is None:
+        own = tuple(max(factor, side // factor * factor) for side in size_of(images.image))
+        return FromSmaller(shape, grid, device, vae, fit_image(images.image, own), samples=samples)
     pixels = fit_image(images.image, size)
     if model.kind is Kind.PIX2PIX:
         return Edit(shape, grid, device, vae, pixels)

@@ -72,7 +72,7 @@ def predict(
 
     def told(names: tuple[str, ...]) -> Joined:
         """What the branches are told now: a prompt may change over the steps."""
-        parts = [branches[text_of(name)] for name in names]
+        parts = [branches[name] if name in branches else branches[text_of(name)] for name in names]
         keeps = not gradients and not is_compiled(unet)  # torch.compile would take each text for a constant
         if names not in joined or not joined[names].is_of(parts, keeps):
             joined[names] = Joined(names, parts, keeps, attending, freeu)
@@ -94,7 +94,7 @@ def predict(
             return {name: call(x, sigma, (name,))[name] for name in names}
         cond, text = (now := told(names)).cond, now.text
         if tiles is None or tiles.is_whole(x):
-            out = outputs(x, sigma, cond, text, {name: branches[text_of(name)] for name in names})
+            out = outputs(x, sigma, cond, text, dict(zip(names, now.parts, strict=True)))
         else:
             out = tiles.averaged(
                 x,
@@ -103,7 +103,7 @@ def predict(
                     sigma,
                     _within(cond, window, tiles),
                     text,
-                    {(name, window): branches[text_of(name)] for name in names},
+                    {(name, window): part for name, part in zip(names, now.parts, strict=True)},
                 ),
             )
         return dict(zip(names, out.chunk(len(names)), strict=True))

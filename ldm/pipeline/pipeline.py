@@ -34,6 +34,7 @@ from ldm.pipeline.inputs import (
     as_output,
     check_output_type,
     count_images,
+    found_in,
     one_each,
     own_generators,
     requests_of,
@@ -296,18 +297,21 @@ class Pipeline(Model):
 
     def _draw(self, job: Job, watch: Callable[[Batch], OnStep | None], output_type: str) -> Result:
         """Draw a job, each batch with a watcher of its own, until one of them stops."""
-        draw = draw_latents if output_type == "latent" else draw_batch
         drawn, pictures = list[Tensor](), list[Picture]()
         for batch in job.batches:
             on_step = watch(batch)
-            drawn.append(draw(job, batch, on_step))
-            pictures += batch
+            if output_type == "latent":
+                images, told = draw_latents(job, batch, on_step), batch
+            else:
+                images, told = draw_batch(job, batch, on_step)
+            drawn.append(images)
+            pictures += told
             if isinstance(on_step, Watch) and on_step.stopped:
                 break
         requests = requests_of(job, pictures)
         if output_type == "latent":
             requests = tuple(each.replace(upscaling=None, watermark=None) for each in requests)
-        return Result(as_output(torch.cat(drawn), output_type), requests)
+        return Result(as_output(torch.cat(drawn), output_type), requests, found_in(pictures))
 
     def generate(
         self,
@@ -340,7 +344,7 @@ class Pipeline(Model):
         `layers` are those that are looked at ("mid", "up.1"), by default all. Raises UserError.
         """
         return record_all(
-            self.prepare(request, inputs), lambda job, batch: to_pil(draw_batch(job, batch)), layers
+            self.prepare(request, inputs), lambda job, batch: to_pil(draw_batch(job, batch).images), layers
         )
 
     def encode(self, images: Tensor) -> LatentDist:

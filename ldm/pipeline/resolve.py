@@ -41,7 +41,9 @@ def resolve(model: Model, request: Request, images: Images) -> Request:
     request = request.replace(**images.digests) if images.digests else request
     check(request, images.image is not None, images.mask is not None, model.parts)
     check_image_size(request, images, model.parts)
+    checker = model.safety_checker and model.safety_checker.sha256
     values = _adapters(model, request) | _classifier(model, request) | {"fast": None}
+    values |= {"safety_checker_sha256": checker, "nsfw_content_detected": None}  # found when it is drawn
     if request.num_grid_steps is not None:  # a grid of its own counts for itself
         values["num_inference_steps"] = request.num_grid_steps
     for name, value in _defaults(model, request, images).items():
@@ -57,7 +59,8 @@ def resolve(model: Model, request: Request, images: Images) -> Request:
     if request.watermark is not None:
         check_size(*request.size)
         key_named(request.watermark)  # raises
-    request = prompt_to_prompt.resolved(request, images.image is not None)
+    if request.is_steered:
+        request = prompt_to_prompt.resolved(request, images.image is not None)
     if request.regions:
         request = request.replace(regions=regions.resolved(request))
     if request.cache_interval is not None or request.cache_branch_id is not None:
@@ -98,6 +101,7 @@ def check(request: Request, has_image: bool, has_mask: bool, parts: Parts) -> No
         (begins, "text-to-image and inpainting models, with an image,", ["mask_image", "extend"]),
         (has_mask and kind is Kind.TEXT, "text-to-image models, with a mask,", ["soft_mask"]),
         (begins, "img2img and inpainting, with an image,", ["strength"]),
+        (has_image and kind is not Kind.UPSCALE, "drawing from an image", ["resize_mode"]),
         (kind is Kind.PIX2PIX, "instruct-pix2pix models", ["image_guidance_scale"]),
         (kind is Kind.UPSCALE, "upscalers, as --model,", ["noise_level"]),
         (two_encoders, "models with two text encoders", ["prompt_2", "negative_prompt_2"]),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from ldm.diffusion.guidance import Exchangeable, Guidance, composed
 from ldm.diffusion.solvers import Step
 from ldm.errors import UserError
+from ldm.images.pixels import to_pil
 from ldm.images.watermark import key_named, mark
 from ldm.models.conditioning import Conditioning
 from ldm.pipeline import networks
@@ -25,6 +27,9 @@ from ldm.pipeline.job import Batch, Job, prepare
 from ldm.pipeline.passes import Then
 from ldm.pipeline.steering.prompt_to_prompt import again
 from ldm.pipeline.steering.regions import regional
+
+if TYPE_CHECKING:
+    from ldm.checkpoint.safety import SafetyChecker
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,13 +54,31 @@ class Counted:
         self.tell(step.i)
 
 
-def draw_batch(job: Job, batch: Batch, on_step: OnStep | None = None) -> Tensor:
-    """The images [B, 3, H, W] in 0..1 of one batch, enlarged where the model has an upscaler."""
+class Drawn(NamedTuple):
+    """Finished pictures: images [B, 3, H, W] in 0..1, and the batch, with what a checker found in each."""
+
+    images: Tensor
+    batch: Batch
+
+
+def draw_batch(job: Job, batch: Batch, on_step: OnStep | None = None) -> Drawn:
+    """The pictures of one batch; enlarged where the model has an upscaler, checked where it has a checker."""
     latents = draw_latents(job, batch, on_step)
     start = job.start.rows([picture.prompt for picture in batch])
     images = start.finish(networks.decode(job.model.vae, latents), latents)
     images = images if job.model.upscaler is None else enlarge(job, batch, images)
-    return images if job.request.watermark is None else watermarked(images, job.request.watermark)
+    if (checker := job.model.safety_checker) is not None:
+        images, batch = checked(checker, images, batch)
+    images = images if job.request.watermark is None else watermarked(images, job.request.watermark)
+    return Drawn(images, batch)
+
+
+def checked(checker: SafetyChecker, images: Tensor, batch: Batch) -> Drawn:
+    """The pictures with those black that are flagged, as in diffusers."""
+    flags = checker(to_pil(images))
+    black = torch.tensor(flags, device=images.device)[:, None, None, None]
+    told = tuple(replace(picture, flagged=flag) for picture, flag in zip(batch, flags, strict=True))
+    return Drawn(images.masked_fill(black, 0.0), told)
 
 
 def watermarked(images: Tensor, name: str) -> Tensor:
@@ -241,5 +264,5 @@ def enlarge(job: Job, batch: Batch, images: Tensor) -> Tensor:
         said = {"prompt": small.shown, "prompt_grammar": small.prompt_grammar}
         asked = small.upscaling.replace(**said, seeds=small.seeds)
         own = prepare(upscaler, asked, Inputs(image=image))
-        large += [draw_batch(own, each) for each in own.batches]
+        large += [draw_batch(own, each).images for each in own.batches]
     return torch.cat(large)

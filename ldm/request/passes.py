@@ -31,7 +31,7 @@ OWN = ("height", "width", "strength", *TOGETHER["timesteps"], "timesteps", "samp
 FIRST_ONLY = (
     *("image", "image_sha256", "mask_image", "mask_image_sha256", "target_prompt", "upscaling", "not_kept"),
     *("hires", "hires_scale", "hires_upscaler", "hires_upscaler_sha256", "denoising_start", "denoising_end"),
-    *("refiner_switch_at", "refining", *OF_MASKS),
+    *("refiner_switch_at", "refining", "resize_mode", *OF_MASKS),
 )
 # What a refiner draws as the first model does.
 REFINED = (

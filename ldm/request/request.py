@@ -37,6 +37,7 @@ from ldm.request.fields import (
     Overlap,
     Pixels,
     Radius,
+    ResizeMode,
     Scale,
     Seed,
     Seeds,
@@ -66,6 +67,8 @@ NOTED = (
     "upscaling",
     "hires_upscaler_sha256",
     "refining",
+    "safety_checker_sha256",
+    "nsfw_content_detected",
     "not_kept",
     "version",
 )
@@ -147,6 +150,7 @@ class Request(Spelled):
     image_sha256: Digest | None = None
     mask_image: Text | None = None  # path; white is drawn anew, or what is painted on a transparent layer
     mask_image_sha256: Digest | None = None
+    resize_mode: ResizeMode | None = None  # how an image of another shape becomes the picture's; None: resize
     strength: Fraction | None = None  # of the steps, the share that is drawn, from the image
     extend: Sides | None = None  # of the image: pixels to draw beyond its left, top, right and bottom
     mask_invert: bool | None = None  # what is done to the mask, in this order
@@ -188,6 +192,8 @@ class Request(Spelled):
     denoising_end: Fraction | None = None  # latents begin, and at which it leaves them
     refiner_switch_at: Fraction | None = None  # the share at which a second model goes on
     watermark: Watermark = None  # by whose key the finished picture is marked (`ldm.images.watermark`)
+    safety_checker_sha256: Digest | None = None  # what looked at the finished picture,
+    nsfw_content_detected: bool | None = None  # and whether it was flagged, and so is black
     freeu: Factors | None = None  # b1, b2, s1, s2 (`ldm.models.freeu`)
     cross_replace_steps: Fraction | None = None  # of an edit between two prompts: of the steps, the share
     self_replace_steps: Fraction | None = None  # in which it attends to words, and to itself, as before
@@ -220,6 +226,11 @@ class Request(Spelled):
         target = [] if self.target_prompt is None else [self.target_prompt]
         first = [self.prompt, negative, *target]
         return first, [self.prompt_2 or self.prompt, self.negative_prompt_2 or negative, *target]
+
+    @property
+    def is_steered(self) -> bool:
+        """Whether anything is asked of `ldm.pipeline.steering`."""
+        return any(getattr(self, name) is not None for name in STEERING)
 
     @property
     def has_images(self) -> bool:
@@ -356,6 +367,14 @@ class Request(Spelled):
 
 
 OF_MASKS = ("extend", "mask_invert", "mask_grow", "mask_blur", "soft_mask", "mask_fill", "padding_mask_crop")
+STEERING = (
+    "target_prompt",
+    "cross_replace_steps",
+    "self_replace_steps",
+    "word_weights",
+    "freeu",
+    "regions",
+)
 IMAGES = ("image", "mask_image")
 OWN = {*PROMPTS, "seeds", "embeddings", "variation_seed"}  # in which requests of one job may differ
 

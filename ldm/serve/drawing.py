@@ -81,7 +81,8 @@ class Drawing:
         if not batch:
             return
         try:
-            images = to_pil(draw_batch(job, batch, Watch(job, batch, preview, tickets)))
+            drawn = draw_batch(job, batch, Watch(job, batch, preview, tickets))
+            images, batch = to_pil(drawn.images), drawn.batch
         except NobodyWaits:
             return
         except Exception as error:
@@ -100,7 +101,7 @@ class Drawing:
             return
         places = {name: getattr(ticket.request, name) for name in IMAGES}
         try:
-            ticket.add(self.keep(ticket, image, picture.request.replace(**places)))
+            ticket.add(self.keep(ticket, image, picture.request.replace(**places)), bool(picture.flagged))
         except UserError as error:  # a full disk
             fail(ticket, error)
 
@@ -120,7 +121,8 @@ class Watch:
             self.first.setdefault(picture.prompt, row)
         counts = [picture.prompt for picture in batch]
         self.told = [(tickets[p], row, counts.count(p)) for p, row in self.first.items()]
-        self.rows = len(batch)
+        # Previews would show what the checker has not seen.
+        self.rows = len(batch) if job.model.safety_checker is None else 0
 
     def __call__(self, step: Step) -> None:
         if all(ticket.is_over for ticket, _, _ in self.told):

@@ -169,6 +169,8 @@ def uploads_router(service: Service) -> APIRouter:
             "models": list(shelf.places),
             "loaded": list(shelf.loaded),
             "loras": list(shelf.loras),
+            "vaes": list(shelf.vaes),
+            "styles": list(service.styles),
         }
 
     @router.get("/limits", summary="What a request may ask for")

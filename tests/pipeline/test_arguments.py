@@ -59,6 +59,7 @@ def test_every_field_of_a_request_survives_the_json():
         "prompt_grammar": "comfy", "noise": "gpu", "mask_fill": "blur", "extend": (0, 8, 0, 8),
         "mask_invert": True, "soft_mask": True, "variation_strength": 0.5, "variation_seed": 3,
         "sampler_options": {"s_churn": 2}, "guidance_interval": (0.2, 0.8), "fast": True, "watermark": "ldm",
+        "nsfw_content_detected": True, "resize_mode": "fill",
         "regions": ({"box": (0, 0, 8, 8), "prompt": "sea"},), "freeu": (1.3, 1.4, 0.9, 0.2),
         "word_weights": {"sea": 2},
     }  # fmt: skip

@@ -75,7 +75,7 @@ SAYS = [
     ("pipe.cuda(9)", "is not there"),
     ("pipe.to(torch.int8)", "bf16, fp16 or fp32"),
     ("pipe.to('cpu', non_blocking=True)", "a device, a dtype"),
-    ("ldm.load(path, safety_checker=theirs, **cpu)", "there is none"),
+    ("ldm.load(path, safety_checker=theirs, **cpu)", "with_safety_checker"),
     ("ldm.load(path, cache_dir='here', **cpu)", "HF_HOME"),
     ("ldm.load(path, token='hf_x', **cpu)", "hf auth login"),
     ("ldm.load(path, device_map='balanced', **cpu)", "device="),

@@ -84,4 +84,4 @@ class Chain:
 
     def _plainly(self, a: Answer) -> Answer:
         anchor = a.uncond if isinstance(self.plain, CFGPlusPlus) else None
-        return a.led(self.plain.combined(a.outputs), anchor)
+        return a.led(self.plain.combined(lambda _: a.outputs), anchor)

@@ -19,7 +19,7 @@ class PlainCFG(Part):
     aliases = ("classifierfree", "classifierfreeguidance")
 
     def change(self, a: Answer) -> Answer:
-        return a.led(CFG(a.scale).combined(a.outputs))
+        return a.led(CFG(a.scale).combined(lambda _: a.outputs))
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class PlusPlus(Part):
     strength: float = option(0.6, 0.0, 100.0)
 
     def change(self, a: Answer) -> Answer:
-        return a.led(CFGPlusPlus(self.strength).combined(a.outputs), a.uncond)
+        return a.led(CFGPlusPlus(self.strength).combined(lambda _: a.outputs), a.uncond)
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ def test_texts_change_over_the_steps_and_may_be_of_several_windows(pipe):
 
 def test_the_second_pass_has_the_regions_at_its_own_size(pipe):
     job = pipe.prepare(Request(regions=["32,0,32,32: a red boat"], width=64, height=32, hires_scale=2))
-    first, second = job.areas, job.then.job.areas
+    first, second = job.steering.areas, job.then.job.steering.areas
     assert second.shape[-2:] == (2 * first.shape[-2], 2 * first.shape[-1])
     assert job.then.job.request.regions == job.request.regions
     assert job.request.regions[0].box == (0.5, 0, 0.5, 1)
