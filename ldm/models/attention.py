@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.models.convolution import Conv2d
-from ldm.models.freeu import FreeU
 from ldm.models.layers import FeedForward, GroupNorm
 from ldm.models.merging import merged
 
@@ -129,6 +128,9 @@ def plainly(site: Site, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attend(q, k, v)
 
 
+# On the way up of a U-Net, at a level counted from the deepest: what comes from below [B, C, H, W] and from
+# beside [B, D, H, W] -> both, changed.
+Meet = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 LeftOut = Mapping[str, Sequence[slice]]
 NOTHING: LeftOut = {}
 
@@ -140,7 +142,7 @@ class Context:
 
     Args:
         attend: what the layers that read it do in place of `attend`, and those beside them.
-        freeu: what is done on the way up of a U-Net that reads it.
+        meet: what is done on the way up of a U-Net that reads it.
         left_out: name of a transformer block -> the rows of a batch that go on as they come in.
     """
 
@@ -148,10 +150,10 @@ class Context:
         self,
         tokens: Tensor,
         attend: Attend | None = None,
-        freeu: FreeU | None = None,
+        meet: Meet | None = None,
         left_out: LeftOut = NOTHING,
     ) -> None:
-        self.tokens, self.attend, self.freeu, self.left_out = tokens, attend, freeu, left_out
+        self.tokens, self.attend, self.meet, self.left_out = tokens, attend, meet, left_out
         self._made: dict[nn.Module, Any] = {}
 
     def once(self, layer: nn.Module, make: Callable[[Tensor], T]) -> T:

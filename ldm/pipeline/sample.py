@@ -185,7 +185,7 @@ def sample(
         savings=job.savings,
         unread=unread,
         attending=job.attending if control is None else (*job.attending, control.attending),
-        freeu=job.steering.freeu,
+        meet=job.steering.freeu,
     )
     if shares is not None or job.steering.areas is not None:
         tell(branches, texts)
