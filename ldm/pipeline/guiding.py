@@ -19,6 +19,13 @@ from ldm.diffusion.guidances.catalogue import read_guidance, spell_guidance
 from ldm.diffusion.guidances.chain import Chain
 from ldm.diffusion.guidances.geometry import ZeroStar
 from ldm.diffusion.guidances.part import Part, Rank
+from ldm.diffusion.guidances.perturbed import (
+    Disturbed,
+    PerturbedAttention,
+    SelfAttention,
+    SkipLayer,
+    SmoothedEnergy,
+)
 from ldm.diffusion.guidances.plain import Interval, PlusPlus, Rescale
 from ldm.diffusion.guidances.worse import THINNED, AutoGuidance
 from ldm.diffusion.schedule import Grid
@@ -28,11 +35,17 @@ from ldm.models import UNet
 from ldm.pipeline.model import Model
 from ldm.pipeline.moving import move
 from ldm.pipeline.networks import Attending
+from ldm.pipeline.steering import perturbed
 from ldm.request import Request
 
 M = TypeVar("M", bound=Model)
 # A part -> what it wants done in attention's place, in the branches whose names have its ending.
-ATTENDING: Mapping[type[Part], Callable[[Any, Model], tuple[Attending, ...]]] = {}
+ATTENDING: Mapping[type[Part], Callable[[Any, Model], tuple[Attending, ...]]] = {
+    PerturbedAttention: perturbed.attending,
+    SmoothedEnergy: perturbed.attending,
+    SkipLayer: perturbed.attending,
+    SelfAttention: perturbed.hear,
+}
 
 
 def named(plain: Guidance, request: Request, model: Model, grid: Grid) -> Guidance:
@@ -43,6 +56,7 @@ def named(plain: Guidance, request: Request, model: Model, grid: Grid) -> Guidan
     parts = read_guidance(request.guidance or "")
     assert isinstance(plain, CFG | CFGPlusPlus | InstructPix2Pix)
     check(parts, plain, request, model)
+    perturbed.check(parts, request, model)
     if plain.rescale:
         parts, plain = (*parts, Rescale(plain.rescale)), type(plain)(**{**vars(plain), "rescale": 0.0})
     strength = cfg_pp_strength(plain.scale, request.num_grid_steps or 1) if isinstance(plain, CFG) else None
@@ -50,9 +64,13 @@ def named(plain: Guidance, request: Request, model: Model, grid: Grid) -> Guidan
     if request.strength not in (None, 1) or request.denoising_start is not None:  # no first steps
         parts = tuple(ZeroStar(0) if isinstance(part, ZeroStar) else part for part in parts)
     limits = [part for part in parts if isinstance(part, Interval)]
-    chain: Guidance = Chain(
-        plain, tuple(part for part in parts if part not in limits), tuple(grid.sigmas.tolist())
+    within = tuple(
+        (part.name, *model.schedule.between(part.start, part.stop))
+        for part in parts
+        if isinstance(part, Disturbed) and (part.start, part.stop) != (0, 1)
     )
+    own = tuple(part for part in parts if part not in limits)
+    chain: Guidance = Chain(plain, own, tuple(grid.sigmas.tolist()), within)
     for limit in limits:
         chain = Limited(chain, *model.schedule.between(limit.start, limit.stop))
     return chain

@@ -56,7 +56,7 @@ class Model:
     sleeps: bool = False  # weights come when they are used (`ldm.memory.residence`)
     # The last model that a request's LoRAs asked for, and the last seamless one, so that the next request
     # need not build it again.
-    _recent: dict[str, tuple[Any, Self]] = field(default_factory=dict, init=False, repr=False)
+    _recent: dict[str, tuple[Any, Any]] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def from_parts(cls, parts: Parts, runtime: Runtime | None = None, name: str = "model") -> Self:

@@ -21,9 +21,8 @@ from ldm.diffusion.schedule import Grid
 from ldm.diffusion.tiles import Tiles, Window
 from ldm.memory.residence import in_use
 from ldm.models import VAE, LatentClassifier, LatentDist, UNet, vae_bands
-from ldm.models.attention import AnyText, Attend, Context, plainly
+from ldm.models.attention import AnyText, Attend, Context, Meet, plainly
 from ldm.models.conditioning import Conditioning
-from ldm.models.freeu import FreeU
 from ldm.runtime import Finite, Runtime, finite, memory_format
 
 
@@ -44,6 +43,7 @@ EXACT = Savings()
 Text = Callable[[torch.dtype], AnyText]
 # (names of branches, which lie one below the other in a call, as many rows each; what they are told; what
 # would be done) -> what is done in the place of `ldm.models.attention.attend`: the last itself for no change.
+# One with a method `left_out`, (names, count of rows) -> a `LeftOut`, has transformer blocks left out too.
 Attending = Callable[[tuple[str, ...], Conditioning, Attend], Attend]
 
 
@@ -56,7 +56,7 @@ def predict(
     savings: Savings = EXACT,
     unread: list[Tensor] | None = None,
     attending: Sequence[Attending] = (),
-    freeu: FreeU | None = None,
+    meet: Meet | None = None,
 ) -> Predict:
     """The U-Net's raw output, fp32, for the branches that a guidance asks for, in one call; or one for each
     of the windows that `tiles` cuts latents into.
@@ -74,7 +74,7 @@ def predict(
         parts = [branches[name] if name in branches else branches[text_of(name)] for name in names]
         keeps = not gradients and not is_compiled(unet)  # torch.compile would take each text for a constant
         if names not in joined or not joined[names].is_of(parts, keeps):
-            joined[names] = Joined(names, parts, keeps, attending, freeu)
+            joined[names] = Joined(names, parts, keeps, attending, meet)
         return joined[names]
 
     def outputs(
@@ -124,7 +124,7 @@ class Joined:
         parts: Sequence[Conditioning],
         keeps: bool,
         attending: Sequence[Attending] = (),
-        freeu: FreeU | None = None,
+        meet: Meet | None = None,
     ) -> None:
         """`keeps`: what layers make of the text is kept for the next call."""
         self.parts, self.cond, self.keeps = parts, Conditioning.cat(parts), keeps
@@ -132,7 +132,13 @@ class Joined:
         attend: Attend = plainly
         for around in attending:
             attend = around(names, self.cond, attend)
-        self.attend, self.freeu = None if attend is plainly else attend, freeu
+        self.attend, self.meet = None if attend is plainly else attend, meet
+        self.left_out = dict[str, list[slice]]()
+        for around in attending:
+            left_out = getattr(around, "left_out", None)
+            if left_out is not None:
+                for block, rows in left_out(names, len(self.cond)).items():
+                    self.left_out[block] = [*self.left_out.get(block, []), *rows]
 
     def is_of(self, parts: Sequence[Conditioning], keeps: bool) -> bool:
         """Whether these very ones are joined here, in this way."""
@@ -141,11 +147,11 @@ class Joined:
     def text(self, dtype: torch.dtype) -> AnyText:
         """The text as a network of that dtype reads it."""
         tokens = self.cond.tokens
-        is_plain = self.attend is None and self.freeu is None
+        steers = self.attend, self.meet, self.left_out
         if not self.keeps:
-            return tokens.to(dtype) if is_plain else Context(tokens.to(dtype), self.attend, self.freeu)
+            return Context(tokens.to(dtype), *steers) if any(steers) else tokens.to(dtype)
         if dtype not in self._contexts:
-            self._contexts[dtype] = Context(tokens.to(dtype), self.attend, self.freeu)
+            self._contexts[dtype] = Context(tokens.to(dtype), *steers)
         return self._contexts[dtype]
 
 

@@ -186,7 +186,7 @@ def sample(
         savings=job.savings,
         unread=unread,
         attending=(*job.attending, *job.needs.attending, *([] if control is None else [control.attending])),
-        freeu=job.steering.freeu,
+        meet=job.steering.freeu,
     )
     predict = answering(job.model.unet)
     if job.needs.empty:

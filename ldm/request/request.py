@@ -194,7 +194,7 @@ class Request(Spelled):
     watermark: Watermark = None  # by whose key the finished picture is marked (`ldm.images.watermark`)
     safety_checker_sha256: Digest | None = None  # what looked at the finished picture,
     nsfw_content_detected: bool | None = None  # and whether it was flagged, and so is black
-    freeu: Factors | None = None  # b1, b2, s1, s2 (`ldm.models.freeu`)
+    freeu: Factors | None = None  # b1, b2, s1, s2 (`ldm.pipeline.steering.freeu`)
     cross_replace_steps: Fraction | None = None  # of an edit between two prompts: of the steps, the share
     self_replace_steps: Fraction | None = None  # in which it attends to words, and to itself, as before
     word_weights: Options | None = None  # of its target's words
