@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ldm.checkpoint import Parts
 from ldm.checkpoint.save import pipeline_class
+from ldm.control import Control, controls_of
 from ldm.diffusion.guidance import (
     CFG,
     CFGPlusPlus,
@@ -43,7 +44,7 @@ from ldm.pipeline.inputs import NOTHING, Inputs
 from ldm.pipeline.model import Model
 from ldm.pipeline.networks import EXACT, Attending, Savings
 from ldm.pipeline.passes import Then, cut, follow, resumed
-from ldm.pipeline.pictures import NO_IMAGES, Images, masked, read_images
+from ldm.pipeline.pictures import NO_IMAGES, Images, masked, read_images, shown
 from ldm.pipeline.plan import Plan, arranged
 from ldm.pipeline.resolve import meaningless_eta, resolve
 from ldm.pipeline.start import Edit, Enlarge, FromImage, FromLatents, FromNoise, Inpaint, Masked
@@ -89,6 +90,7 @@ class Job:
     then: Then | None = None  # what goes on from its latents
     savings: Savings = EXACT  # what the U-Net leaves out
     attending: tuple[Attending, ...] = ()  # what is done in attention's place
+    controls: tuple[Control, ...] = ()  # what shows the U-Net pictures
 
     @property
     def request(self) -> Request:
@@ -195,6 +197,7 @@ def _prepare(
         tiles=tiles_of(first, model.vae.downscale),
         then=then,
         savings=savings_of(first),
+        controls=controls_of(first.control or (), shown(inputs, images), first.size, model.controls),
     )
 
 

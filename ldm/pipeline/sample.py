@@ -179,6 +179,7 @@ def sample(
         savings=job.savings,
         unread=unread,
         attending=job.attending,
+        controls=job.controls,
     )
     if shares is not None:
         tell(branches, texts)
