@@ -18,7 +18,7 @@ import torch
 from ldm.checkpoint.fill import check_names, fill, reshape
 from ldm.checkpoint.io import read_tensors, weight_files
 from ldm.checkpoint.original.component import build_empty, build_stored, load_section, named, with_new_names
-from ldm.checkpoint.original.shapes import Tensors, shape_of
+from ldm.checkpoint.original.shapes import Tensors, hint_shape, shape_of
 from ldm.checkpoint.parts import MODEL_STEM
 from ldm.checkpoint.source import as_given, find
 from ldm.checkpoint.weights import open_stored
@@ -150,7 +150,7 @@ def _original(tensors: Tensors, path: Path, unet: UNet, dtype: torch.dtype) -> C
     _check_text(shape["cross_attention_dim"], path, unet)
     if shape["block_out_channels"] == list(unet.config.block_out_channels):
         shape["attention_head_dim"] = base["attention_head_dim"]
-    config = {"_class_name": "ControlNetModel", **base, **shape}
+    config = {**base, **shape}
     network, _ = load_section("controlnet", config, section, path, prefix, dtype)
     assert isinstance(network, ControlNet)
     return network
@@ -185,8 +185,7 @@ def _low_rank(tensors: Tensors, path: Path, unet: UNet, dtype: torch.dtype) -> C
     """Stability AI's control-lora: low-rank differences to the U-Net's own weights, the rest as it is."""
     if next(unet.parameters()).untyped_storage().nbytes() == 0:
         raise UserError(f"{path}: a control-lora needs the U-Net's weights in memory: draw without --max-memory")
-    base = _base_of(unet)
-    network = build_empty({"_class_name": "ControlNetModel", **base}, path)
+    network = build_empty({**_base_of(unet), **hint_shape(tensors)}, path)
     assert isinstance(network, ControlNet)
     made = layouts.control_lora_of(tensors, path, network, dict(unet.named_parameters()))
     return fill(network, made, path, dtype)
