@@ -181,5 +181,5 @@ def read_worse(part: AutoGuidance, model: M) -> UNet:
                 f"{getattr(unet.config, name)}, here {getattr(own, name)}"
             )
     made = replace(model, parts=replace(model.parts, unet=unet))
-    model._recent["worse"] = part, made  # one assignment: threads may share a model
+    model._recent["worse"] = part, made  # type: ignore[assignment]  # one assignment: threads may share a model
     return unet

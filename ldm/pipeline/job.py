@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ldm.checkpoint import Parts
 from ldm.checkpoint.save import pipeline_class
+from ldm.control import Control, controls_of
 from ldm.diffusion.guidance import (
     CFG,
     CFGPlusPlus,
@@ -44,7 +45,7 @@ from ldm.pipeline.inputs import NOTHING, Inputs
 from ldm.pipeline.model import Model
 from ldm.pipeline.networks import EXACT, Attending, Savings
 from ldm.pipeline.passes import Then, cut, follow, resumed
-from ldm.pipeline.pictures import NO_IMAGES, Images, in_shape, masked, read_images
+from ldm.pipeline.pictures import NO_IMAGES, Images, in_shape, masked, read_images, shown
 from ldm.pipeline.plan import Plan, arranged
 from ldm.pipeline.resolve import meaningless_eta, resolve
 from ldm.pipeline.start import Edit, Enlarge, FromImage, FromLatents, FromNoise, FromSmaller, Inpaint, Masked
@@ -95,6 +96,7 @@ class Job:
     attending: tuple[Attending, ...] = ()  # what is done in attention's place
     steering: Steering = UNSTEERED
     needs: Needs = NO_NEEDS  # what a guidance by name wants beside the U-Net and the texts
+    controls: tuple[Control, ...] = ()  # what shows the U-Net pictures
 
     @property
     def request(self) -> Request:
@@ -206,6 +208,7 @@ def _prepare(
         if first.is_steered
         else UNSTEERED,
         needs=guiding.needed(first, model) if first.guidance and not inputs.guidance else NO_NEEDS,
+        controls=controls_of(first.control or (), shown(inputs, images), first.size, model.controls),
     )
 
 

@@ -187,6 +187,7 @@ def sample(
         unread=unread,
         attending=(*job.attending, *job.needs.attending, *([] if control is None else [control.attending])),
         meet=job.steering.freeu,
+        controls=job.controls,
     )
     predict = answering(job.model.unet)
     if job.needs.empty:
