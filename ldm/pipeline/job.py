@@ -208,7 +208,9 @@ def _prepare(
         if first.is_steered
         else UNSTEERED,
         needs=guiding.needed(first, model) if first.guidance and not inputs.guidance else NO_NEEDS,
-        controls=controls_of(first.control or (), shown(inputs, images), first.size, model.controls),
+        controls=controls_of(first.control, shown(inputs, images), first.size, model.controls)
+        if first.control
+        else (),
     )
 
 

@@ -235,8 +235,10 @@ def _unet(
     `savings` deep features too, `deep` or new ones.
     """
     dtype = unet.conv_in.weight.dtype
-    sample, timestep, extra = _given(grid, x, sigma, cond, dtype)
-    given, more = (sample, timestep, text(dtype)), cast(residuals, dtype)
+    context, (sample, timestep, extra) = text(dtype), _given(grid, x, sigma, cond, dtype)
+    given, more = (sample, timestep, context), residuals
+    if residuals is not NO_RESIDUALS:
+        more = cast(residuals, dtype)
     if savings.interval == 1:
         return (unet(*given, **extra, merging=savings.merging, residuals=more),)
     deep = None if deep is None else deep.to(dtype)
