@@ -97,8 +97,8 @@ class UpBlock(nn.Module):
     ) -> Tensor:
         """The i-th resnet with its transformer; the last enlarges too."""
         skip = skips.pop()
-        if isinstance(context, Context) and context.freeu is not None:
-            x, skip = context.freeu(self.level, x, skip)
+        if isinstance(context, Context) and context.meet is not None:
+            x, skip = context.meet(self.level, x, skip)
         x = self.resnets[i](torch.cat([x, skip], dim=1), time)
         if self.attentions:
             x = self.attentions[i](x, context, merging)

@@ -19,6 +19,13 @@ from ldm.diffusion.guidances.catalogue import read_guidance, spell_guidance
 from ldm.diffusion.guidances.chain import Chain
 from ldm.diffusion.guidances.geometry import ZeroStar
 from ldm.diffusion.guidances.part import Part, Rank
+from ldm.diffusion.guidances.perturbed import (
+    Disturbed,
+    PerturbedAttention,
+    SelfAttention,
+    SkipLayer,
+    SmoothedEnergy,
+)
 from ldm.diffusion.guidances.plain import Interval, PlusPlus, Rescale
 from ldm.diffusion.guidances.worse import THINNED, AutoGuidance
 from ldm.diffusion.schedule import Grid
@@ -28,10 +35,16 @@ from ldm.models import UNet
 from ldm.pipeline.model import Model
 from ldm.pipeline.moving import move
 from ldm.pipeline.networks import Attending
+from ldm.pipeline.steering import perturbed
 from ldm.request import Request
 
 # A part -> what it wants done in attention's place, in the branches whose names have its ending.
-ATTENDING: Mapping[type[Part], Callable[[Any, Model], tuple[Attending, ...]]] = {}
+ATTENDING: Mapping[type[Part], Callable[[Any, Model], tuple[Attending, ...]]] = {
+    PerturbedAttention: perturbed.attending,
+    SmoothedEnergy: perturbed.attending,
+    SkipLayer: perturbed.attending,
+    SelfAttention: perturbed.hear,
+}
 
 
 def named(plain: Guidance, request: Request, model: Model, grid: Grid) -> Guidance:
@@ -42,6 +55,7 @@ def named(plain: Guidance, request: Request, model: Model, grid: Grid) -> Guidan
     parts = read_guidance(request.guidance or "")
     assert isinstance(plain, CFG | CFGPlusPlus | InstructPix2Pix)
     check(parts, plain, request, model)
+    perturbed.check(parts, request, model)
     if plain.rescale:
         parts, plain = (*parts, Rescale(plain.rescale)), type(plain)(**{**vars(plain), "rescale": 0.0})
     strength = cfg_pp_strength(plain.scale, request.num_grid_steps or 1) if isinstance(plain, CFG) else None
@@ -49,9 +63,13 @@ def named(plain: Guidance, request: Request, model: Model, grid: Grid) -> Guidan
     if request.strength not in (None, 1) or request.denoising_start is not None:  # no first steps
         parts = tuple(ZeroStar(0) if isinstance(part, ZeroStar) else part for part in parts)
     limits = [part for part in parts if isinstance(part, Interval)]
-    chain: Guidance = Chain(
-        plain, tuple(part for part in parts if part not in limits), tuple(grid.sigmas.tolist())
+    within = tuple(
+        (part.name, *model.schedule.between(part.start, part.stop))
+        for part in parts
+        if isinstance(part, Disturbed) and (part.start, part.stop) != (0, 1)
     )
+    own = tuple(part for part in parts if part not in limits)
+    chain: Guidance = Chain(plain, own, tuple(grid.sigmas.tolist()), within)
     for limit in limits:
         chain = Limited(chain, *model.schedule.between(limit.start, limit.stop))
     return chain
@@ -71,21 +89,17 @@ def check(parts: tuple[Part, ...], plain: Guidance, request: Request, model: Mod
         raise UserError(
             f"guidance {combines[0]} is not allowed with {request.sampler}: give a sampler without cfg_pp"
         )
+    if model.parts.learns_variance and any(part.still for part in parts):
+        raise UserError(
+            "guidance cfg_zero_star: zero_init asks nothing in the first steps, and this model says its variance "
+            "in each: give zero_init=0"
+        )
     for kind, other in ((Interval, "guidance_interval"), (Rescale, "guidance_rescale")):
         if kind in given and getattr(request, other):
             raise UserError(f"guidance {name} and {other} say the same twice: give one of them")
     for part in parts:
         if isinstance(part, Interval) and part.start >= part.stop:
             raise UserError(f"guidance interval: start {part.start:g} must be less than stop {part.stop:g}")
-
-
-def attending(request: Request, model: Model) -> tuple[Attending, ...]:
-    """What the guidance that a resolved request names wants done in attention's place."""
-    found = list[Attending]()
-    for part in read_guidance(request.guidance or ""):
-        if type(part) in ATTENDING:
-            found += ATTENDING[type(part)](part, model)
-    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -96,6 +110,7 @@ class Needs:
     of no words.
     """
 
+    attending: tuple[Attending, ...] = ()
     networks: Mapping[str, UNet] = field(default_factory=dict)
     empty: bool = False
 
@@ -105,12 +120,15 @@ NO_NEEDS = Needs()
 
 def needed(request: Request, model: Model) -> Needs:
     """Of the guidance that a resolved request names. Raises UserError."""
-    parts, networks = read_guidance(request.guidance or ""), dict[str, UNet]()
-    for part in parts:
+    attending, networks, empty = list[Attending](), dict[str, UNet](), False
+    for part in read_guidance(request.guidance or ""):
+        if type(part) in ATTENDING:
+            attending += ATTENDING[type(part)](part, model)
         if isinstance(part, AutoGuidance):
             unet = thinned(model.unet) if part.model == THINNED else read_worse(part, model)
             networks["worse"] = unet if request.tiling is None else seamless(unet, request.tiling)
-    return Needs(networks, any("empty" in part.reads for part in parts))
+        empty = empty or "empty" in part.reads
+    return Needs(tuple(attending), networks, empty)
 
 
 # --- another network -------------------------------------------------------------------------------------

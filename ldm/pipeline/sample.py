@@ -185,13 +185,16 @@ def sample(
         tiles=job.tiles,
         savings=job.savings,
         unread=unread,
-        attending=job.attending if control is None else (*job.attending, control.attending),
-        freeu=job.steering.freeu,
+        attending=(*job.attending, *job.needs.attending, *([] if control is None else [control.attending])),
+        meet=job.steering.freeu,
+        controls=job.controls,
     )
     predict = answering(job.model.unet)
+    if job.needs.empty:
+        tell(branches, texts)
     if job.needs.networks:
         predict = divided(predict, {way: answering(unet) for way, unet in job.needs.networks.items()})
-    if shares is not None or job.steering.areas is not None or job.needs.empty:
+    if shares is not None or job.steering.areas is not None:
         tell(branches, texts)
     predict = predict if shares is None else composed(predict, shares.to(begun.x.device))
     predict = predict if job.steering.areas is None else regional(predict, job.steering.areas.to(begun.x))
@@ -220,17 +223,16 @@ def sample(
 
 def texts_of(job: Job, batch: Batch, step: int) -> tuple[dict[str, Conditioning], Tensor | None]:
     """What a batch is told in a step, a row for each picture: "cond", "uncond" and "image", which is without
-    the text too; of regions "region_0" and so on; where guidance wants it "empty", of no words at all; and
+    the text too; where guidance wants it "empty", of no words at all; of regions "region_0" and so on; and
     where prompts are composed "cond_1" and so on, with the shares [B, K] of all, else None.
     """
-    prompts = [picture.prompt for picture in batch]
-    shares = [job.encode.shares(p) for p in prompts]
+    shares = [job.encode.shares(picture.prompt) for picture in batch]
     told = [job.encode(picture.prompt, step, picture.is_source) for picture in batch]
     most = max(map(len, shares))
     uncond = Conditioning.cat([each for _, each in told])
     texts = {"uncond": uncond, "image": uncond}
     if job.needs.empty:
-        texts["empty"] = Conditioning.cat([job.encode.empty(p, step) for p in prompts])
+        texts["empty"] = Conditioning.cat([job.encode.empty(picture.prompt, step) for picture in batch])
     for k in range(most):  # of fewer the first stands in the others' place, with no share
         at = [k if k < len(own) else 0 for own in shares]
         rows = [cond[i : i + 1] for i, (cond, _) in zip(at, told, strict=True)]

@@ -18,6 +18,7 @@ from ldm.diffusion.guidances.geometry import (
 )
 from ldm.diffusion.guidances.limits import DynamicThresholding, FrequencyDecoupled
 from ldm.diffusion.guidances.part import Option, Part, Rank
+from ldm.diffusion.guidances.perturbed import PerturbedAttention, SelfAttention, SkipLayer, SmoothedEnergy
 from ldm.diffusion.guidances.plain import Interval, PlainCFG, PlusPlus, Rescale
 from ldm.diffusion.guidances.worse import THINNED, AutoGuidance
 from ldm.errors import UserError
@@ -37,6 +38,10 @@ _PARTS: tuple[type[Part], ...] = (
     DynamicThresholding,
     FrequencyDecoupled,
     AutoGuidance,
+    PerturbedAttention,
+    SmoothedEnergy,
+    SkipLayer,
+    SelfAttention,
 )
 GUIDANCES = {part.name: part for part in _PARTS}
 _SPELLINGS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,11 +23,13 @@ class Chain:
     Args:
         plain: with the request's scale.
         levels: the noise levels of the drawing's steps, for parts that count them.
+        within: names of parts that act from one noise level to below another, low and high.
     """
 
     plain: CFG | CFGPlusPlus | InstructPix2Pix
     parts: tuple[Part, ...]
     levels: tuple[float, ...] = ()
+    within: tuple[tuple[str, float, float], ...] = ()
 
     @property
     def scale(self) -> float:
@@ -46,9 +49,12 @@ class Chain:
     @cached_property
     def branches(self) -> tuple[str, ...]:
         """All that are asked for in a step, each once."""
-        combines = any(part.rank is Rank.COMBINES for part in self.acting)
+        return self._asked(self.acting)
+
+    def _asked(self, parts: Sequence[Part]) -> tuple[str, ...]:
+        combines = any(part.rank is Rank.COMBINES for part in parts)
         first = ("uncond", "cond") if combines else self.plain.branches
-        names = [*first, *(name for part in self.acting for name in part.reads)]
+        names = [*first, *(name for part in parts for name in part.reads)]
         return tuple(dict.fromkeys(self._instead.get(name, name) for name in names))
 
     @cached_property
@@ -57,20 +63,23 @@ class Chain:
 
     def __call__(self, predict: Predict, to_x0: ToX0) -> Denoise:
         parts = self.acting
-        combining = [part.begin() for part in parts if part.rank is Rank.COMBINES] or [self._plainly]
-        changes = [part.begin() for part in parts if part.rank < Rank.COMBINES] + combining
-        changes += [part.begin() for part in parts if part.rank > Rank.COMBINES]
+        begun = [(part.name, part.rank, part.begin()) for part in parts]
+        if not any(rank is Rank.COMBINES for _, rank, _ in begun):
+            begun.append(("", Rank.COMBINES, self._plainly))
+        changes = [(name, change) for name, _, change in sorted(begun, key=lambda each: each[1])]
         still = max((part.still for part in parts), default=0)
 
         def denoise(x: Tensor, sigma: Tensor) -> Denoised:
             step = sum(level > float(sigma) for level in self.levels)
             if step < still:
                 return Denoised(x / (1 + sigma**2))  # v = 0: the state of unit variance stays as it is
-            outputs = predict(x, sigma, self.branches)
+            out = {name for name, low, high in self.within if not low <= float(sigma) < high}
+            asked = self._asked([part for part in parts if part.name not in out]) if out else self.branches
+            outputs = predict(x, sigma, asked)
             outputs |= {name: outputs[other] for name, other in self._instead.items()}
             a = Answer(x, sigma, outputs, outputs["cond"], self.scale, step, predict, to_x0)
-            for change in changes:
-                a = change(a)
+            for name, change in changes:
+                a = a if name in out else change(a)
             x0 = a.x0(a.guided)
             return Denoised(x0) if a.anchor is None else Denoised(x0, a.x0(a.anchor))
 

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ldm.diffusion.schedule import Grid
 from ldm.errors import UserError
-from ldm.models.freeu import FreeU
 from ldm.pipeline.conditioning import Telling
 from ldm.pipeline.inputs import Inputs
 from ldm.pipeline.model import Model
 from ldm.pipeline.networks import is_compiled
+from ldm.pipeline.steering.freeu import FreeU
 from ldm.pipeline.steering.prompt_to_prompt import Swap, swap_of
 from ldm.pipeline.steering.regions import areas_of
 from ldm.request import Request

@@ -108,7 +108,7 @@ def test_every_name_is_written_with_its_options_as_it_is_read(name):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("agp", "unknown guidance 'agp': did you mean apg"),
+        ("apgg", "unknown guidance 'apgg': did you mean apg"),
         ("", "unknown guidance"),
         ("apg+", "unknown guidance ''"),
         ("apg:etta=2", "'etta', which it has not: it takes eta (a number from -10 to 10), r"),
