@@ -91,7 +91,7 @@ def check(parts: tuple[Part, ...], plain: Guidance, request: Request, model: Mod
         )
     if model.parts.learns_variance and any(part.still for part in parts):
         raise UserError(
-            "guidance cfg_zero_star: zero_init asks nothing in the first steps, and this model says its variance "
+            "guidance cfg_zero_star asks nothing in its first steps, and this model is to say its variance "
             "in each: give zero_init=0"
         )
     for kind, other in ((Interval, "guidance_interval"), (Rescale, "guidance_rescale")):
