@@ -5,4 +5,14 @@ from ldm.control.pictures import Pictures
 from ldm.control.reading import ControlFile, Reader, Shelf
 from ldm.control.steering import Control, Steering, controls_of, noted
 
-__all__ = ["Control", "ControlFile", "Pictures", "Reader", "Shelf", "Steering", "controls_of", "noted", "take_controls"]
+__all__ = [
+    "Control",
+    "ControlFile",
+    "Pictures",
+    "Reader",
+    "Shelf",
+    "Steering",
+    "controls_of",
+    "noted",
+    "take_controls",
+]

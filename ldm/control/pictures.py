@@ -12,7 +12,16 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.errors import UserError, printable
-from ldm.images.fitting import InMemory, OneInMemory, fit_image, fit_mask, read_file, same_shape, size_of, take
+from ldm.images.fitting import (
+    InMemory,
+    OneInMemory,
+    fit_image,
+    fit_mask,
+    read_file,
+    same_shape,
+    size_of,
+    take,
+)
 from ldm.images.masks import as_image
 from ldm.images.opening import to_mask
 from ldm.request import ControlUse
@@ -113,5 +122,3 @@ def _cropped(image: OneInMemory, use: ControlUse, size: Size) -> OneInMemory:
 def _option(text: str) -> tuple[str, object]:
     name, equals, value = text.partition("=")
     return name.strip().replace("-", "_"), value.strip() if equals else True
-
-

@@ -18,7 +18,7 @@ import torch
 from ldm.checkpoint.fill import check_names, fill, reshape
 from ldm.checkpoint.io import read_tensors, weight_files
 from ldm.checkpoint.original.component import build_empty, build_stored, load_section, named, with_new_names
-from ldm.checkpoint.original.shapes import Tensors, shape_of
+from ldm.checkpoint.original.shapes import Tensors, hint_shape, shape_of
 from ldm.checkpoint.parts import MODEL_STEM
 from ldm.checkpoint.source import as_given, find
 from ldm.checkpoint.weights import open_stored
@@ -102,7 +102,9 @@ def place_of(model: str) -> Path:
     if (path / "controlnet" / "config.json").exists():
         return path / "controlnet"
     if path.is_dir() and not (path / "config.json").exists():
-        raise UserError(f"{model}: no ControlNet in it: neither config.json nor controlnet/config.json lies there")
+        raise UserError(
+            f"{model}: no ControlNet in it: neither config.json nor controlnet/config.json lies there"
+        )
     return path
 
 
@@ -126,7 +128,9 @@ def _read(path: Path, unet: UNet, dtype: torch.dtype) -> tuple[AnyControl, bool]
         stored = open_stored(path, MODEL_STEM)
         network = build_stored(stored)
         if not isinstance(network, ControlNet | T2IAdapter):
-            raise UserError(f"{path}: holds a {stored.config.get('_class_name')}, which shows a model no pictures")
+            raise UserError(
+                f"{path}: holds a {stored.config.get('_class_name')}, which shows a model no pictures"
+            )
         return fill(network, named(stored), stored.path, dtype), False
     tensors = read_tensors(path)
     for kind, read in READERS.items():
@@ -141,7 +145,9 @@ def _original(tensors: Tensors, path: Path, unet: UNet, dtype: torch.dtype) -> C
     inside = {name.removeprefix(PREFIX): t for name, t in tensors.items() if name.startswith(PREFIX)}
     prefix, section = (PREFIX, inside) if inside else ("", dict(tensors))
     if "difference" in section:
-        raise UserError(f"{path}: holds differences to a U-Net (A1111's extraction): give the whole ControlNet")
+        raise UserError(
+            f"{path}: holds differences to a U-Net (A1111's extraction): give the whole ControlNet"
+        )
     base = _base_of(unet)
     try:
         shape = shape_of("controlnet", section, base)
@@ -150,7 +156,7 @@ def _original(tensors: Tensors, path: Path, unet: UNet, dtype: torch.dtype) -> C
     _check_text(shape["cross_attention_dim"], path, unet)
     if shape["block_out_channels"] == list(unet.config.block_out_channels):
         shape["attention_head_dim"] = base["attention_head_dim"]
-    config = {"_class_name": "ControlNetModel", **base, **shape}
+    config = {**base, **shape}
     network, _ = load_section("controlnet", config, section, path, prefix, dtype)
     assert isinstance(network, ControlNet)
     return network
@@ -184,9 +190,10 @@ def _lllite(tensors: Tensors, path: Path, unet: UNet, dtype: torch.dtype) -> LLL
 def _low_rank(tensors: Tensors, path: Path, unet: UNet, dtype: torch.dtype) -> ControlNet:
     """Stability AI's control-lora: low-rank differences to the U-Net's own weights, the rest as it is."""
     if next(unet.parameters()).untyped_storage().nbytes() == 0:
-        raise UserError(f"{path}: a control-lora needs the U-Net's weights in memory: draw without --max-memory")
-    base = _base_of(unet)
-    network = build_empty({"_class_name": "ControlNetModel", **base}, path)
+        raise UserError(
+            f"{path}: a control-lora needs the U-Net's weights in memory: draw without --max-memory"
+        )
+    network = build_empty({**_base_of(unet), **hint_shape(tensors)}, path)
     assert isinstance(network, ControlNet)
     made = layouts.control_lora_of(tensors, path, network, dict(unet.named_parameters()))
     return fill(network, made, path, dtype)
@@ -210,4 +217,3 @@ def _check_text(width: int, path: Path, unet: UNet) -> None:
     """Raise UserError for a ControlNet that reads another model's text."""
     if width not in unet.config.per_level("cross_attention_dim"):
         raise refuse(path, "a ControlNet", family_named(width), unet)
-

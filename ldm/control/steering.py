@@ -160,7 +160,9 @@ def _joined(controls: Sequence[Control]) -> list[Control]:
     made = []
     for _, group in groupby(controls, alike):
         every = list(group)
-        columns = {name: sum((getattr(each, name) for each in every), ()) for name in ("uses", "pictures", "kinds")}
+        columns = {
+            name: sum((getattr(each, name) for each in every), ()) for name in ("uses", "pictures", "kinds")
+        }
         made.append(replace(every[0], **columns))
     return made
 
@@ -239,7 +241,9 @@ class Steering:
         once, mask = self._once(control, window), _cut(control.mask, window)
         if isinstance(control.file.network, T2IAdapter):
             weights = control.weights(len(once))
-            return Residuals(within=tuple(_weighted(each, w, mask) for each, w in zip(once, weights, strict=True)))
+            return Residuals(
+                within=tuple(_weighted(each, w, mask) for each, w in zip(once, weights, strict=True))
+            )
 
         def call(network: Any) -> tuple[Tensor, ...]:
             dtype = next(network.parameters()).dtype
@@ -249,7 +253,9 @@ class Steering:
             hints = [each.to(dtype) for each in once]
             if isinstance(network, ControlNetUnion):
                 scales = [use.scale for use in control.uses]
-                made = network(*given, kinds=control.kinds, hints=hints, scales=scales, outputs=outputs, **extra)
+                made = network(
+                    *given, kinds=control.kinds, hints=hints, scales=scales, outputs=outputs, **extra
+                )
             else:
                 made = network(*given, hint=hints[0], outputs=outputs, **extra)
             return made.skips if made.middle is None else (*made.skips, made.middle)
@@ -271,9 +277,15 @@ class Steering:
             weight = next(network.parameters())
             pictures = [_cut(each, window) for each in control.pictures]
             ready = [
-                each.to(weight.dtype, memory_format=memory_format(weight.device)) for each in pictures if each is not None
+                each.to(weight.dtype, memory_format=memory_format(weight.device))
+                for each in pictures
+                if each is not None
             ]
-            return tuple(map(network.hint, ready)) if isinstance(network, ControlNet) else tuple(network(ready[0]))
+            return (
+                tuple(map(network.hint, ready))
+                if isinstance(network, ControlNet)
+                else tuple(network(ready[0]))
+            )
 
         network = control.file.network
         with in_use(network) if hasattr(network, "home") else nullcontext():  # loaded asleep
@@ -286,7 +298,9 @@ def _cut(picture: Tensor | None, window: Window | None) -> Tensor | None:
     if picture is None or window is None:
         return picture
     unit = picture.shape[-1] // window.full_width
-    rows, columns = (slice(unit * a, unit * (a + n)) for a, n in ((window.top, window.height), (window.left, window.width)))
+    rows, columns = (
+        slice(unit * a, unit * (a + n)) for a, n in ((window.top, window.height), (window.left, window.width))
+    )
     return picture[..., rows, columns]
 
 
@@ -324,4 +338,4 @@ def _sum(a: Residuals, b: Residuals) -> Residuals:
 
 def cast(made: Residuals, dtype: torch.dtype) -> Residuals:
     """In the dtype of a network."""
-    return made if made is NO_RESIDUALS else _mapped(lambda each: each.to(dtype), made)
+    return _mapped(lambda each: each.to(dtype), made)

@@ -54,7 +54,7 @@ INSTEAD: Mapping[str, str] = {
     **dict.fromkeys(("_interrupt", "interrupt"), _STOP),
     **dict.fromkeys(("_guidance_scale", "do_classifier_free_guidance"), _SCALE),
     **dict.fromkeys(("num_timesteps", "_num_timesteps"), _STEPS),
-    **dict.fromkeys(("enable_freeu", "disable_freeu"), "there is no FreeU: leave it out"),
+    **dict.fromkeys(("enable_freeu", "disable_freeu"), "give the call freeu=(b1, b2, s1, s2), or nothing"),
     **dict.fromkeys(("pag_scale", "pag_adaptive_scale"), "give a guidance function instead: guidance=f"),
     **dict.fromkeys(("callback", "callback_steps"), _CALLBACK),
     "max_sequence_length": "prompts of any length are read: leave it out",

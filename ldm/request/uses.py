@@ -61,7 +61,9 @@ class ControlUse(Checked):
     @model_validator(mode="after")
     def _in_order(self) -> ControlUse:
         if self.start >= self.end:
-            raise UserError(f"a control from start {self.start:g} to end {self.end:g} never acts: start is first")
+            raise UserError(
+                f"a control from start {self.start:g} to end {self.end:g} never acts: start is first"
+            )
         return self
 
 

@@ -82,11 +82,17 @@ def _unet(tensors: Tensors, base: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _controlnet(tensors: Tensors, base: Mapping[str, Any]) -> dict[str, Any]:
-    hint = [f"input_hint_block.{2 * k}.weight" for k in range(_count(tensors, "input_hint_block.{}.weight", 2))]
     shape = {key: value for key, value in _unet(tensors, base).items() if key != "up_block_types"}
-    return shape | {
-        "conditioning_channels": tensors[hint[0]].shape[1],
-        "conditioning_embedding_out_channels": [tensors[name].shape[0] for name in hint[:-1:2]],
+    return shape | hint_shape(tensors)
+
+
+def hint_shape(tensors: Tensors) -> dict[str, Any]:
+    """Of the layers of a ControlNet that see the picture. Raises KeyError."""
+    count = _count(tensors, "input_hint_block.{}.weight", 2)
+    widths = [tensors[f"input_hint_block.{2 * k}.weight"].shape[0] for k in range(max(1, count - 1))]
+    return {
+        "conditioning_channels": tensors["input_hint_block.0.weight"].shape[1],
+        "conditioning_embedding_out_channels": widths[::2],
     }
 
 
