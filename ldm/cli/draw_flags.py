@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ldm.cli.control_flags import add_control_flags
 from ldm.cli.flags import add_common_flags, add_input_flags, add_model_flags
 from ldm.cli.parser import count
 from ldm.cli.provenance import add_mark_flags
@@ -96,6 +97,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_noise_flags(parser)
     add_image_flags(parser)
     add_mask_flags(parser)
+    add_control_flags(parser)
     add_sampling_flags(parser)
     add_pixel_flags(parser)
     add_fast_flags(parser)

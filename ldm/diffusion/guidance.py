@@ -14,8 +14,6 @@ from ldm.diffusion.solvers import Denoise, Denoised
 # (x [B, C, H, W], sigma, branches) -> {branch: raw network output [B, C, H, W]}, in one batched call. What a
 # branch is called is told in `ldm/diffusion/guidances/__init__.py`.
 Predict = Callable[[Tensor, Tensor, tuple[str, ...]], dict[str, Tensor]]
-# Branches -> their raw outputs, of one state.
-Ask = Callable[[tuple[str, ...]], Mapping[str, Tensor]]
 # (output, x, sigma) -> x0
 ToX0 = Callable[[Tensor, Tensor, Tensor], Tensor]
 Guidance = Callable[[Predict, ToX0], Denoise]
@@ -67,15 +65,14 @@ class CFG:
 
     def __call__(self, predict: Predict, to_x0: ToX0) -> Denoise:
         def denoise(x: Tensor, sigma: Tensor) -> Denoised:
-            return Denoised(to_x0(self.combined(lambda names: predict(x, sigma, names)), x, sigma))
+            return Denoised(to_x0(self._combine(predict, x, sigma), x, sigma))
 
         return denoise
 
-    def combined(self, ask: Ask) -> Tensor:
-        """Of the outputs of its branches, which `ask` gives."""
-        outputs = ask(self.branches)
+    def _combine(self, predict: Predict, x: Tensor, sigma: Tensor) -> Tensor:
         if self.scale == 1:
-            return outputs["cond"]
+            return predict(x, sigma, ("cond",))["cond"]
+        outputs = predict(x, sigma, ("uncond", "cond"))
         uncond, cond = outputs["uncond"], outputs["cond"]
         guided = uncond + self.scale * (cond - uncond)
         return rescale_to(guided, cond, self.rescale) if self.rescale else guided
@@ -92,22 +89,17 @@ class CFGPlusPlus:
 
     strength: float
     rescale: float = 0.0
-
     branches: ClassVar = ("uncond", "cond")
 
     def __call__(self, predict: Predict, to_x0: ToX0) -> Denoise:
         def denoise(x: Tensor, sigma: Tensor) -> Denoised:
-            outputs = predict(x, sigma, self.branches)
-            anchor = to_x0(outputs["uncond"], x, sigma)
-            return Denoised(to_x0(self.combined(lambda _: outputs), x, sigma), anchor)
+            outputs = predict(x, sigma, ("uncond", "cond"))
+            uncond, cond = outputs["uncond"], outputs["cond"]
+            guided = uncond + self.strength * (cond - uncond)
+            guided = rescale_to(guided, cond, self.rescale) if self.rescale else guided
+            return Denoised(to_x0(guided, x, sigma), to_x0(uncond, x, sigma))
 
         return denoise
-
-    def combined(self, ask: Ask) -> Tensor:
-        outputs = ask(self.branches)
-        uncond, cond = outputs["uncond"], outputs["cond"]
-        guided = uncond + self.strength * (cond - uncond)
-        return rescale_to(guided, cond, self.rescale) if self.rescale else guided
 
 
 def cfg_pp_strength(scale: float, n: int) -> float:
@@ -147,6 +139,23 @@ def composed(predict: Predict, shares: Tensor) -> Predict:
     return call
 
 
+def divided(predict: Predict, others: Mapping[str, Predict]) -> Predict:
+    """`predict`, where each of the others answers the branches with its name after the colon."""
+
+    def way(name: str) -> str:
+        ending = name.partition(":")[2]
+        return ending if ending in others else ""
+
+    def call(x: Tensor, sigma: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
+        answers = dict[str, Tensor]()
+        for each, answer in {"": predict, **others}.items():
+            if own := tuple(name for name in names if way(name) == each):
+                answers |= answer(x, sigma, own)
+        return {name: answers[name] for name in names}
+
+    return call
+
+
 @dataclass(frozen=True)
 class InstructPix2Pix:
     """Guidance towards a text and towards an image, each with its own scale.
@@ -158,20 +167,17 @@ class InstructPix2Pix:
     scale: float
     image_scale: float
     rescale: float = 0.0
-
     branches: ClassVar = ("cond", "image", "uncond")
 
     def __call__(self, predict: Predict, to_x0: ToX0) -> Denoise:
         def denoise(x: Tensor, sigma: Tensor) -> Denoised:
-            return Denoised(to_x0(self.combined(lambda names: predict(x, sigma, names)), x, sigma))
+            outputs = predict(x, sigma, ("cond", "image", "uncond"))
+            cond, image, uncond = outputs["cond"], outputs["image"], outputs["uncond"]
+            guided = uncond + self.scale * (cond - image) + self.image_scale * (image - uncond)
+            guided = rescale_to(guided, cond, self.rescale) if self.rescale else guided
+            return Denoised(to_x0(guided, x, sigma))
 
         return denoise
-
-    def combined(self, ask: Ask) -> Tensor:
-        outputs = ask(self.branches)
-        cond, image, uncond = (outputs[name] for name in self.branches)
-        guided = uncond + self.scale * (cond - image) + self.image_scale * (image - uncond)
-        return rescale_to(guided, cond, self.rescale) if self.rescale else guided
 
 
 @dataclass(frozen=True)

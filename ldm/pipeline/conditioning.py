@@ -61,6 +61,9 @@ class Telling:
     def __init__(self, model: Model, requests: Sequence[Request], inputs: Inputs, steps: int) -> None:
         self.model, self.requests, self.inputs, self.steps = model, requests, inputs, steps
         self._encode = lru_cache(maxsize=8)(self._encoded)
+        self._without = lru_cache(maxsize=8)(
+            lambda p, texts: without_words(model, requests[p], self._encode(p, texts, False)[1])
+        )
         self._windows = cache(lambda p: windows_of(model, requests[p], steps))
 
     def __call__(self, p: int, step: int = 0, source: bool = False) -> tuple[Conditioning, Conditioning]:
@@ -72,6 +75,10 @@ class Telling:
         changes = any(script.changes for script in (*asked.scripts, *asked.region_scripts))
         windows = self._windows(p) if changes else None
         return encode_texts(self.model, self.requests[p], self.inputs, p, texts, windows, source)
+
+    def empty(self, p: int, step: int) -> Conditioning:
+        """What is told of no words at all, in the place of prompt `p`'s negative prompt of a step."""
+        return self._without(p, texts_at(self.requests[p], step, self.steps))
 
     def shares(self, p: int) -> tuple[float, ...]:
         """Of the prompts that prompt `p` is composed of: the first rows of its cond; then come regions."""
@@ -98,6 +105,18 @@ def encode_texts(
         cond, uncond = _read(model, request, inputs, p, texts, windows, source)
     rows = {name: value.expand(len(cond), *value.shape[1:]) for name, value in extra.items()}
     return replace(cond, **rows), replace(uncond, **negative_extra)
+
+
+def without_words(model: Model, request: Request, uncond: Conditioning) -> Conditioning:
+    """`uncond` of no words: zeros, where the model was trained with those (SDXL)."""
+    tokens, text = uncond.tokens, model.text
+    if model.parts.force_zeros_for_empty_prompt:
+        pooled = None if uncond.pooled is None else torch.zeros_like(uncond.pooled)
+        return replace(uncond, tokens=torch.zeros_like(tokens), pooled=pooled)
+    windows = max(1, tokens.shape[1] // text.window) if text.clips else 1
+    with in_use(model.text_encoder, model.text_encoder_2) if model.sleeps else nullcontext():
+        read = text.encode([""], request.clip_skip, windows, grammar=request.grammar)
+    return replace(uncond, tokens=read.tokens, pooled=read.pooled)
 
 
 def _read(

@@ -26,7 +26,7 @@ _SCALE = 'return {"guidance_scale": 5.0} from the callback'
 _STEPS = "it is the number that the call was given as num_inference_steps"
 _PART = "load with it in place: ldm.load(MODEL, {0}=PLACE), a folder, a file or a hub name"
 _IP_ADAPTER = "there are no IP-Adapters: image with strength draws from a picture"
-_CONTROL = "there are no ControlNets: image with strength draws from a picture"
+_CONTROL = "write pipe = pipe.with_controlnet(FOLDER), and give its call a control_image"
 _HUB = "set it for huggingface_hub: HF_HOME, HF_HUB_OFFLINE=1, `hf auth login`"
 _EMBEDS = "pipe.text.encode([prompt]) has .tokens (prompt_embeds) and .pooled"
 _SIZES = "pipe.vae.downscale is the factor between pixels and latents"
@@ -48,9 +48,7 @@ INSTEAD: Mapping[str, str] = {
     "unload_textual_inversion": "pipe.base is without adapters",
     **dict.fromkeys(("load_ip_adapter", "set_ip_adapter_scale", "unload_ip_adapter"), _IP_ADAPTER),
     **dict.fromkeys(("ip_adapter_image", "ip_adapter_image_embeds", "image_encoder"), _IP_ADAPTER),
-    **dict.fromkeys(("controlnet", "control_image", "controlnet_conditioning_scale"), _CONTROL),
-    **dict.fromkeys(("control_guidance_start", "control_guidance_end", "guess_mode"), _CONTROL),
-    **dict.fromkeys(("adapter_conditioning_scale", "adapter"), _CONTROL),
+    **dict.fromkeys(("controlnet", "adapter"), _CONTROL),
     # samplers and guidance
     "scheduler": _SAMPLER,
     **dict.fromkeys(("_interrupt", "interrupt"), _STOP),

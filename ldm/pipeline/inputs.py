@@ -41,6 +41,7 @@ class Inputs:
     negative_pooled_prompt_embeds: Tensor | None = None
     image: InMemory | None = None  # to draw from, instead of the request's file; a tuple: one for each prompt
     mask_image: InMemory | None = None
+    control_images: tuple[InMemory | None, ...] | None = None  # of the request's controls, without files
     image_latents: Tensor | None = None  # [1 or prompts, C, h, w] scaled, instead of an image
     solver: Solver | None = None  # the user's own, instead of the sampler
     guidance: Guidance | None = None
@@ -82,6 +83,7 @@ _ARGUMENTS = {
     "generators": "generator",
     "solver": "sampler",
     "image_latents": "image",
+    "control_images": "control_image",
 }  # where the call names them otherwise
 
 

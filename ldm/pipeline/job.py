@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ldm.checkpoint import Parts
 from ldm.checkpoint.save import pipeline_class
+from ldm.control import Control, controls_of
 from ldm.diffusion.guidance import (
     CFG,
     CFGPlusPlus,
@@ -39,11 +40,12 @@ from ldm.models.kind import Kind
 from ldm.pipeline import before, guiding, networks
 from ldm.pipeline.conditioning import Telling
 from ldm.pipeline.edit import Invert, check_edit, invertible
+from ldm.pipeline.guiding import NO_NEEDS, Needs
 from ldm.pipeline.inputs import NOTHING, Inputs
 from ldm.pipeline.model import Model
 from ldm.pipeline.networks import EXACT, Attending, Savings
 from ldm.pipeline.passes import Then, cut, follow, resumed
-from ldm.pipeline.pictures import NO_IMAGES, Images, in_shape, masked, read_images
+from ldm.pipeline.pictures import NO_IMAGES, Images, in_shape, masked, read_images, shown
 from ldm.pipeline.plan import Plan, arranged
 from ldm.pipeline.resolve import meaningless_eta, resolve
 from ldm.pipeline.start import Edit, Enlarge, FromImage, FromLatents, FromNoise, FromSmaller, Inpaint, Masked
@@ -93,6 +95,8 @@ class Job:
     savings: Savings = EXACT  # what the U-Net leaves out
     attending: tuple[Attending, ...] = ()  # what is done in attention's place
     steering: Steering = UNSTEERED
+    needs: Needs = NO_NEEDS  # what a guidance by name wants beside the U-Net and the texts
+    controls: tuple[Control, ...] = ()  # what shows the U-Net pictures
 
     @property
     def request(self) -> Request:
@@ -200,10 +204,13 @@ def _prepare(
         tiles=tiles_of(first, model.vae.downscale),
         then=then,
         savings=savings_of(first),
-        attending=guiding.attending(first, model) if first.guidance and not inputs.guidance else (),
         steering=steering_of(model, requests, inputs, telling, grid, images.image is not None)
         if first.is_steered
         else UNSTEERED,
+        needs=guiding.needed(first, model) if first.guidance and not inputs.guidance else NO_NEEDS,
+        controls=controls_of(first.control, shown(inputs, images), first.size, model.controls)
+        if first.control
+        else (),
     )
 
 

@@ -26,6 +26,7 @@ from ldm.checkpoint.safety import SafetyChecker, read_checker
 from ldm.checkpoint.save import pipeline_class
 from ldm.checkpoint.source import find_adapter, find_part
 from ldm.checkpoint.weights import find_weights
+from ldm.control import Reader, Shelf
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
 from ldm.files import sha256
@@ -53,6 +54,8 @@ class Model:
     classifier: ClassifierFile | None = None  # for requests that name a class
     safety_checker: SafetyChecker | None = None  # looks at each finished picture
     max_memory: int | None = None  # bytes that a drawing may take (`ldm.pipeline.plan`)
+    controlnets: tuple[str, ...] = ()  # that calls with a control_image mean
+    shelf: Shelf = field(default_factory=Shelf, repr=False)  # networks of the last controls
     sleeps: bool = False  # weights come when they are used (`ldm.memory.residence`)
     # The last model that a request's LoRAs asked for, and the last seamless one, so that the next request
     # need not build it again.
@@ -281,6 +284,25 @@ class Model:
             UserError: where there is none, or it is damaged.
         """
         return replace(self, safety_checker=read_checker(place, self.parts.weights, self.device))
+
+    def with_controlnet(self, *models: str | Path) -> Self:
+        """This model with ControlNets, T2I-Adapters or LLLites, which a call with a `control_image` means.
+
+        Args:
+            models: folders, files or hub names.
+
+        Raises:
+            UserError: if one is missing, damaged or of another family.
+        """
+        made = replace(self, controlnets=tuple(map(str, models)))
+        for each in made.controlnets:
+            made.controls.get(each)
+        return made
+
+    @property
+    def controls(self) -> Reader:
+        """What reads networks for `control`, and keeps the last."""
+        return Reader(self.shelf, self.unet, self.runtime, self.sleeps)
 
     def with_upscaler(self, upscaler: Self | str | Path) -> Self:
         """This model with another that enlarges each finished picture, with its prompt and seed.

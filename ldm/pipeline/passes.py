@@ -128,6 +128,7 @@ def _second_pass(prepare: Prepare, model: Model, requests: Sequence[Request], in
         own = replace(own, **embeds)
     own = replace(
         own,
+        control_images=inputs.control_images,
         solver=inputs.solver if request.sampler == requests[0].sampler else None,
         guidance=inputs.guidance if hires.guidance_scale is None else None,
     )

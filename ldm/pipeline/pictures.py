@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ldm.control import Pictures
 from ldm.errors import UserError, printable
 from ldm.images.fitting import (
     InMemory,
@@ -82,6 +83,12 @@ def read_images(model: Model, requests: Sequence[Request], inputs: Inputs) -> Im
     if not request.changes_mask:
         return Images(image, mask, digests)
     return ready(request, image, mask, digests)
+
+
+def shown(inputs: Inputs, images: Images) -> Pictures:
+    """What a drawing's controls may show. A picture of latents has no pixels, and is none."""
+    image = None if isinstance(images.image, Tensor) and images.image.is_meta else images.image
+    return Pictures(inputs.control_images or (), image, images.mask)
 
 
 def ready(

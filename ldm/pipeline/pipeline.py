@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint import embedded, save_model
+from ldm.control import take_controls
 from ldm.diffusion.guidance import Guidance
 from ldm.diffusion.solvers import Solver, Step
 from ldm.errors import NoSuchName, UserError
@@ -190,11 +191,13 @@ class Pipeline(Model):
                 add_text_embeds, negative_pooled_prompt_embeds, add_time_ids, guidance_scale.
             cross_attention_kwargs: {"scale": 0.5} multiplies the weights of the LoRAs.
             return_dict: either value; a Result has `.images` and is a tuple's like, `[0]`.
-            others: any other field of a `Request` by its name, but those that the pipeline notes.
+            others: any other field of a `Request` by its name, but those that the pipeline notes; of the
+                controls of with_controlnet diffusers' control_image, controlnet_conditioning_scale, ...
 
         Raises:
             UserError: naming the argument that is not allowed, its value and what is.
         """
+        others, control_images = take_controls(others, self.controlnets, as_image)
         refuse_arguments(
             others.keys() - Request.model_fields.keys(), [*CALL_ARGUMENTS, *Request.model_fields]
         )
@@ -248,6 +251,7 @@ class Pipeline(Model):
             negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
             image=image,
             mask_image=mask_image,
+            control_images=control_images,
             image_latents=image_latents,
             solver=sampler if callable(sampler) else None,
             guidance=guidance if callable(guidance) else None,

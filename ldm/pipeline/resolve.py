@@ -15,12 +15,13 @@ import torch
 from ldm.adapters import used_embeddings, wanted_loras
 from ldm.checkpoint import Parts
 from ldm.checkpoint.esrgan import read_pixel_upscaler
+from ldm.control import noted
 from ldm.diffusion.samplers import SAMPLERS, resolve_sampler
 from ldm.errors import UserError, printable
 from ldm.images.enlarging import LABELS
 from ldm.images.watermark import check_size, key_named
 from ldm.models.kind import Kind
-from ldm.pipeline import edit
+from ldm.pipeline import edit, guiding
 from ldm.pipeline.model import Model
 from ldm.pipeline.passes import cannot_go_on, check_hires, hires_enlarger
 from ldm.pipeline.pictures import Images
@@ -42,10 +43,14 @@ def resolve(model: Model, request: Request, images: Images) -> Request:
     check(request, images.image is not None, images.mask is not None, model.parts)
     check_image_size(request, images, model.parts)
     checker = model.safety_checker and model.safety_checker.sha256
-    values = _adapters(model, request) | _classifier(model, request) | {"fast": None}
+    values = (
+        _adapters(model, request) | _controls(model, request) | _classifier(model, request) | {"fast": None}
+    )
     values |= {"safety_checker_sha256": checker, "nsfw_content_detected": None}  # found when it is drawn
     if request.num_grid_steps is not None:  # a grid of its own counts for itself
         values["num_inference_steps"] = request.num_grid_steps
+    if request.guidance is not None:
+        values["guidance"] = guiding.noted(request.guidance)
     for name, value in _defaults(model, request, images).items():
         if getattr(request, name) is None:
             values.setdefault(name, value)
@@ -229,6 +234,22 @@ def _adapters(model: Model, request: Request) -> dict[str, Any]:
     if request.embeddings or adapted.embeddings:
         embeddings = used_embeddings(request, adapted.embeddings)
     return {"loras": adapted.uses or None, "embeddings": embeddings or None}
+
+
+def _controls(model: Model, request: Request) -> dict[str, Any]:
+    """The controls of a request, which note which files they are of. Raises UserError."""
+    if not request.control:
+        return {}
+    if request.padding_mask_crop is not None:
+        raise UserError("padding_mask_crop is not allowed beside control: draw the whole picture")
+    uses = noted(request.control, model.controls)
+    if any(model.controls.get(use.model).is_inside for use in uses if use.scale):
+        for name in ("tile_size", "token_merging_ratio"):
+            if getattr(request, name):
+                raise UserError(
+                    f"{name} is not allowed beside an LLLite, which is of whole pictures: leave it out"
+                )
+    return {"control": uses}
 
 
 def _classifier(model: Model, request: Request) -> dict[str, Any]:

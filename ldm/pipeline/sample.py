@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ldm.diffusion.guidance import Exchangeable, Guidance, composed
+from ldm.diffusion.guidance import Exchangeable, Guidance, composed, divided
 from ldm.diffusion.solvers import Step
 from ldm.errors import UserError
 from ldm.images.pixels import to_pil
@@ -177,16 +178,22 @@ def sample(
     begun = start.begin(noise, torch.stack(given) if given else None, texts["cond"], texts["uncond"])
     branches, known = begun.branches, begun.known
     control = None if swap is None else swap.begin(prompts[:drawn], begun.x.device)
-    predict = networks.predict(
-        job.model.unet,
-        job.grid,
-        branches,
+    answering = partial(
+        networks.predict,
+        grid=job.grid,
+        branches=branches,
         tiles=job.tiles,
         savings=job.savings,
         unread=unread,
-        attending=job.attending if control is None else (*job.attending, control.attending),
+        attending=(*job.attending, *job.needs.attending, *([] if control is None else [control.attending])),
         meet=job.steering.freeu,
+        controls=job.controls,
     )
+    predict = answering(job.model.unet)
+    if job.needs.empty:
+        tell(branches, texts)
+    if job.needs.networks:
+        predict = divided(predict, {way: answering(unet) for way, unet in job.needs.networks.items()})
     if shares is not None or job.steering.areas is not None:
         tell(branches, texts)
     predict = predict if shares is None else composed(predict, shares.to(begun.x.device))
@@ -216,14 +223,16 @@ def sample(
 
 def texts_of(job: Job, batch: Batch, step: int) -> tuple[dict[str, Conditioning], Tensor | None]:
     """What a batch is told in a step, a row for each picture: "cond", "uncond" and "image", which is without
-    the text too; of regions "region_0" and so on; and where prompts are composed "cond_1" and so on, with the
-    shares [B, K] of all, else None.
+    the text too; where guidance wants it "empty", of no words at all; of regions "region_0" and so on; and
+    where prompts are composed "cond_1" and so on, with the shares [B, K] of all, else None.
     """
     shares = [job.encode.shares(picture.prompt) for picture in batch]
     told = [job.encode(picture.prompt, step, picture.is_source) for picture in batch]
     most = max(map(len, shares))
     uncond = Conditioning.cat([each for _, each in told])
     texts = {"uncond": uncond, "image": uncond}
+    if job.needs.empty:
+        texts["empty"] = Conditioning.cat([job.encode.empty(picture.prompt, step) for picture in batch])
     for k in range(most):  # of fewer the first stands in the others' place, with no share
         at = [k if k < len(own) else 0 for own in shares]
         rows = [cond[i : i + 1] for i, (cond, _) in zip(at, told, strict=True)]

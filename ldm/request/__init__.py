@@ -11,7 +11,7 @@ from ldm.request.request import (
     Request,
     field_named,
 )
-from ldm.request.uses import EmbeddingUse, LoraUse
+from ldm.request.uses import ControlUse, EmbeddingUse, LoraUse
 
 __all__ = [
     "IMAGES",
@@ -20,6 +20,7 @@ __all__ = [
     "OWN",
     "PROMPTS",
     "VERSION",
+    "ControlUse",
     "EmbeddingUse",
     "LoraUse",
     "Region",

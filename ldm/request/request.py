@@ -51,7 +51,7 @@ from ldm.request.fields import (
 )
 from ldm.request.regions import Factors, Regions
 from ldm.request.spelled import Spelled
-from ldm.request.uses import EmbeddingUse, LoraUse
+from ldm.request.uses import ControlUse, EmbeddingUse, LoraUse, controls_of
 from ldm.spelling import squash
 
 VERSION: Literal[3] = 3  # of the JSON form, and of the rules by which pictures are drawn
@@ -174,6 +174,7 @@ class Request(Spelled):
     negative_aesthetic_score: Scale | None = None
     loras: Annotated[tuple[LoraUse, ...], Field(description="a list of adapters")] | None = None
     embeddings: Annotated[tuple[EmbeddingUse, ...], Field(description="a list of words")] | None = None
+    control: Annotated[tuple[ControlUse, ...], Field(description="a list of controls")] | None = None
     model: Text | None = None  # for the record in the PNG: not used to find the model
     model_hash: Text | None = None
     upscaling: Request | None = None  # by a second model; prompt, seed and image are those of the picture
@@ -340,6 +341,11 @@ class Request(Spelled):
             if names.count(name) > 1:
                 raise UserError(f"the LoRA {name} is given twice: give it once, with one weight")
         return loras or None
+
+    @field_validator("control", mode="before")
+    @classmethod
+    def _each_control(cls, given: Any) -> Any:
+        return controls_of(given)
 
     @model_validator(mode="after")
     def _marks_are_allowed(self) -> Self:

@@ -59,6 +59,11 @@ class Limits:
             raise UserError(
                 f"hires_upscaler {short(upscaler)} is not allowed: it must be one of {', '.join(LABELS)}"
             )
+        from ldm.diffusion.guidances.catalogue import reads_files  # which needs torch
+
+        for each in (request, request.hires, request.refining, request.upscaling):
+            if each is not None and each.guidance is not None and reads_files(each.guidance):
+                raise UserError("guidance autoguidance is not allowed here with another model: give thinned")
         if request.tile_size is not None and request.tile_size < FEWEST_TILE:
             raise UserError(f"tile_size {request.tile_size} is not allowed: here at least {FEWEST_TILE}")
         if request.tile_size and (request.tile_overlap or 0) > request.tile_size * 3 // 4:

@@ -164,7 +164,13 @@ SAYS = [
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("line", [line.strip() for line in WORKS.strip().splitlines()])
+@pytest.mark.parametrize(
+    "line",
+    [  # test_call.py has what torch.compile takes long to read
+        pytest.param(line.strip(), marks=pytest.mark.slow if "compile" in line else ())
+        for line in WORKS.strip().splitlines()
+    ],
+)
 def test_works_as_typed(made, line):
     assert eval(line, dict(made)) is not ...
 

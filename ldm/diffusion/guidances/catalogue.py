@@ -8,10 +8,19 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from ldm.diffusion.guidances.geometry import Magnitude, PerpNeg, Projected, Tangential, ZeroStar
+from ldm.diffusion.guidances.geometry import (
+    Magnitude,
+    MixedProjected,
+    PerpNeg,
+    Projected,
+    Tangential,
+    ZeroStar,
+)
+from ldm.diffusion.guidances.limits import DynamicThresholding, FrequencyDecoupled
 from ldm.diffusion.guidances.part import Option, Part, Rank
 from ldm.diffusion.guidances.perturbed import PerturbedAttention, SelfAttention, SkipLayer, SmoothedEnergy
 from ldm.diffusion.guidances.plain import Interval, PlainCFG, PlusPlus, Rescale
+from ldm.diffusion.guidances.worse import THINNED, AutoGuidance
 from ldm.errors import UserError
 from ldm.spelling import squash, unknown
 
@@ -22,9 +31,13 @@ _PARTS: tuple[type[Part], ...] = (
     PlusPlus,
     ZeroStar,
     Projected,
+    MixedProjected,
     Tangential,
     PerpNeg,
     Magnitude,
+    DynamicThresholding,
+    FrequencyDecoupled,
+    AutoGuidance,
     PerturbedAttention,
     SmoothedEnergy,
     SkipLayer,
@@ -54,6 +67,11 @@ def read_guidance(text: str) -> tuple[Part, ...]:
     if len(combining) > 1:
         raise UserError(f"guidances {' and '.join(combining)} both combine the branches: give one of them")
     return tuple(parts)
+
+
+def reads_files(text: str) -> bool:
+    """Whether a chain names a model that lies somewhere. Raises UserError as `read_guidance`."""
+    return any(isinstance(part, AutoGuidance) and part.model != THINNED for part in read_guidance(text))
 
 
 def spell_guidance(parts: Sequence[Part]) -> str:

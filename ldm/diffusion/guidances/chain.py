@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ldm.diffusion.guidance import CFG, CFGPlusPlus, InstructPix2Pix, Predict, ToX0
 from ldm.diffusion.guidances.part import Answer, Part, Rank
+from ldm.diffusion.guidances.plain import PlainCFG
 from ldm.diffusion.solvers import Denoise, Denoised
 
 
@@ -42,6 +43,7 @@ class Chain:
     @cached_property
     def acting(self) -> tuple[Part, ...]:
         parts = sorted(self.parts, key=lambda part: part.rank)
+        parts = [part for part in parts if not isinstance(part, PlainCFG)]
         return tuple(part for part in parts if not (self.is_off and "uncond" in part.reads))
 
     @cached_property
@@ -68,13 +70,14 @@ class Chain:
         still = max((part.still for part in parts), default=0)
 
         def denoise(x: Tensor, sigma: Tensor) -> Denoised:
-            if still and sum(level > float(sigma) for level in self.levels) < still:
+            step = sum(level > float(sigma) for level in self.levels)
+            if step < still:
                 return Denoised(x / (1 + sigma**2))  # v = 0: the state of unit variance stays as it is
             out = {name for name, low, high in self.within if not low <= float(sigma) < high}
             asked = self._asked([part for part in parts if part.name not in out]) if out else self.branches
             outputs = predict(x, sigma, asked)
             outputs |= {name: outputs[other] for name, other in self._instead.items()}
-            a = Answer(x, sigma, outputs, outputs["cond"], self.scale, predict, to_x0)
+            a = Answer(x, sigma, outputs, outputs["cond"], self.scale, step, predict, to_x0)
             for name, change in changes:
                 a = a if name in out else change(a)
             x0 = a.x0(a.guided)
@@ -83,5 +86,4 @@ class Chain:
         return denoise
 
     def _plainly(self, a: Answer) -> Answer:
-        anchor = a.uncond if isinstance(self.plain, CFGPlusPlus) else None
-        return a.led(self.plain.combined(lambda _: a.outputs), anchor)
+        return a.by(self.plain)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ldm.diffusion.guidance import CFG
 from ldm.diffusion.guidances.part import Answer, Change, Part, Rank, along, dot, each, option
 
 
@@ -85,11 +86,30 @@ class Projected(Part):
             if self.r:
                 length = torch.linalg.vector_norm(difference, dim=each(difference), keepdim=True)
                 difference = difference * (self.r / length).clamp_max(1)
-            parallel = along(difference, cond)
-            update = difference + (self.eta - 1) * parallel
-            return a.led(a.cond + (a.scale - 1) / gain * update)
+            update = difference + (self.eta - 1) * along(difference, cond)
+            return self.led(a, update / gain)
 
         return change
+
+    def led(self, a: Answer, update: Tensor) -> Answer:
+        return a.led(a.cond + (a.scale - 1) * update)
+
+
+@dataclass(frozen=True)
+class MixedProjected(Projected):
+    """APG with a `scale` of its own, after `first` steps of plain CFG, whose differences momentum knows."""
+
+    name = "apg_mix"
+    label = "APG mix"
+    source = "diffusers' AdaptiveProjectedMixGuidance, of APG"
+    aliases = ("adaptiveprojectedmix", "adaptiveprojectedmixguidance")
+    first: int = option(6, 0, 1000)
+    scale: float | None = option(None, 0.0, 100.0, float)
+
+    def led(self, a: Answer, update: Tensor) -> Answer:
+        if a.step < self.first:
+            return a.by(CFG(a.scale))
+        return super().led(a if self.scale is None else replace(a, scale=self.scale), update)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from ldm.diffusion.guidance import Predict, ToX0
+from ldm.diffusion.guidance import Guidance, Predict, ToX0
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +19,7 @@ class Answer:
 
     outputs: the network's raw output by branch, [B, C, H, W] each. guided: the raw output that is made of
     them; "cond"'s at first. anchor: the raw output along whose noise solvers step; None: guided. scale: the
-    request's guidance scale, 1 for none.
+    request's guidance scale, 1 for none. step: how many of the drawing's noise levels lie above.
     """
 
     x: Tensor  # [B, C, H, W], in sigma space
@@ -27,6 +27,7 @@ class Answer:
     outputs: Mapping[str, Tensor]
     guided: Tensor
     scale: float
+    step: int
     predict: Predict
     to_x0: ToX0
     anchor: Tensor | None = None
@@ -51,9 +52,25 @@ class Answer:
     def led(self, guided: Tensor, anchor: Tensor | None = None) -> Self:
         return replace(self, guided=guided, anchor=self.anchor if anchor is None else anchor)
 
+    def moved(self, x0: Tensor) -> Self:
+        """With the guided output that speaks of these clean latents."""
+        return self.led(self.cond + (x0 - self.x0(self.cond)) / self.gain())
+
+    def by(self, guidance: Guidance) -> Self:
+        """As a guidance combines the outputs that are there."""
+        outputs = self.outputs
+        combine = guidance(lambda x, sigma, names: {name: outputs[name] for name in names}, _output)
+        combined = combine(self.x, self.sigma)
+        return self.led(combined.x0, None if combined.anchor is combined.x0 else combined.anchor)
+
     def told(self, **outputs: Tensor) -> Self:
         """With other outputs of some branches."""
         return replace(self, outputs={**self.outputs, **outputs})
+
+
+def _output(output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+    """In the place of a ToX0, where outputs are wanted and not what they speak of."""
+    return output
 
 
 Change = Callable[[Answer], Answer]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ldm.diffusion.guidance import CFG, CFGPlusPlus, rescale_to
+from ldm.diffusion.guidance import CFGPlusPlus, rescale_to
 from ldm.diffusion.guidances.part import Answer, Part, Rank, option
 
 
 @dataclass(frozen=True)
 class PlainCFG(Part):
-    """``uncond + scale (cond - uncond)``, as `ldm.diffusion.guidance.CFG`."""
+    """``uncond + scale (cond - uncond)``, `ldm.diffusion.guidance.CFG`: also what a chain does without it."""
 
     name = "cfg"
     label = "CFG"
@@ -18,8 +18,9 @@ class PlainCFG(Part):
     rank = Rank.COMBINES
     aliases = ("classifierfree", "classifierfreeguidance")
 
-    def change(self, a: Answer) -> Answer:
-        return a.led(CFG(a.scale).combined(lambda _: a.outputs))
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ()
 
 
 @dataclass(frozen=True)
@@ -27,16 +28,17 @@ class PlusPlus(Part):
     """``uncond + strength (cond - uncond)``, and solvers step along the noise of "uncond".
 
     `ldm.diffusion.guidance.CFGPlusPlus`, for any sampler; those with "CFG++" in their names have it already.
+    Without a strength, that of `cfg_pp_strength`.
     """
 
     name = "cfgpp"
     label = "CFG++"
     source = "Chung et al. 2024 (arXiv 2406.08070), algorithm 2"
     rank = Rank.COMBINES
-    strength: float = option(0.6, 0.0, 100.0)
+    strength: float | None = option(None, 0.0, 100.0, float)
 
     def change(self, a: Answer) -> Answer:
-        return a.led(CFGPlusPlus(self.strength).combined(lambda _: a.outputs), a.uncond)
+        return a.by(CFGPlusPlus(self.strength or 1.0))
 
 
 @dataclass(frozen=True)

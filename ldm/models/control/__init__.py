@@ -1,6 +1,7 @@
 """Networks beside a U-Net, which tell it of pictures."""
 
 from ldm.models.control.controlnet import ControlNet, ControlNetConfig
+from ldm.models.control.lllite import LLLite, LLLiteLayer, LLLiteLinear
 from ldm.models.control.t2i_adapter import T2IAdapter, T2IAdapterConfig
 from ldm.models.control.union import ControlNetUnion, ControlNetUnionConfig
 
@@ -9,6 +10,9 @@ __all__ = [
     "ControlNetConfig",
     "ControlNetUnion",
     "ControlNetUnionConfig",
+    "LLLite",
+    "LLLiteLayer",
+    "LLLiteLinear",
     "T2IAdapter",
     "T2IAdapterConfig",
 ]

@@ -53,6 +53,12 @@ class ControlNetConfig(UNetConfig):
         object.__setattr__(self, "up_block_types", up)
         super().__post_init__()
 
+    @classmethod
+    def of(cls, unet: UNetConfig, **changes: Any) -> Self:
+        """Of a ControlNet for a U-Net; `changes` are fields that no U-Net has."""
+        own = {each.name: getattr(unet, each.name) for each in fields(UNetConfig)}
+        return cls(**{name: value for name, value in own.items() if name not in _OF_UNETS}, **changes)
+
     @property
     def skip_channels(self) -> list[int]:
         """Of each output for the way up, from the shallowest."""
@@ -112,8 +118,13 @@ class ControlNet(Encoder):
 
     def to_config(self) -> dict[str, Any]:
         """diffusers' `config.json`."""
-        written = write_config(self.config, self.class_name)
-        return {key: value for key, value in written.items() if key not in self.not_written}
+        return self.written(self.config)
+
+    @classmethod
+    def written(cls, config: ControlNetConfig) -> dict[str, Any]:
+        """A config as diffusers' `config.json`."""
+        values = write_config(config, cls.class_name)
+        return {key: value for key, value in values.items() if key not in cls.not_written}
 
     @classmethod
     def from_unet(cls, unet: Encoder, **changes: Any) -> Self:
@@ -122,8 +133,7 @@ class ControlNet(Encoder):
         Args:
             changes: fields of its config that no U-Net has, such as conditioning_channels=1.
         """
-        own = {each.name: getattr(unet.config, each.name) for each in fields(UNetConfig)}
-        made = cls(cls.config_class(**{k: v for k, v in own.items() if k not in _OF_UNETS}, **changes))
+        made = cls(cls.config_class.of(unet.config, **changes))
         weight = unet.conv_in.weight
         made.to(weight.device, weight.dtype)
         beside = {name: t for name, t in made.state_dict().items() if name.startswith("controlnet_")}
