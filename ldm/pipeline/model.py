@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -383,6 +384,14 @@ class Model:
             vae.over_bands = False  # bands end at the picture's edges
             made = replace(self, parts=replace(self.parts, unet=unet, vae=vae))
             self._recent["seamless"] = axes, made  # one assignment, as above
+        return made
+
+    def with_unet(self, key: object, read: Callable[[], UNet]) -> Self:
+        """This model with another U-Net, which is read where the last one was not of an equal `key`."""
+        kept, made = self._recent.get("unet", (None, self))
+        if kept != key:
+            made = replace(self, parts=replace(self.parts, unet=read()))
+            self._recent["unet"] = key, made  # one assignment, as above
         return made
 
     def _with(self, adapted: Adapted) -> Self:
