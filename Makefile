@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROMPT ?= a red sailboat on a calm sea at sunset
 
-.PHONY: picture test test-all test-cuda gpu-report bench lint types floors clean
+.PHONY: picture test test-browser test-all test-cuda gpu-report bench lint types floors clean
 
 # torch first and pinned: a bare `torch` would fetch gigabytes of CUDA.
 $(BIN)/python:
@@ -27,6 +27,10 @@ WORKERS := -n 2 --dist worksteal
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(WORKERS)
+
+# The page in Chromium; skipped, with the reason, where there is none.
+test-browser: $(VENV)/.test
+	$(BIN)/python -m pytest -m browser tests/serve/test_browser.py
 
 test-all: $(VENV)/.test
 	$(BIN)/python -m pytest $(WORKERS) -m "not cuda"

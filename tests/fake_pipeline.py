@@ -9,6 +9,7 @@ from PIL import Image
 
 from ldm.images.pixels import to_tensor
 from ldm.pipeline.job import Job, Picture
+from ldm.pipeline.sample import Drawn
 from ldm.request import Request
 
 
@@ -21,7 +22,7 @@ class FakePipeline:
     adapted = SimpleNamespace(reports=())
 
     model_hash = "0123456789"
-    upscaler = refiner = None
+    upscaler = refiner = safety_checker = None
 
     def __init__(self, fail_at=None, error=None):
         self.requests, self.steps, self.fail_at, self.error = [], 0, fail_at, error
@@ -49,7 +50,7 @@ class FakePipeline:
             if self.steps == self.fail_at:
                 raise self.error
             on_step(SimpleNamespace(i=i))
-        return to_tensor([self.draw(request, seed) for seed in request.seeds])
+        return Drawn(to_tensor([self.draw(request, seed) for seed in request.seeds]), batch)
 
     def draw(self, request, seed):
         shape = (request.height, request.width, 3)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ldm.errors import UserError
-from ldm.models import AsymmetricAutoencoderKL, AutoencoderKL, Network, UNet
+from ldm.models import AsymmetricAutoencoderKL, AutoencoderKL, ControlNet, Network, UNet
 from ldm.models.config import KLConfig, UNetConfig
+from ldm.models.control import ControlNetConfig, ControlNetUnion
 
 Form = Literal["same", "conv", "transposed", "stacked"]
 
@@ -68,7 +69,10 @@ class Key:
 
 
 def module_keys(module: Network) -> list[Key]:
-    """The tensors of a U-Net or VAE. Raises UserError for one that has no name in the original layout."""
+    """The tensors of a U-Net, VAE or ControlNet. Raises UserError for one without names in that layout."""
+    if isinstance(module, ControlNet) and not isinstance(module, ControlNetUnion):
+        modules = control_modules(module.config)
+        return [Key(_rename(name, modules, "ControlNet"), (name,)) for name in module.state_dict()]
     if isinstance(module, UNet):
         return unet_keys(module.config, module.state_dict())
     if isinstance(module, AutoencoderKL) and not isinstance(module, AsymmetricAutoencoderKL):
@@ -112,6 +116,17 @@ def unet_modules(config: UNetConfig) -> dict[str, str]:
         place = 2 if kind.startswith("CrossAttn") else 1
         modules[f"{block}.upsamplers.0.conv"] = f"output_blocks.{i - 1}.{place}.conv"
     return modules
+
+
+def control_modules(config: ControlNetConfig) -> dict[str, str]:
+    """A ControlNet's modules by diffusers' names: those of a U-Net, the picture's and the outputs'."""
+    modules, ours = unet_modules(config), "controlnet_cond_embedding"
+    inner = [f"blocks.{k}" for k in range(2 * len(config.conditioning_embedding_out_channels) - 2)]
+    for k, name in enumerate(("conv_in", *inner, "conv_out")):
+        modules[f"{ours}.{name}"] = f"input_hint_block.{2 * k}"
+    for k in range(len(config.skip_channels)):
+        modules[f"controlnet_down_blocks.{k}"] = f"zero_convs.{k}.0"
+    return modules | {"controlnet_mid_block": "middle_block_out.0"}
 
 
 # --- the VAE ---------------------------------------------------------------------------------------------

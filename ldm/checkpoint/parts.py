@@ -18,6 +18,7 @@ NETWORKS = ("vae", "unet", *TEXT_ENCODERS)
 EMBEDDED = ("postcard", "postcard-upscaler")  # models that come with the package
 MODEL_STEM, TEXT_STEM = "diffusion_pytorch_model", "model"  # of weight files: diffusers', transformers'
 STEMS = {part: TEXT_STEM if part in TEXT_ENCODERS else MODEL_STEM for part in NETWORKS}
+STEMS["safety_checker"] = TEXT_STEM
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,15 @@ class Parts:
         """The words of a prompt that are not in `words`; none where the model does not tell its words."""
         seen = dict.fromkeys(re.findall(r"[a-z']+", prompt.lower()))
         return [word for word in seen if self.words and word not in self.words]
+
+
+Changes = tuple[tuple[str, Path | None], ...]
+
+
+def changed_part(changes: Changes, part: str, file: Path) -> Changes:
+    """`Parts.changes` with another file of a part, in the order in which a model of both is loaded."""
+    parts = {name: place for name, place in changes if name in NETWORKS} | {part: file}
+    return (*sorted(parts.items()), *(each for each in changes if each[0] not in NETWORKS))
 
 
 def check_fit(parts: Parts, sources: Mapping[str, Path]) -> None:

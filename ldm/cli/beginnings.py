@@ -45,8 +45,12 @@ def hires_of(args: argparse.Namespace) -> Request | None:
 
 def begun_like(request: Request) -> Request:
     """A picture's request for another one: of any model, and with other files in its files' place."""
-    named = ("model", "model_hash", "image_sha256", "mask_image_sha256", "classifier_sha256", "upscaling")
-    request = request.replace(**dict.fromkeys(named))
+    named = (
+        *("model", "model_hash", "image_sha256", "mask_image_sha256", "classifier_sha256", "upscaling"),
+        *("safety_checker_sha256", "nsfw_content_detected"),
+    )
+    regions = tuple(each.replace(mask_sha256=None) for each in request.regions or ()) or None
+    request = request.replace(**dict.fromkeys(named), regions=regions)
     request.check_given(())
     return request
 

@@ -5,9 +5,12 @@ Exit codes: 0 done; 1 our fault (`redraw`: the pixels differ); 2 something the u
 
 from __future__ import annotations
 
+import atexit
 import io
+import os
 import re
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -23,6 +26,7 @@ from ldm.cli import (
     folder,
     likelihood,
     merge,
+    preprocess,
     provenance,
     redraw,
     serve,
@@ -50,6 +54,11 @@ COMMANDS = {
         provenance.provenance,
         "show what pictures say of their origin, and verify it",
     ),
+    "preprocess": (
+        preprocess.add_flags,
+        preprocess.preprocess,
+        "make control pictures: edges, lines, depth and others",
+    ),
     "convert": (
         convert.add_flags,
         convert.convert,
@@ -65,6 +74,11 @@ COMMANDS = {
     ),
     "folder": (folder.add_flags, folder.folder, "examine a folder of pictures before training on it"),
     "finetune": (finetune.add_flags, finetune.finetune, "train a model on a folder of pictures"),
+    "train-control": (
+        finetune.add_control_flags,
+        finetune.train_control,
+        "train a ControlNet on a folder of pictures",
+    ),
     "serve": (
         serve.add_flags,
         serve.serve,
@@ -78,7 +92,7 @@ def txt2img(argv: Sequence[str] | None = None) -> int:
     parser = Parser("txt2img", description=f"Draw pictures from words. {SPELLING}")
     draw_flags.add_flags(parser)
     parser.set_defaults(command=draw.draw)
-    return run(parser, argv)
+    return run(parser, argv) if argv is not None else leave(run(parser, argv))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,7 +105,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         child.add_flags.append(add_flags)
         child.set_defaults(command=command)
-    return run(parser, argv)
+    return run(parser, argv) if argv is not None else leave(run(parser, argv))
+
+
+def leave(code: int) -> int:
+    """End this process, whose whole purpose the command was; or, where threads still work, return the code.
+
+    Python would give back one by one what torch has made, for half a second after the last word is said.
+    """
+    if any(not each.daemon for each in threading.enumerate() if each is not threading.main_thread()):
+        return code
+    try:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except (OSError, ValueError):  # nobody reads on: Python has its own way to end then
+        return code
+    os._exit(code)
 
 
 def run(parser: Parser, argv: Sequence[str] | None) -> int:

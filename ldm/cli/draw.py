@@ -7,9 +7,11 @@ import itertools
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ldm.cli.explain import explain
+from ldm.cli.heat import HeatMaps
 from ldm.cli.models import load
 from ldm.cli.output import Output
 from ldm.cli.plan import table, warn_of_memory
@@ -62,12 +64,13 @@ def draw(args: argparse.Namespace) -> int:
     if args.resume:
         drawings = output.left(drawings)
     preview = None if args.preview is None else Preview(pipe, args)
+    heat = None if args.attention_maps is None else HeatMaps(args, [job for job, _ in drawings])
 
     batches = [(job, batch, sources) for job, sources in drawings for batch in job.batches]
     try:
         for k, drawing in enumerate(batches, start=1):
             title = f"batch {k}/{len(batches)}"
-            for images, batch, seconds in draw_or_tell(*drawing, title, args.quiet, preview, faults):
+            for images, batch, seconds in draw_or_tell(*drawing, title, args.quiet, preview, faults, heat):
                 output.take(images, batch, drawing[2], seconds)
     except KeyboardInterrupt:
         output.close(stopped=True)
@@ -128,11 +131,13 @@ def draw_or_tell(
     quiet: bool,
     preview: Preview | None,
     faults: Faults,
+    heat: HeatMaps | None = None,
 ) -> Iterator[tuple[list[Image], Batch, float]]:
     """The pictures of a batch, and the seconds for each; of one that fails, those of lines that do not."""
     start = time.perf_counter()
     try:
-        images = draw_images(job, batch, title, quiet, preview)
+        drawn = partial(draw_images, title=title, quiet=quiet, preview=preview)
+        images, batch = drawn(job, batch) if heat is None else heat.draw(job, batch, drawn)
     except (UserError, FloatingPointError) as error:
         line = asked[batch[0].prompt].line
         if not line:
@@ -141,14 +146,14 @@ def draw_or_tell(
             faults.add(line, error)
             return
         for picture in batch:
-            yield from draw_or_tell(job, (picture,), asked, title, quiet, preview, faults)
+            yield from draw_or_tell(job, (picture,), asked, title, quiet, preview, faults, heat)
     else:
         yield images, batch, (time.perf_counter() - start) / len(images)
 
 
 def draw_images(
     job: Job, batch: Batch, title: str, quiet: bool, preview: Preview | None = None
-) -> list[Image]:
+) -> tuple[list[Image], Batch]:
     """The pictures of one batch, with a bar or a preview; running out of memory becomes a UserError."""
     from ldm.images.pixels import to_pil
     from ldm.pipeline.sample import Counted, draw_batch
@@ -156,19 +161,21 @@ def draw_images(
 
     try:
         if quiet and preview is None:
-            return to_pil(draw_batch(job, batch))
+            drawn = draw_batch(job, batch)
+            return to_pil(drawn.images), drawn.batch
         steps = job.count_steps(batch)
         # Both would move the cursor: where the terminal shows pictures, the bar's words go with them.
         shown = preview is not None and preview.in_terminal
         with bar(title, "it/s", quiet or shown, steps) as on_progress:
-            if preview is None:
-                return to_pil(draw_batch(job, batch, Counted(lambda i: on_progress(i + 1, steps))))
 
             def on_step(step: Step) -> None:
                 on_progress(step.i + 1, steps)
-                preview(step, f"{title}  {step.i + 1}/{steps}")
+                if preview is not None:
+                    preview(step, f"{title}  {step.i + 1}/{steps}")
 
-            return to_pil(draw_batch(job, batch, on_step))
+            counted = Counted(lambda i: on_progress(i + 1, steps))
+            drawn = draw_batch(job, batch, counted if preview is None else on_step)
+        return to_pil(drawn.images), drawn.batch
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
             size = f"{len(batch)} pictures of {job.request.width}x{job.request.height}"
@@ -235,7 +242,11 @@ def warn_of_unknown_words(pipe: Pipeline, args: argparse.Namespace, requests: Se
 
     if args.model not in (None, EMBEDDED[0]) or args.quiet:
         return
-    texts = [all_words(text, each.grammar) for each in requests for text in (each.prompt, each.shown)]
+    texts = [
+        all_words(text, each.grammar)
+        for each in requests
+        for text in (each.prompt, each.shown, *(region.prompt for region in each.regions or ()))
+    ]
     unknown = dict.fromkeys(word for text in dict.fromkeys(texts) for word in pipe.unknown_words(text))
     if unknown:
         print(

@@ -18,11 +18,13 @@ from ldm.cli.terminal import bar, echo
 from ldm.errors import UserError
 
 if TYPE_CHECKING:
+    from ldm.evaluate.bias import Judge
     from ldm.evaluate.evaluate import Tools
     from ldm.evaluate.pictures import Pictures
     from ldm.pipeline import Pipeline
 
 MOST_LINES = 5  # about files that are left out
+EACH = 50  # pictures of a prompt of --bias
 OWN_FEATURES = "features of the embedded CLIP, which has seen postcards only: --features FOLDER for others"
 TOLD = ("model", "model_hash", "sampler", "spacing", "num_inference_steps", "guidance_scale")  # of a drawing
 WORLD = ("postcard", "postcard-held-out")  # in place of a file: the embedded world's evaluation prompts
@@ -80,6 +82,26 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="of the first picture, of subsets and bootstraps (default: 0)",
     )
+    group = parser.add_argument_group("what a model draws where a prompt leaves it open, and nothing else")
+    add = group.add_argument
+    add(
+        "--bias",
+        metavar="FILE",
+        help=f"one prompt per line: each is drawn --count times (default: {EACH}), and shares are told of "
+        "what the pictures show; by default as the embedded world's scorer sees it",
+    )
+    add(
+        "--bias-classifier",
+        type=Path,
+        metavar="FOLDER",
+        help="that says it instead: one of pictures, in transformers' layout",
+    )
+    add(
+        "--bias-texts",
+        type=Path,
+        metavar="FILE",
+        help="or --clip does: of each line, `hair: dark hair | fair hair`, the text that is nearest",
+    )
     add_model_flags(parser)
     add_common_flags(parser)
 
@@ -92,6 +114,8 @@ def evaluate(args: argparse.Namespace) -> int:
     from ldm.postcards.scoring.captioned import caption_following
 
     check(args)
+    if args.bias is not None:
+        return bias(args)
     folder = None if args.reference in (None, *WORLD) else Path(args.reference)
     reference = None if folder is None else read(folder, args)
     pictures = None if args.pictures is None else read(args.pictures, args)
@@ -120,14 +144,21 @@ def check(args: argparse.Namespace) -> None:
     """What can be said to be wrong before anything is read. Raises UserError."""
     from ldm.files import check_writable
 
-    if (args.pictures is None) == (args.prompts is None):
-        raise UserError("give PICTURES, a folder that is measured, or else --prompts, to draw it first")
+    if [args.pictures, args.prompts, args.bias].count(None) != 2:
+        raise UserError(
+            "give PICTURES, a folder that is measured, or else --prompts, to draw it first, or --bias"
+        )
     drawing = {"--count": args.count, "--steps": args.steps, "--sampler": args.sampler, "--scale": args.scale}
-    if args.prompts is None and (said := [flag for flag, value in drawing.items() if value is not None]):
+    check_bias(args)
+    if (
+        args.prompts is None
+        and args.bias is None
+        and (said := [flag for flag, value in drawing.items() if value is not None])
+    ):
         raise UserError(f"{said[0]} is for drawing: give --prompts")
     if args.reference in WORLD and args.prompts is None:
         raise UserError(f"--reference {args.reference} is for pictures that --prompts draws: give a folder")
-    for name in ("drawn", "renders") if args.prompts else ():
+    for name in ("drawn", "renders") if args.prompts or args.bias else ():
         if (args.out / name).exists():
             raise UserError(f"{args.out / name} is there already: give another folder by --out")
     check_writable(args.out)
@@ -184,14 +215,22 @@ def drawn_prompts(args: argparse.Namespace) -> list[str]:
     return [texts[k % len(texts)] for k in range(args.count or len(texts))]
 
 
-def draw(pipe: Pipeline, prompts: Sequence[str], args: argparse.Namespace) -> dict[str, object]:
-    """Write --out/drawn, a PNG a prompt with its request in it, or nothing at all. Returns how."""
+def draw(
+    pipe: Pipeline, prompts: Sequence[str], args: argparse.Namespace, each: int = 1
+) -> dict[str, object]:
+    """Write --out/drawn, PNGs with their requests in them, or nothing at all. Returns how.
+
+    Seeds rise from prompt to prompt; of several pictures of `each`, all prompts have the same.
+    """
     from ldm.files import whole_folder
     from ldm.images.png import save_png
     from ldm.request import Request
 
     how = {"num_inference_steps": args.steps, "sampler": args.sampler, "guidance_scale": args.scale}
-    requests = [Request(prompt=prompt, seeds=(args.seed + k,), **how) for k, prompt in enumerate(prompts)]
+    requests = [
+        Request(prompt=prompt, seeds=(args.seed + (k if each == 1 else k % each),), **how)
+        for k, prompt in enumerate(prompts)
+    ]
     jobs = [job for job, _ in prepare_jobs(pipe, [Asked(request) for request in requests], args.batch_size)]
     done = 0
     with (
@@ -200,12 +239,12 @@ def draw(pipe: Pipeline, prompts: Sequence[str], args: argparse.Namespace) -> di
     ):
         for job in jobs:
             for batch in job.batches:
-                for image, picture in zip(draw_images(job, batch, "", quiet=True), batch, strict=True):
+                for image, picture in zip(*draw_images(job, batch, "", quiet=True), strict=True):
                     save_png(image, aside / f"{done:05d}.png", picture.request)
                     done += 1
                 on_progress(done, len(requests))
     told = {name: getattr(jobs[0].request, name) for name in TOLD}
-    return {"prompts": args.prompts, "first_seed": args.seed, **told, "dtype": str(pipe.dtype)}
+    return {"prompts": args.prompts or args.bias, "first_seed": args.seed, **told, "dtype": str(pipe.dtype)}
 
 
 def render(pipe: Pipeline, total: int, args: argparse.Namespace) -> Path:
@@ -219,3 +258,56 @@ def render(pipe: Pipeline, total: int, args: argparse.Namespace) -> Path:
     except ModuleNotFoundError as error:
         raise UserError(f"rendering needs {error.name}: pip install 'ldm[train]'") from None
     return folder
+
+
+# --- what is left open -----------------------------------------------------------------------------------
+
+
+def check_bias(args: argparse.Namespace) -> None:
+    """Raise UserError for flags that do not go with --bias, or not without it."""
+    if args.bias is None:
+        if args.bias_classifier or args.bias_texts:
+            raise UserError("--bias-classifier and --bias-texts are for --bias: give a file of prompts by it")
+        return
+    if args.reference or args.features:
+        raise UserError("--bias measures against nothing: leave --reference and --features out")
+    if args.bias_classifier and args.bias_texts:
+        raise UserError("give --bias-classifier or --bias-texts: one of them says what pictures show")
+    if (args.bias_texts is None) != (args.clip is None):
+        raise UserError(
+            "--bias-texts needs --clip, which compares them with pictures, and with --bias the converse"
+        )
+
+
+def bias(args: argparse.Namespace) -> int:
+    """Draw each prompt many times, and tell shares of what the pictures show."""
+    from ldm.evaluate.bias import probe, table, write_bias
+
+    prompts, each = read_prompts(args.bias), args.count or EACH
+    judge = make_judge(args)
+    how = draw(load(args), [prompt for prompt in prompts for _ in range(each)], args, each)
+    paths = sorted((args.out / "drawn").iterdir())
+    found = probe(judge, [(prompt, paths[k * each : (k + 1) * each]) for k, prompt in enumerate(prompts)])
+    protocol = {"command": " ".join(["ldm", *sys.argv[1:]]), "drawn": how, "judge": judge.protocol}
+    write_bias(args.out / "bias.json", found, protocol)
+    for line in (*table(found), str(args.out / "bias.json")):
+        echo(args, line)
+    return 0
+
+
+def make_judge(args: argparse.Namespace) -> Judge:
+    """What says what pictures show. Raises UserError."""
+    from ldm.evaluate.bias import by_classifier, by_clip, read_texts
+    from ldm.evaluate.features import ImageTower
+    from ldm.postcards.scoring.captioned import world_judge
+    from ldm.runtime import choose
+
+    device = choose(args.device, None).device
+    if args.bias_classifier is not None:
+        return by_classifier(args.bias_classifier, device)
+    if args.bias_texts is None:
+        return world_judge()
+    texts, tower = read_texts(args.bias_texts), ImageTower.load(args.clip, device)
+    if not tower.text:
+        raise UserError(f"--clip {args.clip} has an image tower only, and reads no --bias-texts")
+    return by_clip(tower, texts)

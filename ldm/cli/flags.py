@@ -18,6 +18,8 @@ FLAGS = {
     "seeds": "--seed",
     "target_prompt": "--to",
     "sampler_options": "--sampler-option",
+    "regions": "--region",
+    "word_weights": "--word-weight",
 }
 
 
@@ -72,6 +74,14 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="of the model's noisy latents, for --classifier-class: what scripts/train_classifier.py "
         "exports, or postcard-classifier, which comes with ldm for postcard",
+    )
+    add(
+        "--safety-checker",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+        help="make finished pictures black that it flags: diffusers' checker in the model's folder, or in "
+        "FOLDER, or open-nsfw, a package (default: nothing is checked)",
     )
     add(
         "--lora",

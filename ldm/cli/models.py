@@ -55,7 +55,7 @@ def max_memory(args: argparse.Namespace) -> int | None:
 
 
 def add_adapters(pipe: Pipeline, args: argparse.Namespace) -> Pipeline:
-    """--embedding, --lora, --lora-dir, --classifier, --upscaler and --refiner."""
+    """--embedding, --lora, --lora-dir, --classifier, --upscaler, --refiner and --safety-checker."""
     for spec in args.embedding:
         name, file = parse_embedding(spec)
         pipe = pipe.with_embedding(file, name)
@@ -69,4 +69,6 @@ def add_adapters(pipe: Pipeline, args: argparse.Namespace) -> Pipeline:
         pipe = pipe.with_upscaler(args.upscaler)
     if args.refiner is not None:
         pipe = pipe.with_refiner(args.refiner)
+    if args.safety_checker is not None:
+        pipe = pipe.with_safety_checker(args.safety_checker or None)
     return replace(pipe, lora_dir=args.lora_dir)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -76,6 +77,8 @@ class Output:
             if not self.args.skip_save:
                 path = self._save(image, request)
                 echo(self.args, f"{path}  seed {picture.seed}  {seconds:.2f} s")
+            if picture.flagged:  # said even with --quiet
+                print(f"the safety checker flags seed {picture.seed}: its picture is black", file=sys.stderr)
             self.kept += 1
             self._lay(image, request, asked[picture.prompt], path)
         if len(self.sheet) + self.args.n_samples > GRID_LIMIT:
@@ -202,8 +205,9 @@ def check_file(path: Path) -> None:
 
 
 def _key(text: str) -> str:
-    """A request's JSON, whatever the order and the escapes in which it is written."""
+    """A request's JSON, whatever the order and the escapes in which it is written, without what was found."""
     try:
-        return json.dumps(json.loads(text), sort_keys=True)
-    except (ValueError, RecursionError):
+        fields = json.loads(text)
+        return json.dumps({k: v for k, v in fields.items() if k != "nsfw_content_detected"}, sort_keys=True)
+    except (ValueError, RecursionError, AttributeError):
         return ""

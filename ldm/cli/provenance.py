@@ -176,8 +176,8 @@ def _of_pixels(image: Image) -> Found:
     """Whether a watermark is in the pixels, by everybody's key or one's own."""
     import numpy as np
 
-    from ldm.fields import PUBLIC_MARK, mark_named, own_key
     from ldm.images.watermark import FALSE_POSITIVES, detect, key_named
+    from ldm.request.fields import PUBLIC_MARK, mark_named, own_key
 
     names = [PUBLIC_MARK] if (own := own_key()) is None else [PUBLIC_MARK, mark_named(own)]
     for name in names:

@@ -95,10 +95,10 @@ def redraw(args: argparse.Namespace) -> int:
     if pipe.refiner is None:
         again |= {"refining": None, "refiner_switch_at": None}
     job = pipe.prepare(request.replace(model=None, model_hash=None, **again))
-    new, seed, levels = nearest(job, old, args)
+    new, drawn, levels = nearest(job, old, args)
     if args.output is not None:
-        save_png(new, args.output, job.request.replace(seeds=(seed,)), encoding, marked)
-    several = "" if len(request.seeds) == 1 else f" (seed {seed}, the nearest of {len(request.seeds)})"
+        save_png(new, args.output, drawn.request, encoding, marked)
+    several = "" if len(request.seeds) == 1 else f" (seed {drawn.seed}, the nearest of {len(request.seeds)})"
     if not levels.any():
         print(f"equal: every pixel{several}")
         return 0
@@ -119,6 +119,12 @@ def find_inputs(args: argparse.Namespace, request: Request) -> dict[str, str | N
 
     inputs = {name: getattr(args, name) or getattr(request, name) for name in FILES}
     request.check_given([name for name, path in inputs.items() if path is not None])
+    for region in request.regions or ():
+        if region.mask is not None and is_remote(region.mask):
+            raise UserError(
+                f"{args.file} names {region.mask!r} as a mask, on another computer, which is not "
+                "opened for a picture's word: draw it anew, with --region"
+            )
     for name, path in inputs.items():
         if getattr(args, name) is None and path is not None and is_remote(path):
             raise UserError(
@@ -128,21 +134,21 @@ def find_inputs(args: argparse.Namespace, request: Request) -> dict[str, str | N
     return inputs
 
 
-def nearest(job: Job, old: Image, args: argparse.Namespace) -> tuple[Image, int, NDArray[np.int16]]:
-    """The picture of a job that is equal to `old`, or else the nearest; its seed; and by how much it differs.
+def nearest(job: Job, old: Image, args: argparse.Namespace) -> tuple[Image, Picture, NDArray[np.int16]]:
+    """The picture of a job that is equal to `old`, or else the nearest; and by how much it differs.
 
     Several seeds are of a request kept in Python, which does not say whose picture it lies in. The
     differences are levels [H, W], of the channel that differs most.
     """
     import numpy as np
 
-    def draw(picture: Picture) -> tuple[Image, int, NDArray[np.int16]]:
-        (new,) = draw_images(job, (picture,), "redraw", args.quiet)
+    def draw(picture: Picture) -> tuple[Image, Picture, NDArray[np.int16]]:
+        (new,), (drawn,) = draw_images(job, (picture,), "redraw", args.quiet)
         if new.size != old.size:
             sizes = [f"{width}x{height}" for width, height in (old.size, new.size)]
             raise UserError(f"{args.file} has {sizes[0]} pixels, but its request draws {sizes[1]}")
         levels = np.abs(np.asarray(new, dtype=np.int16) - np.asarray(old, dtype=np.int16)).max(axis=2)
-        return new, picture.seed, levels
+        return new, drawn, levels
 
     best = draw(job.pictures[0])
     for picture in job.pictures[1:]:
@@ -153,7 +159,10 @@ def nearest(job: Job, old: Image, args: argparse.Namespace) -> tuple[Image, int,
 
 
 def warn_of_other_models(pipe: Pipeline, request: Request, file: Path) -> None:
-    """Whether a picture was drawn, or enlarged, by another model than it will be drawn by again."""
+    """Whether a picture was drawn, or enlarged, by another model than it will be now; or hidden."""
+    if request.nsfw_content_detected and pipe.safety_checker is None:
+        line = f"note: {file} is black, as a safety checker flagged it: give it by --safety-checker"
+        print(printable(line), file=sys.stderr)
     again = "give its model by --model (and the same --vae, --unet, --prediction-type, ...)"
     pairs: list[tuple[str, Request, Model | None, str]] = [("drawn", request, pipe, again)]
     if request.upscaling is not None:

@@ -59,8 +59,8 @@ def make_requests(args: argparse.Namespace, plot: Plot | None, faults: Faults) -
 
     --fixed_code gives every batch the same. Raises UserError for what is wrong with the flags.
     """
-    from ldm.fields import consecutive_seeds
     from ldm.prompts import styles as sheets
+    from ldm.request.fields import consecutive_seeds
 
     check_edit(args)
     if args.prompt is None and args.from_file is None and args.from_png is None:
@@ -128,8 +128,8 @@ def check_count(count: int) -> None:
 
 def check_edit(args: argparse.Namespace) -> None:
     """Raise UserError for one of --invert and --to without the other, and for two pictures."""
-    if args.invert is None and args.target_prompt is not None:
-        raise UserError("--to TEXT needs --invert FILE: the picture that becomes what the text says")
+    if args.invert is None and args.target_prompt is not None and args.image is not None:
+        raise UserError("--to TEXT with a picture needs --invert FILE: what becomes as the text says")
     if args.invert is not None and args.target_prompt is None:
         raise UserError("--invert FILE needs --to TEXT: what the picture becomes (-p says what it shows now)")
     if args.invert is not None and args.image is not None:
@@ -169,7 +169,7 @@ def read_line(text: str, count: int) -> dict[str, Any]:
 
     `seed` gives `count` pictures consecutive ones, `seeds` are taken as they are. Raises UserError.
     """
-    from ldm.request_json import fields_of
+    from ldm.request.as_json import fields_of
 
     if not re.match(r'\{\s*["}]', text):  # {a|b} is a prompt
         return {"prompt": text}

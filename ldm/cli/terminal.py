@@ -127,6 +127,8 @@ class Preview:
 
 def check_preview(args: argparse.Namespace) -> Encoding | None:
     """How --preview FILE is written. Raises UserError, before anything is loaded."""
+    if args.preview is not None and args.safety_checker is not None:
+        raise UserError("--preview shows what no --safety-checker has seen: leave one of them out")
     if args.preview in (None, TERMINAL):
         return None
     from ldm.files import check_writable

@@ -7,7 +7,7 @@ features of that one.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +61,11 @@ class DeepCache:
             self._kept[key] = _Kept(rows, place, now)
 
     def _place(self, sigma: Tensor) -> int:
-        # Levels that a solver computes itself may miss the grid's by rounding.
-        here = float(sigma) * (1 - 1e-6)
-        return max(0, sum(level > here for level in self._levels) - 1)
+        return place_of(self._levels, sigma)
+
+
+def place_of(levels: Sequence[float], sigma: Tensor) -> int:
+    """The place among falling levels of the last that is not below `sigma`."""
+    # Levels that a solver computes itself may miss the grid's by rounding.
+    here = float(sigma) * (1 - 1e-6)
+    return max(0, sum(level > here for level in levels) - 1)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from ldm.checkpoint.clip_processor import clip_processor, has_processor
 from ldm.checkpoint.folder import weights_folder
 from ldm.errors import UserError, reason
 from ldm.files import sha256
@@ -191,16 +192,12 @@ def _model(folder: Path, kind: str) -> Any:
 
 def _processor(folder: Path, model: Any) -> Any:
     """By the folder's own preprocessor_config.json, else CLIP's at the size of the model."""
-    from transformers import CLIPImageProcessorPil
-
-    files = ("preprocessor_config.json", "processor_config.json")
-    if any((folder / name).exists() for name in files):
-        return CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
     side = getattr(model.config, "vision_config", model.config).image_size
-    warnings.warn(
-        f"{folder} has no preprocessor_config.json: CLIP's own at {side} pixels is used", stacklevel=2
-    )
-    return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    if not has_processor(folder):
+        warnings.warn(
+            f"{folder} has no preprocessor_config.json: CLIP's own at {side} pixels is used", stacklevel=2
+        )
+    return clip_processor([folder], side)
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -138,8 +138,8 @@ def read_plot(texts: Sequence[str]) -> Plot:
 
 
 def _axis(text: str) -> Axis:
-    from ldm.fields import consecutive_seeds
     from ldm.request import NOTED, Request, field_named
+    from ldm.request.fields import consecutive_seeds
     from ldm.spelling import squash, unknown
 
     name, equals, values = text.partition("=")

@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldm.errors import UserError
-from ldm.fields import KEY_VARIABLE, PUBLIC_MARK, mark_named, own_key
+from ldm.request.fields import KEY_VARIABLE, PUBLIC_MARK, mark_named, own_key
 
 Array = NDArray[np.float64]
 

@@ -67,10 +67,10 @@ def convolve(x: Tensor, packed: Tensor, bias: Tensor | None, out_channels: int, 
     batch, channels, height, width = x.shape
     at_once = max(8, min(96, TILE_NUMBERS // (36 * max(channels, out_channels))))
     threads = torch.get_num_threads()
-    if _has_no_numbers(x):  # what the kernel takes for itself comes and goes too
-        torch.empty(_library().convolve_scratch(channels, out_channels, at_once, threads))
-        return out
     sizes = (batch, height, width, channels, out_channels, padding, at_once)
+    if _has_no_numbers(x):  # what the kernel takes for itself comes and goes too
+        torch.empty(_library().convolve_scratch(*sizes, threads))
+        return out
     _library().convolve(*_pointers(x, packed, bias, out), *sizes, threads)
     return out
 
@@ -144,7 +144,7 @@ def _library() -> ctypes.CDLL:
     found.winograd_numbers.argtypes = size * 2
     found.pack_winograd.argtypes = pointer * 2 + size * 6 + flag
     found.convolve.argtypes = pointer * 4 + size * 7 + flag
-    found.convolve_scratch.argtypes = size * 3 + flag
+    found.convolve_scratch.argtypes = size * 7 + flag
     found.convolve_unpacked_scratch.argtypes = size * 5 + flag
     for name in ("winograd_numbers", "convolve_scratch", "convolve_unpacked_scratch"):
         getattr(found, name).restype = c_int64

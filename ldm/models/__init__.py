@@ -8,6 +8,7 @@ from typing import Any
 from ldm.errors import UserError
 from ldm.models.asymmetric import AsymmetricAutoencoderKL
 from ldm.models.classifier import CLASS_NAME, LatentClassifier
+from ldm.models.control import ControlNet, ControlNetUnion, T2IAdapter
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE, AutoencoderKL, AutoencoderTiny, LatentDist
 
@@ -17,22 +18,28 @@ __all__ = [
     "AsymmetricAutoencoderKL",
     "AutoencoderKL",
     "AutoencoderTiny",
+    "ControlNet",
+    "ControlNetUnion",
     "LatentClassifier",
     "LatentDist",
     "Network",
+    "T2IAdapter",
     "UNet",
     "build",
 ]
 
-Network = UNet | AutoencoderKL | AutoencoderTiny | LatentClassifier
+Network = UNet | AutoencoderKL | AutoencoderTiny | LatentClassifier | ControlNet | T2IAdapter
 
 # By the class that `config.json` names: diffusers', and one of ours.
-MODELS: dict[str, type[UNet] | type[AutoencoderKL] | type[AutoencoderTiny] | type[LatentClassifier]] = {
+MODELS: dict[str, type[Network]] = {
     "UNet2DConditionModel": UNet,
     "AutoencoderKL": AutoencoderKL,
     "AutoencoderTiny": AutoencoderTiny,
     "AsymmetricAutoencoderKL": AsymmetricAutoencoderKL,
     CLASS_NAME: LatentClassifier,
+    "ControlNetModel": ControlNet,
+    "ControlNetUnionModel": ControlNetUnion,
+    "T2IAdapter": T2IAdapter,
 }
 
 

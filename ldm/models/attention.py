@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -13,17 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.kernels import native
 from ldm.models.convolution import Conv2d
-from ldm.models.layers import GroupNorm
+from ldm.models.layers import FeedForward, GroupNorm
 from ldm.models.merging import merged
 
 T = TypeVar("T")
 
 # Scores per head (queries x keys), by bytes a number, up to which plain attention trains faster on a CPU.
 PLAIN_SCORES = {2: 512 * 1024, 4: 256 * 256}
-# What is widest in a feed-forward layer is made so much at a time on a CPU, and then stays in the caches.
-WIDE_BYTES = 16 << 20
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -112,14 +110,50 @@ def to_image(tokens: Tensor, height: int, width: int) -> Tensor:
     return tokens.reshape(tokens.shape[0], height, width, -1).permute(0, 3, 1, 2)
 
 
+@dataclass(frozen=True, eq=False)
+class Site:
+    """Where in a network attention takes place."""
+
+    layer: Attention
+    size: tuple[int, int]  # (height, width) of the picture whose pixels ask
+    cross: bool  # whether they ask the text, and not each other
+
+
+# What may be done in `attend`'s place: (site, q, k, v) -> [B, heads, N, d].
+Attend = Callable[[Site, Tensor, Tensor, Tensor], Tensor]
+
+
+def plainly(site: Site, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The `Attend` that is `attend`, wherever it takes place."""
+    return attend(q, k, v)
+
+
+# On the way up of a U-Net, at a level counted from the deepest: what comes from below [B, C, H, W] and from
+# beside [B, D, H, W] -> both, changed.
+Meet = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+LeftOut = Mapping[str, Sequence[slice]]
+NOTHING: LeftOut = {}
+
+
 class Context:
     """A text embedding [B, M, D] that many calls of a network read, and what its layers make of it, once.
 
     It is of one drawing, as a layer's weights must stay what they are.
+
+    Args:
+        attend: what the layers that read it do in place of `attend`, and those beside them.
+        meet: what is done on the way up of a U-Net that reads it.
+        left_out: name of a transformer block -> the rows of a batch that go on as they come in.
     """
 
-    def __init__(self, tokens: Tensor) -> None:
-        self.tokens = tokens
+    def __init__(
+        self,
+        tokens: Tensor,
+        attend: Attend | None = None,
+        meet: Meet | None = None,
+        left_out: LeftOut = NOTHING,
+    ) -> None:
+        self.tokens, self.attend, self.meet, self.left_out = tokens, attend, meet, left_out
         self._made: dict[nn.Module, Any] = {}
 
     def once(self, layer: nn.Module, make: Callable[[Tensor], T]) -> T:
@@ -137,10 +171,16 @@ class Context:
 AnyText = Tensor | Context
 
 
+def instead(context: AnyText) -> Attend | None:
+    """What layers that read this do in place of `attend`."""
+    return context.attend if isinstance(context, Context) else None
+
+
 class Attention(nn.Module):
     """Multi-head attention of tokens [B, N, dim] to a context [B, M, context_dim], or to themselves."""
 
     sliced = False  # where a kernel holds all scores, one head at a time, in less memory
+    name = ""  # in the U-Net, as `state_dict` has it: of a copy too
 
     def __init__(self, dim: int, context_dim: int, heads: int) -> None:
         super().__init__()
@@ -150,13 +190,22 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim, dim, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
-    def forward(self, x: Tensor, context: AnyText | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        context: AnyText | None = None,
+        by: Attend | None = None,
+        size: tuple[int, int] = (0, 0),
+    ) -> Tensor:
+        """`by` is what is done in place of `attend`, and `size` the picture's whose pixels are x."""
         q = split_heads(self.to_q(x), self.heads)
         if isinstance(context, Context):
             k, v = context.once(self, self._keys_and_values)
         else:
             k, v = self._keys_and_values(x if context is None else context)
-        if self.sliced and q.device.type == "mps":  # whose kernel holds the scores of all heads
+        if by is not None:
+            attended = by(Site(self, size, cross=context is not None), q, k, v)
+        elif self.sliced and q.device.type == "mps":  # whose kernel holds the scores of all heads
             each = zip(*(torch.split(a, 1, dim=1) for a in (q, k, v)), strict=True)
             attended = torch.cat([attend(*head) for head in each], dim=1)
         else:
@@ -167,42 +216,6 @@ class Attention(nn.Module):
     def _keys_and_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """[B, M, context_dim] -> [B, heads, M, d] each."""
         return split_heads(self.to_k(context), self.heads), split_heads(self.to_v(context), self.heads)
-
-
-class GEGLU(nn.Module):
-    """[..., dim] -> [..., inner]: a gelu(b) with [a, b] = W x + c  (Shazeer 2020, equation 6)."""
-
-    def __init__(self, dim: int, inner: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(dim, 2 * inner)
-
-    def forward(self, x: Tensor) -> Tensor:
-        both: Tensor = self.proj(x)
-        if native.fits(both, dtypes=native.POINTWISE_DTYPES):
-            return native.geglu(both)
-        value, gate = both.chunk(2, dim=-1)
-        out: Tensor = value * F.gelu(gate)
-        return out
-
-
-class FeedForward(nn.Module):
-    """[B, N, dim] -> [B, N, dim] through four times the width."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        # diffusers has a dropout in the middle: its place keeps the names.
-        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = x.flatten(0, -2)
-        rows = max(1, WIDE_BYTES // (8 * x.shape[-1] * x.element_size()))
-        if torch.is_grad_enabled() or x.device.type != "cpu" or len(tokens) <= rows:
-            whole: Tensor = self.net(x)
-            return whole
-        out = torch.empty_like(tokens)
-        for some, to in zip(torch.split(tokens, rows), torch.split(out, rows), strict=True):
-            to.copy_(self.net(some))
-        return out.view(x.shape)
 
 
 class TransformerBlock(nn.Module):
@@ -226,12 +239,16 @@ class TransformerBlock(nn.Module):
         self, x: Tensor, context: AnyText, size: tuple[int, int] = (0, 0), merging: float = 0.0
     ) -> Tensor:
         """`merging` is the share of the tokens, of a picture of `size`, that self-attention merges."""
+        by, given = instead(context), x
         if merging and not self.only_cross:
             x = x + merged(self.attn1, self.norm1(x), size, merging)
         else:
-            x = x + self.attn1(self.norm1(x), context if self.only_cross else None)
-        x = x + self.attn2(self.norm2(x), context)
+            x = x + self.attn1(self.norm1(x), context if self.only_cross else None, by, size)
+        x = x + self.attn2(self.norm2(x), context, by, size)
         out: Tensor = x + self.ff(self.norm3(x))
+        if isinstance(context, Context) and context.left_out:
+            for rows in context.left_out.get(self.attn1.name.rpartition(".")[0], ()):
+                out[rows] = given[rows]
         return out
 
 
@@ -269,7 +286,7 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Linear(inner, channels) if linear else Conv2d(inner, channels, 1)
 
     def forward(self, x: Tensor, context: AnyText, merging: float = 0.0) -> Tensor:
-        if self.sliced and len(x) > 1:
+        if self.sliced and len(x) > 1 and instead(context) is None:
             out = torch.empty_like(x)
             for i in range(len(x)):
                 out[i : i + 1] = self._rows(x[i : i + 1], context[i : i + 1], merging)

@@ -154,6 +154,11 @@ class UNetConfig:
         return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
 
     @property
+    def time_dim(self) -> int:
+        """Width of the time embedding."""
+        return self.time_embedding_dim or 4 * self.block_out_channels[0]
+
+    @property
     def conditioning(self) -> frozenset[str]:
         """What `UNet.forward` must be given beside the text: names of fields of `Conditioning`."""
         names = set()

@@ -2,113 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from itertools import islice
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ldm.models.attention import AnyText, Context, SpatialTransformer, TextTimeEmbedding
+from ldm.models.attention import AnyText
 from ldm.models.config import UNET_FIXED, UNetConfig, read_config, write_config
 from ldm.models.convolution import Conv2d
-from ldm.models.layers import (
-    Downsample,
-    GroupNorm,
-    ResnetBlock,
-    TimeEmbedding,
-    Upsample,
-    timestep_features,
-)
+from ldm.models.encoder import NO_RESIDUALS, Encoder, Residuals
+from ldm.models.layers import GroupNorm
+from ldm.models.unet_blocks import UpBlock, up_blocks
 
 
-class DownBlock(nn.Module):
-    """One level on the way down: resnets, each with a transformer where the level attends, then half size."""
-
-    def __init__(
-        self,
-        resnets: Iterable[ResnetBlock],
-        attentions: Iterable[SpatialTransformer],
-        downsample: Downsample | None,
-    ) -> None:
-        super().__init__()
-        self.resnets = nn.ModuleList(resnets)
-        self.attentions = nn.ModuleList(attentions)
-        self.downsamplers = nn.ModuleList([downsample] if downsample else [])
-
-    def forward(self, x: Tensor, time: Tensor, context: AnyText, merging: float = 0.0) -> list[Tensor]:
-        """All outputs that the way up will want; the last of them goes on."""
-        return list(self.outputs(x, time, context, merging))
-
-    def outputs(self, x: Tensor, time: Tensor, context: AnyText, merging: float = 0.0) -> Iterator[Tensor]:
-        """The same one by one, each computed when it is asked for."""
-        for i, resnet in enumerate(self.resnets):
-            x = resnet(x, time)
-            if self.attentions:
-                x = self.attentions[i](x, context, merging)
-            yield x
-        for downsample in self.downsamplers:
-            yield downsample(x)
-
-
-class MidBlock(nn.Module):
-    """The coarsest level: a resnet, then transformer and resnet, which some distilled models leave out."""
-
-    def __init__(self, resnets: Iterable[ResnetBlock], attentions: Iterable[SpatialTransformer]) -> None:
-        super().__init__()
-        self.resnets = nn.ModuleList(resnets)
-        self.attentions = nn.ModuleList(attentions)
-
-    def forward(self, x: Tensor, time: Tensor, context: AnyText) -> Tensor:
-        x = self.resnets[0](x, time)
-        for attention, resnet in zip(self.attentions, self.resnets[1:], strict=True):
-            x = resnet(attention(x, context), time)
-        return x
-
-
-class UpBlock(nn.Module):
-    """One level on the way up: each resnet takes one output of the way down beside its input."""
-
-    def __init__(
-        self,
-        resnets: Iterable[ResnetBlock],
-        attentions: Iterable[SpatialTransformer],
-        upsample: Upsample | None,
-    ) -> None:
-        super().__init__()
-        self.resnets = nn.ModuleList(resnets)
-        self.attentions = nn.ModuleList(attentions)
-        self.upsamplers = nn.ModuleList([upsample] if upsample else [])
-
-    def forward(
-        self, x: Tensor, skips: list[Tensor], time: Tensor, context: AnyText, merging: float = 0.0
-    ) -> Tensor:
-        """Pops what it takes from `skips`. Enlarges to the size of the next one, which may be odd."""
-        for i in range(len(self.resnets)):
-            x = self.layer(i, x, skips, time, context, merging)
-        return x
-
-    def layer(
-        self,
-        i: int,
-        x: Tensor,
-        skips: list[Tensor],
-        time: Tensor,
-        context: AnyText,
-        merging: float = 0.0,
-    ) -> Tensor:
-        """The i-th resnet with its transformer; the last enlarges too."""
-        x = self.resnets[i](torch.cat([x, skips.pop()], dim=1), time)
-        if self.attentions:
-            x = self.attentions[i](x, context, merging)
-        if i == len(self.resnets) - 1:
-            for upsample in self.upsamplers:
-                x = upsample(x, skips[-1].shape[2:])
-        return x
-
-
-class UNet(nn.Module):
+class UNet(Encoder):
     """Predicts eps, v or x0 from noisy latents, the timestep and the text.
 
     Stable Diffusion 1, 2, XL and its refiner, inpainting, the x4 upscaler and LCM differ in `config` only: in
@@ -120,21 +28,12 @@ class UNet(nn.Module):
     in_turn = False  # whether the branches of guidance are called one after another, in less memory
 
     def __init__(self, config: UNetConfig) -> None:
-        super().__init__()
-        self.config = config
-        channels = config.block_out_channels
-        time_dim = config.time_embedding_dim or 4 * channels[0]
-        kernel_in, kernel_out = config.conv_in_kernel, config.conv_out_kernel
-
-        self.conv_in = Conv2d(config.in_channels, channels[0], kernel_in, padding=(kernel_in - 1) // 2)
-        self.time_embedding = TimeEmbedding(channels[0], time_dim, config.time_cond_proj_dim)
-        self.class_embedding = _class_embedding(config, time_dim)
-        self.add_embedding = _add_embedding(config, time_dim)
-        self.down_blocks = nn.ModuleList(_down_blocks(config, time_dim))
-        self.mid_block = _mid_block(config, time_dim)
-        self.up_blocks = nn.ModuleList(_up_blocks(config, time_dim))
-        self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
-        self.conv_out = Conv2d(channels[0], config.out_channels, kernel_out, padding=(kernel_out - 1) // 2)
+        super().__init__(config)
+        wide, kernel = config.block_out_channels[0], config.conv_out_kernel
+        self.up_blocks = nn.ModuleList(up_blocks(config, config.time_dim))
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, wide, config.norm_eps)
+        self.conv_out = Conv2d(wide, config.out_channels, kernel, padding=(kernel - 1) // 2)
+        self._name_attention()
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
@@ -156,6 +55,7 @@ class UNet(nn.Module):
         class_labels: Tensor | None = None,
         timestep_cond: Tensor | None = None,
         merging: float = 0.0,
+        residuals: Residuals = NO_RESIDUALS,
     ) -> Tensor:
         """The raw prediction: eps, v or x0, as the model was trained.
 
@@ -172,6 +72,7 @@ class UNet(nn.Module):
             timestep_cond: [B, time_cond_proj_dim] embedded guidance scale (LCM).
             merging: share of the tokens that self-attention merges (`ldm.models.merging`) at the finest level
                 that attends, where they are the most.
+            residuals: of networks beside this one.
 
         Returns:
             [B, out_channels, H, W].
@@ -181,12 +82,9 @@ class UNet(nn.Module):
         """
         extra = {"pooled": pooled, "time_ids": time_ids, "class_labels": class_labels}
         x, time = self._begin(sample, timestep, context, extra | {"timestep_cond": timestep_cond})
-        skips = [x]
-        for block, share in zip(self.down_blocks, self._shares(merging), strict=True):
-            skips += block(skips[-1], time, context, share)
-        x = skips[-1]
-        if self.mid_block is not None:
-            x = self.mid_block(x, time, context)
+        skips = list(self._skips(x, time, context, self._shares(merging), residuals.within))
+        x = self._middle(skips[-1], time, context, residuals)
+        skips = residuals.added(skips)
         for block, share in zip(self.up_blocks, self._shares(merging)[::-1], strict=True):
             x = block(x, skips, time, context, share)
         return self._end(x)
@@ -207,6 +105,7 @@ class UNet(nn.Module):
         branch: int,
         deep: Tensor | None = None,
         merging: float = 0.0,
+        residuals: Residuals = NO_RESIDUALS,
         **extra: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """`forward`, and the deep features that the layer of that `branch`, 0 to `num_skips` - 1, was given.
@@ -217,10 +116,10 @@ class UNet(nn.Module):
         """
         x, time = self._begin(sample, timestep, context, extra)
         shares = self._shares(merging)
-        skips = list(islice(self._skips(x, time, context, shares), None if deep is None else branch + 1))
-        x = skips[-1] if deep is None else deep
-        if self.mid_block is not None and deep is None:
-            x = self.mid_block(x, time, context)
+        every = self._skips(x, time, context, shares, residuals.within)
+        skips = list(islice(every, None if deep is None else branch + 1))
+        x = self._middle(skips[-1], time, context, residuals) if deep is None else deep
+        skips = residuals.added(skips)
         layers = [
             (block, i, share)
             for block, share in zip(self._ups(), shares[::-1], strict=True)
@@ -233,154 +132,6 @@ class UNet(nn.Module):
         assert deep is not None
         return self._end(x), deep
 
-    def _skips(self, x: Tensor, time: Tensor, context: AnyText, shares: Iterable[float]) -> Iterator[Tensor]:
-        """What the way up wants of the way down, each computed when it is asked for."""
-        yield x
-        for block, share in zip(self.down_blocks, shares, strict=True):
-            assert isinstance(block, DownBlock)
-            for out in block.outputs(x, time, context, share):
-                x = out
-                yield x
-
-    def _shares(self, merging: float) -> list[float]:
-        """For each level the share of its tokens that is merged: `merging` at the finest that attends."""
-        finest = next((k for k, block in enumerate(self.down_blocks) if block.attentions), None)
-        return [merging if k == finest else 0.0 for k in range(len(self.down_blocks))]
-
-    def _begin(
-        self,
-        sample: Tensor,
-        timestep: Tensor | float,
-        context: AnyText,
-        fields: Mapping[str, Tensor | None],
-    ) -> tuple[Tensor, Tensor]:
-        """The first features, and the embedding of the time and of what is extra as all layers take it."""
-        extra = {name: value for name, value in fields.items() if value is not None}
-        if extra.keys() != self.config.conditioning:
-            raise ValueError(f"U-Net: takes {sorted(self.config.conditioning)}, was given {sorted(extra)}")
-        if self.config.center_input_sample:
-            sample = 2 * sample - 1
-        time = F.silu(self._embed(sample, timestep, context, extra))
-        return self.conv_in(sample), time
-
     def _end(self, x: Tensor) -> Tensor:
         out: Tensor = self.conv_out(self.conv_norm_out(x, silu=True))
         return out
-
-    def _embed(
-        self, sample: Tensor, timestep: Tensor | float, context: AnyText, extra: Mapping[str, Tensor]
-    ) -> Tensor:
-        """[B, time_dim]: the sum of embeddings of the timestep and of all else that it is extra."""
-        config, dtype = self.config, sample.dtype
-        t = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device).expand(sample.shape[0])
-        embedding: Tensor = self.time_embedding(self._features(t).to(dtype), extra.get("timestep_cond"))
-        if self.class_embedding is not None:
-            labels = extra["class_labels"]
-            if config.class_embed_type is None:
-                labels = labels.long()
-            elif config.class_embed_type == "timestep":
-                labels = self._features(labels).to(dtype)
-            embedding = embedding + self.class_embedding(labels)
-        if self.add_embedding is not None:
-            if config.addition_embed_type == "text_time":
-                sizes = self._features(extra["time_ids"], config.addition_time_embed_dim).flatten(1)
-                added = self.add_embedding(torch.cat([extra["pooled"], sizes.to(dtype)], dim=1))
-            elif isinstance(context, Context):
-                added = context.once(self.add_embedding, self.add_embedding)
-            else:
-                added = self.add_embedding(context)
-            embedding = embedding + added
-        return embedding
-
-    def _features(self, t: Tensor, dim: int | None = None) -> Tensor:
-        """[...] -> [..., dim] in fp32: angles reach 1000 radians, which 16 bits cannot hold."""
-        config = self.config
-        dim = dim or config.block_out_channels[0]
-        return timestep_features(t, dim, config.flip_sin_to_cos, config.freq_shift)
-
-
-def _class_embedding(config: UNetConfig, time_dim: int) -> nn.Module | None:
-    """Of `class_labels`: a row of a table, or a projection of features that they are or are made into."""
-    width = config.projection_class_embeddings_input_dim or 0
-    match config.class_embed_type:
-        case "timestep":
-            return TimeEmbedding(config.block_out_channels[0], time_dim)
-        case "projection":
-            return TimeEmbedding(width, time_dim)
-        case "simple_projection":
-            return nn.Linear(width, time_dim)
-        case "identity":
-            return nn.Identity()
-    return None if config.num_class_embeds is None else nn.Embedding(config.num_class_embeds, time_dim)
-
-
-def _add_embedding(config: UNetConfig, time_dim: int) -> nn.Module | None:
-    """Of pooled text: pooled here from the tokens ("text"), or by the text encoder, beside sizes (XL)."""
-    if config.addition_embed_type == "text":
-        width = config.per_level("cross_attention_dim")[0]
-        return TextTimeEmbedding(width, time_dim, config.addition_embed_type_num_heads)
-    width = config.projection_class_embeddings_input_dim or 0
-    return TimeEmbedding(width, time_dim) if config.addition_embed_type == "text_time" else None
-
-
-def _resnet(config: UNetConfig, time_dim: int, in_channels: int, out_channels: int) -> ResnetBlock:
-    return ResnetBlock(in_channels, out_channels, time_dim, config.norm_num_groups, config.norm_eps)
-
-
-def _transformers(
-    config: UNetConfig, level: int, depths: Iterable[int], only_cross: bool
-) -> list[SpatialTransformer]:
-    """One transformer for each of `depths`, its number of blocks."""
-    return [
-        SpatialTransformer(
-            config.block_out_channels[level],
-            config.per_level("cross_attention_dim")[level],
-            config.per_level("attention_head_dim")[level],
-            depth,
-            config.norm_num_groups,
-            config.use_linear_projection,
-            only_cross,
-        )
-        for depth in depths
-    ]
-
-
-def _down_blocks(config: UNetConfig, time_dim: int) -> Iterable[DownBlock]:
-    channels, layers = config.block_out_channels, config.per_level("layers_per_block")
-    depths, only_cross = config.depths(), config.per_level("only_cross_attention")
-    for level, kind in enumerate(config.down_block_types):
-        wide, last = channels[level], level == len(channels) - 1
-        inputs = [channels[max(level - 1, 0)]] + [wide] * (layers[level] - 1)
-        attends = kind == "CrossAttnDownBlock2D"
-        yield DownBlock(
-            [_resnet(config, time_dim, c, wide) for c in inputs],
-            _transformers(config, level, depths[level] if attends else (), only_cross[level]),
-            None if last else Downsample(wide, config.downsample_padding),
-        )
-
-
-def _mid_block(config: UNetConfig, time_dim: int) -> MidBlock | None:
-    if config.mid_block_type is None:  # in some distilled models
-        return None
-    wide, attends = config.block_out_channels[-1], config.mid_block_type == "UNetMidBlock2DCrossAttn"
-    resnets = [_resnet(config, time_dim, wide, wide) for _ in range(1 + attends)]
-    for resnet in resnets:
-        resnet.scale = config.mid_block_scale_factor
-    depths = config.depths()[-1][:1] if attends else ()
-    return MidBlock(resnets, _transformers(config, -1, depths, only_cross=False))
-
-
-def _up_blocks(config: UNetConfig, time_dim: int) -> Iterable[UpBlock]:
-    channels, layers = config.block_out_channels, config.per_level("layers_per_block")
-    depths, only_cross = config.depths(up=True), config.per_level("only_cross_attention")
-    for level, kind in zip(reversed(range(len(channels))), config.up_block_types, strict=True):
-        wide, below = channels[level], channels[min(level + 1, len(channels) - 1)]
-        # The last skip of a level comes from the level above it: the output of its downsampling.
-        inputs = [below] + [wide] * layers[level]
-        skips = [wide] * layers[level] + [channels[max(level - 1, 0)]]
-        attends = kind == "CrossAttnUpBlock2D"
-        yield UpBlock(
-            [_resnet(config, time_dim, c + s, wide) for c, s in zip(inputs, skips, strict=True)],
-            _transformers(config, level, depths[level] if attends else (), only_cross[level]),
-            Upsample(wide) if level else None,
-        )

@@ -19,13 +19,14 @@ _SAMPLER = 'give the call a sampler ("DPMSolverMultistepScheduler", "DPM++ 2M Ka
 _MEMORY = 'there is none: load with dtype="fp16", and draw fewer or smaller pictures at once'
 _TILING = "it is so by itself where memory is short, and always after pipe = pipe.with_vae_tiling()"
 _NOT_NEEDED = "it is not needed, as attention is never held whole in memory: leave it out"
-_NO_CHECKER = "there is none: leave it out"
+_CHECKER = "write pipe = pipe.with_safety_checker(FOLDER), which gives a new pipeline"
+_MARK = "give the call watermark=True"
 _STOP = 'return {"stop": True} from the callback, or raise StopIteration in it'
 _SCALE = 'return {"guidance_scale": 5.0} from the callback'
 _STEPS = "it is the number that the call was given as num_inference_steps"
 _PART = "load with it in place: ldm.load(MODEL, {0}=PLACE), a folder, a file or a hub name"
 _IP_ADAPTER = "there are no IP-Adapters: image with strength draws from a picture"
-_CONTROL = "there are no ControlNets: image with strength draws from a picture"
+_CONTROL = "write pipe = pipe.with_controlnet(FOLDER), and give its call a control_image"
 _HUB = "set it for huggingface_hub: HF_HOME, HF_HUB_OFFLINE=1, `hf auth login`"
 _EMBEDS = "pipe.text.encode([prompt]) has .tokens (prompt_embeds) and .pooled"
 _SIZES = "pipe.vae.downscale is the factor between pixels and latents"
@@ -47,16 +48,15 @@ INSTEAD: Mapping[str, str] = {
     "unload_textual_inversion": "pipe.base is without adapters",
     **dict.fromkeys(("load_ip_adapter", "set_ip_adapter_scale", "unload_ip_adapter"), _IP_ADAPTER),
     **dict.fromkeys(("ip_adapter_image", "ip_adapter_image_embeds", "image_encoder"), _IP_ADAPTER),
-    **dict.fromkeys(("controlnet", "control_image", "controlnet_conditioning_scale"), _CONTROL),
-    **dict.fromkeys(("control_guidance_start", "control_guidance_end", "guess_mode"), _CONTROL),
-    **dict.fromkeys(("adapter_conditioning_scale", "adapter"), _CONTROL),
+    **dict.fromkeys(("controlnet", "adapter"), _CONTROL),
     # samplers and guidance
     "scheduler": _SAMPLER,
+    "guider": 'give the call a guidance ("apg:eta=0", docs/guidance.md)',
     **dict.fromkeys(("_interrupt", "interrupt"), _STOP),
     **dict.fromkeys(("_guidance_scale", "do_classifier_free_guidance"), _SCALE),
     **dict.fromkeys(("num_timesteps", "_num_timesteps"), _STEPS),
-    **dict.fromkeys(("enable_freeu", "disable_freeu"), "there is no FreeU: leave it out"),
-    **dict.fromkeys(("pag_scale", "pag_adaptive_scale"), "give a guidance function instead: guidance=f"),
+    **dict.fromkeys(("enable_freeu", "disable_freeu"), "give the call freeu=(b1, b2, s1, s2), or nothing"),
+    **dict.fromkeys(("pag_scale", "pag_adaptive_scale"), 'give guidance="pag:scale=3"'),
     **dict.fromkeys(("callback", "callback_steps"), _CALLBACK),
     "max_sequence_length": "prompts of any length are read: leave it out",
     # memory and speed
@@ -89,9 +89,9 @@ INSTEAD: Mapping[str, str] = {
     "push_to_hub": "write pipe.save(FOLDER), then `hf upload NAME FOLDER`",
     **dict.fromkeys(("progress_bar", "_progress_bar_config"), "Python draws no bar: callback_on_step_end"),
     # loading
-    **dict.fromkeys(("safety_checker", "feature_extractor", "requires_safety_checker"), _NO_CHECKER),
-    **dict.fromkeys(("run_safety_checker", "load_safety_checker", "add_watermarker"), _NO_CHECKER),
-    **dict.fromkeys(("watermark", "watermarker"), _NO_CHECKER),
+    **dict.fromkeys(("safety_checker", "feature_extractor", "requires_safety_checker"), _CHECKER),
+    **dict.fromkeys(("run_safety_checker", "load_safety_checker"), _CHECKER),
+    **dict.fromkeys(("watermark", "watermarker", "add_watermarker"), _MARK),
     **dict.fromkeys(("cache_dir", "token", "use_auth_token", "local_files_only", "proxies"), _HUB),
     **dict.fromkeys(("force_download", "resume_download", "mirror"), _HUB),
     **dict.fromkeys(("device_map", "max_memory", "offload_folder", "hf_device_map"), _DEVICE),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,11 +17,14 @@ from ldm.diffusion.guidance import Guidance
 from ldm.diffusion.noise import torch_seed
 from ldm.diffusion.solvers import Solver
 from ldm.errors import UserError
-from ldm.fields import consecutive_seeds
 from ldm.images.fitting import InMemory, OneInMemory, read_file
 from ldm.images.opening import to_mask, to_rgb
 from ldm.images.pixels import to_numpy, to_pil
 from ldm.request import LoraUse, Request
+from ldm.request.fields import consecutive_seeds
+
+if TYPE_CHECKING:
+    from ldm.pipeline.job import Job, Picture
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -37,6 +41,7 @@ class Inputs:
     negative_pooled_prompt_embeds: Tensor | None = None
     image: InMemory | None = None  # to draw from, instead of the request's file; a tuple: one for each prompt
     mask_image: InMemory | None = None
+    control_images: tuple[InMemory | None, ...] | None = None  # of the request's controls, without files
     image_latents: Tensor | None = None  # [1 or prompts, C, h, w] scaled, instead of an image
     solver: Solver | None = None  # the user's own, instead of the sampler
     guidance: Guidance | None = None
@@ -67,12 +72,18 @@ class Inputs:
 # An argument of the call that no request keeps -> what of a request means nothing beside it.
 _UNTRUE: dict[str, dict[str, Any]] = {
     "sampler": {"sampler": None, "eta": None, "sampler_options": None},
-    "guidance": {"guidance_scale": None, "guidance_rescale": 0.0, "image_guidance_scale": None},
+    "guidance": {
+        "guidance": None,
+        "guidance_scale": None,
+        "guidance_rescale": 0.0,
+        "image_guidance_scale": None,
+    },
 }
 _ARGUMENTS = {
     "generators": "generator",
     "solver": "sampler",
     "image_latents": "image",
+    "control_images": "control_image",
 }  # where the call names them otherwise
 
 
@@ -85,8 +96,7 @@ class Result:
 
     images: Any
     requests: tuple[Request, ...]
-
-    nsfw_content_detected: None = None  # diffusers' name; nothing is checked here
+    nsfw_content_detected: list[bool] | None = None  # of each image; None: nothing looked at them
 
     def __getitem__(self, key: int | str) -> Any:
         """`[0]` and `["images"]` are the images, as in diffusers."""
@@ -101,6 +111,33 @@ class Result:
     def seeds(self) -> tuple[int, ...]:
         """One per image."""
         return tuple(seed for request in self.requests for seed in request.seeds)
+
+
+def requests_of(job: Job, pictures: Sequence[Picture]) -> tuple[Request, ...]:
+    """The requests that draw these pictures: all of the job's, unless it was stopped or something checked."""
+    if len(pictures) == len(job.pictures) and job.model.safety_checker is None:
+        return job.requests
+    own: dict[int, list[Picture]] = {}
+    for picture in pictures:
+        own.setdefault(picture.prompt, []).append(picture)
+    return tuple(
+        job.requests[p].replace(
+            seeds=tuple(each.seed for each in some),
+            nsfw_content_detected=None if some[0].flagged is None else any(each.flagged for each in some),
+        )
+        for p, some in own.items()
+    )
+
+
+def found_in(pictures: Sequence[Picture]) -> list[bool] | None:
+    """What a safety checker found in each; None without one. It is warned of what it flags."""
+    flags = [each.flagged for each in pictures if each.flagged is not None]
+    if any(flags):
+        seeds = ", ".join(str(each.seed) for each in pictures if each.flagged)
+        warnings.warn(
+            f"the safety checker flags the pictures of the seeds {seeds}: they are black", stacklevel=4
+        )
+    return flags or None
 
 
 def check_output_type(output_type: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,9 +20,14 @@ from ldm.adapters import Adapted, Lora, LoraFile, adapt, read_embedding, read_lo
 from ldm.adapters.seamless import seamless
 from ldm.checkpoint import Parts, load_parts
 from ldm.checkpoint.classifier import ClassifierFile, read_classifier
+from ldm.checkpoint.folder import load_vae
 from ldm.checkpoint.io import weight_files
+from ldm.checkpoint.parts import STEMS, changed_part, check_fit
+from ldm.checkpoint.safety import SafetyChecker, read_checker
 from ldm.checkpoint.save import pipeline_class
-from ldm.checkpoint.source import find_adapter
+from ldm.checkpoint.source import find_adapter, find_part
+from ldm.checkpoint.weights import find_weights
+from ldm.control import Reader, Shelf
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
 from ldm.files import sha256
@@ -47,7 +53,10 @@ class Model:
     upscaler: Self | None = None  # what enlarges each finished picture
     refiner: Self | None = None  # what draws the last steps of each picture
     classifier: ClassifierFile | None = None  # for requests that name a class
+    safety_checker: SafetyChecker | None = None  # looks at each finished picture
     max_memory: int | None = None  # bytes that a drawing may take (`ldm.pipeline.plan`)
+    controlnets: tuple[str, ...] = ()  # that calls with a control_image mean
+    shelf: Shelf = field(default_factory=Shelf, repr=False)  # networks of the last controls
     sleeps: bool = False  # weights come when they are used (`ldm.memory.residence`)
     # The last model that a request's LoRAs asked for, and the last seamless one, so that the next request
     # need not build it again.
@@ -162,7 +171,9 @@ class Model:
         if classifier is not None:
             classifier = replace(classifier, network=move(classifier.network, runtime.device, None))
         refiner = None if self.refiner is None else self.refiner.to(*args, **kwargs)
+        checker = None if self.safety_checker is None else self.safety_checker.to(runtime.device)
         changed: dict[str, Any] = {"upscaler": upscaler, "refiner": refiner, "classifier": classifier}
+        changed["safety_checker"] = checker
         moved = replace(self, parts=parts, runtime=runtime, adapted=Adapted(), **changed)
         return moved if self.adapted.original is None else moved._with(self.adapted)
 
@@ -194,6 +205,23 @@ class Model:
         if original is not None:
             adapted = replace(adapted, original=replace(original, vae=vae))
         return replace(self, parts=replace(self.parts, vae=vae), adapted=adapted)
+
+    def with_vae(self, place: str | Path) -> Self:
+        """This model with another VAE, as `ldm.load(..., vae=place)`; it shares all else with this one.
+
+        Raises:
+            UserError: if it is damaged, or has other latents than the U-Net draws.
+        """
+        path, old = find_part(place, "vae"), self.parts
+        with nullcontext() if self.max_memory is None else asleep(self.device):
+            vae = load_vae(path, old.vae.to_config(), self.runtime)
+        file = find_weights(path, STEMS["vae"]) if path.is_dir() else path
+        parts = replace(old, vae=vae, changes=changed_part(old.changes, "vae", file))
+        check_fit(parts, {"unet": Path(self.name), "vae": path})
+        adapted, original = self.adapted, self.adapted.original
+        if original is not None:
+            adapted = replace(adapted, original=replace(original, vae=vae, changes=parts.changes))
+        return replace(self, parts=parts, adapted=adapted)
 
     # --- adapters: each gives a new model that shares the tensors of this one ------------------------------
 
@@ -243,6 +271,39 @@ class Model:
             UserError: if it is damaged, or knows the latents of another model.
         """
         return replace(self, classifier=read_classifier(folder, self.vae, self.device))
+
+    def with_safety_checker(self, place: str | Path | None = None) -> Self:
+        """This model with a checker of finished pictures: what it flags is black, and a Result says so.
+
+        Latents are not checked, nor what callbacks and previews see on the way.
+
+        Args:
+            place: a folder with diffusers' StableDiffusionSafetyChecker, a pipeline folder or hub name that
+                has one, or "open-nsfw" (`ldm[safety]`); by default that of this model's own folder.
+
+        Raises:
+            UserError: where there is none, or it is damaged.
+        """
+        return replace(self, safety_checker=read_checker(place, self.parts.weights, self.device))
+
+    def with_controlnet(self, *models: str | Path) -> Self:
+        """This model with ControlNets, T2I-Adapters or LLLites, which a call with a `control_image` means.
+
+        Args:
+            models: folders, files or hub names.
+
+        Raises:
+            UserError: if one is missing, damaged or of another family.
+        """
+        made = replace(self, controlnets=tuple(map(str, models)))
+        for each in made.controlnets:
+            made.controls.get(each)
+        return made
+
+    @property
+    def controls(self) -> Reader:
+        """What reads networks for `control`, and keeps the last."""
+        return Reader(self.shelf, self.unet, self.runtime, self.sleeps)
 
     def with_upscaler(self, upscaler: Self | str | Path) -> Self:
         """This model with another that enlarges each finished picture, with its prompt and seed.
@@ -323,6 +384,14 @@ class Model:
             vae.over_bands = False  # bands end at the picture's edges
             made = replace(self, parts=replace(self.parts, unet=unet, vae=vae))
             self._recent["seamless"] = axes, made  # one assignment, as above
+        return made
+
+    def with_unet(self, key: object, read: Callable[[], UNet]) -> Self:
+        """This model with another U-Net, which is read where the last one was not of an equal `key`."""
+        kept, made = self._recent.get("unet", (None, self))
+        if kept != key:
+            made = replace(self, parts=replace(self.parts, unet=read()))
+            self._recent["unet"] = key, made  # one assignment, as above
         return made
 
     def _with(self, adapted: Adapted) -> Self:

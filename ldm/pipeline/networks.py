@@ -14,15 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.control.steering import Control, Steering, Told, cast
 from ldm.diffusion.deep_cache import DeepCache
-from ldm.diffusion.guidance import Gradient, Predict
+from ldm.diffusion.guidance import Gradient, Predict, text_of
 from ldm.diffusion.prediction import c_in
 from ldm.diffusion.schedule import Grid
 from ldm.diffusion.tiles import Tiles, Window
 from ldm.memory.residence import in_use
 from ldm.models import VAE, LatentClassifier, LatentDist, UNet, vae_bands
-from ldm.models.attention import AnyText, Context
+from ldm.models.attention import AnyText, Attend, Context, Meet, plainly
 from ldm.models.conditioning import Conditioning
+from ldm.models.encoder import NO_RESIDUALS, Residuals
 from ldm.runtime import Finite, Runtime, finite, memory_format
 
 
@@ -41,6 +43,10 @@ class Savings:
 
 EXACT = Savings()
 Text = Callable[[torch.dtype], AnyText]
+# (names of branches, which lie one below the other in a call, as many rows each; what they are told; what
+# would be done) -> what is done in the place of `ldm.models.attention.attend`: the last itself for no change.
+# One with a method `left_out`, (names, count of rows) -> a `LeftOut`, has transformer blocks left out too.
+Attending = Callable[[tuple[str, ...], Conditioning, Attend], Attend]
 
 
 def predict(
@@ -51,53 +57,61 @@ def predict(
     tiles: Tiles | None = None,
     savings: Savings = EXACT,
     unread: list[Tensor] | None = None,
+    attending: Sequence[Attending] = (),
+    meet: Meet | None = None,
+    controls: Sequence[Control] = (),
 ) -> Predict:
     """The U-Net's raw output, fp32, for the branches that a guidance asks for, in one call; or one for each
     of the windows that `tiles` cuts latents into.
 
     With `gradients` it can be differentiated in x, as likelihoods need it. With an interval in `savings` it
-    is of one drawing, whose deep features it keeps. `unread` is as `Finite` has it.
+    is of one drawing, whose deep features it keeps. `unread` is as `Finite` has it. Of `attending` each goes
+    around those before it. `controls` show pictures to the U-Net.
     """
     network = Finite(unet, "the U-Net", gradients, unread)
+    steering = Steering(controls, unet, grid.sigmas, gradients, unread) if controls else None
     joined = dict[tuple[str, ...], Joined]()
     cache = None if savings.interval == 1 else DeepCache(savings.interval, grid.sigmas)
 
     def told(names: tuple[str, ...]) -> Joined:
         """What the branches are told now: a prompt may change over the steps."""
-        parts = [branches[name] for name in names]
+        parts = [branches[name] if name in branches else branches[text_of(name)] for name in names]
         keeps = not gradients and not is_compiled(unet)  # torch.compile would take each text for a constant
         if names not in joined or not joined[names].is_of(parts, keeps):
-            joined[names] = Joined(parts, keeps)
+            joined[names] = Joined(names, parts, keeps, attending, meet)
         return joined[names]
 
-    def outputs(
-        x: Tensor, sigma: Tensor, cond: Conditioning, text: Text, told: Mapping[Hashable, object]
-    ) -> Tensor:
-        if cache is None:
-            return network(lambda unet: _unet(unet, grid, x, sigma, cond, text, savings))[0]
-        deep = cache.kept(told, sigma)
-        out, made = network(lambda unet: _unet(unet, grid, x, sigma, cond, text, savings, deep))
-        if deep is None:
-            cache.keep(told, sigma, made)
-        return out
+    def outputs(x: Tensor, sigma: Tensor, names: tuple[str, ...], window: Window | None = None) -> Tensor:
+        def within(joined: Joined) -> Conditioning:
+            return joined.cond if window is None or tiles is None else _within(joined.cond, window, tiles)
+
+        def shown(some: tuple[str, ...], dtype: torch.dtype) -> Told:
+            given = _given(grid, x, sigma, within(told(some)), dtype)
+            return *given[:2], told(some).plain(dtype), given[2]
+
+        cond, text, chosen, deep, more = within(told(names)), told(names).text, network, None, NO_RESIDUALS
+        active = () if steering is None else steering.active(sigma)
+        keys: dict[Hashable, object] = {
+            (name, window, active): part for name, part in zip(names, told(names).parts, strict=True)
+        }
+        if cache is not None:
+            deep = cache.kept(keys, sigma)
+        if steering is not None and active:
+            count = None if deep is None else savings.branch + 1
+            more = steering.residuals(sigma, names, len(x), window, count, shown)
+            chosen = steering.unet(sigma) or network
+        out = chosen(lambda unet: _unet(unet, grid, x, sigma, cond, text, savings, deep, more))
+        if cache is not None and deep is None:
+            cache.keep(keys, sigma, out[1])
+        return out[0]
 
     def call(x: Tensor, sigma: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
         if unet.in_turn and len(names) > 1:
             return {name: call(x, sigma, (name,))[name] for name in names}
-        cond, text = (now := told(names)).cond, now.text
         if tiles is None or tiles.is_whole(x):
-            out = outputs(x, sigma, cond, text, {name: branches[name] for name in names})
+            out = outputs(x, sigma, names)
         else:
-            out = tiles.averaged(
-                x,
-                lambda window: outputs(
-                    window(x),
-                    sigma,
-                    _within(cond, window, tiles),
-                    text,
-                    {(name, window): branches[name] for name in names},
-                ),
-            )
+            out = tiles.averaged(x, lambda window: outputs(window(x), sigma, names, window))
         return dict(zip(names, out.chunk(len(names)), strict=True))
 
     return call
@@ -111,10 +125,27 @@ def is_compiled(module: nn.Module) -> bool:
 class Joined:
     """What some branches of a drawing are told, one below the other, for all of its calls."""
 
-    def __init__(self, parts: Sequence[Conditioning], keeps: bool) -> None:
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        parts: Sequence[Conditioning],
+        keeps: bool,
+        attending: Sequence[Attending] = (),
+        meet: Meet | None = None,
+    ) -> None:
         """`keeps`: what layers make of the text is kept for the next call."""
         self.parts, self.cond, self.keeps = parts, Conditioning.cat(parts), keeps
-        self._contexts = dict[torch.dtype, Context]()
+        self._contexts, self._plain = dict[torch.dtype, Context](), dict[torch.dtype, Context]()
+        attend: Attend = plainly
+        for around in attending:
+            attend = around(names, self.cond, attend)
+        self.attend, self.meet = None if attend is plainly else attend, meet
+        self.left_out = dict[str, list[slice]]()
+        for around in attending:
+            left_out = getattr(around, "left_out", None)
+            if left_out is not None:
+                for block, rows in left_out(names, len(self.cond)).items():
+                    self.left_out[block] = [*self.left_out.get(block, []), *rows]
 
     def is_of(self, parts: Sequence[Conditioning], keeps: bool) -> bool:
         """Whether these very ones are joined here, in this way."""
@@ -123,11 +154,20 @@ class Joined:
     def text(self, dtype: torch.dtype) -> AnyText:
         """The text as a network of that dtype reads it."""
         tokens = self.cond.tokens
+        steers = self.attend, self.meet, self.left_out
         if not self.keeps:
-            return tokens.to(dtype)
+            return Context(tokens.to(dtype), *steers) if any(steers) else tokens.to(dtype)
         if dtype not in self._contexts:
-            self._contexts[dtype] = Context(tokens.to(dtype))
+            self._contexts[dtype] = Context(tokens.to(dtype), *steers)
         return self._contexts[dtype]
+
+    def plain(self, dtype: torch.dtype) -> AnyText:
+        """The same for a network beside the U-Net, whose attention is its own."""
+        if not any((self.attend, self.meet, self.left_out)):
+            return self.text(dtype)
+        if dtype not in self._plain:
+            self._plain[dtype] = Context(self.cond.tokens.to(dtype))
+        return self._plain[dtype] if self.keeps else self._plain[dtype].tokens
 
 
 def _within(cond: Conditioning, window: Window, tiles: Tiles) -> Conditioning:
@@ -189,34 +229,46 @@ def _unet(
     text: Text,
     savings: Savings,
     deep: Tensor | None = None,
+    residuals: Residuals = NO_RESIDUALS,
 ) -> tuple[Tensor, ...]:
     """The output for all rows of `cond`, of which each picture of `x` has as many; with an interval in
     `savings` deep features too, `deep` or new ones.
+    """
+    dtype = unet.conv_in.weight.dtype
+    context, (sample, timestep, extra) = text(dtype), _given(grid, x, sigma, cond, dtype)
+    given, more = (sample, timestep, context), residuals
+    if residuals is not NO_RESIDUALS:
+        more = cast(residuals, dtype)
+    if savings.interval == 1:
+        return (unet(*given, **extra, merging=savings.merging, residuals=more),)
+    deep = None if deep is None else deep.to(dtype)
+    return unet.from_deep(*given, savings.branch, deep, savings.merging, more, **extra)
+
+
+def _given(
+    grid: Grid, x: Tensor, sigma: Tensor, cond: Conditioning, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Sample, timestep, and what is extra beside the text, as networks of a dtype take them.
 
     All conditioning is cast too, but for sizes and noise levels, which 16 bits cannot hold.
     """
-    dtype = unet.conv_in.weight.dtype
-    context, timestep = text(dtype), grid.t(sigma)
+    timestep = grid.t(sigma)
     sample = (x * c_in(sigma)).repeat(len(cond) // len(x), 1, 1, 1)
     if cond.concat is not None:
         sample = torch.cat([sample, cond.concat], dim=1)
-    given = (
-        sample.to(dtype, memory_format=memory_format(sample.device)),
-        # A tensor, as torch.compile takes a number for a constant and compiles again for each; filled there,
-        # as copying it would make the host wait for a card.
-        torch.full((), float(timestep), dtype=torch.float32, device=sample.device),
-        context,
-    )
     extra: dict[str, Any] = {
         "pooled": None if cond.pooled is None else cond.pooled.to(dtype),
         "time_ids": cond.time_ids,
         "class_labels": cond.class_labels,
         "timestep_cond": None if cond.timestep_cond is None else cond.timestep_cond.to(dtype),
     }
-    if savings.interval == 1:
-        return (unet(*given, **extra, merging=savings.merging),)
-    deep = None if deep is None else deep.to(dtype)
-    return unet.from_deep(*given, savings.branch, deep, savings.merging, **extra)
+    return (
+        sample.to(dtype, memory_format=memory_format(sample.device)),
+        # A tensor, as torch.compile takes a number for a constant and compiles again for each; filled there,
+        # as copying it would make the host wait for a card.
+        torch.full((), float(timestep), dtype=torch.float32, device=sample.device),
+        extra,
+    )
 
 
 def _encode(vae: VAE, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """What goes on from a drawing's latents: a second pass at a larger size ("hires fix"), and a second model.
 
 Each is a drawing like any other, decided with the first (`ldm.pipeline.job`): its request follows from that
-of the first (`ldm.passes`), and it begins with the latents at which that ended.
+of the first (`ldm.request.passes`), and it begins with the latents at which that ended.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from ldm.images.enlarging import (
 )
 from ldm.models.conditioning import Conditioning
 from ldm.models.kind import Kind
-from ldm.passes import hires_request, refining_request
 from ldm.pipeline import networks
 from ldm.pipeline.inputs import Inputs
 from ldm.pipeline.model import Model
 from ldm.pipeline.start import Beginning, FromImage, FromLatents, FromNoise
 from ldm.request import Request
+from ldm.request.passes import hires_request, refining_request
 
 if TYPE_CHECKING:
     from ldm.pipeline.job import Job
@@ -128,6 +128,7 @@ def _second_pass(prepare: Prepare, model: Model, requests: Sequence[Request], in
         own = replace(own, **embeds)
     own = replace(
         own,
+        control_images=inputs.control_images,
         solver=inputs.solver if request.sampler == requests[0].sampler else None,
         guidance=inputs.guidance if hires.guidance_scale is None else None,
     )

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint import embedded, save_model
+from ldm.control import take_controls
 from ldm.diffusion.guidance import Guidance
 from ldm.diffusion.solvers import Solver, Step
 from ldm.errors import NoSuchName, UserError
+from ldm.images.pixels import to_pil
 from ldm.memory.sizes import parse_size
 from ldm.models import LatentDist
 from ldm.pipeline import networks
@@ -33,14 +35,17 @@ from ldm.pipeline.inputs import (
     as_output,
     check_output_type,
     count_images,
+    found_in,
     one_each,
     own_generators,
+    requests_of,
     scaled_loras,
     seeds_of,
 )
 from ldm.pipeline.job import Batch, Job, Picture, prepare
 from ldm.pipeline.model import Model
 from ldm.pipeline.sample import OnStep, draw_batch, draw_latents, sample
+from ldm.pipeline.steering.maps import AttentionMaps, record_all
 from ldm.request import NOTED, Request
 from ldm.runtime import choose
 
@@ -137,7 +142,7 @@ class Pipeline(Model):
         seed: int | Iterable[int] | None = None,
         sampler: str | Solver | None = None,
         spacing: str | None = None,
-        guidance: Guidance | None = None,
+        guidance: str | Guidance | None = None,
         image: Any = None,
         mask_image: Any = None,
         strength: float | None = None,
@@ -168,7 +173,8 @@ class Pipeline(Model):
             latents: [images, C, h, w] unit noise, instead of what the seeds give.
             sampler: a name in any spelling, or a function like those in `ldm/diffusion/solvers.py`.
             spacing: where the sampler's steps lie ("karras", "trailing", ...).
-            guidance: a function like `ldm.diffusion.guidance.CFG`, in place of guidance_scale and _rescale.
+            guidance: names ("apg:eta=0+interval:0.2,0.8", docs/guidance.md), or a function like
+                `ldm.diffusion.guidance.CFG`, in place of guidance_scale and _rescale.
             image: to draw from: a path, a PIL image, an array [H, W, 3] of 8 bits or in 0..1, a tensor
                 [3, H, W] in 0..1, or its latents; resized as in diffusers. One, or one for each prompt.
             mask_image: white where the image is drawn anew, or where it has transparent parts, what is not;
@@ -185,11 +191,13 @@ class Pipeline(Model):
                 add_text_embeds, negative_pooled_prompt_embeds, add_time_ids, guidance_scale.
             cross_attention_kwargs: {"scale": 0.5} multiplies the weights of the LoRAs.
             return_dict: either value; a Result has `.images` and is a tuple's like, `[0]`.
-            others: any other field of a `Request` by its name, but those that the pipeline notes.
+            others: any other field of a `Request` by its name, but those that the pipeline notes; of the
+                controls of with_controlnet diffusers' control_image, controlnet_conditioning_scale, ...
 
         Raises:
             UserError: naming the argument that is not allowed, its value and what is.
         """
+        others, control_images = take_controls(others, self.controlnets, as_image)
         refuse_arguments(
             others.keys() - Request.model_fields.keys(), [*CALL_ARGUMENTS, *Request.model_fields]
         )
@@ -218,6 +226,7 @@ class Pipeline(Model):
             eta=eta,
             clip_skip=clip_skip,
             sampler=None if callable(sampler) else sampler,
+            guidance=None if callable(guidance) else guidance,
             spacing=spacing,
             image=image_file,
             mask_image=mask_file,
@@ -242,9 +251,10 @@ class Pipeline(Model):
             negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
             image=image,
             mask_image=mask_image,
+            control_images=control_images,
             image_latents=image_latents,
             solver=sampler if callable(sampler) else None,
-            guidance=guidance,
+            guidance=guidance if callable(guidance) else None,
         )
         texts = {
             "negative_prompt": negative_prompt,
@@ -291,18 +301,21 @@ class Pipeline(Model):
 
     def _draw(self, job: Job, watch: Callable[[Batch], OnStep | None], output_type: str) -> Result:
         """Draw a job, each batch with a watcher of its own, until one of them stops."""
-        draw = draw_latents if output_type == "latent" else draw_batch
         drawn, pictures = list[Tensor](), list[Picture]()
         for batch in job.batches:
             on_step = watch(batch)
-            drawn.append(draw(job, batch, on_step))
-            pictures += batch
+            if output_type == "latent":
+                images, told = draw_latents(job, batch, on_step), batch
+            else:
+                images, told = draw_batch(job, batch, on_step)
+            drawn.append(images)
+            pictures += told
             if isinstance(on_step, Watch) and on_step.stopped:
                 break
         requests = requests_of(job, pictures)
         if output_type == "latent":
             requests = tuple(each.replace(upscaling=None, watermark=None) for each in requests)
-        return Result(as_output(torch.cat(drawn), output_type), requests)
+        return Result(as_output(torch.cat(drawn), output_type), requests, found_in(pictures))
 
     def generate(
         self,
@@ -326,6 +339,17 @@ class Pipeline(Model):
     def resolve(self, request: Request, inputs: Inputs = NOTHING) -> Request:
         """The request with the model's defaults in place of None. Raises UserError if the model cannot."""
         return self.prepare(request, inputs).request
+
+    def attention_maps(
+        self, request: Request, layers: Sequence[str] = (), inputs: Inputs = NOTHING
+    ) -> AttentionMaps:
+        """Which places of its pictures each word of a request's prompt drew, and the pictures.
+
+        `layers` are those that are looked at ("mid", "up.1"), by default all. Raises UserError.
+        """
+        return record_all(
+            self.prepare(request, inputs), lambda job, batch: to_pil(draw_batch(job, batch).images), layers
+        )
 
     def encode(self, images: Tensor) -> LatentDist:
         """Images [B, 3, H, W] in 0..1 -> the Gaussian over latents that the VAE makes of them, fp32."""
@@ -381,13 +405,3 @@ class Pipeline(Model):
 CALL_ARGUMENTS = tuple(inspect.signature(Pipeline.__call__).parameters)[1:-1]
 # Of a request, what comes by `others`: `seeds` is the call's seed.
 FIELDS = tuple(name for name in Request.model_fields if name not in (*NOTED, *CALL_ARGUMENTS, "seeds"))
-
-
-def requests_of(job: Job, pictures: Sequence[Picture]) -> tuple[Request, ...]:
-    """The requests that draw these pictures: all of the job's, unless it was stopped."""
-    if len(pictures) == len(job.pictures):
-        return job.requests
-    seeds: dict[int, tuple[int, ...]] = {}
-    for picture in pictures:
-        seeds[picture.prompt] = (*seeds.get(picture.prompt, ()), picture.seed)
-    return tuple(job.requests[p].replace(seeds=own) for p, own in seeds.items())

@@ -108,7 +108,7 @@ async def drawn(service: Service, order: Order, asked: Asked, kind: str) -> Resp
 
 
 def answer(service: Service, order: Order, ticket: Ticket, host: str) -> dict[str, Any]:
-    """An ImagesResponse. Each picture has its seed beside it."""
+    """An ImagesResponse. Each picture has its seed beside it, and whether a safety checker made it black."""
     data = list[dict[str, Any]]()
     for name, seed in zip(ticket.pictures, ticket.request.seeds, strict=True):
         if order.as_url:
@@ -116,6 +116,8 @@ def answer(service: Service, order: Order, ticket: Ticket, host: str) -> dict[st
             data.append({"url": host + signed(service.secret, path), "seed": seed})
         else:
             data.append({"b64_json": picture(service, order, name), "seed": seed})
+        if name in ticket.flagged:
+            data[-1]["nsfw_content_detected"] = True
     return {
         "created": int(ticket.created),
         "data": data,

@@ -15,10 +15,10 @@ from typing import Any
 from PIL import Image
 
 from ldm.errors import UserError
-from ldm.fields import short
 from ldm.images.formats import QUALITY, Encoding
 from ldm.images.opening import open_picture
 from ldm.request import Request, field_named
+from ldm.request.fields import short
 from ldm.serve.service import Service
 
 # Of a Request, what may stand beside OpenAI's own fields.

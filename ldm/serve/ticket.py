@@ -60,6 +60,7 @@ class Ticket:
     error: str | None = None
     is_users_fault: bool = False  # that it failed: the error says what to change
     pictures: list[str] = field(default_factory=list)
+    flagged: list[str] = field(default_factory=list)  # of these, what a safety checker made black
     step: int = 0  # of the batch that is drawn now
     steps: int = 0
     progress: float = 0.0
@@ -100,10 +101,11 @@ class Ticket:
             self.progress = max(self.progress, min(share, 1.0))
         self._tell()
 
-    def add(self, picture: str) -> None:
+    def add(self, picture: str, flagged: bool = False) -> None:
         """A picture is finished."""
         with self._lock:
             self.pictures.append(picture)
+            self.flagged += [picture] if flagged else []
             self.progress = max(self.progress, len(self.pictures) / self.request.num_images)
         self._tell()
 
@@ -165,6 +167,7 @@ def as_json(ticket: Ticket, position: int | None = None) -> dict[str, Any]:
         "steps": ticket.steps,
         "eta": None if eta is None else round(eta, 2),
         "pictures": list(ticket.pictures),
+        "flagged": list(ticket.flagged),
         "error": ticket.error,
         "request": ticket.request.filled_in("json"),
     }

@@ -155,9 +155,10 @@ def command(what: str, peer: str, case: Case, path: Path | None = None) -> list[
 
 
 def environment() -> dict[str, str]:
-    """Ours, with this checkout's ldm first."""
+    """Ours, with this checkout's ldm first, and compiled modules kept, as where it is installed."""
     paths = [str(BENCH.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONIOENCODING": "utf-8"}
+    changed = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONIOENCODING": "utf-8"}
+    return {**os.environ, **changed, "PYTHONDONTWRITEBYTECODE": ""}
 
 
 def ended(code: int, log: IO[str]) -> str:

@@ -110,3 +110,29 @@ def test_warnings_are_one_line(fake, capsys, monkeypatch):
     monkeypatch.setattr(fake, "resolve", resolve)
     assert cli.txt2img(["-p", "a", "-q"]) == 0
     assert "txt2img: warning: the grid starts at t <= 1\n" in capsys.readouterr().err
+
+
+SAYS_MORE = """
+import atexit, sys, threading
+from ldm import cli
+atexit.register(print, "and this at the end")
+returned = threading.Event()
+threading.Thread(target=returned.wait, daemon={daemon}).start()
+sys.argv = ["ldm", "info", "missing.png"]
+code = cli.main()
+returned.set()
+sys.exit(code + 10)
+"""
+
+
+@pytest.mark.parametrize(("daemon", "code"), [(True, 2), (False, 12)])
+def test_a_process_ends_at_once_unless_a_thread_still_works(daemon, code, tmp_path):
+    argv = [sys.executable, "-c", SAYS_MORE.format(daemon=daemon)]
+    out = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert out.returncode == code
+    assert out.stdout == "and this at the end\n"
+    assert "missing.png" in out.stderr
+
+
+def test_a_call_from_python_does_not_end_the_process():
+    assert cli.main(["info", "missing.png"]) == 2

@@ -12,10 +12,10 @@ from scipy.special import ndtr
 
 from ldm import postcards
 from ldm.errors import UserError
-from ldm.fields import KEY_VARIABLE, mark_named
 from ldm.images import watermark
 from ldm.images.watermark import BOUND, FALSE_POSITIVES, THRESHOLD, Detection, detect, key_named, mark, scores
 from ldm.request import Request
+from ldm.request.fields import KEY_VARIABLE, mark_named
 
 KEY = b"ldm"
 

@@ -80,6 +80,26 @@ def test_a_batch_is_bit_for_bit_as_each_alone(unpacked):
         assert torch.equal(together[k : k + 1], convolve(x[k : k + 1], weight, None, 1, unpacked))
 
 
+@pytest.fixture
+def by_threads():
+    """Draws by another number of threads."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@WAYS
+@pytest.mark.parametrize("shape", [(1, 40, 4, 4), (2, 40, 16, 16), (2, 400, 12, 9), (1, 8, 90, 90)], ids=str)
+def test_however_many_threads_it_is_the_same_to_the_bit(shape, unpacked, by_threads):
+    x, weight, bias = torch.randn(shape), torch.randn(24, shape[1], 3, 3), torch.randn(24)
+    made = []
+    for threads in (1, 2, 3):
+        by_threads(threads)
+        made.append(convolve(x, weight, bias, 1, unpacked))
+    assert torch.equal(made[0], made[1])
+    assert torch.equal(made[0], made[2])
+
+
 def test_threads_share_it():
     packed, made = native.pack_winograd(torch.randn(32, 32, 3, 3)), {}
     given = [torch.randn(1, 32, 40, 40) for _ in range(4)]

@@ -120,7 +120,7 @@ def share_brownian_noise(monkeypatch, shape):
     path = BrownianNoise([7])
     like = torch.zeros(1, *shape)
     path(like, 2.0, 1.0)
-    monkeypatch.setattr(BrownianNoise, "_path", staticmethod(lambda *_: path._paths[0]))
+    monkeypatch.setattr("ldm.diffusion.noise.BrownianPaths", lambda *_: path._paths)
     monkeypatch.setattr(
         scheduling_dpmsolver_sde,
         "BrownianTreeNoiseSampler",

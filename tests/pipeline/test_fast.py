@@ -12,8 +12,8 @@ from ldm import cli
 from ldm.checkpoint.parts import Defaults
 from ldm.diffusion.deep_cache import DeepCache
 from ldm.diffusion.guidance import CFG
-from ldm.fast import fast_fields
 from ldm.pipeline import networks
+from ldm.request.fast import fast_fields
 
 FEW = {"num_inference_steps": 4, "output_type": "latent", "seed": 4}
 SAVINGS = [

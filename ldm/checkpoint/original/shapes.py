@@ -25,7 +25,7 @@ def shape_of(part: str, tensors: Tensors, base: Mapping[str, Any]) -> dict[str, 
     """The keys of `part`'s config that its tensors tell.
 
     Args:
-        part: "unet", "vae", "text_encoder" or "text_encoder_2".
+        part: "unet", "controlnet", "vae", "text_encoder" or "text_encoder_2".
         tensors: the part's, by their original names without a prefix.
         base: the config of its family, for what depends on the family.
 
@@ -34,7 +34,9 @@ def shape_of(part: str, tensors: Tensors, base: Mapping[str, Any]) -> dict[str, 
         IndexError: one of them has too few dimensions.
     """
     if part == "unet":
-        return _unet(tensors, base)
+        return _unet(tensors, base) | {"out_channels": tensors["out.2.weight"].shape[0]}
+    if part == "controlnet":
+        return _controlnet(tensors, base)
     if part == "vae":
         return _vae(tensors)
     return _open_clip(tensors, base) if is_open_clip(tensors) else _clip(tensors)
@@ -56,7 +58,6 @@ def _unet(tensors: Tensors, base: Mapping[str, Any]) -> dict[str, Any]:
     middle = "middle_block.1.transformer_blocks.0"
     shape: dict[str, Any] = {
         "in_channels": tensors["input_blocks.0.0.weight"].shape[1],
-        "out_channels": tensors["out.2.weight"].shape[0],
         "block_out_channels": channels,
         "down_block_types": [f"{kind}DownBlock2D" for kind in kinds],
         "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(kinds)],
@@ -78,6 +79,21 @@ def _unet(tensors: Tensors, base: Mapping[str, Any]) -> dict[str, Any]:
         if name in tensors:
             shape[key] = tensors[name].shape[axis]
     return shape
+
+
+def _controlnet(tensors: Tensors, base: Mapping[str, Any]) -> dict[str, Any]:
+    shape = {key: value for key, value in _unet(tensors, base).items() if key != "up_block_types"}
+    return shape | hint_shape(tensors)
+
+
+def hint_shape(tensors: Tensors) -> dict[str, Any]:
+    """Of the layers of a ControlNet that see the picture. Raises KeyError."""
+    count = _count(tensors, "input_hint_block.{}.weight", 2)
+    widths = [tensors[f"input_hint_block.{2 * k}.weight"].shape[0] for k in range(max(1, count - 1))]
+    return {
+        "conditioning_channels": tensors["input_hint_block.0.weight"].shape[1],
+        "conditioning_embedding_out_channels": widths[::2],
+    }
 
 
 def _levels(tensors: Tensors) -> list[list[Block]]:
@@ -174,9 +190,9 @@ def _text(tokens: Tensor, positions: Tensor, first: Tensor, layers: int) -> dict
     }
 
 
-def _count(tensors: Tensors, pattern: str) -> int:
-    """How many of pattern.format(0), pattern.format(1), ... there are without a gap."""
-    return next(n for n in itertools.count() if pattern.format(n) not in tensors)
+def _count(tensors: Tensors, pattern: str, step: int = 1) -> int:
+    """How many of pattern.format(0), pattern.format(step), ... there are without a gap."""
+    return next(n for n in itertools.count() if pattern.format(step * n) not in tensors)
 
 
 def _once(values: list[int]) -> int | list[int]:

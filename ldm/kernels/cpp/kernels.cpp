@@ -29,6 +29,20 @@ float* scratch(size_t numbers) {
   return kept.at;
 }
 
+// Whether all tiles are convolved together, by threads that share them: else some would have none.
+bool shares_tiles(int64_t count, int64_t at_once, int threads) { return threads > 1 && count < threads * at_once; }
+
+// Tiles that a thread takes at a time, `most` of them, so that all threads have as many to do.
+int64_t balanced(int64_t count, int64_t most, int threads) {
+  const int64_t rounds = (count + most * threads - 1) / (most * threads);
+  return (count + rounds * threads - 1) / (rounds * threads);
+}
+
+// A convolution of which only the sizes matter.
+Convolution sized(int64_t B, int64_t H, int64_t W, int64_t C, int64_t pad) {
+  return {nullptr, nullptr, nullptr, nullptr, (int)B, (int)H, (int)W, (int)C, 0, (int)pad};
+}
+
 }  // namespace
 
 extern "C" {
@@ -52,7 +66,23 @@ void pack_winograd(const float* weight, float* packed, int64_t O, int64_t C, int
 void convolve(const float* x, const float* packed, const float* bias, float* y, int64_t B, int64_t H, int64_t W, int64_t C,
               int64_t O, int64_t pad, int64_t at_once, int threads) {
   const Convolution given{x, packed, bias, y, (int)B, (int)H, (int)W, (int)C, (int)O, (int)pad};
-  const int64_t count = B * given.down() * given.across(), wide = panels(O) * NR;
+  const int64_t count = given.tiles(), wide = panels(O) * NR;
+  if (shares_tiles(count, at_once, threads)) {
+    float *v = scratch<0>(PARTS * count * C), *m = scratch<1>(PARTS * count * wide);
+#pragma omp parallel num_threads(threads)
+    {
+      float* sums = scratch<2>(count * NR);
+#pragma omp for
+      for (int64_t t = 0; t < count; t++) input_tile(given, (int)t, v, (int)count, (int)t);
+#pragma omp for
+      for (int64_t task = 0; task < PARTS * (int64_t)panels(O); task++)
+        panel_of_part(given, (int)(task / panels(O)), (int)(task % panels(O)), (int)count, v, m, sums);
+#pragma omp for
+      for (int64_t t = 0; t < count; t++) output_tile(given, (int)t, m, (int)count, (int)t, wide, 0, (int)O);
+    }
+    return;
+  }
+  at_once = balanced(count, at_once, threads);
 #pragma omp parallel num_threads(threads)
   {
     float *v = scratch<0>(PARTS * at_once * C), *m = scratch<1>(PARTS * at_once * wide), *sums = scratch<2>(at_once * wide);
@@ -63,8 +93,10 @@ void convolve(const float* x, const float* packed, const float* bias, float* y, 
 }
 
 // Numbers that `convolve` takes for itself.
-int64_t convolve_scratch(int64_t C, int64_t O, int64_t at_once, int threads) {
-  return threads * at_once * (PARTS * C + (PARTS + 1) * (int64_t)panels(O) * NR);
+int64_t convolve_scratch(int64_t B, int64_t H, int64_t W, int64_t C, int64_t O, int64_t pad, int64_t at_once, int threads) {
+  const int64_t count = sized(B, H, W, C, pad).tiles(), wide = panels(O) * NR;
+  if (shares_tiles(count, at_once, threads)) return count * (PARTS * (C + wide) + threads * NR);
+  return threads * balanced(count, at_once, threads) * (PARTS * C + (PARTS + 1) * wide);
 }
 
 // The same with the weight [O, C, 3, 3] at strides, of which nothing is kept.
@@ -72,7 +104,7 @@ void convolve_unpacked(const float* x, const float* weight, const float* bias, f
                   int64_t O, int64_t pad, int64_t output, int64_t input, int64_t row, int64_t column, int threads) {
   const Convolution given{x, nullptr, bias, y, (int)B, (int)H, (int)W, (int)C, (int)O, (int)pad};
   const Weight by{weight, O, C, output, input, row, column};
-  const int all = (int)(B * given.down() * given.across()), count = (int)panels(O), most = std::min(all, AT_ONCE);
+  const int all = given.tiles(), count = (int)panels(O), most = std::min(all, AT_ONCE);
   float* v = scratch<0>((size_t)PARTS * most * C);
 #pragma omp parallel num_threads(threads)
   {
@@ -89,8 +121,7 @@ void convolve_unpacked(const float* x, const float* weight, const float* bias, f
 
 // Numbers that `convolve_unpacked` takes for itself.
 int64_t convolve_unpacked_scratch(int64_t B, int64_t H, int64_t W, int64_t C, int64_t pad, int threads) {
-  const Convolution given{nullptr, nullptr, nullptr, nullptr, (int)B, (int)H, (int)W, (int)C, 0, (int)pad};
-  const int64_t most = std::min<int64_t>(B * given.down() * given.across(), AT_ONCE);
+  const int64_t most = std::min<int64_t>(sized(B, H, W, C, pad).tiles(), AT_ONCE);
   return PARTS * (most * C + threads * ((int64_t)APART + most * NR));
 }
 

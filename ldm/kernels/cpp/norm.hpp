@@ -1,8 +1,7 @@
 // Group normalisation (Wu and He 2018, equation 1) of x [B, P, C], and SiLU after it.
 //
 // Sums run over what each channel differs from its own first pixel, a few pixels in fp32 and then in double: so no
-// digits are lost where the mean is large beside the deviation, or the map is large. The loops over channels are
-// plain ones, which compilers turn into vectors.
+// digits are lost where the mean is large beside the deviation, or the map is large.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -65,10 +64,10 @@ static void line(const T* first, const double* sum, const double* square, const 
 template <bool SILU, class T>
 static void apply(const T* x, T* y, int64_t count, int64_t C, Line by) {
   for (int64_t p = 0; p < count; p++, x += C, y += C)
-#pragma GCC ivdep
-    for (int64_t c = 0; c < C; c++) {
-      const float z = (number(x[c]) - by.middle[c]) * by.scale[c] + by.shift[c];
-      put(y + c, SILU ? silu(z) : z);
+    for (int64_t c = 0; c < C; c += VL) {
+      const vf middle = load_some(by.middle + c, C - c), scale = load_some(by.scale + c, C - c);
+      const vf z = (load_some(x + c, C - c) - middle) * scale + load_some(by.shift + c, C - c);
+      store_some(y + c, SILU ? silu(z) : z, C - c);
     }
 }
 

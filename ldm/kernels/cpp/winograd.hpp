@@ -89,6 +89,7 @@ struct Convolution {
   int width() const { return W + 2 * pad - 2; }
   int down() const { return (height() + TILE - 1) / TILE; }  // tiles
   int across() const { return (width() + TILE - 1) / TILE; }
+  int tiles() const { return B * down() * across(); }
 };
 
 // What tile t sees, B^T d B, as row `at` of v [36][T][C].
@@ -173,6 +174,15 @@ static inline void tiles(const Convolution& c, int t0, int t1, float* v, float* 
          });
   }
   for (int t = t0; t < t1; t++) output_tile(c, t, m, T, t - t0, wide, 0, c.O);
+}
+
+// Panel p of part f of T tiles, by packed weights. v: [36][T][C], m: [36][T][O], sums: [T][NR].
+static inline void panel_of_part(const Convolution& c, int f, int p, int T, const float* v, float* m, float* sums) {
+  const size_t wide = panels(c.O) * NR, C = c.C;
+  float* mine = m + (size_t)f * T * wide;
+  gemm(v + (size_t)f * T * C, C, T, c.u + (size_t)f * wide * C, c.C, p, p + 1, sums, [&](int row, int at, vf(&acc)[NV]) {
+    for (int j = 0; j < NV; j++) store(mine + row * wide + at * NR + j * VL, acc[j]);
+  });
 }
 
 // A part of a panel of KC channels, and a line more: parts 4 KB apart would all fall into the same few cache lines.

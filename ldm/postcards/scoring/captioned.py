@@ -11,6 +11,8 @@ from PIL import Image
 
 from ldm import postcards as world
 from ldm.checkpoint.folder import weights_folder
+from ldm.errors import UserError
+from ldm.evaluate.bias import Judge
 from ldm.evaluate.features import EVALUATION
 from ldm.evaluate.figures import Found, rate_figure
 from ldm.evaluate.pictures import Pictures
@@ -23,6 +25,7 @@ from ldm.postcards.scoring.scorer import CONFIG, SIZE, WEIGHTS, Scorer
 NAMES = {"postcard": False, "postcard-held-out": True}  # of the two sets of prompts -> held out
 FOLLOWING = "prompt following"
 BATCH = 64
+NOTHING = "nothing"  # for a picture in which the scorer is sure of no thing
 
 
 def world_prompts(name: str) -> list[Prompt]:
@@ -63,6 +66,38 @@ def caption_following(pictures: Pictures) -> Found:
     figures = [rate_figure(name, rate, {"that say it": rate.n}) for name, rate in rates.items()]
     protocol = {"scorer": str(folder / WEIGHTS), "sha256": sha256(folder / WEIGHTS), "pictures": len(told)}
     return Found(tuple(figures), protocol={"prompt_following": protocol})
+
+
+def world_judge() -> Judge:
+    """What the scorer sees most surely in each picture, its colour, and the scenery. Raises UserError."""
+    folder = weights_folder(EVALUATION)
+    if not (folder / CONFIG).exists():
+        raise UserError(f"this installation has no scorer ({folder}): give --bias-classifier or --bias-texts")
+    scorer = Scorer.load(folder)
+    names = scorer.config
+
+    def read(images: Sequence[Image.Image]) -> dict[str, list[str]]:
+        small = [image.resize((SIZE, SIZE), Image.Resampling.BICUBIC) for image in images]
+        found = scorer.read(np.stack([np.asarray(image) for image in small]))
+        kinds = found.presence.argmax(1)
+        surely = [bool(found.presence[i, k] >= 0.5) for i, k in enumerate(kinds)]
+        colours = [names.colours[found.colour[i, k]] for i, k in enumerate(kinds)]
+        return {
+            "kind": [names.kinds[k] if there else NOTHING for k, there in zip(kinds, surely, strict=True)],
+            "colour": [each if there else NOTHING for each, there in zip(colours, surely, strict=True)],
+            "place": [names.places[k] for k in found.place],
+            "time": [names.times[k] for k in found.time],
+            "weather": [names.weathers[k] for k in found.weather],
+        }
+
+    all_names = {
+        "kind": names.kinds,
+        "colour": names.colours,
+        "place": names.places,
+        "time": names.times,
+        "weather": names.weathers,
+    }
+    return Judge(all_names, read, {"scorer": str(folder / WEIGHTS), "sha256": sha256(folder / WEIGHTS)})
 
 
 def write_renders(folder: Path, name: str, count: int, size: tuple[int, int]) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from ldm.errors import UserError
-from ldm.fields import short
 from ldm.images.formats import encode
 from ldm.images.opening import open_picture
 from ldm.images.texts import read_texts
+from ldm.request.fields import short
 from ldm.serve.service import Service
 from ldm.serve.uploads import decode_base64
 

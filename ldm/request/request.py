@@ -10,16 +10,17 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Container
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ldm.errors import UserError, abbreviate
-from ldm.fields import (
+from ldm.prompts.grammar import Grammar
+from ldm.prompts.script import Script, Scripts, read_script, read_scripts
+from ldm.request.fields import (
     Axes,
     Branch,
     CacheInterval,
-    Checked,
     Delta,
     Digest,
     Factor,
@@ -36,6 +37,7 @@ from ldm.fields import (
     Overlap,
     Pixels,
     Radius,
+    ResizeMode,
     Scale,
     Seed,
     Seeds,
@@ -47,9 +49,9 @@ from ldm.fields import (
     Watermark,
     short,
 )
-from ldm.prompts.grammar import Grammar
-from ldm.prompts.script import Scripts, read_scripts
-from ldm.prompts.tags import take_tags
+from ldm.request.regions import Factors, Regions
+from ldm.request.spelled import Spelled
+from ldm.request.uses import ControlUse, EmbeddingUse, LoraUse, controls_of
 from ldm.spelling import squash
 
 VERSION: Literal[3] = 3  # of the JSON form, and of the rules by which pictures are drawn
@@ -65,6 +67,8 @@ NOTED = (
     "upscaling",
     "hires_upscaler_sha256",
     "refining",
+    "safety_checker_sha256",
+    "nsfw_content_detected",
     "not_kept",
     "version",
 )
@@ -85,26 +89,11 @@ _SHORT = {
     "w": "width",
     "h": "height",
 }
+PROMPTS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "target_prompt")
 NESTED = ("upscaling", "hires", "refining")  # requests within one
 
 
-class LoraUse(Checked):
-    """An adapter by its name, how strongly it acts, and which file it was."""
-
-    name: Text
-    weight: Scale = 1.0  # on the U-Net
-    text_weight: Scale | None = None  # on the text encoders; None: the same
-    sha256: Digest | None = None
-
-
-class EmbeddingUse(Checked):
-    """A textual inversion by the word that it is written as, and which file it was."""
-
-    name: Text
-    sha256: Digest
-
-
-class Request(Checked):
+class Request(Spelled):
     """What to draw. One picture per seed; the pictures of one request share everything else.
 
     Names and meanings are diffusers' (`clip_skip` counts skipped layers, so 1 is the penultimate layer).
@@ -121,12 +110,15 @@ class Request(Checked):
     image in memory): without them, this is not the request that draws the picture again.
 
     `target_prompt` makes an edit of it: the image is inverted under `prompt` up to `strength`, and drawn
-    again under that (`ldm.pipeline.edit`).
+    again under that (`ldm.pipeline.edit`); without an image, what `prompt` draws from the seed becomes that
+    (`ldm.pipeline.steering.prompt_to_prompt`).
 
     Tags in the prompt, `<lora:name:0.8>`, leave it and become `loras`: None is those that the pipeline has.
 
     Raises `ldm.errors.UserError`, naming the field, its value and what is allowed.
     """
+
+    prompts: ClassVar = PROMPTS
 
     prompt: Text = ""
     negative_prompt: Text | None = None  # None and "" differ in SDXL: zeros, or the encoding of no words
@@ -138,6 +130,7 @@ class Request(Checked):
     width: Side | None = None
     num_inference_steps: Steps | None = None
     guidance_scale: Scale | None = None
+    guidance: str | None = None  # by name, with options: "apg:eta=0+interval:0.2,0.8"; None: plain
     guidance_rescale: Fraction = 0.0
     guidance_interval: Interval | None = None  # shares of the timesteps between which there is guidance
     seeds: Seeds = (0,)
@@ -157,6 +150,7 @@ class Request(Checked):
     image_sha256: Digest | None = None
     mask_image: Text | None = None  # path; white is drawn anew, or what is painted on a transparent layer
     mask_image_sha256: Digest | None = None
+    resize_mode: ResizeMode | None = None  # how an image of another shape becomes the picture's; None: resize
     strength: Fraction | None = None  # of the steps, the share that is drawn, from the image
     extend: Sides | None = None  # of the image: pixels to draw beyond its left, top, right and bottom
     mask_invert: bool | None = None  # what is done to the mask, in this order
@@ -180,6 +174,7 @@ class Request(Checked):
     negative_aesthetic_score: Scale | None = None
     loras: Annotated[tuple[LoraUse, ...], Field(description="a list of adapters")] | None = None
     embeddings: Annotated[tuple[EmbeddingUse, ...], Field(description="a list of words")] | None = None
+    control: Annotated[tuple[ControlUse, ...], Field(description="a list of controls")] | None = None
     model: Text | None = None  # for the record in the PNG: not used to find the model
     model_hash: Text | None = None
     upscaling: Request | None = None  # by a second model; prompt, seed and image are those of the picture
@@ -190,7 +185,7 @@ class Request(Checked):
     tile_size: Side | None = None  # pixels: the U-Net sees windows of at most so many a side
     tile_overlap: Overlap | None = None  # pixels that neighbours share; None: half of a tile
     tiling: Axes | None = None  # axes along which the picture continues at its other edge
-    fast: bool | None = None  # what is noted of it are the fields that it fills in (`ldm.fast`)
+    fast: bool | None = None  # what is noted of it are the fields that it fills in (`ldm.request.fast`)
     cache_interval: CacheInterval | None = None  # DeepCache: the U-Net is computed whole in one of so many
     cache_branch_id: Branch | None = None  # the layer that the others begin at; None: 0, the last
     token_merging_ratio: Fraction | None = None  # of the tokens, the share that self-attention merges
@@ -198,6 +193,13 @@ class Request(Checked):
     denoising_end: Fraction | None = None  # latents begin, and at which it leaves them
     refiner_switch_at: Fraction | None = None  # the share at which a second model goes on
     watermark: Watermark = None  # by whose key the finished picture is marked (`ldm.images.watermark`)
+    safety_checker_sha256: Digest | None = None  # what looked at the finished picture,
+    nsfw_content_detected: bool | None = None  # and whether it was flagged, and so is black
+    freeu: Factors | None = None  # b1, b2, s1, s2 (`ldm.pipeline.steering.freeu`)
+    cross_replace_steps: Fraction | None = None  # of an edit between two prompts: of the steps, the share
+    self_replace_steps: Fraction | None = None  # in which it attends to words, and to itself, as before
+    word_weights: Options | None = None  # of its target's words
+    regions: Regions = None  # areas with prompts of their own; the rest of the picture shows `prompt`
     refining: Request | None = None  # by that; prompt, seed, sampler and steps are those of the picture
     not_kept: Annotated[tuple[Text, ...], Field(description="a list of names")] = ()
     version: Literal[1, 2, 3] = VERSION  # 1: drawn by the rules of before, `ldm.pipeline.before`
@@ -227,6 +229,11 @@ class Request(Checked):
         return first, [self.prompt_2 or self.prompt, self.negative_prompt_2 or negative, *target]
 
     @property
+    def is_steered(self) -> bool:
+        """Whether anything is asked of `ldm.pipeline.steering`."""
+        return any(getattr(self, name) is not None for name in STEERING)
+
+    @property
     def has_images(self) -> bool:
         """Whether it names a picture to draw from, or asks something of one."""
         return self.image is not None or self.mask_image is not None or self.changes_mask is not None
@@ -246,6 +253,16 @@ class Request(Checked):
         """What its texts say over the steps, in the order of `read_scripts`."""
         (prompt, negative, *target), (prompt_2, negative_2, *_) = self.texts
         return read_scripts(self.grammar, prompt, negative, prompt_2, negative_2, *target)
+
+    @property
+    def region_scripts(self) -> tuple[Script, ...]:
+        """What regions say over the steps. Raises UserError for one that is composed."""
+        scripts = tuple(read_script(each.prompt, self.grammar) for each in self.regions or ())
+        for each in scripts:
+            each.check(self.grammar)
+            if each.shares != (1.0,):
+                raise UserError("a region shows one prompt: write AND in the prompt, or give another region")
+        return scripts
 
     @property
     def shown(self) -> str:
@@ -316,44 +333,6 @@ class Request(Checked):
         except RecursionError:
             raise UserError("this request holds one in one in one, too deep to be read") from None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _canonical_names(cls, fields: Any) -> Any:
-        if not isinstance(fields, dict | BaseModel):
-            return fields  # no fields at all: pydantic says so
-        fields = dict(fields)
-        names = {name: fields.get(name) for name in ("sampler", "spacing")}
-        for name, value in names.items():
-            if value is not None and not isinstance(value, str):
-                raise UserError(f"{name} {short(value)} is not allowed: it must be a name")
-        if names == {"sampler": None, "spacing": None}:
-            return fields
-        # Solvers need torch, and a request that names none does not.
-        from ldm.diffusion.samplers import SPACINGS, resolve_sampler, resolve_spacing
-
-        if names["sampler"] is not None:
-            sampler, implied = resolve_sampler(names["sampler"])
-            names = {"sampler": sampler.name, "spacing": names["spacing"] or implied}
-        if names["spacing"] not in (None, *SPACINGS):
-            names["spacing"] = resolve_spacing(names["spacing"])
-        fields |= names
-        return fields
-
-    @model_validator(mode="before")
-    @classmethod
-    def _tags_are_loras(cls, fields: Any) -> Any:
-        if not isinstance(fields, dict):
-            return fields
-        texts = {name: fields[name] for name in PROMPTS if isinstance(fields.get(name), str)}
-        taken = {name: take_tags(text) for name, text in texts.items()}
-        for name, (_, uses) in taken.items():
-            if uses and name != "prompt":
-                raise UserError(f"{name} has a <lora:...> tag: write it in the prompt, or give it by --lora")
-        text, uses = taken.get("prompt", ("", []))
-        if not uses or not isinstance(fields.get("loras") or (), list | tuple):
-            return fields
-        return {**fields, "prompt": text, "loras": [*(fields.get("loras") or ()), *uses]}
-
     @field_validator("loras")
     @classmethod
     def _each_once(cls, loras: tuple[LoraUse, ...] | None) -> tuple[LoraUse, ...] | None:
@@ -363,9 +342,14 @@ class Request(Checked):
                 raise UserError(f"the LoRA {name} is given twice: give it once, with one weight")
         return loras or None
 
+    @field_validator("control", mode="before")
+    @classmethod
+    def _each_control(cls, given: Any) -> Any:
+        return controls_of(given)
+
     @model_validator(mode="after")
     def _marks_are_allowed(self) -> Self:
-        self.scripts  # noqa: B018  # raises
+        self.scripts, self.region_scripts  # noqa: B018  # raise
         return self
 
     @model_validator(mode="after")
@@ -389,8 +373,15 @@ class Request(Checked):
 
 
 OF_MASKS = ("extend", "mask_invert", "mask_grow", "mask_blur", "soft_mask", "mask_fill", "padding_mask_crop")
+STEERING = (
+    "target_prompt",
+    "cross_replace_steps",
+    "self_replace_steps",
+    "word_weights",
+    "freeu",
+    "regions",
+)
 IMAGES = ("image", "mask_image")
-PROMPTS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "target_prompt")
 OWN = {*PROMPTS, "seeds", "embeddings", "variation_seed"}  # in which requests of one job may differ
 
 

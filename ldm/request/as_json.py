@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ldm.errors import UserError
-from ldm.fields import consecutive_seeds
-from ldm.request import field_named
+from ldm.request.fields import consecutive_seeds
+from ldm.request.request import field_named
 
 
 def fields_of(given: Mapping[str, Any], count: int = 1) -> dict[str, Any]:
