@@ -45,7 +45,9 @@ def check_fit(network: ControlNet | T2IAdapter, unet: UNet, path: Path) -> None:
     own = network.config
     what = "a union ControlNet" if isinstance(network, ControlNetUnion) else "a ControlNet"
     attends = any("CrossAttn" in kind for kind in (*own.down_block_types, own.mid_block_type or ""))
-    same_text = not attends or {*own.per_level("cross_attention_dim")} == {*config.per_level("cross_attention_dim")}
+    same_text = not attends or {*own.per_level("cross_attention_dim")} == {
+        *config.per_level("cross_attention_dim")
+    }
     told = own.conditioning <= config.conditioning
     channels = own.in_channels in (config.in_channels, config.out_channels, 4)
     if not (same_text and told and channels and own.skip_channels == skip_channels(config)):
@@ -72,7 +74,9 @@ def kind_of(network: ControlNet, name: str | None, path: Path) -> int:
         return 0
     known = TYPES[: network.config.num_control_type]
     if name is None:
-        raise UserError(f"{path} is a union model: say what the picture is by type, one of {', '.join(known)}")
+        raise UserError(
+            f"{path} is a union model: say what the picture is by type, one of {', '.join(known)}"
+        )
     if name.isdecimal() and int(name) < network.config.num_control_type:
         return int(name)
     names = {squash(each): k for k, each in enumerate(known)}

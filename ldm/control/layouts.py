@@ -80,7 +80,9 @@ def adapter_of(tensors: Tensors, path: Path) -> tuple[dict[str, Tensor], dict[st
         new = name if name.startswith("adapter.") else f"adapter.{name}"
         new = re.sub(r"(body\.\d+)\.body\.", r"\1.resnets.", new)
         if flat:  # levels of two blocks one after the other
-            new = re.sub(r"body\.(\d+)\.block", lambda m: f"body.{int(m[1]) // 2}.resnets.{int(m[1]) % 2}.block", new)
+            new = re.sub(
+                r"body\.(\d+)\.block", lambda m: f"body.{int(m[1]) // 2}.resnets.{int(m[1]) % 2}.block", new
+            )
             new = re.sub(r"body\.(\d+)\.in_conv", lambda m: f"body.{int(m[1]) // 2}.in_conv", new)
         renamed[new] = tensor
     levels = count(renamed, "adapter.body.{}.")
@@ -128,7 +130,9 @@ def lllite_of(tensors: Tensors, path: Path, unet: UNet) -> tuple[LLLite, dict[st
             with unfilled():
                 layer = LLLiteLayer({role: tensor.shape for role, tensor in roles.items()})
         except (KeyError, IndexError, TypeError, ValueError):
-            raise UserError(f"{path}: {name} has {', '.join(roles)}, not those of an LLLite of linear layers") from None
+            raise UserError(
+                f"{path}: {name} has {', '.join(roles)}, not those of an LLLite of linear layers"
+            ) from None
         wide = unet.get_submodule(places[name]).get_parameter("weight").shape[1]
         if (own := roles["up.0.weight"].shape[0]) != wide:
             raise UserError(f"{path}: {name} is of a layer of {own} channels, and this model's has {wide}")
@@ -161,7 +165,9 @@ def control_lora_of(
         made[name] = unet[name].detach().cpu()
         if stem != theirs and f"{stem}.up" in tensors and f"{stem}.down" in tensors:
             up, down = (tensors[f"{stem}.{part}"].float().flatten(1) for part in ("up", "down"))
-            if (up.shape[0], down.shape[1]) != (wanted.shape[0], wanted[0].numel()) or up.shape[1] != down.shape[0]:
+            if (up.shape[0], down.shape[1]) != (wanted.shape[0], wanted[0].numel()) or up.shape[
+                1
+            ] != down.shape[0]:
                 raise UserError(f"{path}: {stem}.up and .down do not fit this model's {list(wanted.shape)}")
             made[name] = made[name].float() + torch.mm(up, down).reshape(wanted.shape)
             used |= {f"{stem}.up", f"{stem}.down"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,16 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.errors import UserError, printable
-from ldm.images.fitting import InMemory, OneInMemory, fit_image, fit_mask, read_file, same_shape, size_of, take
+from ldm.images.fitting import (
+    InMemory,
+    OneInMemory,
+    fit_image,
+    fit_mask,
+    read_file,
+    same_shape,
+    size_of,
+    take,
+)
 from ldm.images.masks import as_image
 from ldm.images.opening import to_mask
 from ldm.request import ControlUse
@@ -46,7 +56,7 @@ def control_picture(use: ControlUse, k: int, pictures: Pictures, size: Size, rep
     from ldm.preprocess import control_values, find, preprocess, read_options, source_of
 
     name, *given = use.preprocess.split(":")
-    options = read_options(name, dict(_option(each) for each in given))
+    options: dict[str, Any] = {**read_options(name, dict(_option(each) for each in given))}
     fitted = as_image(_cropped(image, use, size), "RGB").resize(size[::-1], Image.Resampling.LANCZOS)
     mask = None
     if find(name).masked:
@@ -82,7 +92,8 @@ def _source(use: ControlUse, k: int, pictures: Pictures) -> InMemory:
         image = pictures.image
     if image is None:
         raise UserError(
-            f"control {printable(Path(use.model).name)} has no picture: give it one (image=FILE, control_image)"
+            f"control {printable(Path(use.model).name)} has no picture: give it one (image=FILE, "
+            "control_image)"
         )
     taken = take(image, 3)
     assert taken is not None
@@ -90,15 +101,15 @@ def _source(use: ControlUse, k: int, pictures: Pictures) -> InMemory:
 
 
 def _cropped(image: OneInMemory, use: ControlUse, size: Size) -> OneInMemory:
-    """Its middle in the shape of what is drawn, where it is to be cropped; else all of it, to be stretched."""
+    """Its middle in the shape of what is drawn, where it is to be cropped; else all of it, stretched."""
     own = size_of(image)
     if same_shape(own, size):
         return image
     if use.resize == "stretch":
         name, (height, width) = printable(use.image or "the control picture"), own
         warnings.warn(
-            f"{name} has {width}x{height} pixels and the drawing {size[1]}x{size[0]}: it is stretched to fit; "
-            "resize=crop keeps its shape",
+            f"{name} has {width}x{height} pixels and the drawing {size[1]}x{size[0]}: it is stretched to "
+            "fit; resize=crop keeps its shape",
             stacklevel=4,
         )
         return image
@@ -113,5 +124,3 @@ def _cropped(image: OneInMemory, use: ControlUse, size: Size) -> OneInMemory:
 def _option(text: str) -> tuple[str, object]:
     name, equals, value = text.partition("=")
     return name.strip().replace("-", "_"), value.strip() if equals else True
-
-

@@ -1,4 +1,4 @@
-"""Networks of pictures on disk: diffusers' folders, original single files, and those that change a U-Net's layers.
+"""Networks of pictures on disk: diffusers' folders, original single files, those that change a U-Net's layers.
 
 Read as strictly as a model: what is missing, extra or of the wrong shape is an error that names it.
 """
@@ -63,6 +63,11 @@ class Shelf:
         self._files: dict[Any, ControlFile] = {}
         self._lock = threading.Lock()
 
+    @property
+    def networks(self) -> list[AnyControl]:
+        """Those that are kept now."""
+        return [file.network for file in [*self._files.values()]]
+
     def get(self, model: str, unet: UNet, runtime: Runtime, sleeps: bool = False) -> ControlFile:
         """The network of a folder, file or hub name, for a U-Net; `sleeps`: weights come when they are used.
 
@@ -102,7 +107,9 @@ def place_of(model: str) -> Path:
     if (path / "controlnet" / "config.json").exists():
         return path / "controlnet"
     if path.is_dir() and not (path / "config.json").exists():
-        raise UserError(f"{model}: no ControlNet in it: neither config.json nor controlnet/config.json lies there")
+        raise UserError(
+            f"{model}: no ControlNet in it: neither config.json nor controlnet/config.json lies there"
+        )
     return path
 
 
@@ -126,7 +133,9 @@ def _read(path: Path, unet: UNet, dtype: torch.dtype) -> tuple[AnyControl, bool]
         stored = open_stored(path, MODEL_STEM)
         network = build_stored(stored)
         if not isinstance(network, ControlNet | T2IAdapter):
-            raise UserError(f"{path}: holds a {stored.config.get('_class_name')}, which shows a model no pictures")
+            raise UserError(
+                f"{path}: holds a {stored.config.get('_class_name')}, which shows a model no pictures"
+            )
         return fill(network, named(stored), stored.path, dtype), False
     tensors = read_tensors(path)
     for kind, read in READERS.items():
@@ -141,7 +150,9 @@ def _original(tensors: Tensors, path: Path, unet: UNet, dtype: torch.dtype) -> C
     inside = {name.removeprefix(PREFIX): t for name, t in tensors.items() if name.startswith(PREFIX)}
     prefix, section = (PREFIX, inside) if inside else ("", dict(tensors))
     if "difference" in section:
-        raise UserError(f"{path}: holds differences to a U-Net (A1111's extraction): give the whole ControlNet")
+        raise UserError(
+            f"{path}: holds differences to a U-Net (A1111's extraction): give the whole ControlNet"
+        )
     base = _base_of(unet)
     try:
         shape = shape_of("controlnet", section, base)
@@ -184,7 +195,9 @@ def _lllite(tensors: Tensors, path: Path, unet: UNet, dtype: torch.dtype) -> LLL
 def _low_rank(tensors: Tensors, path: Path, unet: UNet, dtype: torch.dtype) -> ControlNet:
     """Stability AI's control-lora: low-rank differences to the U-Net's own weights, the rest as it is."""
     if next(unet.parameters()).untyped_storage().nbytes() == 0:
-        raise UserError(f"{path}: a control-lora needs the U-Net's weights in memory: draw without --max-memory")
+        raise UserError(
+            f"{path}: a control-lora needs the U-Net's weights in memory: draw without --max-memory"
+        )
     network = build_empty({**_base_of(unet), **hint_shape(tensors)}, path)
     assert isinstance(network, ControlNet)
     made = layouts.control_lora_of(tensors, path, network, dict(unet.named_parameters()))
@@ -209,4 +222,3 @@ def _check_text(width: int, path: Path, unet: UNet) -> None:
     """Raise UserError for a ControlNet that reads another model's text."""
     if width not in unet.config.per_level("cross_attention_dim"):
         raise refuse(path, "a ControlNet", family_named(width), unet)
-

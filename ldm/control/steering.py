@@ -1,11 +1,11 @@
-"""What networks of pictures add to a U-Net's features in one drawing: by step, by branch of guidance, by place."""
+"""What networks of pictures add to a U-Net's features in a drawing: by step, by branch of guidance, by place."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ def soft_weights(skips: int) -> list[float]:
 
 
 def noted(uses: Sequence[ControlUse], reader: Reader) -> tuple[ControlUse, ...]:
-    """Uses that note which files they are of. Raises UserError, also where one is another than noted before."""
+    """Uses that note which files they are of. Raises UserError, also where one is not what was noted before."""
     found = []
     for use in uses:
         if use.scale == 0:  # as if it were not there: nothing is read
@@ -96,8 +96,8 @@ def noted(uses: Sequence[ControlUse], reader: Reader) -> tuple[ControlUse, ...]:
         file = reader.get(use.model)
         if use.sha256 not in (None, file.sha256):
             raise UserError(
-                f"{use.model} has changed: its SHA-256 begins with {file.sha256[:10]}, but the request asks for "
-                f"the network with {str(use.sha256)[:10]}"
+                f"{use.model} has changed: its SHA-256 begins with {file.sha256[:10]}, but the request asks "
+                f"for the network with {str(use.sha256)[:10]}"
             )
         if isinstance(file.network, ControlNet):
             kind_of(file.network, use.type, file.path)
@@ -160,13 +160,16 @@ def _joined(controls: Sequence[Control]) -> list[Control]:
     made = []
     for _, group in groupby(controls, alike):
         every = list(group)
-        columns = {name: sum((getattr(each, name) for each in every), ()) for name in ("uses", "pictures", "kinds")}
-        made.append(replace(every[0], **columns))
+        uses, pictures, kinds = (
+            tuple(chain.from_iterable(getattr(each, name) for each in every))
+            for name in ("uses", "pictures", "kinds")
+        )
+        made.append(replace(every[0], uses=uses, pictures=pictures, kinds=kinds))
     return made
 
 
 class Steering:
-    """The controls of one drawing, as it goes on: of each the network, and what is made of its pictures once."""
+    """The controls of one drawing, as it goes on: each network, and what is made of its pictures once."""
 
     def __init__(
         self,
@@ -239,7 +242,9 @@ class Steering:
         once, mask = self._once(control, window), _cut(control.mask, window)
         if isinstance(control.file.network, T2IAdapter):
             weights = control.weights(len(once))
-            return Residuals(within=tuple(_weighted(each, w, mask) for each, w in zip(once, weights, strict=True)))
+            return Residuals(
+                within=tuple(_weighted(each, w, mask) for each, w in zip(once, weights, strict=True))
+            )
 
         def call(network: Any) -> tuple[Tensor, ...]:
             dtype = next(network.parameters()).dtype
@@ -249,7 +254,9 @@ class Steering:
             hints = [each.to(dtype) for each in once]
             if isinstance(network, ControlNetUnion):
                 scales = [use.scale for use in control.uses]
-                made = network(*given, kinds=control.kinds, hints=hints, scales=scales, outputs=outputs, **extra)
+                made = network(
+                    *given, kinds=control.kinds, hints=hints, scales=scales, outputs=outputs, **extra
+                )
             else:
                 made = network(*given, hint=hints[0], outputs=outputs, **extra)
             return made.skips if made.middle is None else (*made.skips, made.middle)
@@ -271,9 +278,15 @@ class Steering:
             weight = next(network.parameters())
             pictures = [_cut(each, window) for each in control.pictures]
             ready = [
-                each.to(weight.dtype, memory_format=memory_format(weight.device)) for each in pictures if each is not None
+                each.to(weight.dtype, memory_format=memory_format(weight.device))
+                for each in pictures
+                if each is not None
             ]
-            return tuple(map(network.hint, ready)) if isinstance(network, ControlNet) else tuple(network(ready[0]))
+            return (
+                tuple(map(network.hint, ready))
+                if isinstance(network, ControlNet)
+                else tuple(network(ready[0]))
+            )
 
         network = control.file.network
         with in_use(network) if hasattr(network, "home") else nullcontext():  # loaded asleep
@@ -286,7 +299,9 @@ def _cut(picture: Tensor | None, window: Window | None) -> Tensor | None:
     if picture is None or window is None:
         return picture
     unit = picture.shape[-1] // window.full_width
-    rows, columns = (slice(unit * a, unit * (a + n)) for a, n in ((window.top, window.height), (window.left, window.width)))
+    rows, columns = (
+        slice(unit * a, unit * (a + n)) for a, n in ((window.top, window.height), (window.left, window.width))
+    )
     return picture[..., rows, columns]
 
 

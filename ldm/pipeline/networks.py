@@ -6,7 +6,7 @@ The VAE works on the whole of all pictures where that fits into the free memory,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -79,9 +79,7 @@ def predict(
             joined[names] = Joined(names, parts, keeps, attending)
         return joined[names]
 
-    def outputs(
-        x: Tensor, sigma: Tensor, names: tuple[str, ...], window: Window | None = None
-    ) -> Tensor:
+    def outputs(x: Tensor, sigma: Tensor, names: tuple[str, ...], window: Window | None = None) -> Tensor:
         def within(joined: Joined) -> Conditioning:
             return joined.cond if window is None or tiles is None else _within(joined.cond, window, tiles)
 
@@ -91,7 +89,7 @@ def predict(
 
         cond, text, chosen, deep, more = within(told(names)), told(names).text, network, None, NO_RESIDUALS
         active = () if steering is None else steering.active(sigma)
-        keys = {(name, window, active): branches[name] for name in names}
+        keys: dict[Hashable, object] = {(name, window, active): branches[name] for name in names}
         if cache is not None:
             deep = cache.kept(keys, sigma)
         if steering is not None and active:

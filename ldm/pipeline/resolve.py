@@ -42,7 +42,9 @@ def resolve(model: Model, request: Request, images: Images) -> Request:
     check(request, images.image is not None, images.mask is not None, model.parts)
     check_image_size(request, images, model.parts)
     checker = model.safety_checker and model.safety_checker.sha256
-    values = _adapters(model, request) | _controls(model, request) | _classifier(model, request) | {"fast": None}
+    values = (
+        _adapters(model, request) | _controls(model, request) | _classifier(model, request) | {"fast": None}
+    )
     values |= {"safety_checker_sha256": checker, "nsfw_content_detected": None}  # found when it is drawn
     if request.num_grid_steps is not None:  # a grid of its own counts for itself
         values["num_inference_steps"] = request.num_grid_steps
@@ -236,7 +238,9 @@ def _controls(model: Model, request: Request) -> dict[str, Any]:
     if any(model.controls.get(use.model).is_inside for use in uses if use.scale):
         for name in ("tile_size", "token_merging_ratio"):
             if getattr(request, name):
-                raise UserError(f"{name} is not allowed beside an LLLite, which is of whole pictures: leave it out")
+                raise UserError(
+                    f"{name} is not allowed beside an LLLite, which is of whole pictures: leave it out"
+                )
     return {"control": uses}
 
 

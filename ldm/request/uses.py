@@ -61,12 +61,14 @@ class ControlUse(Checked):
     @model_validator(mode="after")
     def _in_order(self) -> ControlUse:
         if self.start >= self.end:
-            raise UserError(f"a control from start {self.start:g} to end {self.end:g} never acts: start is first")
+            raise UserError(
+                f"a control from start {self.start:g} to end {self.end:g} never acts: start is first"
+            )
         return self
 
 
 def controls_of(given: Any) -> Any:
-    """A list of `ControlUse`, or one alone, of their fields; None for none. Raises UserError naming a field."""
+    """A list of `ControlUse`, or one alone, of their fields; None for none. Raises UserError."""
     if given is None or isinstance(given, str):
         return given
     several = [given] if isinstance(given, Mapping | ControlUse) else list(given)
