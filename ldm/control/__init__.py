@@ -1,4 +1,4 @@
-"""Networks that show a model pictures: read, checked against it, and what they add to a drawing's features."""
+"""Networks that show a model pictures: read, checked against it, and what they add in a drawing."""
 
 from ldm.control.calling import take_controls
 from ldm.control.pictures import Pictures

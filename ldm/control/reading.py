@@ -1,4 +1,4 @@
-"""Networks of pictures on disk: diffusers' folders, original single files, those that change a U-Net's layers.
+"""Networks of pictures on disk: diffusers' folders, original single files, what changes a U-Net's layers.
 
 Read as strictly as a model: what is missing, extra or of the wrong shape is an error that names it.
 """

@@ -1,4 +1,4 @@
-"""What networks of pictures add to a U-Net's features in a drawing: by step, by branch of guidance, by place."""
+"""What networks of pictures add to a U-Net's features: by step, by branch of guidance, by place."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def soft_weights(skips: int) -> list[float]:
 
 
 def noted(uses: Sequence[ControlUse], reader: Reader) -> tuple[ControlUse, ...]:
-    """Uses that note which files they are of. Raises UserError, also where one is not what was noted before."""
+    """Uses that note which files they are of. Raises UserError, also where one is not what was noted."""
     found = []
     for use in uses:
         if use.scale == 0:  # as if it were not there: nothing is read

@@ -34,9 +34,7 @@ def unet(
     sliced: bool,
     packs: bool,
 ) -> Call:
-    """The U-Net's or a ControlNet's, of so many rows of latents of that size; `numbers` is how many SDXL is told
-    beside.
-    """
+    """The U-Net's or a ControlNet's, of so many rows of latents of that size; SDXL is told `numbers`."""
     meta, config = on_meta(module), module.config
     set_sliced(meta, sliced)
     set_packs(meta, packs)

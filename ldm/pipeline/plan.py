@@ -25,10 +25,10 @@ from ldm.memory.calls import set_packs, set_sliced
 from ldm.memory.residence import Sleeping, Stay, home_of, largest_layer
 from ldm.memory.sizes import as_text
 from ldm.memory.trace import peak_and_rest
+from ldm.models import ControlNet
 from ldm.pipeline.inputs import Inputs
 from ldm.pipeline.passes import Prepare
 from ldm.pipeline.start import Enlarge, FromImage
-from ldm.models import ControlNet
 from ldm.runtime import resident_memory
 
 if TYPE_CHECKING:
@@ -276,8 +276,8 @@ def arranged(model: M, prediction: Prediction) -> M:
             # Bands read the weights of a VAE's layers without calling them: it comes as a whole.
             whole = way.stay is Stay.BY_LAYER and name == "vae"
             home.stay = Stay.WHILE_USED if whole else way.stay
-    for network in model.shelf.networks:
-        if (home := home_of(network)) is not None:
+    for beside in model.shelf.networks:
+        if (home := home_of(beside)) is not None:
             home.stay = way.stay
     upscaler = None if model.upscaler is None else arranged(model.upscaler, prediction)
     refiner = None if model.refiner is None else arranged(model.refiner, prediction)

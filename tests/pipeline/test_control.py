@@ -13,6 +13,8 @@ from ldm.control.steering import soft_weights
 from ldm.errors import UserError
 from ldm.models import ControlNet, T2IAdapter
 from ldm.models.control import T2IAdapterConfig
+from ldm.pipeline.job import plan_of
+from ldm.pipeline.plan import WAYS
 
 HINT = {"conditioning_embedding_out_channels": (4, 8)}  # the tiny VAE halves pictures once
 
@@ -158,6 +160,23 @@ def test_a_picture_of_another_size_is_stretched_or_cropped(models, places, tmp_p
     (control,) = pipe.prepare(ldm.Request(control=[use | {"resize": "crop"}])).controls
     middle = np.asarray(picture(16, 32))[:, 8:24]
     assert torch.equal(control.pictures[0][0].movedim(0, -1) * 255, torch.from_numpy(middle).float())
+
+
+def test_memory_counts_it_and_weights_come_when_they_are_used(models, places, folder_of):
+    pipe = models("sd1")
+    expected = drawn(pipe, control=[use_of(places)])
+    sleeping = ldm.load(folder_of("sd1"), device="cpu", dtype="fp32", max_memory="8GiB")
+    assert torch.equal(drawn(sleeping, control=[use_of(places)]), expected)
+    job = pipe.prepare(ldm.Request(control=[use_of(places)], num_inference_steps=2))
+    plan = plan_of(job, 8 << 30)
+    (control,) = job.controls
+    own = sum(each.nbytes for each in control.file.network.parameters())
+    assert plan.weights["control sd1"] == own
+    for way in WAYS:
+        stages = {stage.name.partition(",")[0]: stage for stage in plan.predict(way).stages}
+        assert stages["control sd1"].beside > 0
+    without = plan_of(pipe.prepare(ldm.Request(num_inference_steps=2)), 8 << 30).predict(WAYS[0])
+    assert plan.predict(WAYS[0]).peak >= without.peak + own - (without.base - plan.base)
 
 
 # --- files -----------------------------------------------------------------------------------------------
