@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -95,7 +96,8 @@ def used_embeddings(request: Request, held: Sequence[Embedding]) -> tuple[Embedd
                 f"the textual inversion {use.name} ({use.sha256[:10]}...) that this picture was drawn with "
                 f"{fault}: give it by --embedding {use.name}=FILE"
             )
-    words = "\n".join(text for texts in request.texts for text in texts).lower()
+    texts = [*itertools.chain(*request.texts), *(region.prompt for region in request.regions or ())]
+    words = "\n".join(texts).lower()
     return tuple(
         EmbeddingUse(name=each.name, sha256=each.sha256) for each in held if each.name.lower() in words
     )

@@ -195,6 +195,16 @@ def _load_network(
     return module if runtime is None else runtime.place(module, dtype)
 
 
+def load_vae(place: Path, config: Mapping[str, Any], runtime: Runtime) -> AutoencoderKL | AutoencoderTiny:
+    """A VAE from a folder or file of its own, in place of one of that config. Raises UserError."""
+    config = read_config(place / "config.json") if place.is_dir() else config
+    dtype = dtype_of("vae", config, runtime)
+    module = load_component(place, "vae", config, dtype)
+    if not isinstance(module, AutoencoderKL | AutoencoderTiny):
+        raise UserError(f"{place}: a {config.get('_class_name')}, which cannot be the vae")
+    return runtime.place(module, dtype)
+
+
 def _load_scheduler(folder: Path, check: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
     config = read_config(path := folder / "scheduler_config.json")
     try:

@@ -74,6 +74,15 @@ class Parts:
         return [word for word in seen if self.words and word not in self.words]
 
 
+Changes = tuple[tuple[str, Path | None], ...]
+
+
+def changed_part(changes: Changes, part: str, file: Path) -> Changes:
+    """`Parts.changes` with another file of a part, in the order in which a model of both is loaded."""
+    parts = {name: place for name, place in changes if name in NETWORKS} | {part: file}
+    return (*sorted(parts.items()), *(each for each in changes if each[0] not in NETWORKS))
+
+
 def check_fit(parts: Parts, sources: Mapping[str, Path]) -> None:
     """Raises UserError naming the two parts that do not fit, and where they are from (`sources`, by part)."""
     unet, vae = parts.unet.config, parts.vae

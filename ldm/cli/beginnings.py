@@ -54,7 +54,8 @@ def begun_like(request: Request) -> Request:
     )
     noted: dict[str, None] = dict.fromkeys(("sha256", "image_sha256", "mask_sha256"))
     controls = tuple(use.replace(**noted) for use in request.control or ())
-    request = request.replace(**dict.fromkeys(named), control=controls)
+    regions = tuple(each.replace(mask_sha256=None) for each in request.regions or ()) or None
+    request = request.replace(**dict.fromkeys(named), control=controls, regions=regions)
     request.check_given(())
     return request
 

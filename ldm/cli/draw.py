@@ -7,9 +7,11 @@ import itertools
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ldm.cli.explain import explain
+from ldm.cli.heat import HeatMaps
 from ldm.cli.models import load
 from ldm.cli.output import Output
 from ldm.cli.plan import table, warn_of_memory
@@ -62,12 +64,13 @@ def draw(args: argparse.Namespace) -> int:
     if args.resume:
         drawings = output.left(drawings)
     preview = None if args.preview is None else Preview(pipe, args)
+    heat = None if args.attention_maps is None else HeatMaps(args, [job for job, _ in drawings])
 
     batches = [(job, batch, sources) for job, sources in drawings for batch in job.batches]
     try:
         for k, drawing in enumerate(batches, start=1):
             title = f"batch {k}/{len(batches)}"
-            for images, batch, seconds in draw_or_tell(*drawing, title, args.quiet, preview, faults):
+            for images, batch, seconds in draw_or_tell(*drawing, title, args.quiet, preview, faults, heat):
                 output.take(images, batch, drawing[2], seconds)
     except KeyboardInterrupt:
         output.close(stopped=True)
@@ -128,11 +131,13 @@ def draw_or_tell(
     quiet: bool,
     preview: Preview | None,
     faults: Faults,
+    heat: HeatMaps | None = None,
 ) -> Iterator[tuple[list[Image], Batch, float]]:
     """The pictures of a batch, and the seconds for each; of one that fails, those of lines that do not."""
     start = time.perf_counter()
     try:
-        images, batch = draw_images(job, batch, title, quiet, preview)
+        drawn = partial(draw_images, title=title, quiet=quiet, preview=preview)
+        images, batch = drawn(job, batch) if heat is None else heat.draw(job, batch, drawn)
     except (UserError, FloatingPointError) as error:
         line = asked[batch[0].prompt].line
         if not line:
@@ -141,7 +146,7 @@ def draw_or_tell(
             faults.add(line, error)
             return
         for picture in batch:
-            yield from draw_or_tell(job, (picture,), asked, title, quiet, preview, faults)
+            yield from draw_or_tell(job, (picture,), asked, title, quiet, preview, faults, heat)
     else:
         yield images, batch, (time.perf_counter() - start) / len(images)
 
@@ -237,7 +242,11 @@ def warn_of_unknown_words(pipe: Pipeline, args: argparse.Namespace, requests: Se
 
     if args.model not in (None, EMBEDDED[0]) or args.quiet:
         return
-    texts = [all_words(text, each.grammar) for each in requests for text in (each.prompt, each.shown)]
+    texts = [
+        all_words(text, each.grammar)
+        for each in requests
+        for text in (each.prompt, each.shown, *(region.prompt for region in each.regions or ()))
+    ]
     unknown = dict.fromkeys(word for text in dict.fromkeys(texts) for word in pipe.unknown_words(text))
     if unknown:
         print(

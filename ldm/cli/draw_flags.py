@@ -9,6 +9,7 @@ from ldm.cli.control_flags import add_control_flags
 from ldm.cli.flags import add_common_flags, add_input_flags, add_model_flags
 from ldm.cli.parser import count
 from ldm.cli.provenance import add_mark_flags
+from ldm.cli.steer_flags import add_steering_flags
 from ldm.cli.terminal import TERMINAL
 
 OUTDIR = "outputs/txt2img-samples"
@@ -100,6 +101,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_sampling_flags(parser)
     add_pixel_flags(parser)
     add_fast_flags(parser)
+    add_steering_flags(parser)
     add_model_flags(parser)
     add("--C", type=int, metavar="CHANNELS", help="latent channels: checked against the model")
     add("--f", type=int, metavar="FACTOR", help="downsampling factor: checked against the model")
@@ -155,6 +157,11 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
 def add_image_flags(parser: argparse.ArgumentParser) -> None:
     add = add_input_flags(parser, "drawing from a picture").add_argument
     add(
+        "--resize-mode",
+        choices=("resize", "crop", "fill", "latent"),
+        help="how an image of another shape becomes the picture's, as in AUTOMATIC1111 (default: resize)",
+    )
+    add(
         "--strength",
         type=float,
         metavar="SHARE",
@@ -166,7 +173,7 @@ def add_image_flags(parser: argparse.ArgumentParser) -> None:
         help="edit this picture: it is inverted to the noise that draws it (-p says what it shows) and drawn "
         "again as --to says; --mask covers what may change (default: where the two texts differ)",
     )
-    add("--to", dest="target_prompt", metavar="TEXT", help="what the picture of --invert becomes")
+    add("--to", dest="target_prompt", metavar="TEXT", help="what -p's picture, or --invert's, becomes")
     add(
         "--image-guidance-scale",
         type=float,
@@ -262,6 +269,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         metavar="SCALE",
         help="classifier-free guidance; 1 is none",
     )
+    add("--guidance", metavar="NAME[:OPTIONS]", help="e.g. apg:eta=0+interval:0.2,0.8 (docs/guidance.md)")
     add("--classifier-class", metavar="NAME", help="what the gradient of --classifier leads to")
     add(
         "--classifier-scale",

@@ -18,6 +18,8 @@ FLAGS = {
     "seeds": "--seed",
     "target_prompt": "--to",
     "sampler_options": "--sampler-option",
+    "regions": "--region",
+    "word_weights": "--word-weight",
 }
 
 

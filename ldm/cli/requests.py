@@ -128,8 +128,8 @@ def check_count(count: int) -> None:
 
 def check_edit(args: argparse.Namespace) -> None:
     """Raise UserError for one of --invert and --to without the other, and for two pictures."""
-    if args.invert is None and args.target_prompt is not None:
-        raise UserError("--to TEXT needs --invert FILE: the picture that becomes what the text says")
+    if args.invert is None and args.target_prompt is not None and args.image is not None:
+        raise UserError("--to TEXT with a picture needs --invert FILE: what becomes as the text says")
     if args.invert is not None and args.target_prompt is None:
         raise UserError("--invert FILE needs --to TEXT: what the picture becomes (-p says what it shows now)")
     if args.invert is not None and args.image is not None:

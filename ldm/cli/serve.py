@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ldm.serve.service import Service
 
 KEY = "LDM_API_KEY"
+STYLES = Path("styles.csv")
 CONNECTIONS = 256  # at once
 
 
@@ -41,7 +42,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="pictures, uploads and their index (default: outputs/serve)",
     )
-    add("--models", type=Path, metavar="FOLDER", help="models that requests may name, as safetensors only")
+    add(
+        "--models",
+        type=Path,
+        metavar="FOLDER",
+        help="models that requests may name, safetensors only; VAEs in its vae/",
+    )
+    add(
+        "--styles-file",
+        type=Path,
+        metavar="FILE",
+        help="of texts that requests may name (default: styles.csv, where there is one)",
+    )
     add("--max-models", type=count, default=2, metavar="N", help="in memory at once (default: 2)")
     group = parser.add_argument_group("who may ask")
     add = group.add_argument
@@ -127,6 +139,7 @@ def check_host(host: str, key: str | None) -> None:
 
 def make_service(args: argparse.Namespace) -> Service:
     """The queue, the models of each device and the store. Raises UserError."""
+    from ldm.prompts.styles import read_styles
     from ldm.serve.limits import Limits
     from ldm.serve.service import Service
     from ldm.serve.store import Store
@@ -142,7 +155,8 @@ def make_service(args: argparse.Namespace) -> Service:
     )
     devices = [None] if args.device is None else args.device.split(",")
     shelves = [make_shelf(args, device) for device in devices]
-    return Service(shelves, store, limits, args.max_queue, args.max_batch, args.log_prompts)
+    styles = read_styles(args.styles_file or STYLES) if args.styles_file or STYLES.exists() else {}
+    return Service(shelves, store, limits, args.max_queue, args.max_batch, args.log_prompts, styles)
 
 
 def make_shelf(args: argparse.Namespace, device: str | None) -> Shelf:

@@ -339,4 +339,4 @@ def _sum(a: Residuals, b: Residuals) -> Residuals:
 
 def cast(made: Residuals, dtype: torch.dtype) -> Residuals:
     """In the dtype of a network."""
-    return made if made is NO_RESIDUALS else _mapped(lambda each: each.to(dtype), made)
+    return _mapped(lambda each: each.to(dtype), made)

@@ -3,20 +3,27 @@
 A guidance is any callable ``(predict, to_x0) -> denoise``. It knows neither the network nor the solver.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from ldm.diffusion.solvers import Denoise, Denoised
 
-# (x [B, C, H, W], sigma, branches) -> {branch: raw network output [B, C, H, W]}, in one batched call.
+# (x [B, C, H, W], sigma, branches) -> {branch: raw network output [B, C, H, W]}, in one batched call. What a
+# branch is called is told in `ldm/diffusion/guidances/__init__.py`.
 Predict = Callable[[Tensor, Tensor, tuple[str, ...]], dict[str, Tensor]]
 # (output, x, sigma) -> x0
 ToX0 = Callable[[Tensor, Tensor, Tensor], Tensor]
 Guidance = Callable[[Predict, ToX0], Denoise]
 # (x [B, C, H, W], sigma) -> the gradient in x of log p(y | x, sigma), each picture's its own, [B, C, H, W].
 Gradient = Callable[[Tensor, Tensor], Tensor]
+
+
+def text_of(branch: str) -> str:
+    """The branch whose text a branch has: "cond:perturbed" is "cond", answered in another way."""
+    return branch.partition(":")[0]
 
 
 class Exchangeable:
@@ -51,6 +58,11 @@ class CFG:
     scale: float
     rescale: float = 0.0
 
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """Those that it asks for."""
+        return ("cond",) if self.scale == 1 else ("uncond", "cond")
+
     def __call__(self, predict: Predict, to_x0: ToX0) -> Denoise:
         def denoise(x: Tensor, sigma: Tensor) -> Denoised:
             return Denoised(to_x0(self._combine(predict, x, sigma), x, sigma))
@@ -77,6 +89,7 @@ class CFGPlusPlus:
 
     strength: float
     rescale: float = 0.0
+    branches: ClassVar = ("uncond", "cond")
 
     def __call__(self, predict: Predict, to_x0: ToX0) -> Denoise:
         def denoise(x: Tensor, sigma: Tensor) -> Denoised:
@@ -108,14 +121,37 @@ def composed(predict: Predict, shares: Tensor) -> Predict:
     parts = ("cond", *(f"cond_{k}" for k in range(1, shares.shape[1])))
 
     def call(x: Tensor, sigma: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
-        if "cond" not in names:
+        endings = {name: name.removeprefix("cond") for name in names if text_of(name) == "cond"}
+        if not endings:
             return predict(x, sigma, names)
         without = "image" if "image" in names else "uncond"
-        outputs = predict(x, sigma, tuple(dict.fromkeys((*names, without, *parts))))
-        base, whole = outputs[without], outputs[without]
-        for name, share in zip(parts, shares.to(base).unbind(1), strict=True):
-            whole = whole + share[:, None, None, None] * (outputs[name] - base)
-        return {name: whole if name == "cond" else outputs[name] for name in names}
+        asked = [f"{part}{ending}" for ending in endings.values() for part in parts]
+        outputs = predict(x, sigma, tuple(dict.fromkeys((*names, without, *asked))))
+        base, answers = outputs[without], {name: outputs[name] for name in names}
+        for whole, ending in endings.items():
+            answers[whole] = base
+            for part, share in zip(parts, shares.to(base).unbind(1), strict=True):
+                answers[whole] = answers[whole] + share[:, None, None, None] * (
+                    outputs[f"{part}{ending}"] - base
+                )
+        return answers
+
+    return call
+
+
+def divided(predict: Predict, others: Mapping[str, Predict]) -> Predict:
+    """`predict`, where each of the others answers the branches with its name after the colon."""
+
+    def way(name: str) -> str:
+        ending = name.partition(":")[2]
+        return ending if ending in others else ""
+
+    def call(x: Tensor, sigma: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
+        answers = dict[str, Tensor]()
+        for each, answer in {"": predict, **others}.items():
+            if own := tuple(name for name in names if way(name) == each):
+                answers |= answer(x, sigma, own)
+        return {name: answers[name] for name in names}
 
     return call
 
@@ -131,6 +167,7 @@ class InstructPix2Pix:
     scale: float
     image_scale: float
     rescale: float = 0.0
+    branches: ClassVar = ("cond", "image", "uncond")
 
     def __call__(self, predict: Predict, to_x0: ToX0) -> Denoise:
         def denoise(x: Tensor, sigma: Tensor) -> Denoised:

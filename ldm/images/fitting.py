@@ -98,6 +98,25 @@ def fit_image(image: InMemory, size: tuple[int, int], bicubic: bool = False) -> 
     return to_tensor(image.resize(size[::-1], resample))
 
 
+def reshaped(image: Image.Image, size: tuple[int, int], mode: str) -> Image.Image:
+    """An image in the shape of (height, width), its own kept: as A1111's resize modes 1 and 2.
+
+    "crop" covers all of it and loses what lies beyond; "fill" lies within, and its edges are repeated.
+    """
+    height, width = size
+    is_wider = image.width * height > width * image.height
+    by_height = is_wider == (mode == "crop")
+    w = image.width * height // image.height if by_height else width
+    h = height if by_height else image.height * width // image.width
+    small = image.resize((max(1, w), max(1, h)), Image.Resampling.LANCZOS)
+    left, top = width // 2 - small.width // 2, height // 2 - small.height // 2
+    if mode == "crop":
+        return small.crop((-left, -top, width - left, height - top))
+    around = ((top, height - top - small.height), (left, width - left - small.width), (0, 0))
+    pixels = np.asarray(small)
+    return Image.fromarray(np.pad(pixels, around[: pixels.ndim], mode="edge"))
+
+
 def fit_mask(mask: InMemory, size: tuple[int, int], soft: bool = False) -> Tensor:
     """[1, 1, H, W]: 1 where a picture is drawn anew (where the mask is at least half white), else 0.
 

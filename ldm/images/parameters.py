@@ -40,6 +40,7 @@ def format_parameters(request: Request) -> str:
         "RNG": "NV" if request.noise == "gpu" else "CPU",
         "Clip skip": None if not request.clip_skip else request.clip_skip + 1,  # there, 1 skips no layer
         "CFG rescale": request.guidance_rescale or None,
+        "Guidance method": request.guidance,
         "Denoising strength": request.hires.strength if request.hires else request.strength,
         "Target prompt": request.target_prompt,
         "Eta": request.eta,
@@ -188,6 +189,7 @@ _FIELDS = {
     "Schedule type": "spacing",
     "CFG scale": "guidance_scale",
     "CFG rescale": "guidance_rescale",
+    "Guidance method": "guidance",
     "Eta": "eta",
     "Prompt grammar": "prompt_grammar",
     "Variation seed": "variation_seed",

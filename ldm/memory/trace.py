@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from ldm.models.convolution import is_imitated
 from ldm.runtime import resident_memory
@@ -87,7 +87,8 @@ class _As(TorchFunctionMode):
     ) -> Any:
         if func in self.answers:
             return self.answers[func]
-        args, kwargs = tree_map(self._there, (args, kwargs or {}))
+        args = tuple(self._there(each) for each in args)
+        kwargs = {name: self._there(each) for name, each in (kwargs or {}).items()}
         if func is torch.nn.functional.scaled_dot_product_attention:
             q, k, v = args[:3]
             return _attend(q, k, v, self.device)
@@ -96,7 +97,8 @@ class _As(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _there(self, argument: Any) -> Any:
-        return META if isinstance(argument, torch.device) or argument == str(self.device) else argument
+        names_one = isinstance(argument, str) and argument == str(self.device)
+        return META if names_one or isinstance(argument, torch.device) else argument
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, device: torch.device) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -14,17 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.kernels import native
 from ldm.models.convolution import Conv2d
-from ldm.models.layers import GroupNorm
+from ldm.models.layers import FeedForward, GroupNorm
 from ldm.models.merging import merged
 
 T = TypeVar("T")
 
 # Scores per head (queries x keys), by bytes a number, up to which plain attention trains faster on a CPU.
 PLAIN_SCORES = {2: 512 * 1024, 4: 256 * 256}
-# What is widest in a feed-forward layer is made so much at a time on a CPU, and then stays in the caches.
-WIDE_BYTES = 16 << 20
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -131,6 +128,13 @@ def plainly(site: Site, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attend(q, k, v)
 
 
+# On the way up of a U-Net, at a level counted from the deepest: what comes from below [B, C, H, W] and from
+# beside [B, D, H, W] -> both, changed.
+Meet = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+LeftOut = Mapping[str, Sequence[slice]]
+NOTHING: LeftOut = {}
+
+
 class Context:
     """A text embedding [B, M, D] that many calls of a network read, and what its layers make of it, once.
 
@@ -138,10 +142,18 @@ class Context:
 
     Args:
         attend: what the layers that read it do in place of `attend`, and those beside them.
+        meet: what is done on the way up of a U-Net that reads it.
+        left_out: name of a transformer block -> the rows of a batch that go on as they come in.
     """
 
-    def __init__(self, tokens: Tensor, attend: Attend | None = None) -> None:
-        self.tokens, self.attend = tokens, attend
+    def __init__(
+        self,
+        tokens: Tensor,
+        attend: Attend | None = None,
+        meet: Meet | None = None,
+        left_out: LeftOut = NOTHING,
+    ) -> None:
+        self.tokens, self.attend, self.meet, self.left_out = tokens, attend, meet, left_out
         self._made: dict[nn.Module, Any] = {}
 
     def once(self, layer: nn.Module, make: Callable[[Tensor], T]) -> T:
@@ -206,42 +218,6 @@ class Attention(nn.Module):
         return split_heads(self.to_k(context), self.heads), split_heads(self.to_v(context), self.heads)
 
 
-class GEGLU(nn.Module):
-    """[..., dim] -> [..., inner]: a gelu(b) with [a, b] = W x + c  (Shazeer 2020, equation 6)."""
-
-    def __init__(self, dim: int, inner: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(dim, 2 * inner)
-
-    def forward(self, x: Tensor) -> Tensor:
-        both: Tensor = self.proj(x)
-        if native.fits(both, dtypes=native.POINTWISE_DTYPES):
-            return native.geglu(both)
-        value, gate = both.chunk(2, dim=-1)
-        out: Tensor = value * F.gelu(gate)
-        return out
-
-
-class FeedForward(nn.Module):
-    """[B, N, dim] -> [B, N, dim] through four times the width."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        # diffusers has a dropout in the middle: its place keeps the names.
-        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = x.flatten(0, -2)
-        rows = max(1, WIDE_BYTES // (8 * x.shape[-1] * x.element_size()))
-        if torch.is_grad_enabled() or x.device.type != "cpu" or len(tokens) <= rows:
-            whole: Tensor = self.net(x)
-            return whole
-        out = torch.empty_like(tokens)
-        for some, to in zip(torch.split(tokens, rows), torch.split(out, rows), strict=True):
-            to.copy_(self.net(some))
-        return out.view(x.shape)
-
-
 class TransformerBlock(nn.Module):
     """[B, N, dim] -> [B, N, dim]: self-attention, cross-attention, feed-forward, each added to its input.
 
@@ -263,13 +239,16 @@ class TransformerBlock(nn.Module):
         self, x: Tensor, context: AnyText, size: tuple[int, int] = (0, 0), merging: float = 0.0
     ) -> Tensor:
         """`merging` is the share of the tokens, of a picture of `size`, that self-attention merges."""
-        by = instead(context)
+        by, given = instead(context), x
         if merging and not self.only_cross:
             x = x + merged(self.attn1, self.norm1(x), size, merging)
         else:
             x = x + self.attn1(self.norm1(x), context if self.only_cross else None, by, size)
         x = x + self.attn2(self.norm2(x), context, by, size)
         out: Tensor = x + self.ff(self.norm3(x))
+        if isinstance(context, Context) and context.left_out:
+            for rows in context.left_out.get(self.attn1.name.rpartition(".")[0], ()):
+                out[rows] = given[rows]
         return out
 
 

@@ -1,4 +1,4 @@
-"""Blocks that the U-Net and the VAE share: resnets, resampling, and the embedding of the timestep."""
+"""Blocks that networks share: resnets, resampling, the embedding of the timestep, feed-forward."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from ldm.models.convolution import Conv2d, is_channels_last
 LARGE_MAP = (
     256 * 256
 )  # pixels from which on torch's GroupNorm in channels_last is off by more than 1e-5 on a CPU
+# What is widest in a feed-forward layer is made so much at a time on a CPU, and then stays in the caches.
+WIDE_BYTES = 16 << 20
 
 
 def timestep_features(t: Tensor, dim: int, flip_sin_to_cos: bool = True, freq_shift: float = 0) -> Tensor:
@@ -151,3 +153,39 @@ class Upsample(nn.Module):
         enlarged = F.interpolate(x, size or (2 * x.shape[2], 2 * x.shape[3]), mode="nearest")
         out: Tensor = self.conv(enlarged)
         return out
+
+
+class GEGLU(nn.Module):
+    """[..., dim] -> [..., inner]: a gelu(b) with [a, b] = W x + c  (Shazeer 2020, equation 6)."""
+
+    def __init__(self, dim: int, inner: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, 2 * inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        both: Tensor = self.proj(x)
+        if native.fits(both, dtypes=native.POINTWISE_DTYPES):
+            return native.geglu(both)
+        value, gate = both.chunk(2, dim=-1)
+        out: Tensor = value * F.gelu(gate)
+        return out
+
+
+class FeedForward(nn.Module):
+    """[B, N, dim] -> [B, N, dim] through four times the width."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        # diffusers has a dropout in the middle: its place keeps the names.
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, -2)
+        rows = max(1, WIDE_BYTES // (8 * x.shape[-1] * x.element_size()))
+        if torch.is_grad_enabled() or x.device.type != "cpu" or len(tokens) <= rows:
+            whole: Tensor = self.net(x)
+            return whole
+        out = torch.empty_like(tokens)
+        for some, to in zip(torch.split(tokens, rows), torch.split(out, rows), strict=True):
+            to.copy_(self.net(some))
+        return out.view(x.shape)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ldm.models.attention import AnyText, SpatialTransformer
+from ldm.models.attention import AnyText, Context, SpatialTransformer
 from ldm.models.config import UNetConfig
 from ldm.models.layers import Downsample, ResnetBlock, Upsample
 
@@ -65,6 +65,8 @@ class MidBlock(nn.Module):
 class UpBlock(nn.Module):
     """One level on the way up: each resnet takes one output of the way down beside its input."""
 
+    level = 0  # from the deepest
+
     def __init__(
         self,
         resnets: Iterable[ResnetBlock],
@@ -94,7 +96,10 @@ class UpBlock(nn.Module):
         merging: float = 0.0,
     ) -> Tensor:
         """The i-th resnet with its transformer; the last enlarges too."""
-        x = self.resnets[i](torch.cat([x, skips.pop()], dim=1), time)
+        skip = skips.pop()
+        if isinstance(context, Context) and context.meet is not None:
+            x, skip = context.meet(self.level, x, skip)
+        x = self.resnets[i](torch.cat([x, skip], dim=1), time)
         if self.attentions:
             x = self.attentions[i](x, context, merging)
         if i == len(self.resnets) - 1:
@@ -159,8 +164,10 @@ def up_blocks(config: UNetConfig, time_dim: int) -> Iterable[UpBlock]:
         inputs = [below] + [wide] * layers[level]
         skips = [wide] * layers[level] + [channels[max(level - 1, 0)]]
         attends = kind == "CrossAttnUpBlock2D"
-        yield UpBlock(
+        block = UpBlock(
             [_resnet(config, time_dim, c + s, wide) for c, s in zip(inputs, skips, strict=True)],
             _transformers(config, level, depths[level] if attends else (), only_cross[level]),
             Upsample(wide) if level else None,
         )
+        block.level = len(channels) - 1 - level
+        yield block

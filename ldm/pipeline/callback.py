@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.guidance import CFG, ClassifierGuidance, InstructPix2Pix, Limited
+from ldm.diffusion.guidances.chain import Chain
 from ldm.diffusion.solvers import Step
 from ldm.diffusion.variance import LearnedVariance
 from ldm.errors import UserError
@@ -61,9 +62,9 @@ class Watch:
         guidance = self.job.guidance
         while isinstance(guidance, ClassifierGuidance | LearnedVariance | Limited):
             guidance = guidance.base
-        if isinstance(guidance, InstructPix2Pix):
-            return ("cond", "image", "uncond")
-        return ("cond",) if guidance == CFG(1.0) else ("uncond", "cond")
+        if isinstance(guidance, CFG | Chain | InstructPix2Pix):
+            return tuple(name for name in guidance.branches if name in ("cond", "image", "uncond"))
+        return ("uncond", "cond")
 
     def __call__(self, step: Step) -> Change:
         if step.i >= len(self.job.grid.timesteps):  # of what goes on from the first pass
@@ -124,7 +125,7 @@ class Watch:
             return None
         self.guidance_scale = scale
         asked, model = self.job.request.replace(guidance_scale=scale), self.job.model
-        return completed(guidance_of(asked, model.parts), asked, model)
+        return completed(guidance_of(asked, model, self.job.grid), asked, model)
 
 
 def _checked(name: str, new: Any, old: Tensor, *rows: int) -> Tensor:

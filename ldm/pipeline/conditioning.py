@@ -29,13 +29,14 @@ class Texts:
     prompts_2: tuple[str, ...]
     negative_2: str
     target: tuple[str, ...] = ()  # of an edit by inversion
+    regions: tuple[str, ...] = ()
 
     @property
     def columns(self) -> tuple[list[str], list[str]]:
         """All that each encoder reads."""
         return (
-            [*self.prompts, self.negative, *self.target],
-            [*self.prompts_2, self.negative_2, *self.target],
+            [*self.prompts, self.negative, *self.target, *self.regions],
+            [*self.prompts_2, self.negative_2, *self.target, *self.regions],
         )
 
 
@@ -43,7 +44,8 @@ def texts_at(request: Request, step: int, steps: int) -> Texts:
     """What a resolved request says in step `step` (from 0) of `steps`."""
     prompts, negative, prompts_2, negative_2 = (script.at(step, steps) for script in request.scripts)
     target = () if request.target_prompt is None else (request.target_prompt,)
-    return Texts(prompts, negative[0], prompts_2, negative_2[0], target)
+    regions = tuple(script.at(step, steps)[0] for script in request.region_scripts)
+    return Texts(prompts, negative[0], prompts_2, negative_2[0], target, regions)
 
 
 def windows_of(model: Model, request: Request, steps: int) -> int:
@@ -59,6 +61,9 @@ class Telling:
     def __init__(self, model: Model, requests: Sequence[Request], inputs: Inputs, steps: int) -> None:
         self.model, self.requests, self.inputs, self.steps = model, requests, inputs, steps
         self._encode = lru_cache(maxsize=8)(self._encoded)
+        self._without = lru_cache(maxsize=8)(
+            lambda p, texts: without_words(model, requests[p], self._encode(p, texts, False)[1])
+        )
         self._windows = cache(lambda p: windows_of(model, requests[p], steps))
 
     def __call__(self, p: int, step: int = 0, source: bool = False) -> tuple[Conditioning, Conditioning]:
@@ -66,12 +71,17 @@ class Telling:
         return self._encode(p, texts_at(self.requests[p], step, self.steps), source)
 
     def _encoded(self, p: int, texts: Texts, source: bool) -> tuple[Conditioning, Conditioning]:
-        changes = any(script.changes for script in self.requests[p].scripts)
+        asked = self.requests[p]
+        changes = any(script.changes for script in (*asked.scripts, *asked.region_scripts))
         windows = self._windows(p) if changes else None
         return encode_texts(self.model, self.requests[p], self.inputs, p, texts, windows, source)
 
+    def empty(self, p: int, step: int) -> Conditioning:
+        """What is told of no words at all, in the place of prompt `p`'s negative prompt of a step."""
+        return self._without(p, texts_at(self.requests[p], step, self.steps))
+
     def shares(self, p: int) -> tuple[float, ...]:
-        """Of the prompts that prompt `p` is composed of."""
+        """Of the prompts that prompt `p` is composed of: the first rows of its cond; then come regions."""
         return self.requests[p].scripts[0].shares
 
     def length(self, p: int) -> int:
@@ -84,8 +94,9 @@ def encode_texts(
 ) -> tuple[Conditioning, Conditioning]:
     """(cond, uncond) of a resolved request, number `p` of its job, of equal length.
 
-    cond has a row for each prompt that is composed; `windows` is how long both are, where steps differ. An
-    edit's cond is of its target, or with `source` of the prompt that tells its image, as long as that.
+    cond has a row for each prompt that is composed, and one for each region; `windows` is how long both are,
+    where steps differ. An edit's cond is of its target, or with `source` of the prompt that tells its image,
+    as long as that.
 
     Raises UserError for embeddings that do not fit the model or each other.
     """
@@ -94,6 +105,18 @@ def encode_texts(
         cond, uncond = _read(model, request, inputs, p, texts, windows, source)
     rows = {name: value.expand(len(cond), *value.shape[1:]) for name, value in extra.items()}
     return replace(cond, **rows), replace(uncond, **negative_extra)
+
+
+def without_words(model: Model, request: Request, uncond: Conditioning) -> Conditioning:
+    """`uncond` of no words: zeros, where the model was trained with those (SDXL)."""
+    tokens, text = uncond.tokens, model.text
+    if model.parts.force_zeros_for_empty_prompt:
+        pooled = None if uncond.pooled is None else torch.zeros_like(uncond.pooled)
+        return replace(uncond, tokens=torch.zeros_like(tokens), pooled=pooled)
+    windows = max(1, tokens.shape[1] // text.window) if text.clips else 1
+    with in_use(model.text_encoder, model.text_encoder_2) if model.sleeps else nullcontext():
+        read = text.encode([""], request.clip_skip, windows, grammar=request.grammar)
+    return replace(uncond, tokens=read.tokens, pooled=read.pooled)
 
 
 def _read(
@@ -109,6 +132,7 @@ def _read(
         read = text.encode(first, request.clip_skip, windows, second, grammar)
         shown = slice(count) if source or not texts.target else slice(count + 1, None)
         cond, encoded = read[shown], read[count : count + 1]
+        cond = Conditioning.cat([cond, read[count + 1 :]]) if texts.regions else cond
     absent = request.negative_prompt is None and request.negative_prompt_2 is None
     unused = not text.clips and (request.guidance_scale or 0) <= 1
     if uncond is None and absent and (model.parts.force_zeros_for_empty_prompt or unused):

@@ -51,11 +51,12 @@ INSTEAD: Mapping[str, str] = {
     **dict.fromkeys(("controlnet", "adapter"), _CONTROL),
     # samplers and guidance
     "scheduler": _SAMPLER,
+    "guider": 'give the call a guidance ("apg:eta=0", docs/guidance.md)',
     **dict.fromkeys(("_interrupt", "interrupt"), _STOP),
     **dict.fromkeys(("_guidance_scale", "do_classifier_free_guidance"), _SCALE),
     **dict.fromkeys(("num_timesteps", "_num_timesteps"), _STEPS),
-    **dict.fromkeys(("enable_freeu", "disable_freeu"), "there is no FreeU: leave it out"),
-    **dict.fromkeys(("pag_scale", "pag_adaptive_scale"), "give a guidance function instead: guidance=f"),
+    **dict.fromkeys(("enable_freeu", "disable_freeu"), "give the call freeu=(b1, b2, s1, s2), or nothing"),
+    **dict.fromkeys(("pag_scale", "pag_adaptive_scale"), 'give guidance="pag:scale=3"'),
     **dict.fromkeys(("callback", "callback_steps"), _CALLBACK),
     "max_sequence_length": "prompts of any length are read: leave it out",
     # memory and speed

@@ -72,7 +72,12 @@ class Inputs:
 # An argument of the call that no request keeps -> what of a request means nothing beside it.
 _UNTRUE: dict[str, dict[str, Any]] = {
     "sampler": {"sampler": None, "eta": None, "sampler_options": None},
-    "guidance": {"guidance_scale": None, "guidance_rescale": 0.0, "image_guidance_scale": None},
+    "guidance": {
+        "guidance": None,
+        "guidance_scale": None,
+        "guidance_rescale": 0.0,
+        "image_guidance_scale": None,
+    },
 }
 _ARGUMENTS = {
     "generators": "generator",

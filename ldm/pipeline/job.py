@@ -34,20 +34,23 @@ from ldm.diffusion.scheduler_config import noise_levels
 from ldm.diffusion.tiles import Tiles
 from ldm.diffusion.variance import LearnedVariance
 from ldm.errors import UserError
-from ldm.images.fitting import fit_image, fit_mask
+from ldm.images.fitting import fit_image, fit_mask, size_of
 from ldm.models.conditioning import Conditioning
 from ldm.models.kind import Kind
-from ldm.pipeline import before, networks
+from ldm.pipeline import before, guiding, networks
 from ldm.pipeline.conditioning import Telling
 from ldm.pipeline.edit import Invert, check_edit, invertible
+from ldm.pipeline.guiding import NO_NEEDS, Needs
 from ldm.pipeline.inputs import NOTHING, Inputs
 from ldm.pipeline.model import Model
 from ldm.pipeline.networks import EXACT, Attending, Savings
 from ldm.pipeline.passes import Then, cut, follow, resumed
-from ldm.pipeline.pictures import NO_IMAGES, Images, masked, read_images, shown
+from ldm.pipeline.pictures import NO_IMAGES, Images, in_shape, masked, read_images, shown
 from ldm.pipeline.plan import Plan, arranged
 from ldm.pipeline.resolve import meaningless_eta, resolve
-from ldm.pipeline.start import Edit, Enlarge, FromImage, FromLatents, FromNoise, Inpaint, Masked
+from ldm.pipeline.start import Edit, Enlarge, FromImage, FromLatents, FromNoise, FromSmaller, Inpaint, Masked
+from ldm.pipeline.steering.prompt_to_prompt import check_swap
+from ldm.pipeline.steering.steering import UNSTEERED, Steering, steering_of
 from ldm.request import IMAGES, OWN, Request
 
 LCM = "LatentConsistencyModelPipeline"  # as diffusers names it
@@ -63,6 +66,7 @@ class Picture:
     source: int | Seed | torch.Generator  # of its noise
     latents: Tensor | None = None  # [C, h, w] unit noise, instead of what the source gives
     flagged: bool | None = None  # by the model's safety checker; None: it was not looked at
+    is_source: bool = False  # of an edit between two prompts: drawn beside its target, under the prompt
 
     @property
     def request(self) -> Request:
@@ -90,6 +94,8 @@ class Job:
     then: Then | None = None  # what goes on from its latents
     savings: Savings = EXACT  # what the U-Net leaves out
     attending: tuple[Attending, ...] = ()  # what is done in attention's place
+    steering: Steering = UNSTEERED
+    needs: Needs = NO_NEEDS  # what a guidance by name wants beside the U-Net and the texts
     controls: tuple[Control, ...] = ()  # what shows the U-Net pictures
 
     @property
@@ -142,13 +148,14 @@ def _prepare(
 ) -> Job:
     asked = (request,) if isinstance(request, Request) else tuple(request)
     check_alike(asked)
+    images, has_images = NO_IMAGES, asked[0].has_images or inputs.has_images
     if any(each.target_prompt is not None for each in asked):
-        check_edit(asked, inputs)
-    images = NO_IMAGES
-    if asked[0].has_images or inputs.has_images:
+        (check_edit if has_images else check_swap)(asked, inputs)
+    if has_images:
         images = read_images(model, asked, inputs)
     requests = tuple(resolve(model, each, images) for each in asked)
     first = requests[0]
+    images = in_shape(images, first) if first.resize_mode else images
     if first.not_kept:
         files = [name for name in IMAGES if getattr(first, name) is not None]
         first.check_given([*inputs.given, *files])
@@ -171,7 +178,7 @@ def _prepare(
     grid = grid if spread else trim_to_strength(grid, first)
     if first.denoising_start is not None or first.denoising_end is not None or first.refining is not None:
         grid = cut(grid, first, sampler)
-    grid = grid if first.target_prompt is None else invertible(grid)
+    grid = grid if first.target_prompt is None or images.image is None else invertible(grid)
     telling = Telling(model, requests, inputs, len(grid.timesteps))
     start = start_of(
         model,
@@ -191,13 +198,19 @@ def _prepare(
         sampler=sampler,
         options=solver_options | options_of(first, sampler, grid),
         grid=grid,
-        guidance=completed(inputs.guidance or guidance_of(first, model.parts), first, model),
+        guidance=completed(inputs.guidance or guidance_of(first, model, grid), first, model),
         start=start,
         batches=tuple(cut_into_batches(model, pictures, telling.length, 1 if sampler.alone else batch_size)),
         tiles=tiles_of(first, model.vae.downscale),
         then=then,
         savings=savings_of(first),
-        controls=controls_of(first.control or (), shown(inputs, images), first.size, model.controls),
+        steering=steering_of(model, requests, inputs, telling, grid, images.image is not None)
+        if first.is_steered
+        else UNSTEERED,
+        needs=guiding.needed(first, model) if first.guidance and not inputs.guidance else NO_NEEDS,
+        controls=controls_of(first.control, shown(inputs, images), first.size, model.controls)
+        if first.control
+        else (),
     )
 
 
@@ -281,6 +294,9 @@ def start_of(
         keeps, within = request.strength != 1, Inpaint if model.kind is Kind.INPAINT else Masked
         fill = request.mask_fill or "original"
         return within(shape, grid, device, vae, pixels, mask, place, keeps, fill, samples=samples)
+    if request.resize_mode == "latent" and model.kind is Kind.TEXT and request.target_prompt is None:
+        own = tuple(max(factor, side // factor * factor) for side in size_of(images.image))
+        return FromSmaller(shape, grid, device, vae, fit_image(images.image, own), samples=samples)
     pixels = fit_image(images.image, size)
     if model.kind is Kind.PIX2PIX:
         return Edit(shape, grid, device, vae, pixels)
@@ -340,7 +356,13 @@ def noise_source(request: Request, seed: int, shape: tuple[int, int, int]) -> in
     )
 
 
-def guidance_of(request: Request, parts: Parts) -> Guidance:
+def guidance_of(request: Request, model: Model, grid: Grid) -> Guidance:
+    """What a resolved request says of guidance. Raises UserError for what does not go together."""
+    plain = plain_guidance(request, model.parts)
+    return plain if request.guidance is None else guiding.named(plain, request, model, grid)
+
+
+def plain_guidance(request: Request, parts: Parts) -> Guidance:
     """As in diffusers, a scale of at most 1 means no guidance, and a model told the scale needs none.
 
     Raises UserError for a CFG++ sampler where an image guides too.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,10 +20,13 @@ from ldm.adapters import Adapted, Lora, LoraFile, adapt, read_embedding, read_lo
 from ldm.adapters.seamless import seamless
 from ldm.checkpoint import Parts, load_parts
 from ldm.checkpoint.classifier import ClassifierFile, read_classifier
+from ldm.checkpoint.folder import load_vae
 from ldm.checkpoint.io import weight_files
+from ldm.checkpoint.parts import STEMS, changed_part, check_fit
 from ldm.checkpoint.safety import SafetyChecker, read_checker
 from ldm.checkpoint.save import pipeline_class
-from ldm.checkpoint.source import find_adapter
+from ldm.checkpoint.source import find_adapter, find_part
+from ldm.checkpoint.weights import find_weights
 from ldm.control import Reader, Shelf
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
@@ -202,6 +206,23 @@ class Model:
             adapted = replace(adapted, original=replace(original, vae=vae))
         return replace(self, parts=replace(self.parts, vae=vae), adapted=adapted)
 
+    def with_vae(self, place: str | Path) -> Self:
+        """This model with another VAE, as `ldm.load(..., vae=place)`; it shares all else with this one.
+
+        Raises:
+            UserError: if it is damaged, or has other latents than the U-Net draws.
+        """
+        path, old = find_part(place, "vae"), self.parts
+        with nullcontext() if self.max_memory is None else asleep(self.device):
+            vae = load_vae(path, old.vae.to_config(), self.runtime)
+        file = find_weights(path, STEMS["vae"]) if path.is_dir() else path
+        parts = replace(old, vae=vae, changes=changed_part(old.changes, "vae", file))
+        check_fit(parts, {"unet": Path(self.name), "vae": path})
+        adapted, original = self.adapted, self.adapted.original
+        if original is not None:
+            adapted = replace(adapted, original=replace(original, vae=vae, changes=parts.changes))
+        return replace(self, parts=parts, adapted=adapted)
+
     # --- adapters: each gives a new model that shares the tensors of this one ------------------------------
 
     def with_lora(
@@ -359,6 +380,14 @@ class Model:
             vae.over_bands = False  # bands end at the picture's edges
             made = replace(self, parts=replace(self.parts, unet=unet, vae=vae))
             self._recent["seamless"] = axes, made  # one assignment, as above
+        return made
+
+    def with_unet(self, key: object, read: Callable[[], UNet]) -> Self:
+        """This model with another U-Net, which is read where the last one was not of an equal `key`."""
+        kept, made = self._recent.get("unet", (None, self))
+        if kept != key:
+            made = replace(self, parts=replace(self.parts, unet=read()))
+            self._recent["unet"] = key, made  # one assignment, as above
         return made
 
     def _with(self, adapted: Adapted) -> Self:

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from ldm.control.steering import Control, Steering, Told, cast
 from ldm.diffusion.deep_cache import DeepCache
-from ldm.diffusion.guidance import Gradient, Predict
+from ldm.diffusion.guidance import Gradient, Predict, text_of
 from ldm.diffusion.prediction import c_in
 from ldm.diffusion.schedule import Grid
 from ldm.diffusion.tiles import Tiles, Window
 from ldm.memory.residence import in_use
 from ldm.models import VAE, LatentClassifier, LatentDist, UNet, vae_bands
-from ldm.models.attention import AnyText, Attend, Context, plainly
+from ldm.models.attention import AnyText, Attend, Context, Meet, plainly
 from ldm.models.conditioning import Conditioning
 from ldm.models.encoder import NO_RESIDUALS, Residuals
 from ldm.runtime import Finite, Runtime, finite, memory_format
@@ -45,6 +45,7 @@ EXACT = Savings()
 Text = Callable[[torch.dtype], AnyText]
 # (names of branches, which lie one below the other in a call, as many rows each; what they are told; what
 # would be done) -> what is done in the place of `ldm.models.attention.attend`: the last itself for no change.
+# One with a method `left_out`, (names, count of rows) -> a `LeftOut`, has transformer blocks left out too.
 Attending = Callable[[tuple[str, ...], Conditioning, Attend], Attend]
 
 
@@ -57,6 +58,7 @@ def predict(
     savings: Savings = EXACT,
     unread: list[Tensor] | None = None,
     attending: Sequence[Attending] = (),
+    meet: Meet | None = None,
     controls: Sequence[Control] = (),
 ) -> Predict:
     """The U-Net's raw output, fp32, for the branches that a guidance asks for, in one call; or one for each
@@ -73,10 +75,10 @@ def predict(
 
     def told(names: tuple[str, ...]) -> Joined:
         """What the branches are told now: a prompt may change over the steps."""
-        parts = [branches[name] for name in names]
+        parts = [branches[name] if name in branches else branches[text_of(name)] for name in names]
         keeps = not gradients and not is_compiled(unet)  # torch.compile would take each text for a constant
         if names not in joined or not joined[names].is_of(parts, keeps):
-            joined[names] = Joined(names, parts, keeps, attending)
+            joined[names] = Joined(names, parts, keeps, attending, meet)
         return joined[names]
 
     def outputs(x: Tensor, sigma: Tensor, names: tuple[str, ...], window: Window | None = None) -> Tensor:
@@ -89,7 +91,9 @@ def predict(
 
         cond, text, chosen, deep, more = within(told(names)), told(names).text, network, None, NO_RESIDUALS
         active = () if steering is None else steering.active(sigma)
-        keys: dict[Hashable, object] = {(name, window, active): branches[name] for name in names}
+        keys: dict[Hashable, object] = {
+            (name, window, active): part for name, part in zip(names, told(names).parts, strict=True)
+        }
         if cache is not None:
             deep = cache.kept(keys, sigma)
         if steering is not None and active:
@@ -127,6 +131,7 @@ class Joined:
         parts: Sequence[Conditioning],
         keeps: bool,
         attending: Sequence[Attending] = (),
+        meet: Meet | None = None,
     ) -> None:
         """`keeps`: what layers make of the text is kept for the next call."""
         self.parts, self.cond, self.keeps = parts, Conditioning.cat(parts), keeps
@@ -134,7 +139,13 @@ class Joined:
         attend: Attend = plainly
         for around in attending:
             attend = around(names, self.cond, attend)
-        self.attend = None if attend is plainly else attend
+        self.attend, self.meet = None if attend is plainly else attend, meet
+        self.left_out = dict[str, list[slice]]()
+        for around in attending:
+            left_out = getattr(around, "left_out", None)
+            if left_out is not None:
+                for block, rows in left_out(names, len(self.cond)).items():
+                    self.left_out[block] = [*self.left_out.get(block, []), *rows]
 
     def is_of(self, parts: Sequence[Conditioning], keeps: bool) -> bool:
         """Whether these very ones are joined here, in this way."""
@@ -143,15 +154,16 @@ class Joined:
     def text(self, dtype: torch.dtype) -> AnyText:
         """The text as a network of that dtype reads it."""
         tokens = self.cond.tokens
+        steers = self.attend, self.meet, self.left_out
         if not self.keeps:
-            return tokens.to(dtype) if self.attend is None else Context(tokens.to(dtype), self.attend)
+            return Context(tokens.to(dtype), *steers) if any(steers) else tokens.to(dtype)
         if dtype not in self._contexts:
-            self._contexts[dtype] = Context(tokens.to(dtype), self.attend)
+            self._contexts[dtype] = Context(tokens.to(dtype), *steers)
         return self._contexts[dtype]
 
     def plain(self, dtype: torch.dtype) -> AnyText:
         """The same for a network beside the U-Net, whose attention is its own."""
-        if self.attend is None:
+        if not any((self.attend, self.meet, self.left_out)):
             return self.text(dtype)
         if dtype not in self._plain:
             self._plain[dtype] = Context(self.cond.tokens.to(dtype))
@@ -223,8 +235,10 @@ def _unet(
     `savings` deep features too, `deep` or new ones.
     """
     dtype = unet.conv_in.weight.dtype
-    sample, timestep, extra = _given(grid, x, sigma, cond, dtype)
-    given, more = (sample, timestep, text(dtype)), cast(residuals, dtype)
+    context, (sample, timestep, extra) = text(dtype), _given(grid, x, sigma, cond, dtype)
+    given, more = (sample, timestep, context), residuals
+    if residuals is not NO_RESIDUALS:
+        more = cast(residuals, dtype)
     if savings.interval == 1:
         return (unet(*given, **extra, merging=savings.merging, residuals=more),)
     deep = None if deep is None else deep.to(dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from PIL import Image
@@ -12,7 +12,16 @@ from torch import Tensor
 
 from ldm.control import Pictures
 from ldm.errors import UserError, printable
-from ldm.images.fitting import InMemory, fit_image, fit_mask, read_file, same_shape, size_of, take
+from ldm.images.fitting import (
+    InMemory,
+    fit_image,
+    fit_mask,
+    read_file,
+    reshaped,
+    same_shape,
+    size_of,
+    take,
+)
 from ldm.images.masks import as_image, crop_region, extended, feathered, filled, shaped
 from ldm.images.opening import to_mask, to_rgb
 from ldm.images.pixels import to_tensor
@@ -114,6 +123,26 @@ def check_images(model: Model, requests: Sequence[Request], inputs: Inputs) -> N
             )
     if inputs.image_latents is not None and (model.kind is not Kind.TEXT or inputs.mask_image is not None):
         raise UserError("latents as the image are for drawing from an image alone: give the picture itself")
+
+
+def in_shape(images: Images, request: Request) -> Images:
+    """The images in the shape of a resolved request's picture, where it crops or fills.
+
+    Of a part of the picture alone (padding_mask_crop) that part is resized, as in A1111. Raises UserError.
+    """
+    mode = request.resize_mode
+    if mode == "latent" and images.mask is not None:
+        raise UserError("resize_mode latent is for an image without a mask: give crop, fill or resize")
+    if mode not in ("crop", "fill") or request.padding_mask_crop is not None:
+        return images
+
+    def each(image: InMemory | None, kind: str) -> InMemory | None:
+        if image is None or isinstance(image, tuple):
+            return image and tuple(reshaped(as_image(one, kind), request.size, mode) for one in image)
+        return reshaped(as_image(image, kind), request.size, mode)
+
+    share = None if images.share is None else reshaped(images.share, request.size, mode)
+    return replace(images, image=each(images.image, "RGB"), mask=each(images.mask, "L"), share=share)
 
 
 def masked(request: Request, images: Images) -> tuple[Tensor, Tensor, Place]:

@@ -20,6 +20,7 @@ from ldm.control import take_controls
 from ldm.diffusion.guidance import Guidance
 from ldm.diffusion.solvers import Solver, Step
 from ldm.errors import NoSuchName, UserError
+from ldm.images.pixels import to_pil
 from ldm.memory.sizes import parse_size
 from ldm.models import LatentDist
 from ldm.pipeline import networks
@@ -44,6 +45,7 @@ from ldm.pipeline.inputs import (
 from ldm.pipeline.job import Batch, Job, Picture, prepare
 from ldm.pipeline.model import Model
 from ldm.pipeline.sample import OnStep, draw_batch, draw_latents, sample
+from ldm.pipeline.steering.maps import AttentionMaps, record_all
 from ldm.request import NOTED, Request
 from ldm.runtime import choose
 
@@ -140,7 +142,7 @@ class Pipeline(Model):
         seed: int | Iterable[int] | None = None,
         sampler: str | Solver | None = None,
         spacing: str | None = None,
-        guidance: Guidance | None = None,
+        guidance: str | Guidance | None = None,
         image: Any = None,
         mask_image: Any = None,
         strength: float | None = None,
@@ -171,7 +173,8 @@ class Pipeline(Model):
             latents: [images, C, h, w] unit noise, instead of what the seeds give.
             sampler: a name in any spelling, or a function like those in `ldm/diffusion/solvers.py`.
             spacing: where the sampler's steps lie ("karras", "trailing", ...).
-            guidance: a function like `ldm.diffusion.guidance.CFG`, in place of guidance_scale and _rescale.
+            guidance: names ("apg:eta=0+interval:0.2,0.8", docs/guidance.md), or a function like
+                `ldm.diffusion.guidance.CFG`, in place of guidance_scale and _rescale.
             image: to draw from: a path, a PIL image, an array [H, W, 3] of 8 bits or in 0..1, a tensor
                 [3, H, W] in 0..1, or its latents; resized as in diffusers. One, or one for each prompt.
             mask_image: white where the image is drawn anew, or where it has transparent parts, what is not;
@@ -223,6 +226,7 @@ class Pipeline(Model):
             eta=eta,
             clip_skip=clip_skip,
             sampler=None if callable(sampler) else sampler,
+            guidance=None if callable(guidance) else guidance,
             spacing=spacing,
             image=image_file,
             mask_image=mask_file,
@@ -250,7 +254,7 @@ class Pipeline(Model):
             control_images=control_images,
             image_latents=image_latents,
             solver=sampler if callable(sampler) else None,
-            guidance=guidance,
+            guidance=guidance if callable(guidance) else None,
         )
         texts = {
             "negative_prompt": negative_prompt,
@@ -335,6 +339,17 @@ class Pipeline(Model):
     def resolve(self, request: Request, inputs: Inputs = NOTHING) -> Request:
         """The request with the model's defaults in place of None. Raises UserError if the model cannot."""
         return self.prepare(request, inputs).request
+
+    def attention_maps(
+        self, request: Request, layers: Sequence[str] = (), inputs: Inputs = NOTHING
+    ) -> AttentionMaps:
+        """Which places of its pictures each word of a request's prompt drew, and the pictures.
+
+        `layers` are those that are looked at ("mid", "up.1"), by default all. Raises UserError.
+        """
+        return record_all(
+            self.prepare(request, inputs), lambda job, batch: to_pil(draw_batch(job, batch).images), layers
+        )
 
     def encode(self, images: Tensor) -> LatentDist:
         """Images [B, 3, H, W] in 0..1 -> the Gaussian over latents that the VAE makes of them, fp32."""

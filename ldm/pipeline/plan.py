@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm.adapters.layers import share
-from ldm.diffusion.guidance import CFG, InstructPix2Pix
+from ldm.diffusion.guidance import CFG, InstructPix2Pix, text_of
+from ldm.diffusion.guidances.chain import Chain
 from ldm.errors import UserError
 from ldm.kernels import packed
 from ldm.memory import calls
@@ -306,16 +307,18 @@ def _branches(job: Job) -> int:
     while (inner := getattr(guidance, "base", None)) is not None:
         guidance = inner
     composed = max(len(job.encode.shares(p)) for p in range(len(job.requests))) - 1
-    if isinstance(guidance, InstructPix2Pix):
-        return 3 + composed
-    return (1 if isinstance(guidance, CFG) and guidance.scale == 1 else 2) + composed
+    composed += len(job.request.regions or ())
+    asked = guidance.branches if isinstance(guidance, CFG | Chain | InstructPix2Pix) else ("uncond", "cond")
+    texts = sum(text_of(name) == "cond" for name in asked)  # each is composed by itself
+    times = 1 if job.steering.swap is None else 2  # with the picture that it was before
+    return times * (len(asked) + composed * texts)
 
 
 def _texts_of(job: Job) -> tuple[int, int]:
     """Windows of the longest prompt of a job; and rows that a text encoder reads at once."""
     windows = max(job.encode.length(p) for p in range(len(job.requests))) if job.model.text.clips else 1
     composed = max(len(job.encode.shares(p)) for p in range(len(job.requests)))
-    return windows, windows * (composed + 1)
+    return windows, windows * (composed + 1 + len(job.request.regions or ()))
 
 
 def outputs_size(network: ControlNet, height: int, width: int) -> int:

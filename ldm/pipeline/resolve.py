@@ -21,10 +21,11 @@ from ldm.errors import UserError, printable
 from ldm.images.enlarging import LABELS
 from ldm.images.watermark import check_size, key_named
 from ldm.models.kind import Kind
-from ldm.pipeline import edit
+from ldm.pipeline import edit, guiding
 from ldm.pipeline.model import Model
 from ldm.pipeline.passes import cannot_go_on, check_hires, hires_enlarger
 from ldm.pipeline.pictures import Images
+from ldm.pipeline.steering import prompt_to_prompt, regions
 from ldm.request import Request
 from ldm.request.fast import fast_fields
 from ldm.request.fields import MAX_SIDE
@@ -48,6 +49,8 @@ def resolve(model: Model, request: Request, images: Images) -> Request:
     values |= {"safety_checker_sha256": checker, "nsfw_content_detected": None}  # found when it is drawn
     if request.num_grid_steps is not None:  # a grid of its own counts for itself
         values["num_inference_steps"] = request.num_grid_steps
+    if request.guidance is not None:
+        values["guidance"] = guiding.noted(request.guidance)
     for name, value in _defaults(model, request, images).items():
         if getattr(request, name) is None:
             values.setdefault(name, value)
@@ -61,6 +64,10 @@ def resolve(model: Model, request: Request, images: Images) -> Request:
     if request.watermark is not None:
         check_size(*request.size)
         key_named(request.watermark)  # raises
+    if request.is_steered:
+        request = prompt_to_prompt.resolved(request, images.image is not None)
+    if request.regions:
+        request = request.replace(regions=regions.resolved(request))
     if request.cache_interval is not None or request.cache_branch_id is not None:
         request = _cached(request, model.parts)
     if request.tile_size is not None or request.tile_overlap is not None:
@@ -95,10 +102,11 @@ def check(request: Request, has_image: bool, has_mask: bool, parts: Parts) -> No
     two_encoders = parts.text_encoder is not None and parts.text_encoder_2 is not None
     sizes = [name for name in Request.model_fields if name.endswith(("l_size", "t_size", "_top_left"))]
     rules = [
-        (has_image and kind is Kind.TEXT, "text-to-image models, with an image,", ["target_prompt"]),
+        (kind is Kind.TEXT, "text-to-image models", ["target_prompt"]),
         (begins, "text-to-image and inpainting models, with an image,", ["mask_image", "extend"]),
         (has_mask and kind is Kind.TEXT, "text-to-image models, with a mask,", ["soft_mask"]),
         (begins, "img2img and inpainting, with an image,", ["strength"]),
+        (has_image and kind is not Kind.UPSCALE, "drawing from an image", ["resize_mode"]),
         (kind is Kind.PIX2PIX, "instruct-pix2pix models", ["image_guidance_scale"]),
         (kind is Kind.UPSCALE, "upscalers, as --model,", ["noise_level"]),
         (two_encoders, "models with two text encoders", ["prompt_2", "negative_prompt_2"]),
@@ -162,7 +170,7 @@ def _defaults(model: Model, request: Request, images: Images) -> dict[str, Any]:
     }
     if request.denoising_start is not None:
         values.pop("strength", None)
-    if request.target_prompt is not None:
+    if request.target_prompt is not None and images.image is not None:
         steps = max(values["num_inference_steps"], edit.STEPS)
         values |= {"sampler": edit.SAMPLER, "strength": edit.STRENGTH, "num_inference_steps": steps}
     sampler, implied = resolve_sampler(request.sampler or values.get("sampler") or schedule.default_sampler)
@@ -305,7 +313,7 @@ def _cached(request: Request, parts: Parts) -> Request:
         raise UserError("cache_branch_id is not allowed here: it goes with a cache_interval")
     if request.target_prompt is not None:
         raise UserError(
-            "cache_interval is not allowed for an edit, whose way back has to be exact: leave it out"
+            "cache_interval is not allowed for an edit, which keeps to each step of another: leave it out"
         )
     branch, last = request.cache_branch_id or 0, parts.unet.num_skips - 1
     if branch > last:

@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ldm.diffusion.guidance import Exchangeable, Guidance, composed
+from ldm.diffusion.guidance import Exchangeable, Guidance, composed, divided
 from ldm.diffusion.solvers import Step
+from ldm.errors import UserError
 from ldm.images.pixels import to_pil
 from ldm.images.watermark import key_named, mark
 from ldm.models.conditioning import Conditioning
@@ -24,6 +26,8 @@ from ldm.pipeline.edit import Invert
 from ldm.pipeline.inputs import Inputs
 from ldm.pipeline.job import Batch, Job, prepare
 from ldm.pipeline.passes import Then
+from ldm.pipeline.steering.prompt_to_prompt import again
+from ldm.pipeline.steering.regions import regional
 
 if TYPE_CHECKING:
     from ldm.checkpoint.safety import SafetyChecker
@@ -164,6 +168,8 @@ def sample(
     A Change that is sent to it holds from the next step on. With `unread` no answer of the U-Net is looked
     at: each gives a bool there, whether it is finite (`ldm.runtime.Finite`).
     """
+    swap, drawn = job.steering.swap, len(batch)
+    batch = batch if swap is None else with_sources(batch)
     noise = job.sampler.noise([picture.source for picture in batch])
     given = [picture.latents for picture in batch if picture.latents is not None]
     prompts = [picture.prompt for picture in batch]
@@ -171,19 +177,28 @@ def sample(
     start = job.start.rows(prompts)
     begun = start.begin(noise, torch.stack(given) if given else None, texts["cond"], texts["uncond"])
     branches, known = begun.branches, begun.known
-    predict = networks.predict(
-        job.model.unet,
-        job.grid,
-        branches,
+    control = None if swap is None else swap.begin(prompts[:drawn], begun.x.device)
+    answering = partial(
+        networks.predict,
+        grid=job.grid,
+        branches=branches,
         tiles=job.tiles,
         savings=job.savings,
         unread=unread,
-        attending=job.attending,
+        attending=(*job.attending, *job.needs.attending, *([] if control is None else [control.attending])),
+        meet=job.steering.freeu,
         controls=job.controls,
     )
-    if shares is not None:
+    predict = answering(job.model.unet)
+    if job.needs.empty:
         tell(branches, texts)
-        predict = composed(predict, shares.to(begun.x.device))
+    if job.needs.networks:
+        predict = divided(predict, {way: answering(unet) for way, unet in job.needs.networks.items()})
+    if shares is not None or job.steering.areas is not None:
+        tell(branches, texts)
+    predict = predict if shares is None else composed(predict, shares.to(begun.x.device))
+    predict = predict if job.steering.areas is None else regional(predict, job.steering.areas.to(begun.x))
+    predict = predict if control is None else control.around(predict)
     schedule = job.model.schedule
     guided = Exchangeable(job.guidance(predict, schedule.prediction.x0))
     denoise = guided if schedule.bounds is None else schedule.bounded(guided, job.sampler)
@@ -193,11 +208,14 @@ def sample(
         solver = start.solver(predict, schedule.prediction.x0)
     told = 0  # the place in the grid whose texts the branches have: not every solver stops at each
     for step in solver(denoise, begun.x, job.grid.sigmas, noise, **job.options):
-        change = yield step if known is None else known.put_back(step)
+        step = step if known is None else known.put_back(step)
+        change = yield step if swap is None else replace(step, x=step.x[-drawn:], x0=step.x0[-drawn:])
         if any(job.encode(p, step.i + 1) is not job.encode(p, told) for p in prompts):
             tell(branches, texts_of(job, batch, step.i + 1)[0])
             told = step.i + 1
         if change is not None:
+            if change.texts and swap is not None:
+                raise UserError("a callback cannot replace the texts of an edit between two prompts")
             tell(branches, change.texts)
             if change.guidance is not None:
                 guided.current = change.guidance(predict, schedule.prediction.x0)
@@ -205,19 +223,34 @@ def sample(
 
 def texts_of(job: Job, batch: Batch, step: int) -> tuple[dict[str, Conditioning], Tensor | None]:
     """What a batch is told in a step, a row for each picture: "cond", "uncond" and "image", which is without
-    the text too; and where prompts are composed "cond_1" and so on, with the shares [B, K] of all, else None.
+    the text too; where guidance wants it "empty", of no words at all; of regions "region_0" and so on; and
+    where prompts are composed "cond_1" and so on, with the shares [B, K] of all, else None.
     """
     shares = [job.encode.shares(picture.prompt) for picture in batch]
-    told = [job.encode(picture.prompt, step) for picture in batch]
+    told = [job.encode(picture.prompt, step, picture.is_source) for picture in batch]
     most = max(map(len, shares))
     uncond = Conditioning.cat([each for _, each in told])
     texts = {"uncond": uncond, "image": uncond}
+    if job.needs.empty:
+        texts["empty"] = Conditioning.cat([job.encode.empty(picture.prompt, step) for picture in batch])
     for k in range(most):  # of fewer the first stands in the others' place, with no share
-        rows = [cond[k : k + 1] if k < len(cond) else cond[:1] for cond, _ in told]
+        at = [k if k < len(own) else 0 for own in shares]
+        rows = [cond[i : i + 1] for i, (cond, _) in zip(at, told, strict=True)]
         texts[f"cond_{k}" if k else "cond"] = Conditioning.cat(rows)
+    for k in range(len(job.request.regions or ())):
+        at = [len(own) + k for own in shares]
+        texts[f"region_{k}"] = Conditioning.cat(
+            [cond[i : i + 1] for i, (cond, _) in zip(at, told, strict=True)]
+        )
     if all(each == (1.0,) for each in shares):
         return texts, None
     return texts, torch.tensor([[*each, *[0.0] * (most - len(each))] for each in shares])
+
+
+def with_sources(batch: Batch) -> Batch:
+    """A batch of edits between two prompts: first the pictures that they were, of the same noise."""
+    sources = (replace(each, is_source=True, source=again(each.source)) for each in batch)
+    return (*sources, *batch)
 
 
 def tell(branches: dict[str, Conditioning], texts: Mapping[str, Conditioning]) -> None:

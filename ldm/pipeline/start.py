@@ -122,6 +122,17 @@ class FromImage(FromNoise):
 
 
 @dataclass(frozen=True, eq=False)
+class FromSmaller(FromImage):
+    """Image to image: the latents of an image of another size, resized (A1111's resize mode 3)."""
+
+    @cached_property
+    def latents(self) -> LatentDist:
+        own = networks.encode(self.vae, self.pixels)
+        size = self.shape[1:]
+        return LatentDist(*(F.interpolate(each, size, mode="bilinear") for each in (own.mean, own.std)))
+
+
+@dataclass(frozen=True, eq=False)
 class FromLatents(FromNoise):
     """Image to image from latents that the caller has: nothing is encoded, and no noise drawn for it."""
 

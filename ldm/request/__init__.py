@@ -1,5 +1,6 @@
 """What to draw, as a value: the `Request` that the command line, Python and a PNG's own metadata speak."""
 
+from ldm.request.regions import Region
 from ldm.request.request import (
     IMAGES,
     NOTED,
@@ -22,6 +23,7 @@ __all__ = [
     "ControlUse",
     "EmbeddingUse",
     "LoraUse",
+    "Region",
     "Request",
     "field_named",
 ]

@@ -94,6 +94,9 @@ Radius = Annotated[float, Field(ge=0, le=1024, allow_inf_nan=False, description=
 Growth = Annotated[int, Field(ge=-1024, le=1024, description="-1024 to 1024 whole pixels")]
 Delta = Annotated[int, Field(ge=0, le=2**32, description="a whole number from 0 to 2**32")]
 NoiseSource = Annotated[Literal["cpu", "gpu"], Field(description="cpu or gpu")]
+ResizeMode = Annotated[
+    Literal["resize", "crop", "fill", "latent"], Field(description="resize, crop, fill or latent")
+]
 MaskFill = Annotated[
     Literal["original", "blur", "noise", "nothing"],
     Field(description="original, blur, noise or nothing"),

@@ -31,7 +31,7 @@ OWN = ("height", "width", "strength", *TOGETHER["timesteps"], "timesteps", "samp
 FIRST_ONLY = (
     *("image", "image_sha256", "mask_image", "mask_image_sha256", "target_prompt", "upscaling", "not_kept"),
     *("hires", "hires_scale", "hires_upscaler", "hires_upscaler_sha256", "denoising_start", "denoising_end"),
-    *("refiner_switch_at", "refining", *OF_MASKS),
+    *("refiner_switch_at", "refining", "resize_mode", *OF_MASKS),
 )
 # What a refiner draws as the first model does.
 REFINED = (
@@ -39,7 +39,8 @@ REFINED = (
     *("sigmas", "sampler", "spacing", "eta", "guidance_scale", "guidance_rescale", "original_size"),
     *("crops_coords_top_left", "negative_original_size", "negative_crops_coords_top_left", "tiling"),
     *("tile_size", "tile_overlap", "sampler_options", "noise", "noise_seed_delta"),
-    *("guidance_interval", "cache_interval", "cache_branch_id", "token_merging_ratio"),
+    *("guidance", "guidance_interval", "cache_interval", "cache_branch_id", "token_merging_ratio"),
+    *("regions", "freeu"),
 )
 _DEFAULTS = {name: field.default for name, field in Request.model_fields.items()}
 

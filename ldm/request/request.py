@@ -16,7 +16,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ldm.errors import UserError, abbreviate
 from ldm.prompts.grammar import Grammar
-from ldm.prompts.script import Scripts, read_scripts
+from ldm.prompts.script import Script, Scripts, read_script, read_scripts
 from ldm.request.fields import (
     Axes,
     Branch,
@@ -37,6 +37,7 @@ from ldm.request.fields import (
     Overlap,
     Pixels,
     Radius,
+    ResizeMode,
     Scale,
     Seed,
     Seeds,
@@ -48,6 +49,7 @@ from ldm.request.fields import (
     Watermark,
     short,
 )
+from ldm.request.regions import Factors, Regions
 from ldm.request.spelled import Spelled
 from ldm.request.uses import ControlUse, EmbeddingUse, LoraUse, controls_of
 from ldm.spelling import squash
@@ -108,7 +110,8 @@ class Request(Spelled):
     image in memory): without them, this is not the request that draws the picture again.
 
     `target_prompt` makes an edit of it: the image is inverted under `prompt` up to `strength`, and drawn
-    again under that (`ldm.pipeline.edit`).
+    again under that (`ldm.pipeline.edit`); without an image, what `prompt` draws from the seed becomes that
+    (`ldm.pipeline.steering.prompt_to_prompt`).
 
     Tags in the prompt, `<lora:name:0.8>`, leave it and become `loras`: None is those that the pipeline has.
 
@@ -127,6 +130,7 @@ class Request(Spelled):
     width: Side | None = None
     num_inference_steps: Steps | None = None
     guidance_scale: Scale | None = None
+    guidance: str | None = None  # by name, with options: "apg:eta=0+interval:0.2,0.8"; None: plain
     guidance_rescale: Fraction = 0.0
     guidance_interval: Interval | None = None  # shares of the timesteps between which there is guidance
     seeds: Seeds = (0,)
@@ -146,6 +150,7 @@ class Request(Spelled):
     image_sha256: Digest | None = None
     mask_image: Text | None = None  # path; white is drawn anew, or what is painted on a transparent layer
     mask_image_sha256: Digest | None = None
+    resize_mode: ResizeMode | None = None  # how an image of another shape becomes the picture's; None: resize
     strength: Fraction | None = None  # of the steps, the share that is drawn, from the image
     extend: Sides | None = None  # of the image: pixels to draw beyond its left, top, right and bottom
     mask_invert: bool | None = None  # what is done to the mask, in this order
@@ -190,6 +195,11 @@ class Request(Spelled):
     watermark: Watermark = None  # by whose key the finished picture is marked (`ldm.images.watermark`)
     safety_checker_sha256: Digest | None = None  # what looked at the finished picture,
     nsfw_content_detected: bool | None = None  # and whether it was flagged, and so is black
+    freeu: Factors | None = None  # b1, b2, s1, s2 (`ldm.pipeline.steering.freeu`)
+    cross_replace_steps: Fraction | None = None  # of an edit between two prompts: of the steps, the share
+    self_replace_steps: Fraction | None = None  # in which it attends to words, and to itself, as before
+    word_weights: Options | None = None  # of its target's words
+    regions: Regions = None  # areas with prompts of their own; the rest of the picture shows `prompt`
     refining: Request | None = None  # by that; prompt, seed, sampler and steps are those of the picture
     not_kept: Annotated[tuple[Text, ...], Field(description="a list of names")] = ()
     version: Literal[1, 2, 3] = VERSION  # 1: drawn by the rules of before, `ldm.pipeline.before`
@@ -219,6 +229,11 @@ class Request(Spelled):
         return first, [self.prompt_2 or self.prompt, self.negative_prompt_2 or negative, *target]
 
     @property
+    def is_steered(self) -> bool:
+        """Whether anything is asked of `ldm.pipeline.steering`."""
+        return any(getattr(self, name) is not None for name in STEERING)
+
+    @property
     def has_images(self) -> bool:
         """Whether it names a picture to draw from, or asks something of one."""
         return self.image is not None or self.mask_image is not None or self.changes_mask is not None
@@ -238,6 +253,16 @@ class Request(Spelled):
         """What its texts say over the steps, in the order of `read_scripts`."""
         (prompt, negative, *target), (prompt_2, negative_2, *_) = self.texts
         return read_scripts(self.grammar, prompt, negative, prompt_2, negative_2, *target)
+
+    @property
+    def region_scripts(self) -> tuple[Script, ...]:
+        """What regions say over the steps. Raises UserError for one that is composed."""
+        scripts = tuple(read_script(each.prompt, self.grammar) for each in self.regions or ())
+        for each in scripts:
+            each.check(self.grammar)
+            if each.shares != (1.0,):
+                raise UserError("a region shows one prompt: write AND in the prompt, or give another region")
+        return scripts
 
     @property
     def shown(self) -> str:
@@ -324,7 +349,7 @@ class Request(Spelled):
 
     @model_validator(mode="after")
     def _marks_are_allowed(self) -> Self:
-        self.scripts  # noqa: B018  # raises
+        self.scripts, self.region_scripts  # noqa: B018  # raise
         return self
 
     @model_validator(mode="after")
@@ -348,6 +373,14 @@ class Request(Spelled):
 
 
 OF_MASKS = ("extend", "mask_invert", "mask_grow", "mask_blur", "soft_mask", "mask_fill", "padding_mask_crop")
+STEERING = (
+    "target_prompt",
+    "cross_replace_steps",
+    "self_replace_steps",
+    "word_weights",
+    "freeu",
+    "regions",
+)
 IMAGES = ("image", "mask_image")
 OWN = {*PROMPTS, "seeds", "embeddings", "variation_seed"}  # in which requests of one job may differ
 

@@ -1,4 +1,4 @@
-"""A request's fields as people spell them: samplers by any of their names, LoRAs as tags in the prompt."""
+"""A request's fields as people spell them: samplers and guidances by any of their names, LoRAs as tags."""
 
 from __future__ import annotations
 
@@ -38,6 +38,18 @@ class Spelled(Checked):
             names["spacing"] = resolve_spacing(names["spacing"])
         fields |= names
         return fields
+
+    @model_validator(mode="before")
+    @classmethod
+    def _canonical_guidance(cls, fields: Any) -> Any:
+        given = fields.get("guidance") if isinstance(fields, dict) else None
+        if given is None:
+            return fields
+        if not isinstance(given, str):
+            raise UserError(f"guidance {short(given)} is not allowed: it must be a name, such as apg:eta=0")
+        from ldm.diffusion.guidances.catalogue import canonical_guidance  # as above
+
+        return {**fields, "guidance": canonical_guidance(given)}
 
     @model_validator(mode="before")
     @classmethod

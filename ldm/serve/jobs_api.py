@@ -16,7 +16,7 @@ from ldm.images.formats import Encoding
 from ldm.request import Request
 from ldm.serve.answers import missing
 from ldm.serve.events import STREAM, changes, data_url, encoded, event, glimpse
-from ldm.serve.pictures import converted, told_request
+from ldm.serve.pictures import Thumbnails, converted, told_request
 from ldm.serve.service import Service
 from ldm.serve.ticket import Ticket
 from ldm.serve.uploads import FORMATS, decode_base64
@@ -25,6 +25,7 @@ from ldm.serve.uploads import FORMATS, decode_base64
 KINDS = {suffix: kind.lower() for kind, suffix in FORMATS.items()}
 PAGE = 50  # pictures or jobs
 MOST = 500
+AN_HOUR = {"cache-control": "private, max-age=3600"}
 BODY = {
     "requestBody": {
         "required": True,
@@ -101,6 +102,7 @@ async def stream(service: Service, ticket: Ticket, preview: bool) -> AsyncIterat
 def pictures_router(service: Service) -> APIRouter:
     """`/api/pictures`."""
     router = APIRouter(prefix="/api/pictures", tags=["pictures"])
+    thumbnails = Thumbnails(service.store.folder / "thumbnails", service.store.marks)
 
     @router.get("", summary="The gallery, the newest first")
     def pictures(
@@ -122,6 +124,13 @@ def pictures_router(service: Service) -> APIRouter:
             return FileResponse(kept.path, media_type="image/png")
         return Response(converted(kept.path, Encoding(kind), service.store.marks), media_type=f"image/{kind}")
 
+    @router.get("/{picture}/thumbnail", summary="A picture, small: WebP of at most 256 pixels a side")
+    def thumbnail(picture: str) -> Response:
+        kept = service.store.get(picture)
+        if kept is None:
+            return missing("picture")
+        return FileResponse(thumbnails.of(kept.path), media_type="image/webp", headers=AN_HOUR)
+
     @router.get("/{picture}", summary="What a picture says of itself", response_model=None)
     def picture(picture: str) -> dict[str, Any] | Response:
         kept = service.store.get(picture)
@@ -129,7 +138,10 @@ def pictures_router(service: Service) -> APIRouter:
 
     @router.delete("/{picture}", summary="Delete a picture")
     def delete(picture: str) -> Response:
-        return Response(status_code=204) if service.store.remove(picture) else missing("picture")
+        if not service.store.remove(picture):
+            return missing("picture")
+        thumbnails.remove(picture)
+        return Response(status_code=204)
 
     return router
 
@@ -169,6 +181,8 @@ def uploads_router(service: Service) -> APIRouter:
             "models": list(shelf.places),
             "loaded": list(shelf.loaded),
             "loras": list(shelf.loras),
+            "vaes": list(shelf.vaes),
+            "styles": list(service.styles),
         }
 
     @router.get("/limits", summary="What a request may ask for")

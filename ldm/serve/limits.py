@@ -62,6 +62,11 @@ class Limits:
             raise UserError(
                 f"hires_upscaler {short(upscaler)} is not allowed: it must be one of {', '.join(LABELS)}"
             )
+        from ldm.diffusion.guidances.catalogue import reads_files  # which needs torch
+
+        for each in (request, request.hires, request.refining, request.upscaling):
+            if each is not None and each.guidance is not None and reads_files(each.guidance):
+                raise UserError("guidance autoguidance is not allowed here with another model: give thinned")
         if request.tile_size is not None and request.tile_size < FEWEST_TILE:
             raise UserError(f"tile_size {request.tile_size} is not allowed: here at least {FEWEST_TILE}")
         if request.tile_size and (request.tile_overlap or 0) > request.tile_size * 3 // 4:
@@ -106,5 +111,11 @@ class Limits:
                     raise UserError(f"{name} is too long: this server takes at most {self.text} characters")
                 if len(re.findall(r"\bAND\b", text)) >= self.parts:
                     raise UserError(f"{name} has too many parts: this server takes at most {self.parts}")
+            for region in each.regions or ():
+                if region.mask is not None:
+                    raise UserError("regions are not allowed a mask here: give each a box")
+                if len(region.prompt) > self.text or len(each.regions or ()) > self.parts:
+                    most = f"{self.parts} of {self.text} characters each"
+                    raise UserError(f"regions are too many or too long: this server takes at most {most}")
             if each is not request and (each.hires or each.refining or each.upscaling):
                 raise UserError("hires is not allowed to hold another request within")

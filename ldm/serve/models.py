@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 SIDE = 256  # pixels: the longest side of a preview
 SAFE = ".safetensors"
 PICKLES = {".bin", ".ckpt", ".pt", ".pth", ".pkl"}
+WITH = "/"  # between a model and the VAE that it has in place of its own: no name of a file holds it
 NEEDED = 1.5  # times the size of its files is to be free before a model is read
 log = logging.getLogger("ldm.serve")
 
@@ -73,7 +74,7 @@ class Shelf:
         self, default: Pipeline, read: Callable[[Path], Pipeline], folder: Path | None = None, most: int = 2
     ) -> None:
         self.default, self.folder, self.most, self._read = default.name, folder, most, read
-        self._lora_dir, self._lock = default.lora_dir, threading.Lock()
+        self._lora_dir, self._lock = default.lora_dir, threading.RLock()
         # Never changed in place: other threads look at it.
         self._held = {default.name: Loaded(default.name, default, Preview(default))}
 
@@ -90,21 +91,38 @@ class Shelf:
         return {lora.name: lora.file.path for lora in held} | dict(loras_in(self._lora_dir))
 
     @property
+    def vaes(self) -> dict[str, Path]:
+        """The VAEs that a model may have in place of its own: of `vae` or `VAE` in the folder of models."""
+        folders = [] if self.folder is None else [self.folder / name for name in ("VAE", "vae")]
+        return {name: path for folder in folders for name, path in vaes_in(folder)}
+
+    @property
     def loaded(self) -> tuple[str, ...]:
         """Those in memory, the least recently used first."""
         return tuple(self._held)
 
-    def name_of(self, asked: str | None) -> str:
-        """The name of a model as the server has it. Raises UserError for one that is not there."""
-        names = self.places
-        if asked is None or asked in names:
-            return asked or self.default
-        raise NoSuchModel(str(unknown("model", asked, list(names))))
+    def name_of(self, asked: str | None, vae: str | None = None) -> str:
+        """The name of a model as the server has it, with another VAE "model/vae".
+
+        Raises UserError for one that is not there.
+        """
+        model, _, named = (asked or self.default).partition(WITH)
+        vae, places = vae or named or None, self.places
+        if model not in places:
+            raise NoSuchModel(str(unknown("model", model, list(places))))
+        if vae is None:
+            return model
+        if vae not in self.vaes:
+            raise NoSuchModel(str(unknown("VAE", vae, list(self.vaes))))
+        return f"{model}{WITH}{vae}"
 
     def __call__(self, name: str) -> Loaded:
         """The model of a name, read if it is not in memory. Raises UserError."""
         with self._lock:
-            if name not in self._held:
+            model, _, vae = name.partition(WITH)
+            if name not in self._held and vae:
+                self._held = {**self._held, name: self._with_vae(self(model), name, vae)}
+            elif name not in self._held:
                 place = self.places.get(name)
                 if place is None:
                     raise NoSuchModel(str(unknown("model", name, list(self.places))))
@@ -115,6 +133,19 @@ class Shelf:
             found = self._held[name]
             self._held = {key: each for key, each in self._held.items() if key != name} | {name: found}
             return found
+
+    def _with_vae(self, model: Loaded, name: str, vae: str) -> Loaded:
+        """A model that shares all but the VAE. Raises UserError."""
+        place = self.vaes.get(vae)
+        if place is None:
+            raise NoSuchModel(str(unknown("VAE", vae, list(self.vaes))))
+        log.info("reading the VAE %s", vae)
+        pipe = model.pipe.with_vae(place)
+        others = [
+            each for each in self._held if WITH in each
+        ]  # one at a time: they are small, and quick to read
+        self._held = {key: each for key, each in self._held.items() if key not in others}
+        return Loaded(name, pipe, Preview(pipe))
 
     def _make_room(self, size: int) -> None:
         """Drop models, the least recently used first, until another one of `size` bytes fits."""
@@ -134,6 +165,19 @@ def models_in(folder: Path) -> Iterator[tuple[str, Path]]:
         if path.is_file() and path.suffix == SAFE:
             yield path.stem, path
         elif (path / "model_index.json").is_file():
+            kinds = {each.suffix for each in files_of(path)}
+            if SAFE in kinds and not kinds & PICKLES and all(_is_inside(f, folder) for f in files_of(path)):
+                yield path.name, path
+
+
+def vaes_in(folder: Path) -> Iterator[tuple[str, Path]]:
+    """VAEs of safetensors, files and folders of their own; nothing linked elsewhere."""
+    for path in sorted(folder.iterdir() if folder.is_dir() else ()):
+        if not _is_inside(path, folder):
+            continue
+        if path.is_file() and path.suffix == SAFE:
+            yield path.stem, path
+        elif (path / "config.json").is_file() and not (path / "model_index.json").exists():
             kinds = {each.suffix for each in files_of(path)}
             if SAFE in kinds and not kinds & PICKLES and all(_is_inside(f, folder) for f in files_of(path)):
                 yield path.name, path

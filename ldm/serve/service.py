@@ -11,11 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from ldm.errors import UserError, printable
+from ldm.prompts.styles import Style, chosen, with_styles
 from ldm.request import IMAGES, Request
 from ldm.request.as_json import fields_of
 from ldm.request.fields import short
-from ldm.serve.drawing import Drawing
+from ldm.serve.drawing import Drawing, Saver
 from ldm.serve.limits import Limits
 from ldm.serve.models import Shelf
 from ldm.serve.queue import CAPACITY, PICTURES, Queue
@@ -33,6 +36,7 @@ class Service:
     Args:
         batch: pictures that are drawn together at most, where memory allows.
         log_prompts: whether the log may say what was asked.
+        styles: texts that requests may put around their prompts, by name.
     """
 
     def __init__(
@@ -43,9 +47,11 @@ class Service:
         capacity: int = CAPACITY,
         batch: int = PICTURES,
         log_prompts: bool = False,
+        styles: Mapping[str, Style] | None = None,
     ) -> None:
         self.limits = limits or Limits()
         self.shelves, self.store, self.log_prompts = tuple(shelves), store, log_prompts
+        self.styles = dict(styles or {})
         self.uploads = Uploads(store.uploads, self.limits.pixels, self.limits.side)
         self.secret = secrets.token_bytes(32)  # for addresses that need no key
         self.counts: Counter[str] = Counter()
@@ -53,7 +59,11 @@ class Service:
         self.began = time.time()
         self._tickets: OrderedDict[str, Ticket] = OrderedDict()
         self._lock = threading.Lock()
-        draws = [Drawing(shelf, store.folder, store.keep, self.limits, batch) for shelf in shelves]
+        self._savers = [Saver(apart=True) for _ in shelves]
+        draws = [
+            Drawing(shelf, store.folder, store.keep, self.limits, batch, saver)
+            for shelf, saver in zip(shelves, self._savers, strict=True)
+        ]
         self.queue = Queue(draws, capacity, batch)
 
     @property
@@ -64,6 +74,8 @@ class Service:
     def close(self) -> None:
         """Stop drawing; what waits is noted as interrupted."""
         self.queue.close()
+        for saver in self._savers:
+            saver.close()
         self.store.close()
 
     # --- asking ---
@@ -71,9 +83,10 @@ class Service:
     def read(self, given: Mapping[str, Any], count: int = 1) -> tuple[Request, str]:
         """The request of a JSON object, with its model's name. Raises UserError, naming the field.
 
-        `model` chooses one of the server's; `image` and `mask_image` are ids of uploads or pictures, or data.
+        `model` chooses one of the server's ("model/vae" with another VAE), `styles` of its styles; `image`
+        and `mask_image` are ids of uploads or pictures, or data.
         """
-        fields = fields_of(given, count)
+        fields = self.dressed(fields_of(given, count))
         fields.setdefault("seeds", None)
         if fields["seeds"] is None:
             fields["seeds"] = fields_of({"seed": -1}, count)["seeds"]
@@ -88,6 +101,17 @@ class Service:
         if fields.pop("version", None) not in (None, 3):
             raise UserError("version is not allowed here: the server draws by the rules of today")
         return Request(**fields), self.shelf.name_of(asked)
+
+    def dressed(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """The fields of a request with its `styles` around their prompts. Raises UserError."""
+        names = fields.pop("styles", None) or []
+        if not names:
+            return fields
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UserError(f"styles {short(names)} is not allowed: it must be a list of names")
+        texts = fields.get("prompt") or "", fields.get("negative_prompt")
+        prompt, negative = with_styles(*texts, chosen(self.styles, names, "the server"))
+        return {**fields, "prompt": prompt, "negative_prompt": negative}
 
     def place(self, value: Any, what: str) -> str:
         """Where the image of a request lies, as pictures note it. Raises UserError for none of ours."""
@@ -108,6 +132,8 @@ class Service:
     def submit(self, request: Request, model: str, source: str = "jobs") -> Ticket:
         """Let a request wait to be drawn. Raises UserError, and the queue's Full."""
         self.limits.check(request, self.shelf.loras)
+        if request.resize_mode == "latent" and request.image is not None:
+            self._check_size(request.image)
         key = f"{model}\n{request.settings!r}"
         ticket = Ticket(request, model, source, key, on_over=self._over)
         self.store.note(ticket)
@@ -124,6 +150,15 @@ class Service:
             self._forget()
         self.counts["jobs"] += 1
         return ticket
+
+    def _check_size(self, place: str) -> None:
+        """Raise UserError for an image too large to be encoded as it is."""
+        with Image.open(self.store.folder / place) as image:
+            if max(image.size) > self.limits.side:
+                raise UserError(
+                    f"image is not allowed beyond {self.limits.side} pixels a side with resize_mode latent, "
+                    "which encodes all of it"
+                )
 
     def _forget(self) -> None:
         """Drop the oldest tickets that are over: the store has them."""

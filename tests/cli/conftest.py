@@ -1,8 +1,11 @@
 """What the commands draw with: a pipeline that costs nothing, and a real tiny model."""
 
+import functools
+
 import pytest
 from fake_pipeline import FakePipeline
 
+import ldm
 from ldm.cli import draw as drawing
 from ldm.cli import redraw as redrawing
 
@@ -24,3 +27,9 @@ def tiny(tiny_folder, tmp_path, monkeypatch):
     """The flags of a quick picture; the working folder is empty."""
     monkeypatch.chdir(tmp_path)
     return ["-p", "the red boat", "-m", str(tiny_folder), "--steps", "3", "--dtype", "fp32"]
+
+
+@pytest.fixture
+def loaded_once(monkeypatch):
+    """Commands that give one model in one way share it: most of a tiny picture's time is reading it."""
+    monkeypatch.setattr(ldm, "load", functools.cache(ldm.load))

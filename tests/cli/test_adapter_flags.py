@@ -25,7 +25,7 @@ def root(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _in_place(root, monkeypatch):
+def _in_place(root, loaded_once, monkeypatch):
     monkeypatch.chdir(root)
 
 

@@ -11,14 +11,14 @@ from ldm.request import Request
 
 
 def test_fields_are_read_and_commas_in_names_kept():
-    text = "nets/canny, v2.safetensors,image=a,b.png,scale=0.8, end=0.6,mode=prompt,preprocess=canny:low=50:high=90"
+    text = "nets/canny, v2.safetensors,image=a,b.png,scale=0.8, end=0.6,mode=prompt,preprocess=canny:low=50"
     assert control(text) == {
         "model": "nets/canny, v2.safetensors",
         "image": "a,b.png",
         "scale": 0.8,
         "end": 0.6,
         "mode": "prompt",
-        "preprocess": "canny:low=50:high=90",
+        "preprocess": "canny:low=50",
     }
     assert control("net") == {"model": "net"}
 

@@ -146,7 +146,6 @@ def pixels(path):
 
 
 def test_the_embedded_model_tells_words_it_has_never_seen(tiny, tiny_folder, monkeypatch, capsys):
-
     folder = Path("embedded")
     shutil.copytree(tiny_folder, folder)
     (folder / "words.txt").write_text("a\nred\nboat\n")
@@ -175,7 +174,7 @@ def test_the_picture_is_the_one_that_python_draws(tiny, tiny_folder):
     assert np.array_equal(pixels("a.png"), image)
 
 
-def test_a_batch_gives_the_pictures_that_are_drawn_alone(tiny):
+def test_a_batch_gives_the_pictures_that_are_drawn_alone(tiny, loaded_once):
     assert cli.txt2img([*tiny, "--n_samples", "3", "--outdir", "all", "--eta", "1", "--sampler", "ddim"]) == 0
     for k in range(3):
         alone = ["-s", str(42 + k), "-o", f"{k}.png", "--eta", "1", "--sampler", "ddim"]
@@ -202,7 +201,7 @@ def test_ctrl_c_inside_the_real_pipeline(tiny, monkeypatch):
         pixels(Path("o", name))
 
 
-def test_every_sampler_and_spacing_draws(tiny, capsys):
+def test_every_sampler_and_spacing_draws(tiny, loaded_once, capsys):
     from ldm.diffusion.samplers import SAMPLERS, SPACINGS
 
     for name in SAMPLERS:

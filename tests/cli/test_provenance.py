@@ -91,9 +91,9 @@ def test_a_broken_label_does_not_hold(tmp_path, capsys):
     assert "the AIGC label has no Label" in capsys.readouterr().out
 
 
-def test_a_watermark_is_drawn_again_and_found(tiny, tiny_folder, monkeypatch, capsys):
+def test_a_watermark_is_drawn_again_and_found(tiny, tiny_folder, loaded_once, monkeypatch, capsys):
     model = ["-m", str(tiny_folder), "--dtype", "fp32", "-q"]
-    size = ["-W", "128", "-H", "128", "-q"]
+    size = ["-W", "128", "-H", "128", "--steps", "1", "-q"]
     assert cli.txt2img([*tiny, *size, "-o", "plain.png"]) == 0
     assert cli.txt2img([*tiny, *size, "-o", "a.png", "--watermark"]) == 0
     assert cli.main(["provenance", "plain.png"]) == 0

@@ -9,9 +9,8 @@ import torch
 from conftest import relative_error
 from torch.nn import functional as F
 
-from ldm.models import attention
-from ldm.models.attention import FeedForward
-from ldm.models.layers import GroupNorm, timestep_features
+from ldm.models import attention, layers
+from ldm.models.layers import FeedForward, GroupNorm, timestep_features
 
 
 def qkv(queries=20, keys=7):
@@ -168,7 +167,7 @@ def test_a_feed_forward_layer_in_parts_is_the_whole(monkeypatch):
     value, gate = layer.net[0].proj.double()(x.double()).chunk(2, dim=-1)
     assert relative_error(whole, layer.net[2].double()(value * F.gelu(gate))) < 1e-6
     layer.float()
-    monkeypatch.setattr(attention, "WIDE_BYTES", 10 * 8 * 16 * 4)
+    monkeypatch.setattr(layers, "WIDE_BYTES", 10 * 8 * 16 * 4)
     with torch.no_grad():
         parts = layer(x)
     assert relative_error(parts, whole) < 1e-6

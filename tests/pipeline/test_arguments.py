@@ -13,7 +13,7 @@ from ldm.request import NOTED, Request
 
 NO_FIELD = {
     "num_images_per_prompt", "generator", "latents", "output_type", "callback_on_step_end",
-    "callback_on_step_end_tensor_inputs", "guidance", "cross_attention_kwargs", "return_dict", "others",
+    "callback_on_step_end_tensor_inputs", "cross_attention_kwargs", "return_dict", "others",
     "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds",
 }  # fmt: skip
 # Grids and latents are for those who program; of the second pass some fields have flags of their own.
@@ -54,13 +54,15 @@ def test_every_field_of_a_request_survives_the_json():
         "sampler": "euler", "spacing": "karras", "loras": [{"name": "a", "weight": 0.5}], "sigmas": None,
         "embeddings": [{"name": "<cat>", "sha256": "0" * 64}], "upscaling": Request(noise_level=3),
         "hires": Request(strength=0.5, height=64, width=32), "refining": Request(guidance_scale=2.0),
-        "hires_scale": 1.5, "tiling": "x",
+        "hires_scale": 1.5, "tiling": "x", "guidance": "apg:eta=0",
         "timesteps": (9.0, 1.0), "seeds": (4, 2), "version": 1, "not_kept": ("latents",),
         "prompt_grammar": "comfy", "noise": "gpu", "mask_fill": "blur", "extend": (0, 8, 0, 8),
         "mask_invert": True, "soft_mask": True, "variation_strength": 0.5, "variation_seed": 3,
         "control": [{"model": "net", "image": "edges.png", "scale": 0.5, "mode": "prompt"}],
         "sampler_options": {"s_churn": 2}, "guidance_interval": (0.2, 0.8), "fast": True, "watermark": "ldm",
-        "nsfw_content_detected": True,
+        "nsfw_content_detected": True, "resize_mode": "fill",
+        "regions": ({"box": (0, 0, 8, 8), "prompt": "sea"},), "freeu": (1.3, 1.4, 0.9, 0.2),
+        "word_weights": {"sea": 2},
     }  # fmt: skip
     values = {}
     for name, field in Request.model_fields.items():

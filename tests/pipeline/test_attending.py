@@ -21,7 +21,7 @@ def pipe():
 
 def drawn(pipe, *attending):
     job = pipe.prepare(ASKED)
-    return draw_batch(replace(job, attending=attending), job.batches[0])
+    return draw_batch(replace(job, attending=attending), job.batches[0]).images
 
 
 def test_the_same_attention_draws_the_same_picture_and_sees_every_layer(pipe):

@@ -195,7 +195,7 @@ def test_the_command_edits_as_python_does_and_redraws(models, command, capsys, f
 
 
 REFUSED = [
-    (["--to", "boat"], "--to TEXT needs --invert FILE"),
+    (["--to", "boat", "-i", "photo.png"], "--to TEXT with a picture needs --invert FILE"),
     (["--invert", "photo.png"], "--invert FILE needs --to TEXT"),
     (["--to", "a", "--invert", "photo.png", "-i", "photo.png"], "both name a picture"),
     (["--to", "a", "--invert", "none.png"], "cannot read the picture none.png"),
@@ -226,7 +226,6 @@ def test_models_that_take_a_picture_beside_their_latents_do_not_edit(models, fam
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"image": None}, "target_prompt is not allowed here: only text-to-image models, with an image"),
         ({"image": torch.full((3, 16, 16), torch.nan)}, "an image's values must lie in 0..1"),
         ({"prompt": None, "prompt_embeds": torch.zeros(1, 16, 24)}, "prompt_embeds: an edit inverts"),
         ({"latents": torch.zeros(1, 4, 8, 8)}, "latents: an edit inverts"),

@@ -36,8 +36,21 @@ def fake(monkeypatch):
         yield made
 
 
+@pytest.fixture(scope="module")
+def sent(folder_of):
+    """Our pipelines on the card, by family and dtype. A card must be there when they are made."""
+    made = {}
+
+    def get(family, dtype="fp32"):
+        if (family, dtype) not in made:
+            made[family, dtype] = ldm.load(folder_of(family), device=CARD, dtype=dtype)
+        return made[family, dtype]
+
+    return get
+
+
 @pytest.fixture
-def both(folder_of, models, fake, monkeypatch):
+def both(models, sent, fake, monkeypatch):
     """The relative error of a card's latents; in its drawing nothing waits between the U-Net's calls."""
     counts, unet = [], networks._unet
 
@@ -50,7 +63,7 @@ def both(folder_of, models, fake, monkeypatch):
     def draw(family, change=lambda pipe: pipe, **arguments):
         call = {"prompt": "the red boat", "num_inference_steps": 4, "output_type": "latent", "seed": 5}
         theirs = change(models(family))(**call | arguments).images
-        pipe = change(ldm.load(folder_of(family), device=CARD, dtype="fp32"))
+        pipe = change(sent(family))
         counts.clear()
         ours = pipe(**call | arguments).images
         assert len(counts) >= 3
@@ -85,10 +98,9 @@ def test_a_lora_does_not(both, families, tmp_path):
     assert both("sd1", lambda pipe: pipe.with_lora(file)) < 1e-4
 
 
-def test_who_counts_steps_makes_nothing_wait(folder_of, fake, monkeypatch):
+def test_who_counts_steps_makes_nothing_wait(sent, fake):
     """The command's bar, over two models in one drawing."""
-    refiner = ldm.load(folder_of("refiner"), device=CARD, dtype="fp32")
-    pipe = ldm.load(folder_of("sdxl"), device=CARD, dtype="fp32").with_refiner(refiner)
+    pipe = sent("sdxl").with_refiner(sent("refiner"))
     job = pipe.prepare(ldm.Request(prompt="sea", num_inference_steps=5, seeds=(5,), refiner_switch_at=0.6))
     counts, waits = [], []
     step = Counted(lambda i: counts.append(i) or waits.append(len(fake.waits)))
@@ -101,10 +113,10 @@ def test_who_counts_steps_makes_nothing_wait(folder_of, fake, monkeypatch):
 @pytest.mark.parametrize("sampler", ["ddim", "euler_a"])
 @pytest.mark.parametrize("given", ["a seed", "a generator"])
 def test_what_overflows_is_drawn_again_as_if_each_answer_had_been_read(
-    folder_of, fake, monkeypatch, sampler, given
+    sent, fake, monkeypatch, sampler, given
 ):
     """A callback reads each."""
-    pipe = ldm.load(folder_of("sd1"), device=CARD, dtype="fp16")
+    pipe = sent("sd1", "fp16")
     dtypes, unet = [], networks._unet
 
     def overflow(module, *args):

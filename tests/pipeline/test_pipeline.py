@@ -49,9 +49,12 @@ def error(a, b):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_batch_equals_its_pictures_drawn_alone(pipe, sampler):
-    batch = latents(pipe, num_images_per_prompt=5, seed=1, sampler=sampler)
-    alone = torch.cat([latents(pipe, seed=seed, sampler=sampler) for seed in range(1, 6)])
-    assert error(batch, alone) < 1e-5
+    asked = {"sampler": sampler}
+    if sampler == "dpm_adaptive":  # whose steps are many where the network is random
+        asked["sampler_options"] = {"rtol": 0.5, "atol": 0.5}
+    batch = latents(pipe, num_images_per_prompt=3, seed=1, **asked)
+    alone = torch.cat([latents(pipe, seed=seed, **asked) for seed in (1, 3)])  # the ends
+    assert error(batch[::2], alone) < 1e-5
     assert error(batch[:1], batch[1:2]) > 1e-2
 
 

@@ -113,7 +113,7 @@ SAYS = [
     ("pipe.enable_vae_slicing()", "where memory is short"),
     ("pipe.enable_attention_slicing()", "not needed"),
     ("pipe.enable_xformers_memory_efficient_attention()", "not needed"),
-    ("pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)", "no FreeU"),
+    ("pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)", "freeu="),
     ("pipe.components", "pipe.parts"),
     ("pipe.encode_prompt('sea', 'cpu', 1, True)", "pipe.text.encode"),
     ("pipe.vae_scale_factor", "downscale"),
@@ -164,7 +164,13 @@ SAYS = [
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("line", [line.strip() for line in WORKS.strip().splitlines()])
+@pytest.mark.parametrize(
+    "line",
+    [  # test_call.py has what torch.compile takes long to read
+        pytest.param(line.strip(), marks=pytest.mark.slow if "compile" in line else ())
+        for line in WORKS.strip().splitlines()
+    ],
+)
 def test_works_as_typed(made, line):
     assert eval(line, dict(made)) is not ...
 

@@ -43,7 +43,7 @@ def attentions(pipe):
 def test_once_for_all_steps_and_the_same_to_the_bit(pipe, read, monkeypatch):
     once = drawn(pipe, "a red boat")
     assert len(read) == attentions(pipe)
-    monkeypatch.setattr(networks, "Context", lambda tokens, attend: tokens)
+    monkeypatch.setattr(networks, "Context", lambda tokens, *others: tokens)
     assert torch.equal(drawn(pipe, "a red boat"), once)
     assert len(read) == (1 + 4) * attentions(pipe)
 
@@ -51,7 +51,7 @@ def test_once_for_all_steps_and_the_same_to_the_bit(pipe, read, monkeypatch):
 def test_a_prompt_that_changes_is_read_again(pipe, read, monkeypatch):
     once = drawn(pipe, "a [red:blue:0.5] boat")
     assert len(read) == 2 * attentions(pipe)
-    monkeypatch.setattr(networks, "Context", lambda tokens, attend: tokens)
+    monkeypatch.setattr(networks, "Context", lambda tokens, *others: tokens)
     assert torch.equal(drawn(pipe, "a [red:blue:0.5] boat"), once)
 
 

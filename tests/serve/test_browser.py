@@ -1,6 +1,6 @@
 """The page in a real Chromium, over a real server: `pytest -m browser`.
 
-It needs Debian's chromium and chromium-driver, and `pip install -c constraints.txt selenium`. With
+It needs Debian's chromium and chromium-driver; selenium is in the extra `test`. With
 LDM_SCREENSHOTS=FOLDER it leaves pictures of the page there.
 """
 
@@ -151,7 +151,7 @@ def drawn(client):
 
 
 def test_what_is_typed_is_drawn_with_a_preview_on_the_way(page, server):
-    page.generate(prompt="a red house", negative_prompt="fog", seed=7, num_inference_steps=60)
+    page.generate(prompt="a red house", negative_prompt="fog", seed=7, num_inference_steps=40)
     page.until(lambda: page.js("return document.querySelector('.job .preview').naturalWidth") > 0)
     assert "step" in page.id("state").text
     page.until(lambda: page.status() == "completed")
@@ -159,7 +159,7 @@ def test_what_is_typed_is_drawn_with_a_preview_on_the_way(page, server):
     page.until(lambda: image.get_property("naturalWidth") == 64)
     assert page.id("live").text == "" or "completed" in page.id("live").get_property("textContent")
     told = drawn(server[0])["request"]
-    asked = {"prompt": "a red house", "negative_prompt": "fog", "seeds": [7], "num_inference_steps": 60}
+    asked = {"prompt": "a red house", "negative_prompt": "fog", "seeds": [7], "num_inference_steps": 40}
     assert {name: told[name] for name in asked} == asked
     page.until(lambda: page.all("#pictures .picture"))  # and it is in the gallery
 
@@ -308,6 +308,10 @@ def test_the_gallery_goes_on_as_one_scrolls_and_its_pictures_can_be_sent_and_del
     page.until(lambda: len(page.all("#pictures .picture")) == whole)
     names = page.js("return [...document.querySelectorAll('#pictures .picture')].map(e => e.dataset.picture)")
     assert len(set(names)) == whole
+    image = page.all("#pictures img")[0]
+    assert image.get_attribute("src").endswith(f"/{names[0]}/thumbnail")
+    assert image.get_attribute("loading") == "lazy"
+    page.until(lambda: page.js("return document.querySelector('#pictures img').naturalWidth") == 64)
 
     page.js("document.querySelector('#pictures .picture').click()")
     page.until(lambda: page.id("viewer").is_displayed())
@@ -331,7 +335,7 @@ def test_nothing_is_wider_than_the_window(page, width, scheme):
     page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     try:
         page.js("for (const each of document.querySelectorAll('details')) each.open = true")
-        page.generate(prompt=f"{'unbreakable' * 30} a red house by the sea")
+        page.generate(prompt=f"{'unbreakable' * 30} a red house by the sea", num_inference_steps=1)
         page.until(lambda: page.status() == "completed")
         for part in ("generate", "gallery"):
             page.js("arguments[0].scrollIntoView()", page.id(part))

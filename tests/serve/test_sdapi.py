@@ -148,6 +148,7 @@ def test_progress_is_idle_only_when_nothing_is_drawn(server, api):
         ({"width": 65}, 422),
         ({"batch_size": 99}, 422),
         ({"styles": ["a"]}, 422),
+        ({"override_settings": {"sd_vae": "nobody"}}, 404),
         ({"script_name": "x/y/z plot"}, 422),
         ({"alwayson_scripts": {"ControlNet": {"args": [{"model": "canny"}]}}}, 422),
         ({"restore_faces": True}, 422),

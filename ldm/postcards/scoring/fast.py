@@ -44,6 +44,8 @@ def name_of(fields: Fields) -> str:
 
 
 def _told(value: Any) -> str:
+    if isinstance(value, str):
+        return value
     return "" if value is True else " ".join(f"{number:g}" for number in np.atleast_1d(value))
 
 

@@ -32,6 +32,8 @@ export const upload = (file) =>
 
 export const pictureUrl = (id) => `/api/pictures/${encodeURIComponent(id)}.png`;
 
+export const thumbnailUrl = (id) => `/api/pictures/${encodeURIComponent(id)}/thumbnail`;
+
 // Of an image's name as requests have it: an upload's, or a picture's.
 export function imageUrl(id) {
   return /^[0-9a-f]{64}\.(png|jpg|webp)$/.test(id) ? `/api/uploads/${id}` : pictureUrl(id);

@@ -1,6 +1,6 @@
 // All pictures of the server, the newest first, as far as one scrolls.
 
-import { get, imageUrl } from "./api.js";
+import { get, thumbnailUrl } from "./api.js";
 import { $, later, thumbnail } from "./dom.js";
 
 const PAGE = 40;
@@ -65,7 +65,7 @@ export class Gallery {
 
   add(picture, isNew) {
     if (this.shown.has(picture.id)) return;
-    const button = thumbnail(picture, imageUrl(picture.id), () => this.open(picture.id));
+    const button = thumbnail(picture, thumbnailUrl(picture.id), () => this.open(picture.id));
     button.dataset.picture = picture.id;
     this.shown.set(picture.id, { picture, button });
     if (isNew) $("pictures").prepend(button);

@@ -138,7 +138,8 @@ function listenToDrops() {
 
 async function fillLists() {
   const [limits, models] = await Promise.all([get("/api/limits"), get("/api/models")]);
-  setOptions(field("model"), models.models.map((each) => [each, each]));
+  setOptions(field("model"), models.models.flatMap((each) => [[each, each],
+    ...models.vaes.map((vae) => [`${each}/${vae}`, `${each}, VAE ${vae}`])]));
   field("model").value = models.default;
   setOptions(field("sampler"), Object.entries(limits.samplers), "model's");
   setOptions(field("spacing"), limits.spacings.map((each) => [each, each.replaceAll("_", " ")]), "model's");

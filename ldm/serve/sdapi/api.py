@@ -19,6 +19,7 @@ from ldm.images.texts import read_texts
 from ldm.request import Request
 from ldm.runtime import resident_memory
 from ldm.serve.events import encoded, glimpse, until_over
+from ldm.serve.models import WITH
 from ldm.serve.sdapi import lists
 from ldm.serve.sdapi.asked import Drawing, read_drawing
 from ldm.serve.sdapi.extras import extra
@@ -58,7 +59,7 @@ class Sdapi:
         return {
             "images": images if drawing.sends_images else [],
             "parameters": {name: None if name in heavy else value for name, value in given.items()},
-            "info": json.dumps(info_of(request, ticket, texts, drawing.batch_size)),
+            "info": json.dumps(info_of(request, ticket, texts, drawing.batch_size, drawing.styles)),
         }
 
     @property
@@ -99,7 +100,9 @@ class Sdapi:
         }
 
 
-def info_of(request: Request, ticket: Ticket, texts: list[str], batch_size: int) -> dict[str, Any]:
+def info_of(
+    request: Request, ticket: Ticket, texts: list[str], batch_size: int, styles: list[str]
+) -> dict[str, Any]:
     """What `info` holds, as a string of JSON."""
     seeds, count = list(ticket.request.seeds[: len(texts)]), len(texts)
     subseed = request.variation_seed or 0
@@ -125,7 +128,7 @@ def info_of(request: Request, ticket: Ticket, texts: list[str], batch_size: int)
         "face_restoration_model": None,
         "sd_model_name": request.model or ticket.model,
         "sd_model_hash": request.model_hash or "",
-        "sd_vae_name": None,
+        "sd_vae_name": ticket.model.partition(WITH)[2] or None,
         "sd_vae_hash": None,
         "seed_resize_from_w": resize[1],
         "seed_resize_from_h": resize[0],
@@ -133,7 +136,7 @@ def info_of(request: Request, ticket: Ticket, texts: list[str], batch_size: int)
         "extra_generation_params": {},
         "index_of_first_image": 0,
         "infotexts": texts,
-        "styles": [],
+        "styles": styles,
         "job_timestamp": time.strftime("%Y%m%d%H%M%S", time.localtime(ticket.created)),
         "clip_skip": (request.clip_skip or 0) + 1,
         "is_using_inpainting_conditioning": False,
@@ -203,6 +206,8 @@ def add_lists(router: APIRouter, service: Service) -> None:
         "samplers": lists.samplers,
         "schedulers": lists.schedulers,
         "sd-models": lambda: lists.models(service),
+        "sd-vae": lambda: lists.vaes(service),
+        "prompt-styles": lambda: lists.styles(service),
         "loras": lambda: lists.loras(service),
         "upscalers": lists.upscalers,
         "latent-upscale-modes": lists.latent_upscale_modes,
@@ -211,12 +216,18 @@ def add_lists(router: APIRouter, service: Service) -> None:
         "cmd-flags": empty,
         "memory": lambda: {"ram": {"used": resident_memory()}, "cuda": {}},
     }
-    nothing = ("sd-vae", "prompt-styles", "script-info", "hypernetworks", "face-restorers")
+    nothing = ("script-info", "hypernetworks", "face-restorers")
     answers |= dict.fromkeys((*nothing, "realesrgan-models"), none)
     for name, answer in answers.items():
         router.add_api_route(f"/{name}", answer, methods=["GET"], response_model=None, summary=name)
+    router.add_api_route("/interrogate", interrogate, methods=["POST"], summary="Not here: 422")
     for name in ("refresh-checkpoints", "refresh-loras", "refresh-vae"):
         router.add_api_route(f"/{name}", empty, methods=["POST"], response_model=None, summary=name)
+
+
+def interrogate() -> None:
+    """What AUTOMATIC1111 does by BLIP and DeepDanbooru."""
+    raise UserError("interrogate is not here: this server has no model that describes pictures")
 
 
 def empty() -> dict[str, Any]:

@@ -7,24 +7,22 @@ refused.
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image, ImageOps
-
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import UserError, printable
-from ldm.images.opening import open_picture, to_mask
 from ldm.images.parameters import parse_parameters
 from ldm.request import Request
 from ldm.request.fields import consecutive_seeds, short
+from ldm.serve.sdapi.lists import model_named
 from ldm.serve.service import Service
 from ldm.serve.uploads import decode_base64
 
+RESIZE_MODES = (None, "crop", "fill", "latent")
 FILLS = ("blur", "original", "noise", "nothing")  # inpainting_fill
 ANY_SEED = -1
 # Ours, and theirs that change nothing here: every picture is kept, no grid is made.
@@ -39,11 +37,11 @@ KNOWN = {
     *("send_images", "save_images", "do_not_save_samples", "do_not_save_grid", "script_args", "mask_round"),
     *("override_settings_restore_afterwards", "firstphase_width", "firstphase_height", "force_task_id"),
     *("include_init_images", "image_cfg_scale", "disable_extra_networks", "comments", "s_min_uncond"),
-    *("batch_count", "refiner_switch_at"),
+    *("batch_count", "refiner_switch_at", "styles"),
 }
 # What would draw something else, and cannot be done: refused where it asks for anything.
 CANNOT = (
-    *("styles", "restore_faces", "refiner_checkpoint", "script_name", "alwayson_scripts", "infotext"),
+    *("restore_faces", "refiner_checkpoint", "script_name", "alwayson_scripts", "infotext"),
     *("hr_checkpoint_name", "latent_mask"),
 )
 log = logging.getLogger("ldm.serve")
@@ -57,6 +55,7 @@ class Drawing:
     model: str
     batch_size: int
     sends_images: bool
+    styles: list[str]
 
 
 def read_drawing(
@@ -74,15 +73,17 @@ def read_drawing(
     read = parse_parameters(settings_text(given, options, is_img2img))
     fields: dict[str, Any] = {**read.filled_in(), "seeds": consecutive_seeds(seed_of(given), count)}
     fields |= {"prompt": given.get("prompt") or "", "negative_prompt": given.get("negative_prompt") or ""}
+    fields = service.dressed({**fields, "styles": given.get("styles")})
     fields |= sampler_fields(given, read)
     if read.hires is not None and given.get("hr_negative_prompt"):
         fields["hires"] = read.hires.replace(negative_prompt=given["hr_negative_prompt"]).filled_in()
     if is_img2img:
         fields |= images_of(service, given, read)
-    model = service.shelf.name_of(options.get("sd_model_checkpoint"))
+    model = model_named(service, options)
     for name in ("version", "model", "model_hash"):
         fields.pop(name, None)
-    return Drawing(Request(**fields), model, batch_size, bool(given.get("send_images", True)))
+    sends_images, styles = bool(given.get("send_images", True)), given.get("styles") or []
+    return Drawing(Request(**fields), model, batch_size, sends_images, styles)
 
 
 def check_known(given: Mapping[str, Any]) -> None:
@@ -181,11 +182,11 @@ def images_of(service: Service, given: Mapping[str, Any], read: Request) -> dict
     images = given.get("init_images") or []
     if not isinstance(images, list) or len(images) != 1:
         raise UserError("init_images is not allowed: this server draws from one picture at a time")
-    mode, size = given.get("resize_mode") or 0, (int(read.width or 0), int(read.height or 0))
-    if mode not in (0, 1):
-        raise UserError(f"resize_mode {short(mode)} is not allowed: here 0 (resize) or 1 (crop)")
-    crop = size if mode == 1 else None
-    fields: dict[str, Any] = {"image": take(service, images[0], "init_images", crop)}
+    mode = given.get("resize_mode") or 0
+    if mode not in range(len(RESIZE_MODES)):
+        raise UserError(f"resize_mode {short(mode)} is not allowed: it must be 0 to {len(RESIZE_MODES) - 1}")
+    fields: dict[str, Any] = {"resize_mode": RESIZE_MODES[mode]}
+    fields["image"] = take(service, images[0], "init_images")
     if not given.get("mask"):
         return fields
     fill = given.get("inpainting_fill", 1)
@@ -194,7 +195,7 @@ def images_of(service: Service, given: Mapping[str, Any], read: Request) -> dict
     blurs = [given[name] for name in ("mask_blur_x", "mask_blur_y") if given.get(name) is not None]
     whole_picture = not given.get("inpaint_full_res", True)
     return fields | {
-        "mask_image": take(service, given["mask"], "mask", crop),
+        "mask_image": take(service, given["mask"], "mask"),
         "mask_blur": given.get("mask_blur", max(blurs, default=4)),
         "mask_fill": FILLS[fill],
         "mask_invert": bool(given.get("inpainting_mask_invert")),
@@ -202,15 +203,8 @@ def images_of(service: Service, given: Mapping[str, Any], read: Request) -> dict
     }
 
 
-def take(service: Service, value: Any, name: str, crop: tuple[int, int] | None) -> str:
-    """Where the store has a picture that is given as base64, cropped to the shape of `crop`."""
+def take(service: Service, value: Any, name: str) -> str:
+    """Where the store has a picture that is given as base64. Raises UserError."""
     if not isinstance(value, str):
         raise UserError(f"{name} {short(value)} is not allowed: it must be base64 of a picture")
-    data = decode_base64(value, name)
-    upload = service.uploads.put(data, name)
-    if crop is not None:
-        image = open_picture(name, io.BytesIO(data), to_mask if name == "mask" else None)
-        cropped = io.BytesIO()
-        ImageOps.fit(image, crop, Image.Resampling.LANCZOS).save(cropped, "PNG")
-        upload = service.uploads.put(cropped.getvalue(), name)
-    return f"uploads/{upload}"
+    return f"uploads/{service.uploads.put(decode_base64(value, name), name)}"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ldm.diffusion.samplers import SAMPLERS, SPACINGS
-from ldm.errors import UserError
 from ldm.images.enlarging import LABELS, LATENT
-from ldm.request.fields import short
+from ldm.serve.models import WITH
 from ldm.serve.service import Service
 from ldm.spelling import squash
 
@@ -20,7 +20,7 @@ OPTIONS: dict[str, Any] = {
     "randn_source": "CPU",
     "samples_save": True,
 }
-CHANGED = ("sd_model_checkpoint", "CLIP_stop_at_last_layers", "eta_noise_seed_delta")
+CHANGED = ("sd_model_checkpoint", "sd_vae", "CLIP_stop_at_last_layers", "eta_noise_seed_delta")
 
 
 def samplers() -> list[dict[str, Any]]:
@@ -49,6 +49,33 @@ def loras(service: Service) -> list[dict[str, Any]]:
     return [{"name": name, "alias": name, "path": name, "metadata": {}} for name in service.shelf.loras]
 
 
+def vaes(service: Service) -> list[dict[str, Any]]:
+    return [{"model_name": name, "filename": f"{name}.safetensors"} for name in service.shelf.vaes]
+
+
+def styles(service: Service) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "prompt": style.prompt, "negative_prompt": style.negative_prompt}
+        for name, style in service.styles.items()
+    ]
+
+
+def model_named(service: Service, options: Mapping[str, Any]) -> str:
+    """The server's name of the model and VAE of some options, which programs write in any capitals, with a
+    file's suffix or the hash that a title may end in. Raises UserError.
+    """
+    shelf, vae = service.shelf, options.get("sd_vae")
+    model = _meant(options.get("sd_model_checkpoint") or None, shelf.places)
+    return shelf.name_of(model, None if vae in NO_VAE else _meant(vae, shelf.vaes))
+
+
+def _meant(asked: Any, names: Iterable[str]) -> str | None:
+    if asked is None:
+        return None
+    plain = str(asked).partition(" [")[0].removesuffix(".safetensors")
+    return {squash(name): name for name in names}.get(squash(plain), plain)
+
+
 def upscalers() -> list[dict[str, Any]]:
     empty = {"model_name": None, "model_path": None, "model_url": None, "scale": 4.0}
     pixels = [label for name, label in LABELS.items() if name not in LATENT]
@@ -61,15 +88,7 @@ def latent_upscale_modes() -> list[dict[str, Any]]:
 
 def changed_options(service: Service, options: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """The options with those given; most are taken and mean nothing here. Raises UserError."""
-    if given.get("sd_vae", "None") not in NO_VAE:
-        raise UserError(
-            f"sd_vae {short(given['sd_vae'])} is not allowed: the server was started with its VAE"
-        )
-    asked = given.get("sd_model_checkpoint")
     changes = {name: given[name] for name in CHANGED if name in given}
-    if asked:
-        # As programs do, in any capitals, and with the hash that a title may end in.
-        names = {squash(name): name for name in service.shelf.places}
-        plain = str(asked).partition(" [")[0].removesuffix(".safetensors")
-        changes["sd_model_checkpoint"] = service.shelf.name_of(names.get(squash(plain), plain))
-    return {**options, **changes}
+    changed = {**options, **changes}
+    model, _, vae = model_named(service, changed).partition(WITH)
+    return {**changed, "sd_model_checkpoint": model, "sd_vae": vae or "Automatic"}
