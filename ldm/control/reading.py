@@ -21,7 +21,7 @@ from ldm.checkpoint.original.component import build_empty, build_stored, load_se
 from ldm.checkpoint.original.shapes import Tensors, hint_shape, shape_of
 from ldm.checkpoint.parts import MODEL_STEM
 from ldm.checkpoint.source import as_given, find
-from ldm.checkpoint.weights import open_stored
+from ldm.checkpoint.weights import find_weights, open_stored
 from ldm.control import layouts
 from ldm.control.family import check_fit, family_named, refuse
 from ldm.errors import UserError
@@ -116,7 +116,7 @@ def place_of(model: str) -> Path:
 def digest_of(path: Path) -> str:
     """64 hex digits: of the weights, and of the config where there is one."""
     if path.is_dir():
-        return sha256(path / "config.json", *weight_files(open_stored(path, MODEL_STEM).path))
+        return sha256(path / "config.json", *weight_files(find_weights(path, MODEL_STEM)))
     return sha256(path)
 
 

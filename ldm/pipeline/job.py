@@ -208,9 +208,7 @@ def _prepare(
         if first.is_steered
         else UNSTEERED,
         needs=guiding.needed(first, model) if first.guidance and not inputs.guidance else NO_NEEDS,
-        controls=controls_of(first.control, shown(inputs, images), first.size, model.controls)
-        if first.control
-        else (),
+        controls=controls_of(first, shown(inputs, images), model.controls) if first.control else (),
     )
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 import ldm
 from ldm.checkpoint.keymap import module_keys, to_original
 from ldm.checkpoint.save import save_module
-from ldm.control.steering import soft_weights
+from ldm.control.controls import soft_weights
 from ldm.errors import UserError
 from ldm.models import ControlNet, T2IAdapter
 from ldm.models.control import T2IAdapterConfig
@@ -125,7 +125,7 @@ def test_tiles_see_their_part_of_the_picture(models, places):
     job = pipe.prepare(
         ldm.Request(control=[use_of(places)], width=32, height=16, tile_size=16, num_inference_steps=1)
     )
-    from ldm.control.steering import _cut
+    from ldm.control.controls import _cut
 
     (control,) = job.controls
     windows = job.tiles.windows(8, 16)

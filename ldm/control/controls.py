@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ldm.adapters.seamless import seamless
 from ldm.control.family import kind_of
 from ldm.control.lllite import with_lllites
 from ldm.control.pictures import Pictures, Size, control_mask, control_picture, with_digests
 from ldm.control.reading import ControlFile, Reader
 from ldm.diffusion.deep_cache import place_of
+from ldm.diffusion.guidance import text_of
 from ldm.diffusion.tiles import Window
 from ldm.errors import UserError
 from ldm.memory.residence import in_use
@@ -26,7 +28,7 @@ from ldm.models.attention import AnyText
 from ldm.models.control import ControlNetUnion, LLLite
 from ldm.models.control.controlnet import guess_weights
 from ldm.models.encoder import NO_RESIDUALS, Residuals
-from ldm.request import ControlUse
+from ldm.request import ControlUse, Request
 from ldm.runtime import Finite, memory_format
 
 # A1111's soft weights: of a ControlNet's outputs 0.825^(12 - i), and of a T2I-Adapter's levels.
@@ -61,9 +63,8 @@ class Control:
 
     def sees(self, branch: str) -> bool:
         """Whether it acts in a branch of guidance: where the prompt is less, in those with a prompt alone."""
-        return not (self.use.mode in ("control", "guess") or self.is_pooled) or not (
-            branch.startswith("uncond") or branch == "image"
-        )
+        everywhere = self.use.mode in ("balanced", "prompt") and not self.is_pooled
+        return everywhere or text_of(branch) not in ("uncond", "image")
 
     def weights(self, skips: int) -> list[float]:
         """Of each of so many outputs, and of the middle's."""
@@ -105,10 +106,9 @@ def noted(uses: Sequence[ControlUse], reader: Reader) -> tuple[ControlUse, ...]:
     return tuple(found)
 
 
-def controls_of(
-    uses: Sequence[ControlUse], pictures: Pictures, size: Size, reader: Reader
-) -> tuple[Control, ...]:
-    """The controls of a drawing of (height, width) pixels that do anything. Raises UserError."""
+def controls_of(request: Request, pictures: Pictures, reader: Reader) -> tuple[Control, ...]:
+    """The controls of a resolved request that do anything; seamless where it is. Raises UserError."""
+    uses, size = request.control or (), request.size
     made = []
     for k, use in enumerate(uses):
         if use.scale == 0:
@@ -116,6 +116,8 @@ def controls_of(
         file = reader.get(use.model)
         kind = kind_of(file.network, use.type, file.path) if isinstance(file.network, ControlNet) else 0
         picture = control_picture(use, k, pictures, size, isinstance(file.network, ControlNetUnion))
+        if request.tiling is not None:
+            file = replace(file, network=seamless(file.network, request.tiling))
         mask = control_mask(use, size)
         control = Control(file, (use,), (_taken(picture, file, size).to(reader.runtime.device),), (kind,))
         check(control, mask)
@@ -155,7 +157,7 @@ def _joined(controls: Sequence[Control]) -> list[Control]:
     def alike(control: Control) -> tuple[Any, ...]:
         use, is_union = control.use, isinstance(control.file.network, ControlNetUnion)
         own = () if is_union and control.mask is None else (id(control),)
-        return (id(control.file), use.start, use.end, use.mode, own)
+        return (control.file.sha256, use.start, use.end, use.mode, own)
 
     made = []
     for _, group in groupby(controls, alike):
@@ -168,7 +170,7 @@ def _joined(controls: Sequence[Control]) -> list[Control]:
     return made
 
 
-class Steering:
+class Controls:
     """The controls of one drawing, as it goes on: each network, and what is made of its pictures once."""
 
     def __init__(
