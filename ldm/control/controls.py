@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ldm.adapters.seamless import seamless
 from ldm.control.family import kind_of
 from ldm.control.lllite import with_lllites
-from ldm.control.pictures import Pictures, Size, control_mask, control_picture, with_digests
+from ldm.control.pictures import Pictures, Size, control_mask, control_picture, depth_map, with_digests
 from ldm.control.reading import ControlFile, Reader
 from ldm.diffusion.deep_cache import place_of
 from ldm.diffusion.guidance import text_of
@@ -33,6 +33,7 @@ from ldm.runtime import Finite, memory_format
 
 # A1111's soft weights: of a ControlNet's outputs 0.825^(12 - i), and of a T2I-Adapter's levels.
 SOFT, SOFT_LEVELS = 0.825, (0.25, 0.62, 0.825, 1.0)
+DEPTH = "depth"  # the model of a use that is a depth model's own input
 # What a network is told in a call for some branches: sample, timestep, text, and what is extra by name.
 Told = tuple[Tensor, Tensor, AnyText, Mapping[str, Tensor | None]]
 
@@ -94,6 +95,9 @@ def noted(uses: Sequence[ControlUse], reader: Reader) -> tuple[ControlUse, ...]:
         if use.scale == 0:  # as if it were not there: nothing is read
             found.append(use)
             continue
+        if use.model == DEPTH and reader.takes_depth:
+            found.append(with_digests(use))
+            continue
         file = reader.get(use.model)
         if use.sha256 not in (None, file.sha256):
             raise UserError(
@@ -111,7 +115,7 @@ def controls_of(request: Request, pictures: Pictures, reader: Reader) -> tuple[C
     uses, size = request.control or (), request.size
     made = []
     for k, use in enumerate(uses):
-        if use.scale == 0:
+        if use.scale == 0 or (use.model == DEPTH and reader.takes_depth):
             continue
         file = reader.get(use.model)
         kind = kind_of(file.network, use.type, file.path) if isinstance(file.network, ControlNet) else 0
@@ -123,6 +127,19 @@ def controls_of(request: Request, pictures: Pictures, reader: Reader) -> tuple[C
         check(control, mask)
         made.append(replace(control, mask=None if mask is None else mask.to(reader.runtime.device)))
     return tuple(_joined(made))
+
+
+def depth_of(request: Request, pictures: Pictures, reader: Reader, factor: int) -> Tensor:
+    """The depth map [1, 1, H / factor, W / factor] that a depth model takes beside its latents.
+
+    -1 at its least and 1 at its most, as diffusers makes it. Raises UserError.
+    """
+    size = (request.size[0] // factor, request.size[1] // factor)
+    k, use = next((k, use) for k, use in enumerate(request.control or ()) if use.model == DEPTH)
+    small = F.interpolate(depth_map(use, k, pictures), size, mode="bicubic", align_corners=False)
+    low, high = small.aminmax()
+    scaled = 2 * (small - low) / (high - low) - 1 if high > low else torch.zeros_like(small)
+    return scaled.to(reader.runtime.device)
 
 
 def check(control: Control, mask: Tensor | None) -> None:

@@ -67,6 +67,18 @@ def control_picture(use: ControlUse, k: int, pictures: Pictures, size: Size, rep
     return values.clamp_min(0) if repaints else values
 
 
+def depth_map(use: ControlUse, k: int, pictures: Pictures) -> Tensor:
+    """[1, 1, H, W] of any range: of a file its levels, of 8 or 16 bits, else the luminance."""
+    from ldm.preprocess.pictures import to_levels
+
+    if use.image is not None:
+        return torch.from_numpy(np.asarray(read_file(use.image, use.image_sha256, to_levels)[0]))[None, None]
+    image = _source(use, k, pictures)
+    if isinstance(image, tuple):
+        raise UserError("a drawing has one depth map for all prompts: give the others to other calls")
+    return torch.from_numpy(np.asarray(as_image(image, "L"), dtype=np.float32))[None, None]
+
+
 def control_mask(use: ControlUse, size: Size) -> Tensor | None:
     """[1, 1, H, W], how much it acts at each place; None for everywhere."""
     if use.mask is None:

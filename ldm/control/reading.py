@@ -96,6 +96,11 @@ class Reader:
     runtime: Runtime
     sleeps: bool = False
 
+    @property
+    def takes_depth(self) -> bool:
+        """Whether the U-Net takes a depth map beside its latents."""
+        return self.unet.config.in_channels == self.unet.config.out_channels + 1
+
     def get(self, model: str) -> ControlFile:
         """The network of a folder, file or hub name. Raises UserError."""
         return self.shelf.get(model, self.unet, self.runtime, self.sleeps)

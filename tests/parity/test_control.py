@@ -203,3 +203,32 @@ def test_an_adapter(families, models_of, tmp_path, family, kind, factor, name):
         models_of(family).with_controlnet(tmp_path), control_image=picture(), adapter_conditioning_scale=0.6
     )
     assert error(found, expected) < 1e-4
+
+
+def test_a_depth_model(sd1, tmp_path):
+    peer = sd1[1]
+    unet = randomise(
+        diffusers.UNet2DConditionModel.from_config({**peer.unet.config, "in_channels": 5})
+    ).eval()
+    parts = {part: getattr(peer, part) for part in ("vae", "text_encoder", "tokenizer")}
+    scheduler = diffusers.DDIMScheduler.from_config(
+        peer.scheduler.config, clip_sample=False, set_alpha_to_one=False
+    )
+    pipe = diffusers.StableDiffusionDepth2ImgPipeline(
+        **parts, unet=unet, scheduler=scheduler, depth_estimator=None, feature_extractor=None
+    )
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(tmp_path / "model")
+    depth = picture(8, (20, 12)).convert("L")
+    depth.save(tmp_path / "depth.png")
+    levels = torch.from_numpy(np.array(depth)).float()[None]
+    shared = {"image": picture(3), "strength": 0.6}
+    expected = theirs(pipe, depth_map=levels, **shared)
+    own = ldm.load(tmp_path / "model", device="cpu", dtype="fp32")
+    use = {"model": "depth", "image": str(tmp_path / "depth.png")}
+    assert error(ours(own, control=[use], **shared), expected) < 1e-4
+    assert error(ours(own, control=[use | {"image": depth}], **shared), expected) < 1e-4
+    own.save(tmp_path / "saved")
+    assert type(diffusers.DiffusionPipeline.from_pretrained(tmp_path / "saved")) is type(pipe)
+    with pytest.raises(ldm.UserError, match="this model draws with a depth map: give one"):
+        ours(own, **shared)
