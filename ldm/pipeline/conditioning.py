@@ -58,7 +58,16 @@ def windows_of(model: Model, request: Request, steps: int) -> int:
 class Telling:
     """What the U-Net is told of each prompt of a job in each step, encoded once while its texts stay."""
 
-    def __init__(self, model: Model, requests: Sequence[Request], inputs: Inputs, steps: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        requests: Sequence[Request],
+        inputs: Inputs,
+        steps: int,
+        concat: Tensor | None = None,
+    ) -> None:
+        """`concat` [1, C, h, w] is beside the latents of all pictures."""
+        self.concat = concat
         self.model, self.requests, self.inputs, self.steps = model, requests, inputs, steps
         self._encode = lru_cache(maxsize=8)(self._encoded)
         self._without = lru_cache(maxsize=8)(
@@ -74,7 +83,11 @@ class Telling:
         asked = self.requests[p]
         changes = any(script.changes for script in (*asked.scripts, *asked.region_scripts))
         windows = self._windows(p) if changes else None
-        return encode_texts(self.model, self.requests[p], self.inputs, p, texts, windows, source)
+        cond, uncond = encode_texts(self.model, self.requests[p], self.inputs, p, texts, windows, source)
+        if self.concat is None:
+            return cond, uncond
+        beside = [self.concat.expand(len(each), -1, -1, -1) for each in (cond, uncond)]
+        return replace(cond, concat=beside[0]), replace(uncond, concat=beside[1])
 
     def empty(self, p: int, step: int) -> Conditioning:
         """What is told of no words at all, in the place of prompt `p`'s negative prompt of a step."""

@@ -49,6 +49,9 @@ class Limits:
         for name in NOT_ASKED:
             if getattr(request, name):
                 raise UserError(f"{name} is not allowed here: the server notes it of its own files")
+        nested = (request.hires, request.refining, request.upscaling)
+        if any(each is not None and each.control for each in (request, *nested)):
+            raise UserError("control is not allowed here: it names files of the server's machine")
         for use in request.loras or ():
             if use.name not in loras:
                 raise UserError(
