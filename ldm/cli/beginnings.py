@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.cli.image_prompt_flags import check_here
 from ldm.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ def given_by(args: argparse.Namespace) -> Request:
     from ldm.request import Request
 
     base = Request() if args.from_png is None else begun_like(read_request(args.from_png))
+    if args.from_png is not None and not args.image_prompts:
+        check_here(args.from_png, base)
     names = (Request.model_fields.keys() & vars(args).keys()) - {"model"}
     fields: dict[str, Any] = {name: getattr(args, name) for name in names} | {
         "num_inference_steps": args.steps,

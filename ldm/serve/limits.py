@@ -46,6 +46,9 @@ class Limits:
         """Raise UserError, naming the field, for more than is allowed. `loras` are those that are there."""
         self.check_bounds(request)
         self._check_texts(request)
+        nested = (request, request.hires, request.refining, request.upscaling)
+        if any(each is not None and each.image_prompts for each in nested):
+            raise UserError("image_prompts is not allowed here: this server has no IP-Adapters")
         for name in NOT_ASKED:
             if getattr(request, name):
                 raise UserError(f"{name} is not allowed here: the server notes it of its own files")
