@@ -52,7 +52,8 @@ def begun_like(request: Request) -> Request:
         *("model", "model_hash", "image_sha256", "mask_image_sha256", "classifier_sha256", "upscaling"),
         *("safety_checker_sha256", "nsfw_content_detected"),
     )
-    request = request.replace(**dict.fromkeys(named))
+    regions = tuple(each.replace(mask_sha256=None) for each in request.regions or ()) or None
+    request = request.replace(**dict.fromkeys(named), regions=regions)
     request.check_given(())
     return request
 

@@ -126,6 +126,12 @@ def find_inputs(args: argparse.Namespace, request: Request) -> dict[str, str | N
 
     inputs = {name: getattr(args, name) or getattr(request, name) for name in FILES}
     request.check_given([name for name, path in inputs.items() if path is not None])
+    for region in request.regions or ():
+        if region.mask is not None and is_remote(region.mask):
+            raise UserError(
+                f"{args.file} names {region.mask!r} as a mask, on another computer, which is not "
+                "opened for a picture's word: draw it anew, with --region"
+            )
     for name, path in inputs.items():
         if getattr(args, name) is None and path is not None and is_remote(path):
             raise UserError(
