@@ -21,15 +21,19 @@ $(VENV)/.test: setup.cfg constraints.txt | $(BIN)/python
 picture: $(VENV)/.picture
 	$(BIN)/txt2img --prompt "$(PROMPT)"
 
+# Neighbours share what their file or room makes: each process begins with a half of the tests, whole, and then
+# takes from the end of what the other has left.
+WORKERS := -n 2 --dist worksteal
+
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest $(WORKERS)
 
 # The page in Chromium; skipped, with the reason, where there is none.
 test-browser: $(VENV)/.test
 	$(BIN)/python -m pytest -m browser tests/serve/test_browser.py
 
 test-all: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 -m "not cuda"
+	$(BIN)/python -m pytest $(WORKERS) -m "not cuda"
 
 # With a torch that knows CUDA; LDM_TEST_DEVICE=cpu rehearses it on the processor.
 test-cuda: $(VENV)/.test

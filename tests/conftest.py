@@ -7,6 +7,10 @@ import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
+# Beside another process of tests, for this one and for those that it starts: threads of more than there are
+# cores for wait for each other by spinning.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -19,8 +23,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 @pytest.fixture(autouse=True)
 def _deterministic():
     """The same numbers in every test, whichever ran before."""
-    alone = "PYTEST_XDIST_WORKER" not in os.environ
-    torch.set_num_threads(min(2 if alone else 1, int(os.environ.get("OMP_NUM_THREADS", 2))))
+    torch.set_num_threads(min(2, int(os.environ.get("OMP_NUM_THREADS", 2))))
     torch.manual_seed(0)
     yield
     if "accelerate" in sys.modules:  # it keeps the first training's precision for the whole process

@@ -37,7 +37,7 @@ def random_tensors(module):
     for name, p in module.state_dict().items():
         noise = pool.repeat(p.numel() // len(pool) + 1)[: p.numel()].view(p.shape)
         norm = "norm" in name and name.endswith("weight")
-        tensors[name] = noise / p[0].numel() ** 0.5 if p.ndim > 1 else 0.2 * noise + norm
+        tensors[name] = noise.div_(p[0].numel() ** 0.5) if p.ndim > 1 else noise.mul_(0.2).add_(norm)
     return tensors
 
 

@@ -1,6 +1,7 @@
 """A running server for tests of `ldm.serve`: the embedded model, uvicorn in a thread, few steps."""
 
 import contextlib
+import functools
 import io
 import threading
 import time
@@ -19,8 +20,14 @@ from ldm.serve.store import Store
 ASK = {"prompt": "a red house", "seed": 7, "steps": 2, "width": 64, "height": 64, "sampler": "euler"}
 
 
+@functools.cache
+def embedded():
+    """The embedded model, read once for all servers: nothing changes it."""
+    return ldm.load()
+
+
 def shelf(folder=None, pipe=None, most=2):
-    return Shelf(pipe or ldm.load(), ldm.load, folder, most)
+    return Shelf(pipe or embedded(), ldm.load, folder, most)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import ldm
+from ldm.diffusion.guidances.catalogue import GUIDANCES, options_of
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -61,3 +62,19 @@ def test_the_gallery_has_all_prompts_with_all_seeds(families, tmp_path, monkeypa
         found = strip.convert("RGB").crop((strip.width - own.width - 2, 2, strip.width - 2, strip.height - 2))
     gaps = [np.abs(np.asarray(found, np.float64) - np.asarray(each)).mean() for each in (own, other)]
     assert gaps[0] < 0.6 * gaps[1]  # WebP loses much of pictures that are noise
+
+
+def test_every_guidance_is_on_its_page_with_its_options():
+    """Name, paper and options, with their defaults where they are numbers."""
+    rows = [line.split(" | ") for line in (ROOT / "docs" / "guidance.md").read_text().splitlines()]
+    rows = {cells[0].strip("| `"): cells for cells in rows if len(cells) == 5 and "`" in cells[0]}
+    assert rows.keys() == GUIDANCES.keys()
+    for name, part in GUIDANCES.items():
+        paper, options = rows[name][2], rows[name][4]
+        for number in re.findall(r"arXiv \d{4}\.\d{5}", part.source):
+            assert number in paper, name
+        above = [
+            each for each in GUIDANCES.values() if each is not part and f"those of `{each.name}`" in options
+        ]
+        for key in options_of(part):
+            assert f"`{key}`" in options or any(key in options_of(each) for each in above), (name, key)

@@ -74,6 +74,11 @@ COMMANDS = {
     ),
     "folder": (folder.add_flags, folder.folder, "examine a folder of pictures before training on it"),
     "finetune": (finetune.add_flags, finetune.finetune, "train a model on a folder of pictures"),
+    "train-control": (
+        finetune.add_control_flags,
+        finetune.train_control,
+        "train a ControlNet on a folder of pictures",
+    ),
     "serve": (
         serve.add_flags,
         serve.serve,

@@ -1,24 +1,34 @@
-"""`ldm finetune`: a model trained on a folder of pictures."""
+"""`ldm finetune`: a model trained on a folder of pictures; `ldm train-control`: a ControlNet beside one."""
 
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from ldm.errors import UserError
 
+if TYPE_CHECKING:
+    from ldm.finetune.recipe import Mode
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+CONTROL: Mode = "controlnet"
+
+
+def add_flags(parser: argparse.ArgumentParser, mode: Mode | None = None) -> None:
     from ldm.finetune.recipe import add_recipe_flags
 
-    add_recipe_flags(parser)
+    add_recipe_flags(parser, mode)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
-def finetune(args: argparse.Namespace) -> int:
+def add_control_flags(parser: argparse.ArgumentParser) -> None:
+    add_flags(parser, CONTROL)
+
+
+def finetune(args: argparse.Namespace, mode: Mode | None = None) -> int:
     """Fine-tune; the same command again goes on where it stopped."""
     from ldm.finetune.recipe import read_finetune_recipe
 
-    recipe = read_finetune_recipe(args)
+    recipe = read_finetune_recipe(args, mode)
     try:
         from ldm.finetune.finetune import finetune
 
@@ -26,3 +36,8 @@ def finetune(args: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         raise UserError(f"training needs {error.name}: pip install 'ldm[train]'") from None
     return 0
+
+
+def train_control(args: argparse.Namespace) -> int:
+    """Train a ControlNet, in the same way."""
+    return finetune(args, CONTROL)

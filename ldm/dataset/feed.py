@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ldm.dataset.buckets import Sample
 from ldm.dataset.cache import LatentCache, TextCache, open_and_crop
+from ldm.dataset.controls import Controls
 from ldm.dataset.masks import masked_pictures, random_masks
 from ldm.models import VAE
 from ldm.models.conditioning import Conditioning
@@ -25,6 +26,7 @@ class Feed:
     takes: what the U-Net is told beside the text, as `UNetConfig.conditioning` names it.
     zeros_for_empty: an empty caption is zeros, as SDXL is drawn with.
     masks: of inpainting; None for other models.
+    controls: of a ControlNet; None without one.
     """
 
     vae: VAE
@@ -35,16 +37,17 @@ class Feed:
     texts: TextCache | None = None
     trains_text: bool = False
     masks: MaskSection | None = None
+    controls: Controls | None = None
 
     def tensors(self, rows: Sequence[Sample], rng: torch.Generator) -> dict[str, Tensor]:
         """What B rows of one size give, on the CPU in fp32; noise is drawn from `rng`.
 
         x0 [B, c, h, w]: latents, scaled as the U-Net has them; tokens [B, N, D] or ids.<i> [B * windows, N];
         where the model takes them pooled [B, P], time_ids [B, 6], mask [B, 1, H, W] and masked [B, c, h, w];
-        kept [B]: 0 where the text is to be zeros.
+        kept [B]: 0 where the text is to be zeros; control [B, 3, H, W] in 0..1.
         """
         shown = [(row.example, row.crop) for row in rows]
-        whole = self.latents is None or self.masks is not None
+        whole = self.latents is None or self.masks is not None or self.controls is not None
         pictures = torch.stack([open_and_crop(*each) for each in shown]) if whole else torch.empty(0)
         encoded = encode(self.vae, pictures / 2 + 0.5) if self.latents is None else self.latents.read(shown)
         batch = {"x0": encoded.sample(torch.randn(encoded.mean.shape, generator=rng)).cpu()}
@@ -56,6 +59,9 @@ class Feed:
             masked = encode(self.vae, masked_pictures(pictures, mask) / 2 + 0.5)
             noise = torch.randn(masked.mean.shape, generator=rng)
             batch |= {"mask": mask, "masked": masked.sample(noise).cpu()}
+        if self.controls is not None:
+            told = [self.controls.of(*each, picture) for each, picture in zip(shown, pictures, strict=True)]
+            batch["control"] = torch.stack(told)
         return batch
 
     def _text(self, captions: Sequence[str]) -> dict[str, Tensor]:

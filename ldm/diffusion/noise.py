@@ -6,10 +6,12 @@ everywhere, and image by image, so that image k of a batch equals the image draw
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -165,52 +167,113 @@ class Noise:
         return self.initial((channels, height, width))
 
 
+class BrownianPaths:
+    """Brownian motions on [0, 1], one per image, by their increments: `paths(low, high)` is [B, C, H, W].
+
+    The numbers are those of torchsde's BrownianInterval(tol=1e-6, pool_size=24, halfway_tree=True), to the
+    last bit: an increment over a dyadic interval is drawn from its parent's (a Brownian bridge), with a seed
+    that follows from the path's entropy and the place in the tree. There each image walks a tree of its own
+    in Python; here one tree serves all of a batch.
+    """
+
+    def __init__(self, entropies: Sequence[int], shape: Shape) -> None:
+        self.entropies, self.shape = tuple(entropies), shape
+        self._whole = self._normal((), 3)
+        self._kept = OrderedDict[tuple[int, int], Tensor]()  # the last increments, by place and depth
+
+    def __call__(self, low: float, high: float) -> Tensor:
+        """What the paths gain between two times."""
+        low, high = round(low, DIGITS), round(high, DIGITS)
+        if low == high:
+            return torch.zeros_like(self._whole)
+        gained, *others = self._between(low, high, 0.0, 1.0, self._whole, (0, 0))
+        for each in others:
+            gained = gained + each
+        return gained
+
+    def _between(
+        self, low: float, high: float, start: float, end: float, own: Tensor, node: tuple[int, int]
+    ) -> Iterator[Tensor]:
+        """The increments over the dyadic intervals that make up [low, high] within that of `node`, in order;
+        its own is from `start` to `end`.
+        """
+        if (low, high) == (start, end):
+            yield own
+            return
+        middle = round(0.5 * (end + start), DIGITS)
+        left = self._left(start, middle, end, own, node)
+        place, depth = node
+        if low < middle:
+            yield from self._between(low, min(high, middle), start, middle, left, (2 * place, depth + 1))
+        if high > middle:
+            right = (2 * place + 1, depth + 1)
+            yield from self._between(max(low, middle), high, middle, end, own - left, right)
+
+    def _left(self, start: float, middle: float, end: float, own: Tensor, node: tuple[int, int]) -> Tensor:
+        """Over the left half of an interval: ``own (m - s)/(e - s) + sqrt((m - s)(e - m)/(e - s)) noise``."""
+        if node in self._kept:
+            self._kept.move_to_end(node)
+            return self._kept[node]
+        inverse = 1 / (end - start)
+        spread = math.sqrt((middle - start) * (end - middle) * inverse)
+        left = (middle - start) * own * inverse + spread * self._normal(node, 4)
+        self._kept[node] = left
+        if len(self._kept) > KEPT:
+            self._kept.popitem(last=False)
+        return left
+
+    def _normal(self, node: tuple[int, ...], words: int) -> Tensor:
+        """Unit noise of a place in the tree, [B, C, H, W]: `words` are how many seeds it has there."""
+        drawn, generator = torch.empty(len(self.entropies), *self.shape), torch.Generator("cpu")
+        for k, entropy in enumerate(self.entropies):
+            sequence = np.random.SeedSequence(entropy=entropy, spawn_key=node, pool_size=POOL)
+            generator.manual_seed(int(sequence.generate_state(words)[0]))
+            torch.randn(self.shape, generator=generator, out=drawn[k])
+        return drawn
+
+
+DIGITS = 6  # to which times are rounded
+POOL = 24  # words of entropy of a seed
+KEPT = 48  # increments that are kept: two paths down the tree
+
+
 class BrownianNoise(Noise):
     """Increments of one Brownian path per image: more steps refine the same picture.
 
     ``(W(u') - W(u)) / sqrt(|u' - u|)`` with ``u = sigma / (1 + sigma)``, which puts every noise level into
     [0, 1], so that the path depends on the seed alone and not on the grid. Li et al. 2020, "Scalable
-    Gradients for Stochastic Differential Equations", section 4; torchsde's BrownianInterval.
+    Gradients for Stochastic Differential Equations", section 4.
     """
 
     def __init__(self, seeds: Sequence[int | Seed | torch.Generator]) -> None:
         super().__init__(seeds)
-        self._paths: list[Any] = []
-        self._varied: list[Any] = []
+        self._paths: Callable[[float, float], Tensor] | None = None
+        self._varied: dict[int, Callable[[float, float], Tensor]] = {}  # of images that are turned
 
     def draw(self, like: Tensor, sigma: float, sigma_next: float) -> Tensor:
         # On the first call, since an image's initial noise comes first out of its generator.
-        if not self._paths:
-            shape = tuple(like.shape[1:])
-            self._paths = [self._path(each, shape) for each in self.generators]
-            self._varied = [
-                self._path(other, shape) if seed and other and seed.share else None
-                for seed, other in zip(self._seeds, self._others, strict=True)
-            ]
+        if self._paths is None:
+            _, *sides = like.shape
+            shape = (sides[0], sides[1], sides[2])
+            self._paths = BrownianPaths([entropy_of(each) for each in self.generators], shape)
+            self._varied = {
+                k: BrownianPaths([entropy_of(other)], shape)
+                for k, (seed, other) in enumerate(zip(self._seeds, self._others, strict=True))
+                if seed and other and seed.share
+            }
         low, high = sorted(level / (1 + level) for level in (sigma, sigma_next))
-        increments = list[Tensor]()
-        for seed, path, varied in zip(self._seeds, self._paths, self._varied, strict=True):
-            increment: Tensor = path(low, high)
-            if seed and varied:  # an arc of a quarter turn: the paths are independent
-                angle = seed.share * math.pi / 2
-                increment = math.cos(angle) * increment + math.sin(angle) * varied(low, high)
-            increments.append(increment)
-        return torch.stack(increments) / math.sqrt(high - low)
+        increments = self._paths(low, high)
+        for k, varied in self._varied.items():  # an arc of a quarter turn: the paths are independent
+            seed = self._seeds[k]
+            angle = (seed.share if seed else 0.0) * math.pi / 2
+            turned = math.cos(angle) * increments[k] + math.sin(angle) * varied(low, high)[0]
+            increments = increments.clone()
+            increments[k] = turned
+        return increments / math.sqrt(high - low)
 
-    @staticmethod
-    def _path(generator: Generator, shape: tuple[int, ...]) -> Any:
-        import torchsde
 
-        if isinstance(generator, Philox):  # k-diffusion's path is drawn on the CPU, whatever drew the rest
-            generator = torch.Generator("cpu").manual_seed(torch_seed(generator.seed))
-        entropy = int(torch.randint(SEED_LIMIT - 1, (), generator=generator))
-        return torchsde.BrownianInterval(
-            0.0,
-            1.0,
-            size=shape,
-            dtype=torch.float32,
-            entropy=entropy,
-            tol=1e-6,
-            pool_size=24,
-            halfway_tree=True,
-        )
+def entropy_of(generator: Generator) -> int:
+    """What a path of an image's generator comes of: the next number out of it."""
+    if isinstance(generator, Philox):  # k-diffusion's path is drawn on the CPU, whatever drew the rest
+        generator = torch.Generator("cpu").manual_seed(torch_seed(generator.seed))
+    return int(torch.randint(SEED_LIMIT - 1, (), generator=generator))

@@ -22,10 +22,12 @@ from ldm.checkpoint.io import read_json
 from ldm.dataset.buckets import Batches, Sample, Variation, make_buckets, make_crop, nearest_bucket
 from ldm.dataset.cache import LatentCache, TextCache
 from ldm.dataset.captions import clip_counter
+from ldm.dataset.controls import Controls
 from ldm.dataset.examine import examine
 from ldm.dataset.feed import Feed
 from ldm.dataset.findings import Example, report
 from ldm.errors import UserError, abbreviate
+from ldm.finetune.control import ControlTask, controls_of
 from ldm.finetune.inpainting import widen
 from ldm.finetune.modes import PARTS, Mode, make_mode
 from ldm.finetune.prior import class_examples, draw_class
@@ -62,24 +64,27 @@ def finetune(recipe: FinetuneRecipe) -> None:
     log = print if processes.is_main_process else _silent
     _check(recipe, processes.device)
     trained, held_out = _pictures(recipe, log)
+    controls = controls_of(recipe, [*trained, *held_out]) if recipe.mode == "controlnet" else None
     mode = make_mode(recipe, [example.caption or "" for example in trained])
     parts = _load(recipe)
-    recipe = _complete(recipe, parts, trained, processes)
+    recipe = _complete(recipe, parts, trained, held_out, processes)
     _check_state(recipe)
     splits = _splits(recipe, trained, held_out)
     runtime = Runtime(processes.device, DTYPES[recipe.mixed_precision or "no"])
     parts = mode.prepare(parts, runtime)
-    for line in _plan(recipe, parts, splits, runtime, processes.num_processes):
+    for line in _plan(recipe, parts, mode, splits, runtime, processes.num_processes):
         log(line)
     if recipe.dry_run:
         return
     if recipe.class_prompt:
         splits = replace(splits, prior=_prior(recipe, runtime, processes, log))
     if recipe.gradient_checkpointing:
-        checkpoint_blocks(parts.unet)
-    feed = _feed(recipe, parts)
+        for module in (parts.unet, *mode.beside):
+            checkpoint_blocks(module)
+    feed = _feed(recipe, parts, controls)
     _fill(feed, splits, processes, log)
-    train(FinetuneTask(parts, mode, recipe, feed, splits), recipe, recipe.output_dir)
+    kind = FinetuneTask if controls is None else ControlTask
+    train(kind(parts, mode, recipe, feed, splits), recipe, recipe.output_dir)
     if processes.is_main_process:
         log(f"report: {_report(recipe, mode, splits)}")
 
@@ -90,7 +95,7 @@ def _silent(*_: object, **__: object) -> None:
 
 def _check(recipe: FinetuneRecipe, device: torch.device) -> None:
     """Raise UserError for what can be told before any file is read."""
-    for name in ("output_dir", "cache_dir", "class_data_dir"):
+    for name in ("output_dir", "cache_dir", "class_data_dir", "control_data_dir"):
         place = getattr(recipe, name)
         if place is not None and place.resolve().is_relative_to(recipe.train_data_dir.resolve()):
             raise UserError(f"{name} {place} lies in the folder of pictures, and would be trained on")
@@ -207,6 +212,10 @@ def _load(recipe: FinetuneRecipe, runtime: Runtime | None = None) -> Parts:
         raise UserError(
             f"{recipe.model} is an LCM, which is distilled: fine-tune the model that it was made of"
         )
+    if kind is Kind.INPAINT and recipe.mode == "controlnet":
+        raise UserError(
+            f"{recipe.model} is an inpainting model: train a ControlNet beside a text-to-image one"
+        )
     if kind is Kind.INPAINT and not recipe.inpainting:
         raise UserError(f"{recipe.model} is an inpainting model: add --inpainting to train it on masks")
     if kind is Kind.TEXT and recipe.inpainting and recipe.mode != "full":
@@ -218,11 +227,16 @@ def _load(recipe: FinetuneRecipe, runtime: Runtime | None = None) -> Parts:
 
 
 def _complete(
-    recipe: FinetuneRecipe, parts: Parts, trained: Sequence[Example], processes: PartialState
+    recipe: FinetuneRecipe,
+    parts: Parts,
+    trained: Sequence[Example],
+    held_out: Sequence[Example],
+    processes: PartialState,
 ) -> FinetuneRecipe:
     """The recipe with what follows from the model, the folder and the machine in place of None."""
     native = 8 * round(math.sqrt(math.prod(native_size(parts))) / 8)
-    captions = list(dict.fromkeys(each.caption for each in trained if each.caption))
+    told = (held_out if recipe.mode == "controlnet" else ()) or trained  # where a control is new, too
+    captions = list(dict.fromkeys(each.caption for each in told if each.caption))
     changes = {
         "resolution": recipe.resolution or native,
         "mixed_precision": recipe.mixed_precision or NAMES[choose(processes.device).dtype],
@@ -238,7 +252,7 @@ def _complete(
     return recipe
 
 
-def _feed(recipe: FinetuneRecipe, parts: Parts) -> Feed:
+def _feed(recipe: FinetuneRecipe, parts: Parts, controls: Controls | None) -> Feed:
     text, cache = Pipeline.from_parts(parts).text, recipe.cache_dir or Path()
     trains_text = any(p.requires_grad for clip in text.clips for p in clip.model.parameters())
     return Feed(
@@ -250,6 +264,7 @@ def _feed(recipe: FinetuneRecipe, parts: Parts) -> Feed:
         texts=None if trains_text or recipe.shuffle_tags else TextCache(cache / "texts", text),
         trains_text=trains_text,
         masks=recipe.masks if recipe.inpainting else None,
+        controls=controls,
     )
 
 
@@ -274,11 +289,11 @@ def _fill(feed: Feed, splits: Splits, processes: PartialState, log: Log) -> None
 
 
 def _plan(
-    recipe: FinetuneRecipe, parts: Parts, splits: Splits, runtime: Runtime, processes: int
+    recipe: FinetuneRecipe, parts: Parts, mode: Mode, splits: Splits, runtime: Runtime, processes: int
 ) -> Iterator[str]:
     batches = splits.train
     yield ""
-    modules = [module for name in PARTS if (module := getattr(parts, name)) is not None]
+    modules = [*(module for name in PARTS if (module := getattr(parts, name)) is not None), *mode.beside]
     trained = sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad)
     yield f"model: {recipe.model or 'the embedded one'}"
     computed = f"computed in {str(runtime.dtype)[6:]} on {runtime.device}"

@@ -1,4 +1,4 @@
-"""What of a model is trained, and what comes out: the U-Net, a LoRA beside its layers, or a new word.
+"""What is trained, and what comes out: the U-Net, a LoRA beside its layers, a new word, a ControlNet.
 
 What is trained is in fp32 and has gradients; all else is frozen, in the dtype that networks compute in.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,20 +17,28 @@ import torch
 from torch import nn
 
 from ldm.adapters.lora import FOLDER_FILES
-from ldm.checkpoint import Parts, save_folder
+from ldm.checkpoint import Parts, save_folder, save_module
 from ldm.checkpoint.original.component import dtype_of
 from ldm.errors import UserError
+from ldm.files import whole_folder
 from ldm.finetune.inversion import add_word, save_word
 from ldm.finetune.lora import add_lora, save_lora
 from ldm.finetune.recipe import FinetuneRecipe
+from ldm.models.control import ControlNet
 from ldm.runtime import Runtime
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 PARTS = ("unet", "vae", *TEXT_ENCODERS)
+WIDTHS = (16, 32, 96, 256, 256, 256)  # of what makes features of a control picture; four for a VAE of 8
 
 
 class Mode(Protocol):
     """One way to fine-tune. Each comes with the recipe it was made for."""
+
+    @property
+    def beside(self) -> Sequence[nn.Module]:
+        """After `prepare`, what is trained beside the parts of the model."""
+        return ()
 
     def prepare(self, parts: Parts, runtime: Runtime) -> Parts:
         """Parts on `runtime`'s device, ready to train and to draw with, of parts as they are stored."""
@@ -49,11 +57,13 @@ def make_mode(recipe: FinetuneRecipe, captions: Iterable[str]) -> Mode:
             return FullMode(recipe.train_text_encoder, captions)
         case "lora":
             return LoraMode(recipe)
+        case "controlnet":
+            return ControlMode(recipe.seed)
         case _:
             return InversionMode(recipe, captions)
 
 
-class FullMode:
+class FullMode(Mode):
     """All weights of the U-Net, and of the text encoders if they are trained; a pipeline folder comes out."""
 
     def __init__(self, text: bool, captions: Iterable[str]) -> None:
@@ -86,7 +96,7 @@ class FullMode:
         return [(folder, f'txt2img --model {folder} -p "..."')]
 
 
-class LoraMode:
+class LoraMode(Mode):
     """Low-rank matrices beside the layers of the U-Net, and of the text encoders if they are trained."""
 
     def __init__(self, recipe: FinetuneRecipe) -> None:
@@ -121,7 +131,7 @@ class LoraMode:
         ]
 
 
-class InversionMode:
+class InversionMode(Mode):
     """A new word: rows of the token embedding, everything else as it is."""
 
     def __init__(self, recipe: FinetuneRecipe, captions: Iterable[str]) -> None:
@@ -149,6 +159,37 @@ class InversionMode:
     def outputs(self, folder: Path) -> list[tuple[Path, str]]:
         file = folder / "learned_embeds.safetensors"
         return [(file, f'txt2img --embedding {file} -p "a picture of {self.word}"')]
+
+
+class ControlMode(Mode):
+    """A ControlNet beside a U-Net that stays as it is."""
+
+    net: ControlNet  # after `prepare`
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    @property
+    def beside(self) -> Sequence[nn.Module]:
+        return (self.net,)
+
+    def prepare(self, parts: Parts, runtime: Runtime) -> Parts:
+        # Before anything is rounded: it begins as a copy of the U-Net's way down.
+        widths = WIDTHS[: parts.vae.downscale.bit_length()]  # all but the first halve the control picture
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(self.seed)
+            net = ControlNet.from_unet(parts.unet, conditioning_embedding_out_channels=widths)
+        self.net = net.to(runtime.device, torch.float32)
+        self.net.requires_grad_(True)
+        freeze(parts, runtime)
+        return parts
+
+    def export(self, parts: Parts, folder: Path) -> None:
+        with whole_folder(folder) as aside:
+            save_module(self.net, aside)
+
+    def outputs(self, folder: Path) -> list[tuple[Path, str]]:
+        return [(folder, f'txt2img --control {folder},image=edges.png -p "..."')]
 
 
 def freeze(parts: Parts, runtime: Runtime, but: Iterable[nn.Module] = ()) -> None:

@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 from ldm.errors import UserError
 from ldm.train.recipe import (
     Fixed,
+    Free,
     LossSection,
     MaskSection,
     OptimiserSection,
@@ -29,7 +30,7 @@ from ldm.train.recipe import (
     validate,
 )
 
-Mode = Literal["lora", "full", "textual_inversion"]
+Mode = Literal["lora", "full", "textual_inversion", "controlnet"]
 
 
 class ModelSection(Section):
@@ -82,7 +83,8 @@ class ModeSection(Section):
     """What is trained."""
 
     mode: Shape[Mode] = "lora"
-    """lora: small matrices beside the layers; full: the U-Net; textual_inversion: a new word"""
+    """lora: small matrices beside the layers; full: the U-Net; textual_inversion: a new word;
+    controlnet: a network beside the U-Net, as `ldm train-control` does"""
     train_text_encoder: Shape[bool] = False
     """lora, full: train the text encoder too"""
     text_encoder_lr: float | None = Field(None, gt=0)
@@ -121,6 +123,19 @@ class ModeSection(Section):
     """compute the U-Net's layers twice, in less memory"""
 
 
+class ControlSection(Section):
+    """What a ControlNet is told: pictures of a second folder, or what a preprocessor makes of the first."""
+
+    control_data_dir: Path | None = None
+    """controlnet: the control picture of each picture, by the same name, or as `ldm preprocess` names it"""
+    preprocess: Fixed[str | None] = None
+    """controlnet: or what makes them of the pictures as they are shown: canny, lineart and others"""
+    preprocess_options: Free[
+        tuple[str, ...]
+    ] = ()  # what they come to is a fact of the run, which may not change
+    """controlnet: its options, such as low=50 high=150"""
+
+
 class LookSection(Section):
     """What is drawn to see how it goes."""
 
@@ -133,7 +148,14 @@ class LookSection(Section):
 
 
 class FinetuneRecipe(
-    ModelSection, FolderSection, ModeSection, LookSection, LossSection, OptimiserSection, RunSection
+    ModelSection,
+    FolderSection,
+    ModeSection,
+    ControlSection,
+    LookSection,
+    LossSection,
+    OptimiserSection,
+    RunSection,
 ):
     """A fine-tuning."""
 
@@ -163,7 +185,9 @@ class FinetuneRecipe(
     def run(self) -> RunSection:
         return self
 
-    @field_validator("validation_prompts", "lora_targets", "class_prompt", mode="before")
+    @field_validator(
+        "validation_prompts", "lora_targets", "class_prompt", "preprocess_options", mode="before"
+    )
     @classmethod
     def _one(cls, value: object) -> object:
         return (value,) if isinstance(value, str) else value
@@ -190,6 +214,13 @@ class FinetuneRecipe(
             raise ValueError("inpainting trains the U-Net, textual_inversion a word: choose lora or full")
         if inversion and self.variance != "none":
             raise ValueError("variance trains the U-Net, textual_inversion a word: choose lora or full")
+        if self.mode == "controlnet" and (self.inpainting or self.variance != "none"):
+            raise ValueError("inpainting and variance change the U-Net, which a ControlNet leaves as it is")
+        if self.mode == "controlnet" and (self.control_data_dir is None) == (self.preprocess is None):
+            raise ValueError(
+                "a ControlNet is trained on control_data_dir, a folder of control pictures, or with "
+                "preprocess, such as canny: give one of them"
+            )
         return self
 
 
@@ -200,6 +231,8 @@ _ONLY: dict[str, tuple[Mode, ...]] = {
         ("rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_conv", "use_dora"), ("lora",)
     ),
     **dict.fromkeys(("placeholder_token", "initializer_token", "num_vectors"), ("textual_inversion",)),
+    **dict.fromkeys(("class_prompt", "class_data_dir"), ("lora", "full", "textual_inversion")),
+    **dict.fromkeys(ControlSection.model_fields, ("controlnet",)),
 }
 # Other names of the same options: those of diffusers' scripts for other modes, and short ones.
 ALIASES = {
@@ -209,17 +242,30 @@ ALIASES = {
     "output_dir": ("-o",),
     "validation_prompts": ("--validation-prompt",),
     "num_vectors": ("--num-vectors-per-token",),
+    "control_data_dir": ("--conditioning-data-dir",),
     "rank": ("--lora-rank", "--network-dim"),
     "lora_alpha": ("--network-alpha",),
 }
-GROUPS = (ModelSection, FolderSection, ModeSection, LookSection, LossSection, OptimiserSection, RunSection)
+GROUPS = (
+    ModelSection,
+    FolderSection,
+    ControlSection,
+    ModeSection,
+    LookSection,
+    LossSection,
+    OptimiserSection,
+    RunSection,
+)
 
 
 # --- the command line ------------------------------------------------------------------------------------
 
 
-def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
-    """A flag for each key of the recipe but `masks`, in groups; what is not given is not in the namespace."""
+def add_recipe_flags(parser: argparse.ArgumentParser, mode: Mode | None = None) -> None:
+    """A flag for each key of the recipe but `masks`, in groups; what is not given is not in the namespace.
+
+    With a `mode`, those of it alone.
+    """
     parser.usage = "%(prog)s --train-data-dir DIR --output-dir DIR [--config RECIPE] [flags]"
     parser.add_argument(
         "--config",
@@ -233,7 +279,7 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     for title, names in groups:
         group = parser.add_argument_group(title.partition("\n")[0].rstrip(".").lower())
         for name in names:
-            if name != "masks":
+            if name != "masks" and (mode is None or (name != "mode" and mode in _ONLY.get(name, (mode,)))):
                 flags = (f"--{name.replace('_', '-')}", *ALIASES.get(name, ()))
                 group.add_argument(*flags, dest=name, default=argparse.SUPPRESS, **_options(own[name]))
 
@@ -268,9 +314,14 @@ def _spell(default: object) -> str:
     return " ".join(default) if isinstance(default, tuple) else f"{default}"
 
 
-def read_finetune_recipe(args: argparse.Namespace) -> FinetuneRecipe:
-    """The recipe of a parsed command line. Raises UserError naming the flag or the key."""
+def read_finetune_recipe(args: argparse.Namespace, mode: Mode | None = None) -> FinetuneRecipe:
+    """The recipe of a parsed command line, in `mode` where a command has but one.
+
+    Raises UserError naming the flag or the key.
+    """
     raw = {} if args.config is None else read_yaml(find_recipe(args.config))
+    if mode is not None and raw.setdefault("mode", mode) != mode:
+        raise UserError(f"{args.config} is a recipe of mode {raw['mode']}: give it to `ldm finetune`")
     given = {name: value for name, value in vars(args).items() if name in FinetuneRecipe.model_fields}
     if "num_train_epochs" in given:  # else the recipe's steps would go before it
         raw.pop("max_train_steps", None)

@@ -22,6 +22,7 @@ from ldm.finetune.inpainting import inpainting_input
 from ldm.finetune.modes import TEXT_ENCODERS, Mode
 from ldm.finetune.recipe import FinetuneRecipe
 from ldm.images.pixels import contact_sheet, to_pil
+from ldm.models.encoder import NO_RESIDUALS, Residuals
 from ldm.pipeline import Pipeline
 from ldm.runtime import Runtime, memory_format
 from ldm.train.loss import PLAIN_LOSS, draw_noise, noisy_latents, prior_preservation_loss
@@ -115,14 +116,17 @@ class FinetuneTask(Task):
         if "mask" in batch:
             sample = inpainting_input(sample, batch["mask"], batch["masked"])
         cond, dtype = self.feed.conditioning(batch), self.unet.conv_in.weight.dtype
-        output: Tensor = self.unet(
-            sample.to(dtype, memory_format=memory_format(sample.device)),
-            t,
-            cond.tokens.to(dtype),
-            pooled=None if cond.pooled is None else cond.pooled.to(dtype),
-            time_ids=cond.time_ids,
-        )
+        told = (sample.to(dtype, memory_format=memory_format(sample.device)), t, cond.tokens.to(dtype))
+        pooled = None if cond.pooled is None else cond.pooled.to(dtype)
+        beside: dict[str, Any] = {"pooled": pooled, "time_ids": cond.time_ids}
+        output: Tensor = self.unet(*told, **beside, residuals=self._residuals(batch, told, beside))
         return output
+
+    def _residuals(
+        self, batch: Batch, told: tuple[Tensor, Tensor, Tensor], beside: dict[str, Any]
+    ) -> Residuals:
+        """What a network beside the U-Net, which is told the same, adds to its features."""
+        return NO_RESIDUALS
 
     # --- validation ---------------------------------------------------------------------------------------
 
@@ -156,13 +160,12 @@ class FinetuneTask(Task):
     def picture(self, folder: Path) -> Image.Image | None:
         """The validation prompts, a row for each, drawn with the modules as they are."""
         pipe = Pipeline.from_parts(self.parts, Runtime(self.device, self.dtype))
-        count, drawn = self.recipe.num_validation_images, []
+        count, drawn = self.recipe.num_validation_images, list[Image.Image]()
         if not count:
             return None
         for i, prompt in enumerate(self.recipe.validation_prompts):
-            more: dict[str, Any] = {"height": self.recipe.resolution, "width": self.recipe.resolution}
-            if self.feed.masks is not None:
-                more = self._to_fill(i)
+            more, beside = self._drawn_from(i, folder)
+            drawn += beside
             with self._autocast():
                 drawn += pipe(
                     prompt,
@@ -171,16 +174,22 @@ class FinetuneTask(Task):
                     num_inference_steps=self.recipe.validation_inference_steps,
                     **more,
                 ).images
-        return contact_sheet(drawn, columns=count) if drawn else None
+        columns = len(drawn) // max(1, len(self.recipe.validation_prompts))
+        return contact_sheet(drawn, columns) if drawn else None
 
-    def _to_fill(self, i: int) -> dict[str, Any]:
-        """A picture of the folder whose middle is to be drawn anew."""
+    def _drawn_from(self, i: int, folder: Path) -> tuple[dict[str, Any], list[Image.Image]]:
+        """What the pictures of prompt i are drawn from, and what is shown of that beside them.
+
+        A size, or a picture whose middle is drawn anew.
+        """
+        if self.feed.masks is None:
+            return {"height": self.recipe.resolution, "width": self.recipe.resolution}, []
         samples = self.splits.held_out or self.splits.train.at(0)
         sample = samples[i % len(samples)]
         image = to_pil(open_and_crop(sample.example, sample.crop)[None] / 2 + 0.5)[0]
         mask = Image.new("L", image.size)
         mask.paste(255, (image.width // 4, image.height // 4, image.width * 3 // 4, image.height * 3 // 4))
-        return {"image": image, "mask_image": mask}
+        return {"image": image, "mask_image": mask}, []
 
     def export(self, folder: Path) -> None:
         self.mode.export(self.parts, folder)

@@ -25,7 +25,7 @@ _STOP = 'return {"stop": True} from the callback, or raise StopIteration in it'
 _SCALE = 'return {"guidance_scale": 5.0} from the callback'
 _STEPS = "it is the number that the call was given as num_inference_steps"
 _PART = "load with it in place: ldm.load(MODEL, {0}=PLACE), a folder, a file or a hub name"
-_IP_ADAPTER = "there are no IP-Adapters: image with strength draws from a picture"
+_IP_ADAPTER = "write pipe = pipe.with_ip_adapter(FILE, ENCODER, scale=0.6), which gives a new pipeline"
 _CONTROL = "write pipe = pipe.with_controlnet(FOLDER), and give its call a control_image"
 _HUB = "set it for huggingface_hub: HF_HOME, HF_HUB_OFFLINE=1, `hf auth login`"
 _EMBEDS = "pipe.text.encode([prompt]) has .tokens (prompt_embeds) and .pooled"
@@ -46,16 +46,17 @@ INSTEAD: Mapping[str, str] = {
     "save_lora_weights": "`ldm finetune` writes LoRAs; pipe.fuse().save(FOLDER) saves a model with one",
     "load_textual_inversion": _WORD,
     "unload_textual_inversion": "pipe.base is without adapters",
-    **dict.fromkeys(("load_ip_adapter", "set_ip_adapter_scale", "unload_ip_adapter"), _IP_ADAPTER),
-    **dict.fromkeys(("ip_adapter_image", "ip_adapter_image_embeds", "image_encoder"), _IP_ADAPTER),
+    **dict.fromkeys(("load_ip_adapter", "set_ip_adapter_scale", "image_encoder"), _IP_ADAPTER),
+    "unload_ip_adapter": "pipe.base is without adapters",
     **dict.fromkeys(("controlnet", "adapter"), _CONTROL),
     # samplers and guidance
     "scheduler": _SAMPLER,
+    "guider": 'give the call a guidance ("apg:eta=0", docs/guidance.md)',
     **dict.fromkeys(("_interrupt", "interrupt"), _STOP),
     **dict.fromkeys(("_guidance_scale", "do_classifier_free_guidance"), _SCALE),
     **dict.fromkeys(("num_timesteps", "_num_timesteps"), _STEPS),
     **dict.fromkeys(("enable_freeu", "disable_freeu"), "give the call freeu=(b1, b2, s1, s2), or nothing"),
-    **dict.fromkeys(("pag_scale", "pag_adaptive_scale"), "give a guidance function instead: guidance=f"),
+    **dict.fromkeys(("pag_scale", "pag_adaptive_scale"), 'give guidance="pag:scale=3"'),
     **dict.fromkeys(("callback", "callback_steps"), _CALLBACK),
     "max_sequence_length": "prompts of any length are read: leave it out",
     # memory and speed

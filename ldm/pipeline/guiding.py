@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from ldm.adapters.layers import share
 from ldm.adapters.seamless import seamless
@@ -38,7 +38,6 @@ from ldm.pipeline.networks import Attending
 from ldm.pipeline.steering import perturbed
 from ldm.request import Request
 
-M = TypeVar("M", bound=Model)
 # A part -> what it wants done in attention's place, in the branches whose names have its ending.
 ATTENDING: Mapping[type[Part], Callable[[Any, Model], tuple[Attending, ...]]] = {
     PerturbedAttention: perturbed.attending,
@@ -89,6 +88,11 @@ def check(parts: tuple[Part, ...], plain: Guidance, request: Request, model: Mod
     if combines and isinstance(plain, CFGPlusPlus):
         raise UserError(
             f"guidance {combines[0]} is not allowed with {request.sampler}: give a sampler without cfg_pp"
+        )
+    if model.parts.learns_variance and any(part.still for part in parts):
+        raise UserError(
+            "guidance cfg_zero_star asks nothing in its first steps, and this model is to say its variance "
+            "in each: give zero_init=0"
         )
     for kind, other in ((Interval, "guidance_interval"), (Rescale, "guidance_rescale")):
         if kind in given and getattr(request, other):
@@ -164,22 +168,22 @@ def thinned(unet: UNet) -> UNet:
     return made
 
 
-def read_worse(part: AutoGuidance, model: M) -> UNet:
+def read_worse(part: AutoGuidance, model: Model) -> UNet:
     """The U-Net that a part names, in the model's dtype, where the model is. Raises UserError."""
     if model.sleeps:
         raise UserError("guidance autoguidance takes no other model beside max_memory: give thinned")
-    kept, made = model._recent.get("worse", (None, model))
-    if kept == part:
-        return made.unet
-    own = model.unet.config
-    place = find_part(part.model, "unet")
-    unet: UNet = move(load_component(place, "unet", model.unet.to_config(), model.dtype), model.device, None)
+    place, own = find_part(part.model, "unet"), model.unet
+
+    def read() -> UNet:
+        unet: UNet = load_component(place, "unet", own.to_config(), model.dtype)
+        return move(unet, model.device, None)
+
+    unet = model.with_unet(part, read).unet
     for name in ("in_channels", "out_channels", "conditioning", "cross_attention_dim"):
-        if getattr(unet.config, name) != getattr(own, name):
+        said, here = (getattr(each.config, name) for each in (unet, own))
+        if said != here:
             raise UserError(
-                f"guidance autoguidance: {part.model} does not fit this model: its {name} is "
-                f"{getattr(unet.config, name)}, here {getattr(own, name)}"
+                f"guidance autoguidance: {part.model} does not fit this model: its {name} is {said}, "
+                f"here {here}"
             )
-    made = replace(model, parts=replace(model.parts, unet=unet))
-    model._recent["worse"] = part, made  # type: ignore[assignment]  # one assignment: threads may share a model
     return unet

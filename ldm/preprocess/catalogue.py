@@ -10,7 +10,7 @@ from typing import Any
 from ldm.errors import UserError
 from ldm.preprocess import lines, surfaces
 from ldm.preprocess.networks import Estimator
-from ldm.preprocess.options import Option, Value, declared, read
+from ldm.preprocess.options import Option, declared, read
 from ldm.preprocess.pictures import Levels, Picture, as_picture, grey
 from ldm.spelling import squash, unknown
 
@@ -96,7 +96,7 @@ def find(name: str) -> Preprocessor:
     raise unknown("preprocessor", name, PREPROCESSORS)
 
 
-def read_options(name: str, given: Mapping[str, object]) -> dict[str, Value]:
+def read_options(name: str, given: Mapping[str, object]) -> dict[str, Any]:
     """Options of a preprocessor, numbers or their texts, checked. Raises UserError that names bounds."""
     found = find(name)
     return read(found.name, found.options, given)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,6 +43,7 @@ class Drawing:
         root: the folder beneath which the images of requests lie.
         keep: is given each finished picture with the request that draws it alone.
         most: pictures of a batch; memory may make it fewer.
+        saver: keeps pictures in a thread of its own, while the next ones are drawn.
     """
 
     model: Callable[[str], Loaded]
@@ -48,6 +51,7 @@ class Drawing:
     keep: Keep
     limits: Limits
     most: int
+    saver: Saver = field(default_factory=lambda: Saver())
 
     def __call__(self, tickets: Sequence[Ticket]) -> None:
         try:
@@ -72,8 +76,7 @@ class Drawing:
             return
         for batch in job.batches:
             self._draw_batch(job, batch, model.preview, tickets)
-        for ticket in tickets:
-            ticket.end(State.COMPLETED)
+        self.saver(lambda: [ticket.end(State.COMPLETED) for ticket in tickets])
 
     def _draw_batch(self, job: Job, batch: Batch, preview: Preview, tickets: Sequence[Ticket]) -> None:
         """The pictures of a batch that somebody waits for; one by one if together they fail."""
@@ -86,15 +89,19 @@ class Drawing:
         except NobodyWaits:
             return
         except Exception as error:
-            if len(batch) == 1:
-                fail(tickets[batch[0].prompt], error)
+            if len(batch) == 1:  # after what was drawn of it before is kept
+                self.saver(partial(fail, tickets[batch[0].prompt], error))
                 return
             log.warning("a batch of %d failed (%s): one by one", len(batch), type(error).__name__)
             for picture in batch:
                 self._draw_batch(job, (picture,), preview, tickets)
             return
-        for image, picture in zip(images, batch, strict=True):
-            self._keep(tickets[picture.prompt], image, picture)
+
+        def keep() -> None:
+            for image, picture in zip(images, batch, strict=True):
+                self._keep(tickets[picture.prompt], image, picture)
+
+        self.saver(keep)
 
     def _keep(self, ticket: Ticket, image: Image, picture: Picture) -> None:
         if ticket.is_over:
@@ -102,13 +109,38 @@ class Drawing:
         places = {name: getattr(ticket.request, name) for name in IMAGES}
         try:
             ticket.add(self.keep(ticket, image, picture.request.replace(**places)), bool(picture.flagged))
-        except UserError as error:  # a full disk
+        except Exception as error:  # a full disk, most often: it fails this ticket only
             fail(ticket, error)
 
     def _with_places(self, request: Request) -> Request:
         """The request with the whole paths of its images, of which the pictures say the end only."""
         named = {name: getattr(request, name) for name in IMAGES}
         return request.replace(**{n: str(self.root / place) for n, place in named.items() if place})
+
+
+class Saver:
+    """Does what it is given, in order: at once, or `apart` in a thread of its own.
+
+    There not more than two things wait, so that pictures of two batches at most are in memory beside those
+    that are drawn.
+    """
+
+    def __init__(self, apart: bool = False) -> None:
+        self._pool = ThreadPoolExecutor(1, "ldm-save") if apart else None
+        self._waiting: deque[Future[object]] = deque()
+
+    def __call__(self, do: Callable[[], object]) -> None:
+        if self._pool is None:
+            do()
+            return
+        while len(self._waiting) > 1:
+            wait([self._waiting.popleft()])
+        self._waiting.append(self._pool.submit(do))
+
+    def close(self) -> None:
+        """Wait until all is done."""
+        if self._pool is not None:
+            self._pool.shutdown()
 
 
 class Watch:

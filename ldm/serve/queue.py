@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 
 from ldm.serve.ticket import State, Ticket, internal_error
 
-Draw = Callable[[Sequence[Ticket]], object]  # draws tickets of one key; each that fails, it ends by itself
+# Draws tickets of one key, and ends each: those that it saves apart, a little later.
+Draw = Callable[[Sequence[Ticket]], object]
 PICTURES = 8  # drawn together at most, where memory allows
 CAPACITY = 64  # tickets that wait
 SECONDS = 10.0  # of a ticket, before any was drawn
@@ -135,7 +136,8 @@ class Queue:
                     ticket.end(State.FAILED, what)
             finally:
                 with self._changed:
-                    self._drawing = [each for each in self._drawing if each not in group]
+                    # Those whose pictures are still being saved stay until they are over.
+                    self._drawing = [each for each in self._drawing if not each.is_over]
                     if begun:
                         seconds = (time.perf_counter() - start) / len(begun)
                         self._seconds = 0.7 * self._seconds + 0.3 * seconds

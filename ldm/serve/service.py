@@ -18,7 +18,7 @@ from ldm.prompts.styles import Style, chosen, with_styles
 from ldm.request import IMAGES, Request
 from ldm.request.as_json import fields_of
 from ldm.request.fields import short
-from ldm.serve.drawing import Drawing
+from ldm.serve.drawing import Drawing, Saver
 from ldm.serve.limits import Limits
 from ldm.serve.models import Shelf
 from ldm.serve.queue import CAPACITY, PICTURES, Queue
@@ -59,7 +59,11 @@ class Service:
         self.began = time.time()
         self._tickets: OrderedDict[str, Ticket] = OrderedDict()
         self._lock = threading.Lock()
-        draws = [Drawing(shelf, store.folder, store.keep, self.limits, batch) for shelf in shelves]
+        self._savers = [Saver(apart=True) for _ in shelves]
+        draws = [
+            Drawing(shelf, store.folder, store.keep, self.limits, batch, saver)
+            for shelf, saver in zip(shelves, self._savers, strict=True)
+        ]
         self.queue = Queue(draws, capacity, batch)
 
     @property
@@ -70,6 +74,8 @@ class Service:
     def close(self) -> None:
         """Stop drawing; what waits is noted as interrupted."""
         self.queue.close()
+        for saver in self._savers:
+            saver.close()
         self.store.close()
 
     # --- asking ---

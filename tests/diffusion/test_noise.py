@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from ldm.diffusion.noise import BrownianNoise, Noise
+from ldm.diffusion.noise import BrownianNoise, BrownianPaths, Noise
 from ldm.errors import UserError
 
 LIKE = torch.zeros(3, 4, 8, 8)
@@ -100,3 +100,28 @@ def test_seeds_of_32_bits_are_torchs_own():
     for seed in (0, 1, 2**31, 2**32 - 1):
         want = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(seed))
         assert torch.equal(Noise([seed]).initial((4, 8, 8)), want)
+
+
+def test_brownian_paths_are_those_of_torchsde_to_the_last_bit():
+    import random
+
+    import torchsde
+
+    numbers = random.Random(4)
+    entropies = [numbers.randrange(2**63 - 1) for _ in range(3)]
+    how = {"size": (2, 3, 4), "dtype": torch.float32, "tol": 1e-6, "pool_size": 24, "halfway_tree": True}
+    theirs = [torchsde.BrownianInterval(0.0, 1.0, entropy=each, **how) for each in entropies]
+    ours = BrownianPaths(entropies, (2, 3, 4))
+    asked = [sorted((numbers.random(), numbers.random())) for _ in range(20)]
+    asked += [(0.0, 1.0), (0.5, 1.0), (0.25, 0.5), (0.1, 0.100001), (0.3, 0.3)]
+    numbers.shuffle(asked)
+    for low, high in asked:
+        assert torch.equal(ours(low, high), torch.stack([path(low, high) for path in theirs]))
+
+
+def test_what_was_asked_before_changes_no_increment(monkeypatch):
+    monkeypatch.setattr("ldm.diffusion.noise.KEPT", 3)
+    few = BrownianPaths([5], (1, 2, 2))
+    asked = [(0.1, 0.4), (0.4, 0.77), (0.05, 0.9), (0.1, 0.4)]
+    for low, high in asked:
+        assert torch.equal(few(low, high), BrownianPaths([5], (1, 2, 2))(low, high))

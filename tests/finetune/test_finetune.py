@@ -52,7 +52,7 @@ PRIOR = {"class_prompt": "sea", "num_class_images": 2, "inpainting": True, "rand
     ("family", "options", "calls"),
     [
         # With two forwards in a step, 1 stops a run within its first step, and 2 after it.
-        pytest.param("sd1", LORA | {"max_train_steps": 3}, [1, 2, 1, 2, 1, 2], id="lora"),
+        pytest.param("sd1", LORA | {"max_train_steps": 3}, [1, 2, 1, 2], id="lora"),
         pytest.param("sd1", FULL, [1, 3], id="full"),
         pytest.param("sdxl", WORD | {"instance_prompt": "a <it>", "center_crop": False}, [3], id="word"),
         pytest.param("inpaint", PRIOR | {"max_train_steps": 1}, [1], id="prior"),
@@ -179,13 +179,12 @@ def test_held_out_loss_does_not_depend_on_how_is_trained(made, of_class):
     plain = held_out_loss(made(held_out=0.3))
     assert held_out_loss(made(held_out=0.3)) == plain
     for options in (
-        {"train_batch_size": 3},
-        {"train_batch_size": 8},
-        {"center_crop": False, "random_flip": True, "caption_dropout": 1.0},
-        {"snr_gamma": 5, "noise_offset": 0.2, "input_perturbation": 0.1, "loss_type": "huber"},
-        {"min_timestep": 900, "multires_noise_discount": 0.5, "lora_dropout": 0.5, "rank": 2},
-        {"mode": "full", "train_text_encoder": True},
-        {"shuffle_tags": True, "class_prompt": "sea", "class_data_dir": of_class, "num_class_images": 2},
+        {"train_batch_size": 3, "center_crop": False, "random_flip": True, "caption_dropout": 1.0}
+        | {"snr_gamma": 5, "noise_offset": 0.2, "input_perturbation": 0.1, "loss_type": "huber"},
+        {"train_batch_size": 8}
+        | {"min_timestep": 900, "multires_noise_discount": 0.5, "lora_dropout": 0.5, "rank": 2},
+        {"mode": "full", "train_text_encoder": True, "shuffle_tags": True}
+        | {"class_prompt": "sea", "class_data_dir": of_class, "num_class_images": 2},
     ):
         assert held_out_loss(made(held_out=0.3, **options)) == pytest.approx(plain, rel=1e-5), options
     assert held_out_loss(made(held_out=0.3, seed=1)) != pytest.approx(plain, rel=1e-3)  # other pictures

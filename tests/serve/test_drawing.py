@@ -1,6 +1,8 @@
 """Tickets drawn by a real tiny model: alone or together the same picture, and each fails alone."""
 
 import shutil
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from ldm.errors import UserError
 from ldm.images.png import read_request
 from ldm.request import Request
 from ldm.serve import drawing as module
-from ldm.serve.drawing import Drawing
+from ldm.serve.drawing import Drawing, Saver
 from ldm.serve.limits import Limits
 from ldm.serve.models import Shelf
 from ldm.serve.store import Store
@@ -195,3 +197,48 @@ def test_models_are_read_when_named_and_the_least_recently_used_goes(pipe, tmp_p
     for wrong in ("linked", "pickled", "../models/a", str(folder / "a")):
         with pytest.raises(UserError, match="unknown model"):
             shelf(wrong)
+
+
+def test_pictures_are_saved_while_the_next_are_drawn(pipe, store):
+    """The second is drawn to its end while the first is still being written; both are kept, in order."""
+    go, kept = threading.Event(), []
+
+    def slowly(ticket, *others):
+        assert go.wait(30)
+        kept.append(ticket)
+        return store.keep(ticket, *others)
+
+    saver = Saver(apart=True)
+    draw = Drawing(Shelf(pipe, ldm.load), store.folder, slowly, Limits(), 4, saver)
+    first, second = begun(tickets(pipe, BOATS[1], BOATS[2]))
+    draw([first])
+    assert (first.step, first.state) == (3, State.GENERATING)
+    drawing = threading.Thread(target=draw, args=([second],))
+    drawing.start()
+    while second.step < 3:
+        time.sleep(0.01)
+    assert (kept, first.state, second.state) == ([], State.GENERATING, State.GENERATING)
+    go.set()
+    assert first.wait(30)
+    assert second.wait(30)
+    drawing.join()
+    saver.close()
+    assert kept == [first, second]
+    assert [each.state for each in (first, second)] == [State.COMPLETED] * 2
+    alone = np.asarray(Image.open(store.get(second.pictures[0]).path))
+    expected = pipe("", num_inference_steps=3, seed=5).images[0]
+    assert np.array_equal(alone, np.asarray(expected))
+
+
+def test_not_more_than_two_things_wait_to_be_saved():
+    go, done, saver = threading.Event(), [], Saver(apart=True)
+    for k in range(2):
+        saver(lambda k=k: (go.wait(30), done.append(k)))
+    third = threading.Thread(target=saver, args=(lambda: done.append(2),))
+    third.start()
+    third.join(0.2)
+    assert third.is_alive()
+    go.set()
+    third.join(30)
+    saver.close()
+    assert done == [0, 1, 2]

@@ -141,3 +141,21 @@ def test_progress_never_goes_back_and_time_left_follows_it():
     ticket.report(1, 4)  # too late
     assert seen == sorted(seen)
     assert (ticket.progress, ticket.eta) == (1.0, None)
+
+
+def test_one_that_is_saved_apart_is_drawn_until_it_is_over():
+    """Programs take a server without such for an idle one."""
+    saved = []
+
+    def draw(tickets):
+        saved.extend(tickets)
+
+    other = Queue([draw], capacity=6, pictures=4)
+    ticket = ask(other, "a")
+    while not saved:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert other.drawing == (ticket,)
+    ticket.end(State.COMPLETED)
+    assert other.drawing == ()
+    other.close()

@@ -7,12 +7,13 @@ VAE, `denoised_from` the truth for the early, large steps of the U-Net.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from ldm import postcards as world
 from ldm.diffusion.noise import Noise
@@ -73,6 +74,24 @@ def filled(
         return _call(pipe, part, seeds, settings, **given)
 
     return _in_batches(draw, prompts, settings.batch_size, on_progress)
+
+
+def controlled(
+    pipe: Pipeline,
+    prompts: Sequence[Prompt],
+    pictures: Images,
+    use: Mapping[str, Any],
+    settings: Settings,
+    on_progress: OnProgress,
+) -> Images:
+    """Pictures, one for each prompt, with a control picture each: `use` are fields of a `ControlUse`."""
+
+    def draw(start: int, part: Sequence[Prompt]) -> Images:
+        control = [{**use, "image": Image.fromarray(pictures[start])}]
+        more = {"control": control, "num_inference_steps": settings.steps}
+        return _call(pipe, part, _seeds(settings, start, part), settings, **more)
+
+    return _in_batches(draw, prompts, 1, on_progress)  # one control picture is of all of a call
 
 
 def denoised_from(

@@ -182,11 +182,19 @@ def _across(mask: NDArray[np.bool_], image: NDArray[np.uint8]) -> float:
     return float(np.concatenate(differences).mean())
 
 
+def right(
+    scorer: Scorer, prompts: Sequence[Prompt], images: Images
+) -> tuple[list[bool], NDArray[np.float32]]:
+    """Whether each picture has all that its prompt states, and the scorer's features of all."""
+    read = scorer.read(images)
+    found = [all(ok for _, ok in judge(prompt, read, i, scorer.config)) for i, prompt in enumerate(prompts)]
+    return found, read.features
+
+
 def follow(scorer: Scorer, prompts: Sequence[Prompt], images: Images) -> tuple[Rate, NDArray[np.float32]]:
     """The share of pictures that have all that their prompts state, and the scorer's features of all."""
-    read = scorer.read(images)
-    right = [all(ok for _, ok in judge(prompt, read, i, scorer.config)) for i, prompt in enumerate(prompts)]
-    return rate(right), read.features
+    found, features = right(scorer, prompts, images)
+    return rate(found), features
 
 
 def lower_by(
@@ -242,13 +250,13 @@ def fill(
     ways = {}
     with Progress(console=Console(stderr=True)) as progress:
         for name, (pipe, images, masks) in given.items():
-            bar = partial(_advance, progress, progress.add_task(name, total=len(case.prompts)))
+            bar = partial(advance, progress, progress.add_task(name, total=len(case.prompts)))
             ways[name] = case.compose(filled(pipe, case.prompts, images, masks, settings, bar))
     ways["its autoencoder alone"] = case.compose(reconstructed(pipes[first], case.sources))
     return ways
 
 
-def _advance(progress: Progress, task: TaskID, done: int) -> None:
+def advance(progress: Progress, task: TaskID, done: int) -> None:
     progress.update(task, completed=done)
 
 
