@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm.cli.control_flags import check_local
 from ldm.cli.draw import draw_images, tell_of_marks
 from ldm.cli.flags import FLAGS, add_common_flags, add_input_flags, add_model_flags
 from ldm.cli.image_prompt_flags import add_image_prompt_flags, found_again
@@ -124,6 +125,7 @@ def find_inputs(args: argparse.Namespace, request: Request) -> dict[str, str | N
     """
     from ldm.images.opening import is_remote
 
+    check_local(request, args.file)
     inputs = {name: getattr(args, name) or getattr(request, name) for name in FILES}
     request.check_given([name for name, path in inputs.items() if path is not None])
     for region in request.regions or ():

@@ -68,9 +68,11 @@ class Telling:
         requests: Sequence[Request],
         inputs: Inputs,
         steps: int,
+        concat: Tensor | None = None,
         pictures: ImagePrompts | None = None,
     ) -> None:
-        """`pictures` are told beside all texts."""
+        """`concat` [1, C, h, w] is beside all latents, `pictures` are told beside all texts."""
+        self.concat = concat
         self.model, self.requests, self.inputs, self.steps = model, requests, inputs, steps
         self.pictures = pictures
         self._encode = lru_cache(maxsize=8)(self._encoded)
@@ -87,8 +89,11 @@ class Telling:
         asked = self.requests[p]
         changes = any(script.changes for script in (*asked.scripts, *asked.region_scripts))
         windows = self._windows(p) if changes else None
-        told = encode_texts(self.model, self.requests[p], self.inputs, p, texts, windows, source)
-        return told if self.pictures is None else self.pictures.tell(*told)
+        cond, uncond = encode_texts(self.model, self.requests[p], self.inputs, p, texts, windows, source)
+        if self.concat is not None:
+            beside = [self.concat.expand(len(each), -1, -1, -1) for each in (cond, uncond)]
+            cond, uncond = replace(cond, concat=beside[0]), replace(uncond, concat=beside[1])
+        return (cond, uncond) if self.pictures is None else self.pictures.tell(cond, uncond)
 
     def empty(self, p: int, step: int) -> Conditioning:
         """What is told of no words at all, in the place of prompt `p`'s negative prompt of a step."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ldm.checkpoint import Parts
 from ldm.checkpoint.save import pipeline_class
-from ldm.control import Control, controls_of
+from ldm.control import Control, controls_of, depth_of
 from ldm.diffusion.guidance import (
     CFG,
     CFGPlusPlus,
@@ -184,8 +184,13 @@ def _prepare(
     if first.denoising_start is not None or first.denoising_end is not None or first.refining is not None:
         grid = cut(grid, first, sampler)
     grid = grid if first.target_prompt is None or images.image is None else invertible(grid)
+    depth = (
+        None
+        if model.kind is not Kind.DEPTH
+        else depth_of(first, shown(inputs, images), model.controls, model.vae.downscale)
+    )
     tiles = tiles_of(first, model.vae.downscale)
-    telling = Telling(model, requests, inputs, len(grid.timesteps), prompted)
+    telling = Telling(model, requests, inputs, len(grid.timesteps), depth, prompted)
     start = start_of(
         model,
         first,
@@ -215,9 +220,7 @@ def _prepare(
         if first.is_steered
         else UNSTEERED,
         needs=guiding.needed(first, model) if first.guidance and not inputs.guidance else NO_NEEDS,
-        controls=controls_of(first.control, shown(inputs, images), first.size, model.controls)
-        if first.control
-        else (),
+        controls=controls_of(first, shown(inputs, images), model.controls) if first.control else (),
     )
 
 

@@ -329,11 +329,7 @@ class Model:
     def with_controlnet(self, *models: str | Path) -> Self:
         """This model with ControlNets, T2I-Adapters or LLLites, which a call with a `control_image` means.
 
-        Args:
-            models: folders, files or hub names.
-
-        Raises:
-            UserError: if one is missing, damaged or of another family.
+        Of folders, files or hub names. Raises UserError for one that is damaged, or of another family.
         """
         made = replace(self, controlnets=tuple(map(str, models)))
         for each in made.controlnets:

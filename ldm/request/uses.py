@@ -74,7 +74,7 @@ class ControlUse(Checked):
 
 
 def controls_of(given: Any) -> Any:
-    """A list of `ControlUse`, or one alone, of their fields; None for none. Raises UserError naming a field."""
+    """A list of `ControlUse`, or one alone, of their fields; None for none. Raises UserError."""
     if given is None or isinstance(given, str):
         return given
     several = [given] if isinstance(given, Mapping | ControlUse) else list(given)
