@@ -34,7 +34,7 @@ def main() -> None:
 
 def _compare(args: argparse.Namespace) -> None:
     from ldm import load
-    from ldm.postcards.scoring import control
+    from ldm.postcards.comparisons import control
     from ldm.postcards.scoring.scorer import Scorer
     from ldm.postcards.scoring.sources import Settings, picture_size
 

@@ -33,7 +33,7 @@ def main() -> None:
 
 def _compare(args: argparse.Namespace) -> None:
     from ldm import load
-    from ldm.postcards.scoring import inpainting
+    from ldm.postcards.comparisons import inpainting
     from ldm.postcards.scoring.scorer import Scorer
     from ldm.postcards.scoring.sources import Settings, picture_size
 

@@ -15,7 +15,7 @@ import numpy as np
 
 import ldm
 from ldm.errors import reported
-from ldm.postcards.scoring import editing
+from ldm.postcards.comparisons import editing
 from ldm.postcards.scoring.scorer import Scorer
 
 

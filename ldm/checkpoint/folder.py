@@ -44,6 +44,7 @@ PIPELINES = (
     "StableDiffusionImg2ImgPipeline",
     "StableDiffusionInpaintPipeline",
     "StableDiffusionInstructPix2PixPipeline",
+    "StableDiffusionDepth2ImgPipeline",
     "StableDiffusionUpscalePipeline",
     "StableDiffusionXLPipeline",
     "StableDiffusionXLImg2ImgPipeline",
@@ -64,7 +65,7 @@ CLASSES: dict[str, tuple[str, ...] | None] = {
     "low_res_scheduler": None,
 }
 # Drawing does without them.
-IGNORED = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")
+IGNORED = ("safety_checker", "feature_extractor", "image_encoder", "watermarker", "depth_estimator")
 # What training programs leave beside the parts, and how it is drawn with.
 BESIDE = {
     "pytorch_lora_weights.*": "give it with --lora",

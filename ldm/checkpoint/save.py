@@ -39,6 +39,7 @@ SCHEDULERS = ("scheduler", "low_res_scheduler")
 # In the names of diffusers' pipelines.
 PIPELINE_KINDS = {
     Kind.TEXT: "",
+    Kind.DEPTH: "Depth2Img",
     Kind.UPSCALE: "Upscale",
     Kind.PIX2PIX: "InstructPix2Pix",
     Kind.INPAINT: "Inpaint",
@@ -189,6 +190,8 @@ def _index(parts: Parts) -> dict[str, Any]:
         if "InstructPix2Pix" in name:
             return index | {"is_cosxl_edit": False}
         return index | {"feature_extractor": absent, "image_encoder": absent}
+    if "Depth2Img" in name:
+        return index | {"depth_estimator": absent, "feature_extractor": absent}
     index |= {"safety_checker": absent, "feature_extractor": absent}
     if "Upscale" in name:
         return index | {"watermarker": absent, "max_noise_level": parts.max_noise_level}

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.cli.control_flags import check_local
+from ldm.cli.image_prompt_flags import check_here
 from ldm.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,6 +21,10 @@ def given_by(args: argparse.Namespace) -> Request:
     from ldm.request import Request
 
     base = Request() if args.from_png is None else begun_like(read_request(args.from_png))
+    if args.from_png is not None and args.control is None:
+        check_local(base, args.from_png)
+    if args.from_png is not None and not args.image_prompts:
+        check_here(args.from_png, base)
     names = (Request.model_fields.keys() & vars(args).keys()) - {"model"}
     fields: dict[str, Any] = {name: getattr(args, name) for name in names} | {
         "num_inference_steps": args.steps,
@@ -49,7 +55,10 @@ def begun_like(request: Request) -> Request:
         *("model", "model_hash", "image_sha256", "mask_image_sha256", "classifier_sha256", "upscaling"),
         *("safety_checker_sha256", "nsfw_content_detected"),
     )
-    request = request.replace(**dict.fromkeys(named))
+    noted: dict[str, None] = dict.fromkeys(("sha256", "image_sha256", "mask_sha256"))
+    controls = tuple(use.replace(**noted) for use in request.control or ())
+    regions = tuple(each.replace(mask_sha256=None) for each in request.regions or ()) or None
+    request = request.replace(**dict.fromkeys(named), control=controls, regions=regions)
     request.check_given(())
     return request
 

@@ -44,8 +44,8 @@ def take_controls(
         if not uses:
             name = next(iter(called.values()))[0]
             raise UserError(
-                f"{name} is of a ControlNet or T2I-Adapter: write pipe = pipe.with_controlnet(FOLDER) before, or "
-                'give control=[{"model": FOLDER, "image": ...}]'
+                f"{name} is of a ControlNet or T2I-Adapter: write pipe = pipe.with_controlnet(FOLDER) "
+                'before, or give control=[{"model": FOLDER, "image": ...}]'
             )
     if uses is None:
         return fields, None

@@ -12,7 +12,7 @@ from ldm.models import UNet
 from ldm.models.control import LLLite, LLLiteLayer, LLLiteLinear
 
 if TYPE_CHECKING:
-    from ldm.control.steering import Control
+    from ldm.control.controls import Control
 
 
 def with_lllites(unet: UNet, controls: Sequence[tuple[Control, tuple[Tensor, ...]]]) -> UNet:

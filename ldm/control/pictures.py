@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,7 +56,7 @@ def control_picture(use: ControlUse, k: int, pictures: Pictures, size: Size, rep
     from ldm.preprocess import control_values, find, preprocess, read_options, source_of
 
     name, *given = use.preprocess.split(":")
-    options = read_options(name, dict(_option(each) for each in given))
+    options: dict[str, Any] = {**read_options(name, dict(_option(each) for each in given))}
     fitted = as_image(_cropped(image, use, size), "RGB").resize(size[::-1], Image.Resampling.LANCZOS)
     mask = None
     if find(name).masked:
@@ -64,6 +65,18 @@ def control_picture(use: ControlUse, k: int, pictures: Pictures, size: Size, rep
         mask = fit_mask(pictures.mask, size)[0, 0].numpy().astype(np.float32)
     values = torch.from_numpy(control_values(preprocess(source_of(fitted), name, mask=mask, **options)))[None]
     return values.clamp_min(0) if repaints else values
+
+
+def depth_map(use: ControlUse, k: int, pictures: Pictures) -> Tensor:
+    """[1, 1, H, W] of any range: of a file its levels, of 8 or 16 bits, else the luminance."""
+    from ldm.preprocess.pictures import to_levels
+
+    if use.image is not None:
+        return torch.from_numpy(np.asarray(read_file(use.image, use.image_sha256, to_levels)[0]))[None, None]
+    image = _source(use, k, pictures)
+    if isinstance(image, tuple):
+        raise UserError("a drawing has one depth map for all prompts: give the others to other calls")
+    return torch.from_numpy(np.asarray(as_image(image, "L"), dtype=np.float32))[None, None]
 
 
 def control_mask(use: ControlUse, size: Size) -> Tensor | None:
@@ -91,7 +104,8 @@ def _source(use: ControlUse, k: int, pictures: Pictures) -> InMemory:
         image = pictures.image
     if image is None:
         raise UserError(
-            f"control {printable(Path(use.model).name)} has no picture: give it one (image=FILE, control_image)"
+            f"control {printable(Path(use.model).name)} has no picture: give it one (image=FILE, "
+            "control_image)"
         )
     taken = take(image, 3)
     assert taken is not None
@@ -99,15 +113,15 @@ def _source(use: ControlUse, k: int, pictures: Pictures) -> InMemory:
 
 
 def _cropped(image: OneInMemory, use: ControlUse, size: Size) -> OneInMemory:
-    """Its middle in the shape of what is drawn, where it is to be cropped; else all of it, to be stretched."""
+    """Its middle in the shape of what is drawn, where it is to be cropped; else all of it, stretched."""
     own = size_of(image)
     if same_shape(own, size):
         return image
     if use.resize == "stretch":
         name, (height, width) = printable(use.image or "the control picture"), own
         warnings.warn(
-            f"{name} has {width}x{height} pixels and the drawing {size[1]}x{size[0]}: it is stretched to fit; "
-            "resize=crop keeps its shape",
+            f"{name} has {width}x{height} pixels and the drawing {size[1]}x{size[0]}: it is stretched to "
+            "fit; resize=crop keeps its shape",
             stacklevel=4,
         )
         return image

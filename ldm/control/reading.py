@@ -1,4 +1,4 @@
-"""Networks of pictures on disk: diffusers' folders, original single files, and those that change a U-Net's layers.
+"""Networks of pictures on disk: diffusers' folders, original single files, what changes a U-Net's layers.
 
 Read as strictly as a model: what is missing, extra or of the wrong shape is an error that names it.
 """
@@ -21,7 +21,7 @@ from ldm.checkpoint.original.component import build_empty, build_stored, load_se
 from ldm.checkpoint.original.shapes import Tensors, hint_shape, shape_of
 from ldm.checkpoint.parts import MODEL_STEM
 from ldm.checkpoint.source import as_given, find
-from ldm.checkpoint.weights import open_stored
+from ldm.checkpoint.weights import find_weights, open_stored
 from ldm.control import layouts
 from ldm.control.family import check_fit, family_named, refuse
 from ldm.errors import UserError
@@ -63,6 +63,11 @@ class Shelf:
         self._files: dict[Any, ControlFile] = {}
         self._lock = threading.Lock()
 
+    @property
+    def networks(self) -> list[AnyControl]:
+        """Those that are kept now."""
+        return [file.network for file in [*self._files.values()]]
+
     def get(self, model: str, unet: UNet, runtime: Runtime, sleeps: bool = False) -> ControlFile:
         """The network of a folder, file or hub name, for a U-Net; `sleeps`: weights come when they are used.
 
@@ -91,6 +96,11 @@ class Reader:
     runtime: Runtime
     sleeps: bool = False
 
+    @property
+    def takes_depth(self) -> bool:
+        """Whether the U-Net takes a depth map beside its latents."""
+        return self.unet.config.in_channels == self.unet.config.out_channels + 1
+
     def get(self, model: str) -> ControlFile:
         """The network of a folder, file or hub name. Raises UserError."""
         return self.shelf.get(model, self.unet, self.runtime, self.sleeps)
@@ -111,7 +121,7 @@ def place_of(model: str) -> Path:
 def digest_of(path: Path) -> str:
     """64 hex digits: of the weights, and of the config where there is one."""
     if path.is_dir():
-        return sha256(path / "config.json", *weight_files(open_stored(path, MODEL_STEM).path))
+        return sha256(path / "config.json", *weight_files(find_weights(path, MODEL_STEM)))
     return sha256(path)
 
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ldm.memory.trace import META, on_meta
-from ldm.models import VAE, UNet, vae_bands
+from ldm.models import VAE, ControlNet, UNet, vae_bands
 from ldm.models.attention import Attention, SpatialTransformer
 from ldm.models.clip import CLIPTextModel
+from ldm.models.control import ControlNetUnion
 from ldm.models.convolution import Conv2d
 
 Call = Callable[[], object]
@@ -25,9 +26,15 @@ def text(encoder: CLIPTextModel, rows: int) -> Call:
 
 
 def unet(
-    module: UNet, rows: int, size: Iterable[int], tokens: int, numbers: int, sliced: bool, packs: bool
+    module: UNet | ControlNet,
+    rows: int,
+    size: Iterable[int],
+    tokens: int,
+    numbers: int,
+    sliced: bool,
+    packs: bool,
 ) -> Call:
-    """The U-Net's, of so many rows of latents of that size; `numbers` is how many SDXL is told beside."""
+    """The U-Net's or a ControlNet's, of so many rows of latents of that size; SDXL is told `numbers`."""
     meta, config = on_meta(module), module.config
     set_sliced(meta, sliced)
     set_packs(meta, packs)
@@ -47,6 +54,10 @@ def unet(
         extra["timestep_cond"] = empty(config.time_cond_proj_dim)
     sample = empty(config.in_channels, *size).to(memory_format=torch.channels_last)
     context = empty(tokens, config.per_level("cross_attention_dim")[0])
+    if isinstance(meta, ControlNet):
+        hint = empty(config.block_out_channels[0], *size)
+        beside = {"hints": [hint]} if isinstance(meta, ControlNetUnion) else {"hint": hint}
+        return lambda: meta(sample, torch.empty((), device=META), context, **beside, **extra)
     return lambda: meta(sample, torch.empty((), device=META), context, **extra)
 
 

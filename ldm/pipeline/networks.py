@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.control.steering import Control, Steering, Told, cast
+from ldm.control.controls import Control, Controls, Told, cast
 from ldm.diffusion.deep_cache import DeepCache
 from ldm.diffusion.guidance import Gradient, Predict, text_of
 from ldm.diffusion.prediction import c_in
@@ -69,7 +69,7 @@ def predict(
     around those before it. `controls` show pictures to the U-Net.
     """
     network = Finite(unet, "the U-Net", gradients, unread)
-    steering = Steering(controls, unet, grid.sigmas, gradients, unread) if controls else None
+    beside = Controls(controls, unet, grid.sigmas, gradients, unread) if controls else None
     joined = dict[tuple[str, ...], Joined]()
     cache = None if savings.interval == 1 else DeepCache(savings.interval, grid.sigmas)
 
@@ -90,16 +90,16 @@ def predict(
             return *given[:2], told(some).plain(dtype), given[2]
 
         cond, text, chosen, deep, more = within(told(names)), told(names).text, network, None, NO_RESIDUALS
-        active = () if steering is None else steering.active(sigma)
+        active = () if beside is None else beside.active(sigma)
         keys: dict[Hashable, object] = {
             (name, window, active): part for name, part in zip(names, told(names).parts, strict=True)
         }
         if cache is not None:
             deep = cache.kept(keys, sigma)
-        if steering is not None and active:
+        if beside is not None and active:
             count = None if deep is None else savings.branch + 1
-            more = steering.residuals(sigma, names, len(x), window, count, shown)
-            chosen = steering.unet(sigma) or network
+            more = beside.residuals(sigma, names, len(x), window, count, shown)
+            chosen = beside.unet(sigma) or network
         out = chosen(lambda unet: _unet(unet, grid, x, sigma, cond, text, savings, deep, more))
         if cache is not None and deep is None:
             cache.keep(keys, sigma, out[1])

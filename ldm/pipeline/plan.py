@@ -26,6 +26,7 @@ from ldm.memory.calls import set_packs, set_sliced
 from ldm.memory.residence import Sleeping, Stay, home_of, largest_layer
 from ldm.memory.sizes import as_text
 from ldm.memory.trace import peak_and_rest
+from ldm.models import ControlNet
 from ldm.pipeline.inputs import Inputs
 from ldm.pipeline.passes import Prepare
 from ldm.pipeline.start import Enlarge, FromImage
@@ -40,6 +41,7 @@ M = TypeVar("M", bound="Model")
 # that freed tensors leave: bytes, and a share of what a call takes (scripts/measure_memory.py).
 KERNELS, HOLES = 30 << 20, 0.08
 NETWORKS = ("text_encoder", "text_encoder_2", "unet", "vae")
+ALL = (*NETWORKS, "control")
 
 
 @dataclass(frozen=True)
@@ -120,19 +122,36 @@ class Plan:
                 if (module := getattr(model.parts, name)) is not None:
                     key = name if k == 0 else f"{name} of {model.name}"
                     found[key] = sum(each.nbytes for each in _tensors(module, seen))
+        for name, network in self.controls.items():
+            found[f"control {name}"] = sum(each.nbytes for each in _tensors(network, seen))
         return found
+
+    @cached_property
+    def controls(self) -> dict[str, nn.Module]:
+        """The networks that show the U-Net pictures, by their files' names."""
+        files = [control.file for job in self._jobs for control in job.controls]
+        return {file.path.name: file.network for file in files}
 
     @cached_property
     def base(self) -> int:
         """Of this process without the job's weights; of a card nothing."""
         device = self.job.model.device
+        shown = self._image_prompts
+        beside = sum(each.nbytes for each in shown)
         if device.type == "cuda":
-            return 0
+            return beside
         seen: set[int] = set()
-        modules = (getattr(model.parts, name) for model in self.models for name in NETWORKS)
-        here = (each for module in modules if module is not None for each in _tensors(module, seen))
-        known = sum(each.nbytes for each in here if _is_here(each)) + packed.nbytes()
-        return resident_memory() - known + KERNELS
+        here = (each for module in self._modules(*ALL) for each in _tensors(module, seen))
+        known = sum(each.nbytes for each in (*here, *shown) if _is_here(each)) + packed.nbytes()
+        return resident_memory() - known + KERNELS + beside
+
+    @cached_property
+    def _image_prompts(self) -> list[Tensor]:
+        """The weights of IP-Adapters, which stay; image encoders come and go before the first step."""
+        told = (job.encode.pictures for job in self._jobs)
+        parts = [part for each in told if each is not None for part in each.parts]
+        seen: set[int] = set()
+        return [tensor for part in parts for tensor in _tensors(part.file.network, seen)]
 
     def predict(self, way: Way) -> Prediction:
         """What the job takes in this way."""
@@ -192,10 +211,23 @@ class Plan:
         rows = batch * branches
         tokens = windows * (model.text.window if model.text.clips else calls.WINDOW)
         numbers = 5 if model.parts.requires_aesthetics_score else 6
-        key = ("unet", id(model.unet), rows, *small, windows, way.sliced, way.packs)
-        call = partial(calls.unet, model.unet, rows, small, tokens, numbers, way.sliced, way.packs)
+        sliced = way.sliced and not job.attending  # which sees all rows at once
+        key = ("unet", id(model.unet), rows, *small, windows, sliced, way.packs)
+        call = partial(calls.unet, model.unet, rows, small, tokens, numbers, sliced, way.packs)
         traced, name = self._trace(key, call, model), f"U-Net, {rows} x {small[0]} x {small[1]}"
-        yield Stage(name, self._held(model.unet, way), traced[0], id(model.unet), traced[1])
+        residuals = 0
+        for control in job.controls:
+            network = control.file.network
+            if not isinstance(network, ControlNet):
+                continue
+            own = ("control", id(network), rows, *small, windows)
+            beside = self._trace(
+                own, partial(calls.unet, network, rows, small, tokens, numbers, False, True), model
+            )
+            residuals += 2 * rows * outputs_size(network, *small) * 4  # fp32: its own, and the sum of all
+            shown = f"control {control.file.path.name}"
+            yield Stage(shown, self._held(network, way), beside[0] + residuals, id(network), beside[1])
+        yield Stage(name, self._held(model.unet, way), traced[0] + residuals, id(model.unet), traced[1])
         if job.then is None:
             yield self._vae_stage("VAE decode", model, batch, (height, width), way, budget)
             yield Stage("picture", self._held(vae, way), 5 * batch * 3 * 4 * height * width)
@@ -228,7 +260,7 @@ class Plan:
         if way.stay is Stay.ALWAYS:
             return sum(self.weights.values())
         seen: set[int] = set()
-        others = [each for other in self._modules(*NETWORKS) for each in _tensors(other, seen)]
+        others = [each for other in self._modules(*ALL) for each in _tensors(other, seen)]
         always = sum(each.nbytes for each in others if not isinstance(each, Sleeping))
         own = [each for each in _tensors(module, set()) if isinstance(each, Sleeping)]
         by_layer = way.stay is Stay.BY_LAYER and not hasattr(module, "over_bands")
@@ -237,8 +269,10 @@ class Plan:
     def _modules(self, *names: str) -> Iterator[nn.Module]:
         for model in self.models:
             for name in names:
-                if (module := getattr(model.parts, name)) is not None:
+                if (module := getattr(model.parts, name, None)) is not None:
                     yield module
+        if "control" in names:
+            yield from self.controls.values()
 
 
 def arranged(model: M, prediction: Prediction) -> M:
@@ -254,6 +288,9 @@ def arranged(model: M, prediction: Prediction) -> M:
             # Bands read the weights of a VAE's layers without calling them: it comes as a whole.
             whole = way.stay is Stay.BY_LAYER and name == "vae"
             home.stay = Stay.WHILE_USED if whole else way.stay
+    for beside in model.shelf.networks:
+        if (home := home_of(beside)) is not None:
+            home.stay = way.stay
     upscaler = None if model.upscaler is None else arranged(model.upscaler, prediction)
     refiner = None if model.refiner is None else arranged(model.refiner, prediction)
     parts = replace(model.parts, unet=unet, vae=vae)
@@ -293,6 +330,15 @@ def _texts_of(job: Job) -> tuple[int, int]:
     windows = max(job.encode.length(p) for p in range(len(job.requests))) if job.model.text.clips else 1
     composed = max(len(job.encode.shares(p)) for p in range(len(job.requests)))
     return windows, windows * (composed + 1 + len(job.request.regions or ()))
+
+
+def outputs_size(network: ControlNet, height: int, width: int) -> int:
+    """Numbers of what a ControlNet adds for a row of latents of that size."""
+    total, layers = 0, network.config.per_level("layers_per_block")
+    for level, wide in enumerate(network.config.block_out_channels):
+        total += wide * height * width * (layers[level] + 1)
+        height, width = -(-height // 2), -(-width // 2)
+    return total
 
 
 # --- tensors -----------------------------------------------------------------------------------------------

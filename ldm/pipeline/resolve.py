@@ -15,7 +15,7 @@ import torch
 from ldm.adapters import used_embeddings, wanted_loras
 from ldm.checkpoint import Parts
 from ldm.checkpoint.esrgan import read_pixel_upscaler
-from ldm.control import noted
+from ldm.control import DEPTH, noted
 from ldm.diffusion.samplers import SAMPLERS, resolve_sampler
 from ldm.errors import UserError, printable
 from ldm.images.enlarging import LABELS
@@ -92,13 +92,13 @@ def resolve(model: Model, request: Request, images: Images) -> Request:
 def check(request: Request, has_image: bool, has_mask: bool, parts: Parts) -> None:
     """Raise UserError for what this model needs and is not given, and for what would mean nothing to it."""
     kind = parts.kind
-    if kind is not Kind.TEXT and not has_image:
+    if kind not in (Kind.TEXT, Kind.DEPTH) and not has_image:
         raise UserError(
             f"this model draws from an image ({kind.name.lower()}): give one (image, --init-image)"
         )
     if kind is Kind.INPAINT and not has_mask:
         raise UserError("this model draws what a mask covers: give one (mask_image, --mask)")
-    begins = has_image and kind in (Kind.TEXT, Kind.INPAINT)  # with it
+    begins = has_image and kind in (Kind.TEXT, Kind.DEPTH, Kind.INPAINT)  # with it
     two_encoders = parts.text_encoder is not None and parts.text_encoder_2 is not None
     sizes = [name for name in Request.model_fields if name.endswith(("l_size", "t_size", "_top_left"))]
     rules = [
@@ -189,7 +189,7 @@ def _kind_defaults(parts: Parts, has_image: bool, has_mask: bool) -> dict[str, A
     is_xl = "time_ids" in parts.unet.config.conditioning
     values = {"num_inference_steps": 50, "guidance_scale": 7.5}
     match parts.kind:
-        case Kind.TEXT:
+        case Kind.TEXT | Kind.DEPTH:
             values["guidance_scale"] = 5.0 if is_xl else 7.5
             values |= {"strength": 0.3 if is_xl else 0.8} if has_image else {}
             values |= {"strength": 1.0} if has_mask else {}
@@ -238,6 +238,11 @@ def _adapters(model: Model, request: Request) -> dict[str, Any]:
 
 def _controls(model: Model, request: Request) -> dict[str, Any]:
     """The controls of a request, which note which files they are of. Raises UserError."""
+    if model.kind is Kind.DEPTH and not any(use.model == DEPTH for use in request.control or ()):
+        raise UserError(
+            'this model draws with a depth map: give one (control=[{"model": "depth", "image": FILE}], '
+            "--control depth,image=FILE)"
+        )
     if not request.control:
         return {}
     if request.padding_mask_crop is not None:

@@ -64,6 +64,7 @@ VALUES: dict[str, tuple[list[str], Any]] = {
     "mixed_precision": (["bf16"], "bf16"),
     "on_nan": (["skip"], "skip"),
     "report_to": (["tensorboard"], "tensorboard"),
+    "preprocess_options": (["low=50", "high=90"], ("low=50", "high=90")),
     "max_timestep": (["900"], 900),
 }
 BESIDE = {  # what else must be given
@@ -80,6 +81,9 @@ BESIDE = {  # what else must be given
         "cat",
     ],
     "inpainting": ["--mode", "full"],
+    "control_data_dir": ["--mode", "controlnet"],
+    "preprocess": ["--mode", "controlnet"],
+    "preprocess_options": ["--mode", "controlnet", "--preprocess", "canny"],
 }
 
 
@@ -151,7 +155,7 @@ def test_shipped_recipes_are_valid_and_found_by_name(path):
 
 def test_there_are_recipes_of_every_mode():
     modes = {yaml.safe_load(find_recipe(name).read_text())["mode"] for name in shipped_recipes()}
-    assert modes == {"lora", "full", "textual_inversion"}
+    assert modes == {"lora", "full", "textual_inversion", "controlnet"}
 
 
 def test_yaml_reads_a_bare_no_as_false(tmp_path):

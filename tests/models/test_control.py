@@ -1,5 +1,7 @@
 """ControlNets and T2I-Adapters against diffusers' modules on the same weights."""
 
+from dataclasses import replace
+
 import diffusers
 import pytest
 import torch
@@ -124,29 +126,35 @@ def test_an_adapter_equals_diffusers(kind, channels):
     assert all(relative_error(a, b) < 1e-5 for a, b in zip(found, expected, strict=True))
 
 
+SD2 = {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True}
+FULL_XL = {
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "attention_head_dim": (5, 10, 20),
+    "transformer_layers_per_block": (1, 2, 10),
+    "cross_attention_dim": 2048,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "use_linear_projection": True,
+    "projection_class_embeddings_input_dim": 2816,
+}
+LIGHT = {"adapter_type": "light_adapter", "channels": [320, 640, 1280], "num_res_blocks": 4}
+
+
 @pytest.mark.parametrize(
     ("name", "config"),
     [
         ("ControlNetModel", {}),
-        ("ControlNetModel", {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True}),
-        ("ControlNetModel", "xl"), ("ControlNetUnionModel", "xl"),
-        ("ControlNetUnionModel", "promax"),
-        ("T2IAdapter", {}), ("T2IAdapter", {"adapter_type": "light_adapter", "channels": [320, 640, 1280], "num_res_blocks": 4}),
+        ("ControlNetModel", SD2),
+        ("ControlNetModel", FULL_XL),
+        ("ControlNetUnionModel", FULL_XL),
+        ("ControlNetUnionModel", FULL_XL | {"num_control_type": 8}),
+        ("T2IAdapter", {}),
+        ("T2IAdapter", LIGHT),
         ("T2IAdapter", {"adapter_type": "full_adapter_xl", "downscale_factor": 16}),
     ],
-)  # fmt: skip
+)
 def test_full_size_names_and_shapes_are_diffusers(name, config):
-    full_xl = {
-        "block_out_channels": (320, 640, 1280), "down_block_types": XL["down_block_types"] + ("CrossAttnDownBlock2D",),
-        "attention_head_dim": (5, 10, 20), "transformer_layers_per_block": (1, 2, 10), "cross_attention_dim": 2048,
-        "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "use_linear_projection": True,
-        "projection_class_embeddings_input_dim": 2816,
-    }  # fmt: skip
-    config = (
-        {"xl": full_xl, "promax": full_xl | {"num_control_type": 8}}.get(config, config)
-        if isinstance(config, str)
-        else config
-    )
     with torch.device("meta"):
         theirs = getattr(diffusers, name)(**config)
         ours = build({"_class_name": name} | dict(theirs.config))
@@ -186,8 +194,6 @@ def test_residuals_of_all_kinds_are_added_as_in_diffusers(reference_unet, size):
         within.append(torch.randn(2, wide, *levels))
         levels = tuple((side + 1) // 2 for side in levels)
     with torch.no_grad():
-        from dataclasses import replace
-
         residuals = replace(control(x, 7, context, hint=hint), within=tuple(within))
         expected = theirs(
             x, 7, context, down_block_additional_residuals=residuals.skips,

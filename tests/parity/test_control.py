@@ -20,7 +20,7 @@ def picture(seed=1, size=(16, 16)):
 
 
 def control_of(unet, seed, cls=diffusers.ControlNetModel, **changes):
-    """A ControlNet for a U-Net, all of whose weights are random, small enough to steer and not to drown it."""
+    """A ControlNet for a U-Net, all of whose weights are random."""
     torch.manual_seed(seed)
     return randomise(cls.from_unet(unet, **HINT | changes)).eval()
 
@@ -55,12 +55,14 @@ def nets(sd1, tmp_path_factory):
 
 
 def peer_of(peer, name, **more):
-    """diffusers' pipeline of that class, of the parts of another; in place of PNDM, which counts its steps twice,
+    """diffusers' pipeline of that class, of the parts of another; PNDM, which counts a step twice, becomes
     DDIM.
     """
     parts = {part: getattr(peer, part) for part in PARTS} | more
     if isinstance(peer.scheduler, diffusers.PNDMScheduler):
-        parts["scheduler"] = diffusers.DDIMScheduler.from_config(peer.scheduler.config, clip_sample=False, set_alpha_to_one=False)
+        parts["scheduler"] = diffusers.DDIMScheduler.from_config(
+            peer.scheduler.config, clip_sample=False, set_alpha_to_one=False
+        )
     if "XL" in name:
         parts |= {part: getattr(peer, part) for part in ("text_encoder_2", "tokenizer_2")}
     else:
@@ -72,7 +74,11 @@ def peer_of(peer, name, **more):
 
 def theirs(pipe, **arguments):
     return pipe(
-        TEXT, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(5), output_type="latent", **arguments
+        TEXT,
+        num_inference_steps=STEPS,
+        generator=torch.Generator().manual_seed(5),
+        output_type="latent",
+        **arguments,
     ).images
 
 
@@ -121,8 +127,11 @@ def test_two_controlnets(sd1, nets, models_of):
 def test_from_an_image(sd1, nets, models_of):
     peer = peer_of(sd1[1], "StableDiffusionControlNetImg2ImgPipeline", controlnet=nets[0][0])
     shared = {
-        "strength": 0.6, "control_guidance_end": 0.6, "image": picture(3), "controlnet_conditioning_scale": 0.8
-    }  # fmt: skip
+        "strength": 0.6,
+        "control_guidance_end": 0.6,
+        "image": picture(3),
+        "controlnet_conditioning_scale": 0.8,
+    }
     expected = theirs(peer, control_image=picture(), **shared)
     found = ours(models_of("sd1").with_controlnet(nets[0][1]), control_image=picture(), **shared)
     assert error(found, expected) < 1e-4
@@ -194,3 +203,32 @@ def test_an_adapter(families, models_of, tmp_path, family, kind, factor, name):
         models_of(family).with_controlnet(tmp_path), control_image=picture(), adapter_conditioning_scale=0.6
     )
     assert error(found, expected) < 1e-4
+
+
+def test_a_depth_model(sd1, tmp_path):
+    peer = sd1[1]
+    unet = randomise(
+        diffusers.UNet2DConditionModel.from_config({**peer.unet.config, "in_channels": 5})
+    ).eval()
+    parts = {part: getattr(peer, part) for part in ("vae", "text_encoder", "tokenizer")}
+    scheduler = diffusers.DDIMScheduler.from_config(
+        peer.scheduler.config, clip_sample=False, set_alpha_to_one=False
+    )
+    pipe = diffusers.StableDiffusionDepth2ImgPipeline(
+        **parts, unet=unet, scheduler=scheduler, depth_estimator=None, feature_extractor=None
+    )
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(tmp_path / "model")
+    depth = picture(8, (20, 12)).convert("L")
+    depth.save(tmp_path / "depth.png")
+    levels = torch.from_numpy(np.array(depth)).float()[None]
+    shared = {"image": picture(3), "strength": 0.6}
+    expected = theirs(pipe, depth_map=levels, **shared)
+    own = ldm.load(tmp_path / "model", device="cpu", dtype="fp32")
+    use = {"model": "depth", "image": str(tmp_path / "depth.png")}
+    assert error(ours(own, control=[use], **shared), expected) < 1e-4
+    assert error(ours(own, control=[use | {"image": depth}], **shared), expected) < 1e-4
+    own.save(tmp_path / "saved")
+    assert type(diffusers.DiffusionPipeline.from_pretrained(tmp_path / "saved")) is type(pipe)
+    with pytest.raises(ldm.UserError, match="this model draws with a depth map: give one"):
+        ours(own, **shared)

@@ -9,10 +9,12 @@ from safetensors.torch import load_file, save_file
 import ldm
 from ldm.checkpoint.keymap import module_keys, to_original
 from ldm.checkpoint.save import save_module
-from ldm.control.steering import soft_weights
+from ldm.control.controls import soft_weights
 from ldm.errors import UserError
 from ldm.models import ControlNet, T2IAdapter
 from ldm.models.control import T2IAdapterConfig
+from ldm.pipeline.job import plan_of
+from ldm.pipeline.plan import WAYS
 
 HINT = {"conditioning_embedding_out_channels": (4, 8)}  # the tiny VAE halves pictures once
 
@@ -32,7 +34,9 @@ def places(models, tmp_path_factory):
 
 
 def drawn(pipe, **arguments):
-    return pipe("the red boat", **{"num_inference_steps": 3, "seed": 1, "output_type": "pt", **arguments}).images
+    return pipe(
+        "the red boat", **{"num_inference_steps": 3, "seed": 1, "output_type": "pt", **arguments}
+    ).images
 
 
 def use_of(places, family="sd1", **fields):
@@ -52,7 +56,9 @@ def test_a_strength_of_zero_is_no_control_bit_for_bit(models, places):
 def test_what_a_picture_keeps_draws_it_again(models, places, tmp_path):
     pipe = models("sd1")
     fields = {"scale": 0.7, "end": 0.7, "mode": "control"}
-    first = pipe("a boat", num_inference_steps=3, seed=1, output_type="pt", control=[use_of(places, **fields)])
+    first = pipe(
+        "a boat", num_inference_steps=3, seed=1, output_type="pt", control=[use_of(places, **fields)]
+    )
     kept = ldm.Request.from_json(first.request.to_json())
     assert kept.control[0].sha256
     assert kept.control[0].image_sha256
@@ -76,7 +82,10 @@ def test_modes_weigh_outputs_as_in_a1111(models, places):
     assert soft_weights(12) == pytest.approx([0.825 ** (12 - i) for i in range(13)])
     assert soft_weights(9) == pytest.approx([0.825 ** (12 - i) for i in range(10)])
     assert soft_weights(4)[0] == pytest.approx(0.825**12)
-    found = [drawn(pipe, control=[use_of(places, mode=mode)]) for mode in ("balanced", "prompt", "control", "guess")]
+    found = [
+        drawn(pipe, control=[use_of(places, mode=mode)])
+        for mode in ("balanced", "prompt", "control", "guess")
+    ]
     assert all(differ(a, b) > 1e-4 for i, a in enumerate(found) for b in found[:i])
     by_name = drawn(pipe, control=[use_of(places, mode="ControlNet is more important")])
     assert torch.equal(by_name, found[2])
@@ -97,7 +106,10 @@ def test_masks_say_where_it_acts(models, places):
     Image.fromarray(half * 0).save(places / "none.png")
     Image.fromarray(half * 0 + 255).save(places / "all.png")
     whole = drawn(pipe, control=[use_of(places)])
-    masked = {name: drawn(pipe, control=[use_of(places, mask=str(places / f"{name}.png"))]) for name in ("none", "half", "all")}
+    masked = {
+        name: drawn(pipe, control=[use_of(places, mask=str(places / f"{name}.png"))])
+        for name in ("none", "half", "all")
+    }
     assert differ(masked["none"], drawn(pipe)) < 1e-6
     assert differ(masked["all"], whole) < 1e-6
     assert differ(masked["half"], whole) > 1e-4 < differ(masked["half"], masked["none"])
@@ -110,8 +122,10 @@ def test_tiles_see_their_part_of_the_picture(models, places):
     whole = drawn(pipe, control=[use], width=32, height=16)
     tiled = drawn(pipe, control=[use], width=32, height=16, tile_size=16)
     assert differ(whole, tiled) > 1e-4
-    job = pipe.prepare(ldm.Request(control=[use_of(places)], width=32, height=16, tile_size=16, num_inference_steps=1))
-    from ldm.control.steering import _cut
+    job = pipe.prepare(
+        ldm.Request(control=[use_of(places)], width=32, height=16, tile_size=16, num_inference_steps=1)
+    )
+    from ldm.control.controls import _cut
 
     (control,) = job.controls
     windows = job.tiles.windows(8, 16)
@@ -148,6 +162,23 @@ def test_a_picture_of_another_size_is_stretched_or_cropped(models, places, tmp_p
     assert torch.equal(control.pictures[0][0].movedim(0, -1) * 255, torch.from_numpy(middle).float())
 
 
+def test_memory_counts_it_and_weights_come_when_they_are_used(models, places, folder_of):
+    pipe = models("sd1")
+    expected = drawn(pipe, control=[use_of(places)])
+    sleeping = ldm.load(folder_of("sd1"), device="cpu", dtype="fp32", max_memory="8GiB")
+    assert torch.equal(drawn(sleeping, control=[use_of(places)]), expected)
+    job = pipe.prepare(ldm.Request(control=[use_of(places)], num_inference_steps=2))
+    plan = plan_of(job, 8 << 30)
+    (control,) = job.controls
+    own = sum(each.nbytes for each in control.file.network.parameters())
+    assert plan.weights["control sd1"] == own
+    for way in WAYS:
+        stages = {stage.name.partition(",")[0]: stage for stage in plan.predict(way).stages}
+        assert stages["control sd1"].beside > 0
+    without = plan_of(pipe.prepare(ldm.Request(num_inference_steps=2)), 8 << 30).predict(WAYS[0])
+    assert plan.predict(WAYS[0]).peak >= without.peak + own - (without.base - plan.base)
+
+
 # --- files -----------------------------------------------------------------------------------------------
 
 
@@ -159,14 +190,22 @@ def test_an_original_file_is_the_folder(models, places, tmp_path):
     tensors = to_original(module_keys(net), net.state_dict())
     assert "zero_convs.0.0.weight" in tensors
     assert "input_hint_block.0.weight" in tensors
-    save_file({f"control_model.{name}": t.contiguous() for name, t in tensors.items()}, tmp_path / "original.safetensors")
-    save_file(load_file(places / "sd1" / "diffusion_pytorch_model.safetensors"), tmp_path / "diffusers.safetensors")
+    save_file(
+        {f"control_model.{name}": t.contiguous() for name, t in tensors.items()},
+        tmp_path / "original.safetensors",
+    )
+    save_file(
+        load_file(places / "sd1" / "diffusion_pytorch_model.safetensors"), tmp_path / "diffusers.safetensors"
+    )
     expected = drawn(pipe, control=[use_of(places)])
     for name in ("original", "diffusers"):
         found = drawn(pipe, control=[use_of(places) | {"model": str(tmp_path / f"{name}.safetensors")}])
         assert torch.equal(found, expected), name
     del tensors["zero_convs.1.0.bias"]
-    save_file({f"control_model.{name}": t.contiguous() for name, t in tensors.items()}, tmp_path / "less.safetensors")
+    save_file(
+        {f"control_model.{name}": t.contiguous() for name, t in tensors.items()},
+        tmp_path / "less.safetensors",
+    )
     with pytest.raises(UserError, match=r"tensors missing: control_model.zero_convs.1.0.bias"):
         drawn(pipe, control=[use_of(places) | {"model": str(tmp_path / "less.safetensors")}])
 
@@ -209,7 +248,10 @@ def test_an_original_adapter_is_read(models, places, tmp_path):
     save_file(tensors, tmp_path / "adapter.safetensors")
     file = pipe.controls.get(str(tmp_path / "adapter.safetensors"))
     assert file.network.config == net.config
-    assert all(torch.equal(a, b) for a, b in zip(file.network.state_dict().values(), net.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(file.network.state_dict().values(), net.state_dict().values(), strict=True)
+    )
 
 
 def lllite(unet, scale=0.1):
@@ -267,7 +309,9 @@ def test_an_lllite_changes_what_its_layers_are_given(models, places, tmp_path):
 
 
 def test_another_family_is_refused_by_name(models, places):
-    with pytest.raises(UserError, match="a ControlNet for models with text of width 64, and this model is of models"):
+    with pytest.raises(
+        UserError, match="a ControlNet for models with text of width 64, and this model is of models"
+    ):
         drawn(models("sd1"), control=[use_of(places, "sdxl")])
 
 

@@ -80,6 +80,11 @@ WHOLE = Request(
     denoising_start=0.1,
     denoising_end=0.9,
     refiner_switch_at=0.8,
+    freeu=(1.3, 1.4, 0.9, 0.2),
+    cross_replace_steps=0.8,
+    self_replace_steps=0.4,
+    word_weights={"boat": 2.0},
+    regions=[{"box": (0, 0, 0.5, 1), "prompt": "a tree", "weight": 2.0, "strength": 0.5}],
     refining=Request(guidance_scale=3.0, model="refiner", model_hash="9876543211"),
 )
 

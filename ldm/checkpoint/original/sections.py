@@ -51,8 +51,8 @@ OTHERS = {
     "it with --lora, beside a model",
     r"^(emb_params|string_to_param.*|clip_[lg]|<.*>)$": "a textual inversion, not a model: give it with "
     "--embedding, beside a model",
-    r"^control_model\.|^controlnet_|^lllite_unet": "a ControlNet, not a model: give it with --control, beside a "
-    "model",
+    r"^control_model\.|^controlnet_|^lllite_unet": "a ControlNet, not a model: give it with "
+    "--control, beside a model",
     r"^noise_augmentor\.": "an unCLIP model, which is not supported",
     r"^(model\.diffusion_model\.)?joint_blocks\.": "Stable Diffusion 3, which is not supported",
     r"^(model\.diffusion_model\.)?double_blocks\.": "Flux, which is not supported",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any, Self
 
 import torch
@@ -80,7 +80,7 @@ class PictureEmbedding(nn.Module):
         super().__init__()
         self.conv_in = Conv2d(in_channels, widths[0], 3, padding=1)
         self.blocks = nn.ModuleList()
-        for narrow, wide in zip(widths, widths[1:], strict=False):
+        for narrow, wide in pairwise(widths):
             self.blocks.append(Conv2d(narrow, narrow, 3, padding=1))
             self.blocks.append(Conv2d(narrow, wide, 3, padding=1, stride=2))
         self.conv_out = zeroed(Conv2d(widths[-1], channels, 3, padding=1))

@@ -1,4 +1,4 @@
-"""ControlNet-LLLite (kohya's sd-scripts, networks/control_net_lllite.py): small networks before a U-Net's layers.
+"""ControlNet-LLLite (kohya's sd-scripts, control_net_lllite.py): small networks before a U-Net's layers.
 
 ``x + up(mid([embedding of the picture, down(x)]))`` is what a layer of attention is given in place of x; the
 embedding is the picture's alone, and so made once for all steps. Names are kohya's.

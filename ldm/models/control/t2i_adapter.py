@@ -103,7 +103,7 @@ class _Adapter(nn.Module):
 
 
 class _Level(nn.Module):
-    """Half size where it goes `down`, another width, residual blocks; a light one has a quarter of the width."""
+    """Half size where it goes `down`, another width, residual blocks; in light ones of a quarter of that."""
 
     def __init__(self, channels: int, out: int, blocks: int, down: bool, light: bool = False) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """ControlNet for several kinds of pictures at once (xinsir's ControlNet++, its union and ProMax models).
 
 Each kind has a learned embedding; a small transformer mixes the means of all pictures' features and of the
-latents', and gives each picture's features a bias of its own. Names are those of diffusers' ControlNetUnionModel,
+latents', and gives each picture's features a bias of its own. Names are those of diffusers' class,
 `transformer_layes` among them.
 """
 
@@ -87,7 +87,7 @@ class ControlNetUnion(ControlNet):
     ) -> Residuals:
         """As a ControlNet's, of pictures [B or 1, 3, H, W] each of one of the `kinds`, by number.
 
-        `scales` are the strengths of several pictures: a single one's outputs are what is scaled, by the caller.
+        `scales` are the strengths of several pictures; of a single one the caller scales the outputs.
         """
         hints = [self.hint(picture) for picture in pictures] if hints is None else hints
         scales = [1.0] * len(hints) if scales is None or len(hints) == 1 else scales
@@ -141,7 +141,7 @@ class MixingBlock(nn.Module):
 
 
 class OwnValue(nn.Module):
-    """Multi-head attention of each token to itself alone, which is its value; names of nn.MultiheadAttention."""
+    """Attention of each token to itself alone, which is its value; names of nn.MultiheadAttention."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()

@@ -193,3 +193,21 @@ def test_flags_the_pictures_metadata_and_a_redrawing(tmp_path, monkeypatch, caps
     )
     assert cli.main(["redraw", "a.png", "-q", "--dtype", "fp32"]) == 0
     assert "equal" in capsys.readouterr().out
+
+
+def test_a_mask_that_a_stranger_named_on_another_computer_is_not_opened(tmp_path, capsys):
+    from ldm.images.png import save_png
+
+    request = Request(prompt="sea", regions=[{"mask": "//host/mask.png", "prompt": "a boat"}])
+    save_png(GREY, tmp_path / "a.png", request)
+    assert cli.main(["redraw", str(tmp_path / "a.png"), "-q"]) == 2
+    assert "on another computer" in capsys.readouterr().err
+
+
+def test_a_server_takes_boxes_alone():
+    from ldm.serve.limits import Limits
+
+    Limits().check(Request(prompt="sea", regions=HALVES), ())
+    for regions in (["mask.png: a"], HALVES * 5, ["0,0,1,1: " + 30_000 * "a"]):
+        with pytest.raises(UserError, match="regions are"):
+            Limits().check(Request(prompt="sea", regions=regions), ())

@@ -7,7 +7,15 @@ import pytest
 
 import ldm
 from ldm import postcards as world
-from ldm.postcards.scoring.editing import WHAT, edited, image_to_image, measured, renders, sample_cases, sheet
+from ldm.postcards.comparisons.editing import (
+    WHAT,
+    edited,
+    image_to_image,
+    measured,
+    renders,
+    sample_cases,
+    sheet,
+)
 from ldm.postcards.scoring.scorer import Scorer
 
 SCORER = Path(__file__).parents[3] / "weights" / "postcard-eval"

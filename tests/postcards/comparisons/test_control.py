@@ -16,9 +16,9 @@ import ldm
 from ldm.checkpoint import save_module
 from ldm.errors import UserError
 from ldm.models import ControlNet
-from ldm.postcards.scoring import control
+from ldm.postcards.comparisons import control
+from ldm.postcards.comparisons.control import AUTOENCODER, WITHOUT, edge_scores, make_case, measure_keeping
 from ldm.postcards.scoring.agreement import names
-from ldm.postcards.scoring.control import AUTOENCODER, WITHOUT, edge_scores, make_case, measure_keeping
 from ldm.postcards.scoring.scorer import Scorer
 from ldm.preprocess import preprocess
 

@@ -20,9 +20,17 @@ from ldm.dataset.examine import examine
 from ldm.errors import UserError
 from ldm.evaluate.distances import frechet_distance
 from ldm.finetune.inpainting import widen
-from ldm.postcards.scoring import inpainting
+from ldm.postcards.comparisons import inpainting
+from ldm.postcards.comparisons.inpainting import (
+    Case,
+    Mean,
+    border_psnr,
+    follow,
+    make_case,
+    measure_filling,
+    seam,
+)
 from ldm.postcards.scoring.agreement import names
-from ldm.postcards.scoring.inpainting import Case, Mean, border_psnr, follow, make_case, measure_filling, seam
 from ldm.postcards.scoring.prompts import evaluation_prompts
 from ldm.postcards.scoring.scorer import Scorer
 from ldm.postcards.scoring.sources import Settings, rendered

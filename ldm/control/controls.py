@@ -1,11 +1,11 @@
-"""What networks of pictures add to a U-Net's features in one drawing: by step, by branch of guidance, by place."""
+"""What networks of pictures add to a U-Net's features: by step, by branch of guidance, by place."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ldm.adapters.seamless import seamless
 from ldm.control.family import kind_of
 from ldm.control.lllite import with_lllites
-from ldm.control.pictures import Pictures, Size, control_mask, control_picture, with_digests
+from ldm.control.pictures import Pictures, Size, control_mask, control_picture, depth_map, with_digests
 from ldm.control.reading import ControlFile, Reader
 from ldm.diffusion.deep_cache import place_of
+from ldm.diffusion.guidance import text_of
 from ldm.diffusion.tiles import Window
 from ldm.errors import UserError
 from ldm.memory.residence import in_use
@@ -26,11 +28,12 @@ from ldm.models.attention import AnyText
 from ldm.models.control import ControlNetUnion, LLLite
 from ldm.models.control.controlnet import guess_weights
 from ldm.models.encoder import NO_RESIDUALS, Residuals
-from ldm.request import ControlUse
+from ldm.request import ControlUse, Request
 from ldm.runtime import Finite, memory_format
 
 # A1111's soft weights: of a ControlNet's outputs 0.825^(12 - i), and of a T2I-Adapter's levels.
 SOFT, SOFT_LEVELS = 0.825, (0.25, 0.62, 0.825, 1.0)
+DEPTH = "depth"  # the model of a use that is a depth model's own input
 # What a network is told in a call for some branches: sample, timestep, text, and what is extra by name.
 Told = tuple[Tensor, Tensor, AnyText, Mapping[str, Tensor | None]]
 
@@ -61,9 +64,8 @@ class Control:
 
     def sees(self, branch: str) -> bool:
         """Whether it acts in a branch of guidance: where the prompt is less, in those with a prompt alone."""
-        return not (self.use.mode in ("control", "guess") or self.is_pooled) or not (
-            branch.startswith("uncond") or branch == "image"
-        )
+        everywhere = self.use.mode in ("balanced", "prompt") and not self.is_pooled
+        return everywhere or text_of(branch) not in ("uncond", "image")
 
     def weights(self, skips: int) -> list[float]:
         """Of each of so many outputs, and of the middle's."""
@@ -87,17 +89,20 @@ def soft_weights(skips: int) -> list[float]:
 
 
 def noted(uses: Sequence[ControlUse], reader: Reader) -> tuple[ControlUse, ...]:
-    """Uses that note which files they are of. Raises UserError, also where one is another than noted before."""
+    """Uses that note which files they are of. Raises UserError, also where one is not what was noted."""
     found = []
     for use in uses:
         if use.scale == 0:  # as if it were not there: nothing is read
             found.append(use)
             continue
+        if use.model == DEPTH and reader.takes_depth:
+            found.append(with_digests(use))
+            continue
         file = reader.get(use.model)
         if use.sha256 not in (None, file.sha256):
             raise UserError(
-                f"{use.model} has changed: its SHA-256 begins with {file.sha256[:10]}, but the request asks for "
-                f"the network with {str(use.sha256)[:10]}"
+                f"{use.model} has changed: its SHA-256 begins with {file.sha256[:10]}, but the request asks "
+                f"for the network with {str(use.sha256)[:10]}"
             )
         if isinstance(file.network, ControlNet):
             kind_of(file.network, use.type, file.path)
@@ -105,22 +110,36 @@ def noted(uses: Sequence[ControlUse], reader: Reader) -> tuple[ControlUse, ...]:
     return tuple(found)
 
 
-def controls_of(
-    uses: Sequence[ControlUse], pictures: Pictures, size: Size, reader: Reader
-) -> tuple[Control, ...]:
-    """The controls of a drawing of (height, width) pixels that do anything. Raises UserError."""
+def controls_of(request: Request, pictures: Pictures, reader: Reader) -> tuple[Control, ...]:
+    """The controls of a resolved request that do anything; seamless where it is. Raises UserError."""
+    uses, size = request.control or (), request.size
     made = []
     for k, use in enumerate(uses):
-        if use.scale == 0:
+        if use.scale == 0 or (use.model == DEPTH and reader.takes_depth):
             continue
         file = reader.get(use.model)
         kind = kind_of(file.network, use.type, file.path) if isinstance(file.network, ControlNet) else 0
         picture = control_picture(use, k, pictures, size, isinstance(file.network, ControlNetUnion))
+        if request.tiling is not None:
+            file = replace(file, network=seamless(file.network, request.tiling))
         mask = control_mask(use, size)
         control = Control(file, (use,), (_taken(picture, file, size).to(reader.runtime.device),), (kind,))
         check(control, mask)
         made.append(replace(control, mask=None if mask is None else mask.to(reader.runtime.device)))
     return tuple(_joined(made))
+
+
+def depth_of(request: Request, pictures: Pictures, reader: Reader, factor: int) -> Tensor:
+    """The depth map [1, 1, H / factor, W / factor] that a depth model takes beside its latents.
+
+    -1 at its least and 1 at its most, as diffusers makes it. Raises UserError.
+    """
+    size = (request.size[0] // factor, request.size[1] // factor)
+    k, use = next((k, use) for k, use in enumerate(request.control or ()) if use.model == DEPTH)
+    small = F.interpolate(depth_map(use, k, pictures), size, mode="bicubic", align_corners=False)
+    low, high = small.aminmax()
+    scaled = 2 * (small - low) / (high - low) - 1 if high > low else torch.zeros_like(small)
+    return scaled.to(reader.runtime.device)
 
 
 def check(control: Control, mask: Tensor | None) -> None:
@@ -155,20 +174,21 @@ def _joined(controls: Sequence[Control]) -> list[Control]:
     def alike(control: Control) -> tuple[Any, ...]:
         use, is_union = control.use, isinstance(control.file.network, ControlNetUnion)
         own = () if is_union and control.mask is None else (id(control),)
-        return (id(control.file), use.start, use.end, use.mode, own)
+        return (control.file.sha256, use.start, use.end, use.mode, own)
 
     made = []
     for _, group in groupby(controls, alike):
         every = list(group)
-        columns = {
-            name: sum((getattr(each, name) for each in every), ()) for name in ("uses", "pictures", "kinds")
-        }
-        made.append(replace(every[0], **columns))
+        uses, pictures, kinds = (
+            tuple(chain.from_iterable(getattr(each, name) for each in every))
+            for name in ("uses", "pictures", "kinds")
+        )
+        made.append(replace(every[0], uses=uses, pictures=pictures, kinds=kinds))
     return made
 
 
-class Steering:
-    """The controls of one drawing, as it goes on: of each the network, and what is made of its pictures once."""
+class Controls:
+    """The controls of one drawing, as it goes on: each network, and what is made of its pictures once."""
 
     def __init__(
         self,

@@ -24,7 +24,7 @@ from ldm.evaluate.reconstruction import Images, reconstructed
 from ldm.evaluate.report import Rate, rate
 from ldm.images.pixels import contact_sheet
 from ldm.pipeline import Pipeline
-from ldm.postcards.scoring.inpainting import Mean, advance, right
+from ldm.postcards.comparisons.inpainting import Mean, advance, right
 from ldm.postcards.scoring.prompts import Prompt, evaluation_prompts
 from ldm.postcards.scoring.scorer import Scorer
 from ldm.postcards.scoring.sources import Settings, controlled, drawn, rendered
