@@ -22,6 +22,7 @@ WHOLE = Request(
     width=128,
     num_inference_steps=7,
     guidance_scale=7.5,
+    guidance="apg:eta=0",
     guidance_rescale=0.25,
     seeds=(3, MAX_SEED),
     sampler="DPM++ 2M",
