@@ -248,7 +248,7 @@ def _controls(model: Model, request: Request) -> dict[str, Any]:
     if request.padding_mask_crop is not None:
         raise UserError("padding_mask_crop is not allowed beside control: draw the whole picture")
     uses = noted(request.control, model.controls)
-    if any(model.controls.get(use.model).is_inside for use in uses if use.scale):
+    if any(model.controls.get(use.model).is_inside for use in uses if use.sha256):
         for name in ("tile_size", "token_merging_ratio"):
             if getattr(request, name):
                 raise UserError(
