@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ldm.adapters.image_prompt import ImagePromptFile
 from ldm.adapters.inversion import Embedding, add_words
 from ldm.adapters.layers import Weighted, adapt_module
 from ldm.adapters.lora import SUFFIXES, Lora, Report, match, name_of, read_lora
@@ -24,6 +25,7 @@ class Adapted:
     original: Parts | None = None  # before any adapter; None: there is none
     loras: tuple[Lora, ...] = ()
     embeddings: tuple[Embedding, ...] = ()
+    image_prompts: tuple[ImagePromptFile, ...] = ()  # beside the parts, which they leave alone
     fused: bool = False
     reports: tuple[Report, ...] = ()  # one per LoRA
 

@@ -256,12 +256,13 @@ def _check_family(file: LoraFile, parts: Parts) -> None:
             first = next((tensors[role] for role in ("down", "hada_w1_b", "diff") if role in tensors), None)
             if first is not None and first.ndim > 1 and first.shape[1] != ours:
                 raise UserError(
-                    f"{file.path}: made for {_family(first.shape[1])}; this model is {_family(ours)}.\n"
+                    f"{file.path}: made for {family_of(first.shape[1])}; this model is {family_of(ours)}.\n"
                     "An adapter works only with the family that it was trained on."
                 )
 
 
-def _family(width: int) -> str:
+def family_of(width: int) -> str:
+    """A model's family, by the width of the text that it reads."""
     return f"{FAMILIES.get(width, 'a model')} with text of {width} channels"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ldm.checkpoint.folder import CLASSES
-from ldm.checkpoint.parts import STEMS
+from ldm.checkpoint.parts import STEMS, TEXT_STEM
 from ldm.checkpoint.weights import choose_weights
 from ldm.errors import UserError, abbreviate
 from ldm.files import whole_file
@@ -24,6 +24,8 @@ ADAPTER_FILES = (
     "pytorch_lora_weights.bin",
     "learned_embeds.bin",
 )
+IMAGE_ENCODER = "image_encoder"  # the folder beside IP-Adapters
+ENCODER_FILES = ("config.json", "preprocessor_config.json")
 CONFIG_FILES = ("config.json", "scheduler_config.json")
 TOKENIZER_FILES = (
     "vocab.json",
@@ -80,12 +82,13 @@ def _remember(snapshot: Path, revision: str | None) -> None:
                 aside.write_text(snapshot.name, encoding="utf-8")
 
 
-def fetch_adapter(name: str, weight_name: str | None = None) -> Path:
-    """The file of a LoRA or textual inversion in the cache, fetched where it is not there yet.
+def fetch_adapter(name: str, weight_name: str | None = None, encoder: bool = False) -> Path:
+    """The file of an adapter or textual inversion in the cache, fetched where it is not there yet.
 
     Args:
         name: "owner/model".
         weight_name: of several files the one that is meant.
+        encoder: whether the image encoder beside it is fetched too, as IP-Adapters need it.
 
     Raises:
         UserError: in one line, how to get it where the hub does not give it, or what to choose from.
@@ -95,7 +98,8 @@ def fetch_adapter(name: str, weight_name: str | None = None) -> Path:
     try:
         files = [file.rfilename for file in HfApi().model_info(name).siblings or ()]
         wanted = adapter_file(files, name, weight_name)
-        return Path(snapshot_download(name, allow_patterns=[wanted, "adapter_config.json"])) / wanted
+        beside = [*encoder_files(files, wanted)] if encoder else ["adapter_config.json"]
+        return Path(snapshot_download(name, allow_patterns=[wanted, *beside])) / wanted
     except UserError:
         raise
     except Exception as error:
@@ -108,7 +112,11 @@ def fetch_adapter(name: str, weight_name: str | None = None) -> Path:
 
 def adapter_file(files: Iterable[str], name: str, weight_name: str | None = None) -> str:
     """Which of a repository's files holds its adapter. Raises UserError where that is not plain."""
-    weights = sorted(file for file in files if file.endswith((".safetensors", ".bin", ".pt")))
+    weights = sorted(
+        file
+        for file in files
+        if file.endswith((".safetensors", ".bin", ".pt")) and PurePosixPath(file).parent.name != IMAGE_ENCODER
+    )
     if weight_name is not None:
         if weight_name in weights:
             return weight_name
@@ -121,6 +129,17 @@ def adapter_file(files: Iterable[str], name: str, weight_name: str | None = None
     if not weights:
         raise UserError(f"{name}: has no weights of an adapter")
     raise UserError(f"{name}: has {abbreviate(weights)}: choose one by weight_name=")
+
+
+def encoder_files(files: Iterable[str], wanted: str) -> list[str]:
+    """The files that are read of the image encoder beside an adapter's; none where there is no encoder."""
+    folder = PurePosixPath(wanted).parent / IMAGE_ENCODER
+    names = {path.name for file in files if (path := PurePosixPath(file)).parent == folder}
+    if "config.json" not in names:
+        return []
+    weights = choose_weights(names, folder, TEXT_STEM)
+    read = {weights, *_shards(weights, names), *names.intersection(ENCODER_FILES)}
+    return sorted(str(folder / name) for name in read)
 
 
 def _cached(

@@ -146,3 +146,21 @@ def _check_pooled(parts: Parts, sources: Mapping[str, Path]) -> None:
             f"{sources['unet']}: the U-Net does not take {numbers} sizes and pooled text of width {pooled} "
             f"({sources['text_encoder_2']})"
         )
+
+
+def check_upscaler(parts: Parts, name: str) -> None:
+    """Raise UserError for a model, of this name, that does not enlarge a small picture."""
+    if parts.kind is not Kind.UPSCALE:
+        raise UserError(f"{name} is no upscaler: its U-Net takes no small picture beside its latents")
+
+
+def check_refiner(refiner: Parts, name: str, parts: Parts) -> None:
+    """Raise UserError for a model, of this name, that cannot go on from the latents of another."""
+    if refiner.kind is not Kind.TEXT:
+        raise UserError(f"{name} is no refiner: it draws from an image ({refiner.kind.name.lower()})")
+    for what in ("latent_channels", "downscale", "scaling_factor", "shift_factor"):
+        own, other = getattr(refiner.vae, what), getattr(parts.vae, what)
+        if own != other:
+            raise UserError(
+                f"{name} is no refiner of this model: its VAE's {what} is {own:g}, this model's {other:g}"
+            )

@@ -149,13 +149,16 @@ def check_prediction(prediction_type: str | None) -> None:
         )
 
 
-def find_adapter(what: str | Path, weight_name: str | None = None) -> Path:
-    """The file or folder of a LoRA or textual inversion: here, or fetched from the hub. Raises UserError."""
+def find_adapter(what: str | Path, weight_name: str | None = None, encoder: bool = False) -> Path:
+    """The file or folder of an adapter or textual inversion: here, or fetched from the hub.
+
+    With `encoder` the image encoder beside it is fetched too. Raises UserError.
+    """
     path = _local(what)
     if path is None and isinstance(what, str) and HUB_NAME.fullmatch(what) and not what.endswith(WEIGHTS):
         from ldm.checkpoint.hub import fetch_adapter
 
-        return fetch_adapter(what, weight_name)
+        return fetch_adapter(what, weight_name, encoder)
     path = Path(what).expanduser() if path is None else path
     return path / weight_name if weight_name is not None and path.is_dir() else path
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli.control_flags import check_local
+from ldm.cli.image_prompt_flags import check_here
 from ldm.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ def given_by(args: argparse.Namespace) -> Request:
     base = Request() if args.from_png is None else begun_like(read_request(args.from_png))
     if args.from_png is not None and args.control is None:
         check_local(base, args.from_png)
+    if args.from_png is not None and not args.image_prompts:
+        check_here(args.from_png, base)
     names = (Request.model_fields.keys() & vars(args).keys()) - {"model"}
     fields: dict[str, Any] = {name: getattr(args, name) for name in names} | {
         "num_inference_steps": args.steps,

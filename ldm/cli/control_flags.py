@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm.cli.spec import first_and_pairs
 from ldm.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,20 +31,15 @@ def add_control_flags(parser: argparse.ArgumentParser) -> None:
 
 def control(text: str) -> dict[str, str | float]:
     """MODEL,name=value,... as fields of a `ControlUse`; a comma that no name follows is part of a value."""
-    model, *parts = re.split(r",\s*(?=[A-Za-z_]+\s*=)", text)
-    fields: dict[str, str | float] = {"model": model.strip()}
-    for part in parts:
-        name, _, value = (each.strip() for each in part.partition("="))
-        if name not in FIELDS:
-            raise argparse.ArgumentTypeError(f"{name} is none of {', '.join(FIELDS)}")
+    model, parts = first_and_pairs(text, FIELDS, "MODEL,image=FILE,scale=0.8", FIELDS)
+    fields: dict[str, str | float] = {"model": model}
+    for name, value in parts:
         if name in fields:
             raise argparse.ArgumentTypeError(f"{name} is given twice")
         try:
             fields[name] = float(value) if name in NUMBERS else value
         except ValueError:
             raise argparse.ArgumentTypeError(f"{name}={value} is no number") from None
-    if not fields["model"] or re.match(r"[A-Za-z_]+\s*=", model):
-        raise argparse.ArgumentTypeError(f"{text} names no model: MODEL,image=FILE,scale=0.8")
     return fields
 
 

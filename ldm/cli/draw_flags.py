@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ldm.cli.control_flags import add_control_flags
 from ldm.cli.flags import add_common_flags, add_input_flags, add_model_flags
+from ldm.cli.image_prompt_flags import add_image_prompt_flags
 from ldm.cli.parser import count
 from ldm.cli.provenance import add_mark_flags
 from ldm.cli.steer_flags import add_steering_flags
@@ -98,6 +99,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_image_flags(parser)
     add_mask_flags(parser)
     add_control_flags(parser)
+    add_image_prompt_flags(parser)
     add_sampling_flags(parser)
     add_pixel_flags(parser)
     add_fast_flags(parser)

@@ -18,6 +18,7 @@ FLAGS = {
     "seeds": "--seed",
     "target_prompt": "--to",
     "sampler_options": "--sampler-option",
+    "image_prompts": "--image-prompt",
     "regions": "--region",
     "word_weights": "--word-weight",
 }

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ldm.cli.control_flags import check_local
 from ldm.cli.draw import draw_images, tell_of_marks
 from ldm.cli.flags import FLAGS, add_common_flags, add_input_flags, add_model_flags
+from ldm.cli.image_prompt_flags import add_image_prompt_flags, found_again
 from ldm.cli.models import load
 from ldm.cli.output import check_file
 from ldm.cli.provenance import add_mark_flags, marks
@@ -47,6 +48,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_mark_flags(parser.add_argument)
     group = add_input_flags(parser, "where the files that it was drawn from lie now, if they were moved")
     group.add_argument("--hires-upscaler", metavar="FILE", help="the network that enlarged it")
+    add_image_prompt_flags(parser)
     add_model_flags(parser)
     add_common_flags(parser)
 
@@ -92,7 +94,12 @@ def redraw(args: argparse.Namespace) -> int:
         tell_of_marks(args, [request])
     pipe = load(args)
     warn_of_other_models(pipe, request, args.file)
-    again = {"upscaling": request.upscaling if pipe.upscaler else None, "not_kept": (), **inputs}
+    again = {
+        "upscaling": request.upscaling if pipe.upscaler else None,
+        "not_kept": (),
+        **inputs,
+        **found_again(args, request),
+    }
     if pipe.refiner is None:
         again |= {"refining": None, "refiner_switch_at": None}
     job = pipe.prepare(request.replace(model=None, model_hash=None, **again))

@@ -50,9 +50,11 @@ class Controls:
 
     @property
     def fingerprint(self) -> str:
-        """Of all control pictures' bytes: what is another one is told on resuming."""
+        """Of what makes them, or of all control pictures' bytes: a run goes on with the same ones only."""
         if self.preprocess is not None:
-            return self.preprocess
+            return ":".join(
+                [self.preprocess, *(f"{name}={each}" for name, each in sorted(self.options.items()))]
+            )
         digest = hashlib.sha256()
         for picture in sorted(self.files):
             digest.update(self.files[picture].read_bytes())

@@ -17,14 +17,13 @@ from torch import Tensor
 
 from ldm.checkpoint.clip_processor import clip_processor, has_processor
 from ldm.checkpoint.folder import weights_folder
+from ldm.checkpoint.image_encoder import clip_kind, read_clip
 from ldm.errors import UserError, reason
 from ldm.files import sha256
 
 IMAGE_ENCODER = "image_encoder"  # a folder beside the scorer, in transformers' layout
 EVALUATION = "postcard-eval"  # the folder of the embedded ones
 BATCH = 32  # always: another one would change the last digits
-# config.json's model_type -> transformers' class
-CLASSES = {"clip": "CLIPModel", "clip_vision_model": "CLIPVisionModelWithProjection"}
 PROCESSING = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "image_mean", "image_std")
 RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 
@@ -65,8 +64,8 @@ class ImageTower:
 
         Raises UserError where there is none, and where a tensor is missing.
         """
-        kind = _model_type(folder)
-        model = _model(folder, kind).eval().to(device)
+        kind = clip_kind(folder)
+        model = read_clip(folder, kind).eval().to(device)
         weights = sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
         tokenizer = _tokenizer(folder) if kind == "clip" else None
         return cls(model, _processor(folder, model), tokenizer, str(folder), sha256(*weights))
@@ -153,41 +152,6 @@ def _checked(parts: Sequence[Tensor], source: str) -> Features:
 
 
 # --- reading ---------------------------------------------------------------------------------------------
-
-
-def _model_type(folder: Path) -> str:
-    from ldm.checkpoint.io import read_json
-
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            f"{folder} is no CLIP folder: it has no config.json; give one in transformers' layout"
-        )
-    kind = read_json(folder / "config.json").get("model_type")
-    if kind not in CLASSES:
-        raise UserError(
-            f"{folder} is no CLIP: its config.json has model_type {kind!r}, not {' or '.join(CLASSES)}"
-        )
-    return str(kind)
-
-
-def _model(folder: Path, kind: str) -> Any:
-    import transformers
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model, info = getattr(transformers, CLASSES[kind]).from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
-        )
-    except Exception as error:  # safetensors, pickle and transformers have their own
-        raise UserError(f"cannot read the CLIP in {folder}: {reason(error)}") from None
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-    if absent := sorted(info["missing_keys"]):
-        raise UserError(f"the CLIP in {folder} lacks {absent[0]} and {len(absent) - 1} more tensors")
-    return model
 
 
 def _processor(folder: Path, model: Any) -> Any:

@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 from ldm.errors import UserError
 from ldm.train.recipe import (
     Fixed,
+    Free,
     LossSection,
     MaskSection,
     OptimiserSection,
@@ -129,7 +130,9 @@ class ControlSection(Section):
     """controlnet: the control picture of each picture, by the same name, or as `ldm preprocess` names it"""
     preprocess: Fixed[str | None] = None
     """controlnet: or what makes them of the pictures as they are shown: canny, lineart and others"""
-    preprocess_options: Fixed[tuple[str, ...]] = ()
+    preprocess_options: Free[
+        tuple[str, ...]
+    ] = ()  # what they come to is a fact of the run, which may not change
     """controlnet: its options, such as low=50 high=150"""
 
 

@@ -20,6 +20,7 @@ class Conditioning:
     class_labels: Tensor | None = None  # [B] noise level of the low-resolution picture (upscaler)
     timestep_cond: Tensor | None = None  # [B, time_cond_proj_dim] embedded guidance scale (LCM)
     concat: Tensor | None = None  # [B, C, h, w] appended to the scaled latents
+    image_tokens: Tensor | None = None  # [B, K, D] of image prompts, which what attends may read beside
 
     def __len__(self) -> int:
         return self.tokens.shape[0]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from ldm.models.layers import timestep_features
 from ldm.pipeline.inputs import Inputs
 from ldm.pipeline.model import Model
 from ldm.request import Request
+
+if TYPE_CHECKING:
+    from ldm.pipeline.image_prompts import ImagePrompts
 
 
 @dataclass(frozen=True)
@@ -65,10 +69,12 @@ class Telling:
         inputs: Inputs,
         steps: int,
         concat: Tensor | None = None,
+        pictures: ImagePrompts | None = None,
     ) -> None:
-        """`concat` [1, C, h, w] is beside the latents of all pictures."""
+        """`concat` [1, C, h, w] is beside all latents, `pictures` are told beside all texts."""
         self.concat = concat
         self.model, self.requests, self.inputs, self.steps = model, requests, inputs, steps
+        self.pictures = pictures
         self._encode = lru_cache(maxsize=8)(self._encoded)
         self._without = lru_cache(maxsize=8)(
             lambda p, texts: without_words(model, requests[p], self._encode(p, texts, False)[1])
@@ -84,10 +90,10 @@ class Telling:
         changes = any(script.changes for script in (*asked.scripts, *asked.region_scripts))
         windows = self._windows(p) if changes else None
         cond, uncond = encode_texts(self.model, self.requests[p], self.inputs, p, texts, windows, source)
-        if self.concat is None:
-            return cond, uncond
-        beside = [self.concat.expand(len(each), -1, -1, -1) for each in (cond, uncond)]
-        return replace(cond, concat=beside[0]), replace(uncond, concat=beside[1])
+        if self.concat is not None:
+            beside = [self.concat.expand(len(each), -1, -1, -1) for each in (cond, uncond)]
+            cond, uncond = replace(cond, concat=beside[0]), replace(uncond, concat=beside[1])
+        return (cond, uncond) if self.pictures is None else self.pictures.tell(cond, uncond)
 
     def empty(self, p: int, step: int) -> Conditioning:
         """What is told of no words at all, in the place of prompt `p`'s negative prompt of a step."""

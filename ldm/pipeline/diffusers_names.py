@@ -25,7 +25,7 @@ _STOP = 'return {"stop": True} from the callback, or raise StopIteration in it'
 _SCALE = 'return {"guidance_scale": 5.0} from the callback'
 _STEPS = "it is the number that the call was given as num_inference_steps"
 _PART = "load with it in place: ldm.load(MODEL, {0}=PLACE), a folder, a file or a hub name"
-_IP_ADAPTER = "there are no IP-Adapters: image with strength draws from a picture"
+_IP_ADAPTER = "write pipe = pipe.with_ip_adapter(FILE, ENCODER, scale=0.6), which gives a new pipeline"
 _CONTROL = "write pipe = pipe.with_controlnet(FOLDER), and give its call a control_image"
 _HUB = "set it for huggingface_hub: HF_HOME, HF_HUB_OFFLINE=1, `hf auth login`"
 _EMBEDS = "pipe.text.encode([prompt]) has .tokens (prompt_embeds) and .pooled"
@@ -46,8 +46,8 @@ INSTEAD: Mapping[str, str] = {
     "save_lora_weights": "`ldm finetune` writes LoRAs; pipe.fuse().save(FOLDER) saves a model with one",
     "load_textual_inversion": _WORD,
     "unload_textual_inversion": "pipe.base is without adapters",
-    **dict.fromkeys(("load_ip_adapter", "set_ip_adapter_scale", "unload_ip_adapter"), _IP_ADAPTER),
-    **dict.fromkeys(("ip_adapter_image", "ip_adapter_image_embeds", "image_encoder"), _IP_ADAPTER),
+    **dict.fromkeys(("load_ip_adapter", "set_ip_adapter_scale", "image_encoder"), _IP_ADAPTER),
+    "unload_ip_adapter": "pipe.base is without adapters",
     **dict.fromkeys(("controlnet", "adapter"), _CONTROL),
     # samplers and guidance
     "scheduler": _SAMPLER,

@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ldm.adapters import ImagePromptFile
 from ldm.diffusion.guidance import Guidance
 from ldm.diffusion.noise import torch_seed
 from ldm.diffusion.solvers import Solver
 from ldm.errors import UserError
-from ldm.images.fitting import InMemory, OneInMemory, read_file
+from ldm.images.fitting import InMemory, OneInMemory, read_file, take
 from ldm.images.opening import to_mask, to_rgb
 from ldm.images.pixels import to_numpy, to_pil
 from ldm.request import LoraUse, Request
@@ -26,6 +27,7 @@ from ldm.request.fields import consecutive_seeds
 if TYPE_CHECKING:
     from ldm.pipeline.job import Job, Picture
 
+IMAGE_PROMPTS = ("ip_adapter_image", "ip_adapter_image_embeds", "ip_adapter_masks")  # what is of them
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
@@ -43,6 +45,10 @@ class Inputs:
     mask_image: InMemory | None = None
     control_images: tuple[InMemory | None, ...] | None = None  # of the request's controls, without files
     image_latents: Tensor | None = None  # [1 or prompts, C, h, w] scaled, instead of an image
+    # For each image prompt its pictures, its embeddings [1 or 2, n, E] or [1 or 2, n, P, E], and its masks.
+    ip_adapter_image: Sequence[Sequence[OneInMemory]] | None = None
+    ip_adapter_image_embeds: Sequence[Tensor] | None = None
+    ip_adapter_masks: Sequence[Sequence[OneInMemory]] | None = None
     solver: Solver | None = None  # the user's own, instead of the sampler
     guidance: Guidance | None = None
 
@@ -56,6 +62,11 @@ class Inputs:
     def has_images(self) -> bool:
         """Whether there is a picture among them, a mask, or a picture's latents."""
         return any(each is not None for each in (self.image, self.mask_image, self.image_latents))
+
+    @property
+    def has_image_prompts(self) -> bool:
+        """Whether there is anything for image prompts among them."""
+        return any(getattr(self, name) is not None for name in IMAGE_PROMPTS)
 
     def not_kept(self, seeds: Sequence[int]) -> tuple[str, ...]:
         """What of it no request of these seeds keeps: all but generators that give what the seeds give."""
@@ -211,8 +222,12 @@ def scaled_loras(uses: Sequence[LoraUse], attention: Mapping[str, Any] | None) -
     """
     given = dict(attention or {})
     scale = given.pop("scale", 1.0)
+    given.pop("ip_adapter_masks", None)  # `ldm.pipeline.image_prompts` takes them
     for name in given:
-        raise UserError(f"cross_attention_kwargs has {name!r}: only scale, of the LoRAs' weights, is taken")
+        raise UserError(
+            f"cross_attention_kwargs has {name!r}: only scale, of the LoRAs' weights, and ip_adapter_masks "
+            "are taken"
+        )
     if scale == 1 or not uses:
         return None
     return tuple(
@@ -292,3 +307,64 @@ def _of_array(array: np.ndarray[Any, Any]) -> OneInMemory:
         return Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array)
     tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
     return tensor.movedim(-1, 0) if tensor.ndim == 3 else tensor[None]
+
+
+# --- image prompts, as diffusers' call has them ------------------------------------------------------------
+
+
+def as_image_prompts(
+    held: Sequence[ImagePromptFile], image: Any, embeds: Any, attention: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a request and what `Inputs` have of ip_adapter_image, ip_adapter_image_embeds and the
+    ip_adapter_masks of cross_attention_kwargs: for each adapter that the pipeline has one, in its order.
+
+    Raises UserError for another number of them.
+    """
+    given: dict[str, Any] = {"ip_adapter_image": image, "ip_adapter_image_embeds": embeds}
+    given["ip_adapter_masks"] = (attention or {}).get("ip_adapter_masks")
+    given = {name: value for name, value in given.items() if value is not None}
+    for name, value in given.items():
+        given[name] = each = value if isinstance(value, list | tuple) else [value]
+        if len(each) != len(held):
+            raise UserError(
+                f"{name} has {len(each)} for {len(held)} IP-Adapters: give one for each that the pipeline has"
+                " (with_ip_adapter); several pictures of one in a list of their own, [[a, b]]"
+            )
+    if not given:
+        return {}, {}
+    uses = [file.use for file in held]
+    pictures = [
+        each if isinstance(each, list | tuple) else (each,) for each in given.get("ip_adapter_image", ())
+    ]
+    if pictures and all(isinstance(one, str | Path) for each in pictures for one in each):
+        del given["ip_adapter_image"]
+        uses = [use.replace(images=[str(p) for p in own]) for use, own in zip(uses, pictures, strict=True)]
+    elif pictures:
+        given["ip_adapter_image"] = tuple(_in_memory(each) for each in pictures)
+    if "ip_adapter_masks" in given:
+        given["ip_adapter_masks"] = tuple(_masks(each) for each in given["ip_adapter_masks"])
+    for each in given.get("ip_adapter_image_embeds", ()):
+        if not isinstance(each, Tensor):
+            raise UserError(
+                f"ip_adapter_image_embeds {each!r:.60} is not allowed: give a tensor for each adapter"
+            )
+    return {"image_prompts": tuple(uses)}, given
+
+
+def _in_memory(images: Sequence[Any]) -> tuple[OneInMemory, ...]:
+    """Pictures of one adapter as PIL images and tensors [1, 3, H, W] in 0..1. Raises UserError."""
+    found = list[OneInMemory]()
+    for image in images:
+        path, one = as_image(image, "ip_adapter_image")
+        ready = read_file(path)[0] if path is not None else take(one, 3)
+        found += ready if isinstance(ready, tuple) else [] if ready is None else [ready]
+    return tuple(found)
+
+
+def _masks(masks: Any) -> tuple[OneInMemory, ...]:
+    """Masks of one adapter, as IPAdapterMaskProcessor makes them, [1, n, H, W], or pictures."""
+    if isinstance(masks, Tensor) and masks.ndim == 4 and len(masks) == 1:
+        masks = list(masks[0])
+    _, read = as_image(masks if isinstance(masks, list | tuple | Tensor) else [masks], "mask_image")
+    ready = take(read, 1)
+    return ready if isinstance(ready, tuple) else () if ready is None else (ready,)

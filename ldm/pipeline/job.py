@@ -41,6 +41,7 @@ from ldm.pipeline import before, guiding, networks
 from ldm.pipeline.conditioning import Telling
 from ldm.pipeline.edit import Invert, check_edit, invertible
 from ldm.pipeline.guiding import NO_NEEDS, Needs
+from ldm.pipeline.image_prompts import read_image_prompts
 from ldm.pipeline.inputs import NOTHING, Inputs
 from ldm.pipeline.model import Model
 from ldm.pipeline.networks import EXACT, Attending, Savings
@@ -153,6 +154,10 @@ def _prepare(
         (check_edit if has_images else check_swap)(asked, inputs)
     if has_images:
         images = read_images(model, asked, inputs)
+    prompted = None
+    if asked[0].image_prompts or model.adapted.image_prompts or inputs.has_image_prompts:
+        prompted = read_image_prompts(model, asked, inputs)
+        asked = tuple(each.replace(image_prompts=() if prompted is None else prompted.uses) for each in asked)
     requests = tuple(resolve(model, each, images) for each in asked)
     first = requests[0]
     images = in_shape(images, first) if first.resize_mode else images
@@ -184,7 +189,8 @@ def _prepare(
         if model.kind is not Kind.DEPTH
         else depth_of(first, shown(inputs, images), model.controls, model.vae.downscale)
     )
-    telling = Telling(model, requests, inputs, len(grid.timesteps), depth)
+    tiles = tiles_of(first, model.vae.downscale)
+    telling = Telling(model, requests, inputs, len(grid.timesteps), depth, prompted)
     start = start_of(
         model,
         first,
@@ -206,9 +212,10 @@ def _prepare(
         guidance=completed(inputs.guidance or guidance_of(first, model, grid), first, model),
         start=start,
         batches=tuple(cut_into_batches(model, pictures, telling.length, 1 if sampler.alone else batch_size)),
-        tiles=tiles_of(first, model.vae.downscale),
+        tiles=tiles,
         then=then,
         savings=savings_of(first),
+        attending=() if prompted is None else prompted.attending(first.size, tiles is not None),
         steering=steering_of(model, requests, inputs, telling, grid, images.image is not None)
         if first.is_steered
         else UNSTEERED,

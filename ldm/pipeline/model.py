@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,13 +16,22 @@ from typing import Any, Self
 
 import torch
 
-from ldm.adapters import Adapted, Lora, LoraFile, adapt, read_embedding, read_lora, wanted_loras
+from ldm.adapters import (
+    Adapted,
+    Lora,
+    LoraFile,
+    adapt,
+    read_embedding,
+    read_image_prompt,
+    read_lora,
+    wanted_loras,
+)
 from ldm.adapters.seamless import seamless
 from ldm.checkpoint import Parts, load_parts
 from ldm.checkpoint.classifier import ClassifierFile, read_classifier
 from ldm.checkpoint.folder import load_vae
 from ldm.checkpoint.io import weight_files
-from ldm.checkpoint.parts import STEMS, changed_part, check_fit
+from ldm.checkpoint.parts import STEMS, changed_part, check_fit, check_refiner, check_upscaler
 from ldm.checkpoint.safety import SafetyChecker, read_checker
 from ldm.checkpoint.save import pipeline_class
 from ldm.checkpoint.source import find_adapter, find_part
@@ -36,7 +45,7 @@ from ldm.models import VAE, UNet
 from ldm.models.kind import Kind
 from ldm.pipeline.moving import move, move_parts, read_target
 from ldm.prompts.text_encoder import Clip, TextEncoder
-from ldm.request import Request
+from ldm.request import ImagePromptUse, Request
 from ldm.runtime import Runtime, choose
 
 
@@ -174,8 +183,13 @@ class Model:
         checker = None if self.safety_checker is None else self.safety_checker.to(runtime.device)
         changed: dict[str, Any] = {"upscaler": upscaler, "refiner": refiner, "classifier": classifier}
         changed["safety_checker"] = checker
-        moved = replace(self, parts=parts, runtime=runtime, adapted=Adapted(), **changed)
-        return moved if self.adapted.original is None else moved._with(self.adapted)
+        prompts = tuple(
+            replace(file, network=move(file.network, runtime.device, runtime.dtype))
+            for file in self.adapted.image_prompts
+        )
+        adapted, alone = replace(self.adapted, image_prompts=prompts), Adapted(image_prompts=prompts)
+        moved = replace(self, parts=parts, runtime=runtime, adapted=alone, **changed)
+        return moved if self.adapted.original is None else moved._with(adapted)
 
     def cuda(self, device: int | str | torch.device = "cuda") -> Self:
         """This model on a GPU. Raises UserError if there is none."""
@@ -260,6 +274,32 @@ class Model:
         """
         words = (*self.adapted.embeddings, read_embedding(find_adapter(file), name))
         return self._with(replace(self.adapted, embeddings=words))
+
+    def with_ip_adapter(
+        self,
+        file: str | Path,
+        image_encoder: str | Path | None = None,
+        *,
+        weight_name: str | None = None,
+        scale: float | Mapping[str, Any] = 1.0,
+    ) -> Self:
+        """This model with an IP-Adapter beside those it has: it draws from pictures as from texts.
+
+        The U-Net stays as it is, and `base` is without.
+
+        Args:
+            file: in the layout that is published, a folder that has one, or a hub name.
+            image_encoder: the folder of its CLIPVisionModelWithProjection, where it is not beside the file.
+            weight_name: of several files of a folder or hub name, the one that is meant.
+            scale: 0 is none; or by blocks, as diffusers has it: {"up": {"block_0": [0, 1, 0]}}.
+
+        Raises:
+            UserError: if the file is damaged, or made for another family: says which and why.
+        """
+        use = ImagePromptUse(adapter=str(file), scale=scale)
+        read = read_image_prompt(file, self.unet, self.runtime, weight_name, use.scale, image_encoder)
+        prompts = (*self.adapted.image_prompts, read)
+        return replace(self, adapted=replace(self.adapted, image_prompts=prompts))
 
     def with_classifier(self, folder: str | Path) -> Self:
         """This model with a classifier of its noisy latents, used where a request names one of its classes.
@@ -351,7 +391,9 @@ class Model:
     def base(self) -> Self:
         """This model without adapters: the tensors that were loaded."""
         original = self.adapted.original
-        return self if original is None else replace(self, parts=original, adapted=Adapted())
+        if original is None and not self.adapted.image_prompts:
+            return self
+        return replace(self, parts=original or self.parts, adapted=Adapted())
 
     def for_request(self, request: Request) -> Self:
         """This model as a request wants it: with LoRAs, found among its own or in `lora_dir`; seamless."""
@@ -409,21 +451,3 @@ def schedule_of(parts: Parts) -> Schedule:
         )
         bounds = replace(bounds, clip_sample=False)
     return replace(schedule, bounds=bounds, is_xl=is_xl)
-
-
-def check_upscaler(parts: Parts, name: str) -> None:
-    """Raise UserError for a model, of this name, that does not enlarge a small picture."""
-    if parts.kind is not Kind.UPSCALE:
-        raise UserError(f"{name} is no upscaler: its U-Net takes no small picture beside its latents")
-
-
-def check_refiner(refiner: Parts, name: str, parts: Parts) -> None:
-    """Raise UserError for a model, of this name, that cannot go on from the latents of another."""
-    if refiner.kind is not Kind.TEXT:
-        raise UserError(f"{name} is no refiner: it draws from an image ({refiner.kind.name.lower()})")
-    for what in ("latent_channels", "downscale", "scaling_factor", "shift_factor"):
-        own, other = getattr(refiner.vae, what), getattr(parts.vae, what)
-        if own != other:
-            raise UserError(
-                f"{name} is no refiner of this model: its VAE's {what} is {own:g}, this model's {other:g}"
-            )

@@ -33,7 +33,7 @@ from ldm.images.enlarging import (
 from ldm.models.conditioning import Conditioning
 from ldm.models.kind import Kind
 from ldm.pipeline import networks
-from ldm.pipeline.inputs import Inputs
+from ldm.pipeline.inputs import IMAGE_PROMPTS, Inputs
 from ldm.pipeline.model import Model
 from ldm.pipeline.start import Beginning, FromImage, FromLatents, FromNoise
 from ldm.request import Request
@@ -126,6 +126,7 @@ def _second_pass(prepare: Prepare, model: Model, requests: Sequence[Request], in
     if request.prompt == requests[0].prompt and request.negative_prompt == requests[0].negative_prompt:
         embeds = {name: getattr(inputs, name) for name in EMBEDS}
         own = replace(own, **embeds)
+    own = replace(own, **{name: getattr(inputs, name) for name in IMAGE_PROMPTS})
     own = replace(
         own,
         control_images=inputs.control_images,

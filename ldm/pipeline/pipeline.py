@@ -31,6 +31,7 @@ from ldm.pipeline.inputs import (
     Inputs,
     Result,
     as_image,
+    as_image_prompts,
     as_latents,
     as_output,
     check_output_type,
@@ -161,6 +162,8 @@ class Pipeline(Model):
         aesthetic_score: float | None = None,
         negative_aesthetic_score: float | None = None,
         cross_attention_kwargs: Mapping[str, Any] | None = None,
+        ip_adapter_image: Any = None,
+        ip_adapter_image_embeds: Sequence[Tensor] | None = None,
         return_dict: bool = True,
         **others: Any,
     ) -> Result:
@@ -189,7 +192,10 @@ class Pipeline(Model):
                 Several pictures are drawn batch by batch: steps begin at 0 in each, with its rows only.
             callback_on_step_end_tensor_inputs: what it sees: latents, prompt_embeds, negative_prompt_embeds,
                 add_text_embeds, negative_pooled_prompt_embeds, add_time_ids, guidance_scale.
-            cross_attention_kwargs: {"scale": 0.5} multiplies the weights of the LoRAs.
+            cross_attention_kwargs: {"scale": 0.5} multiplies the weights of the LoRAs; ip_adapter_masks are
+                tensors [1, pictures, H, W], one for each IP-Adapter: where its pictures act.
+            ip_adapter_image: for each IP-Adapter (`with_ip_adapter`) a picture like `image`, or several.
+            ip_adapter_image_embeds: or what its encoder makes of them, [2, pictures, ...]: without, and with.
             return_dict: either value; a Result has `.images` and is a tuple's like, `[0]`.
             others: any other field of a `Request` by its name, but those that the pipeline notes; of the
                 controls of with_controlnet diffusers' control_image, controlnet_conditioning_scale, ...
@@ -214,7 +220,11 @@ class Pipeline(Model):
         count = len(prompts) * each
         generators = own_generators(generator, count)
         seeds = seeds_of(seed, generators, count)
+        pictures, shown = as_image_prompts(
+            self.adapted.image_prompts, ip_adapter_image, ip_adapter_image_embeds, cross_attention_kwargs
+        )
         shared = Request(
+            **pictures,
             **others,
             height=height,
             width=width,
@@ -255,6 +265,7 @@ class Pipeline(Model):
             image_latents=image_latents,
             solver=sampler if callable(sampler) else None,
             guidance=guidance if callable(guidance) else None,
+            **shown,
         )
         texts = {
             "negative_prompt": negative_prompt,

@@ -136,12 +136,22 @@ class Plan:
     def base(self) -> int:
         """Of this process without the job's weights; of a card nothing."""
         device = self.job.model.device
+        shown = self._image_prompts
+        beside = sum(each.nbytes for each in shown)
         if device.type == "cuda":
-            return 0
+            return beside
         seen: set[int] = set()
         here = (each for module in self._modules(*ALL) for each in _tensors(module, seen))
-        known = sum(each.nbytes for each in here if _is_here(each)) + packed.nbytes()
-        return resident_memory() - known + KERNELS
+        known = sum(each.nbytes for each in (*here, *shown) if _is_here(each)) + packed.nbytes()
+        return resident_memory() - known + KERNELS + beside
+
+    @cached_property
+    def _image_prompts(self) -> list[Tensor]:
+        """The weights of IP-Adapters, which stay; image encoders come and go before the first step."""
+        told = (job.encode.pictures for job in self._jobs)
+        parts = [part for each in told if each is not None for part in each.parts]
+        seen: set[int] = set()
+        return [tensor for part in parts for tensor in _tensors(part.file.network, seen)]
 
     def predict(self, way: Way) -> Prediction:
         """What the job takes in this way."""
@@ -201,8 +211,9 @@ class Plan:
         rows = batch * branches
         tokens = windows * (model.text.window if model.text.clips else calls.WINDOW)
         numbers = 5 if model.parts.requires_aesthetics_score else 6
-        key = ("unet", id(model.unet), rows, *small, windows, way.sliced, way.packs)
-        call = partial(calls.unet, model.unet, rows, small, tokens, numbers, way.sliced, way.packs)
+        sliced = way.sliced and not job.attending  # which sees all rows at once
+        key = ("unet", id(model.unet), rows, *small, windows, sliced, way.packs)
+        call = partial(calls.unet, model.unet, rows, small, tokens, numbers, sliced, way.packs)
         traced, name = self._trace(key, call, model), f"U-Net, {rows} x {small[0]} x {small[1]}"
         residuals = 0
         for control in job.controls:

@@ -11,7 +11,7 @@ from ldm.request.request import (
     Request,
     field_named,
 )
-from ldm.request.uses import ControlUse, EmbeddingUse, LoraUse
+from ldm.request.uses import ControlUse, EmbeddingUse, ImagePromptUse, LoraUse
 
 __all__ = [
     "IMAGES",
@@ -22,6 +22,7 @@ __all__ = [
     "VERSION",
     "ControlUse",
     "EmbeddingUse",
+    "ImagePromptUse",
     "LoraUse",
     "Region",
     "Request",

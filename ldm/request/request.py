@@ -51,7 +51,7 @@ from ldm.request.fields import (
 )
 from ldm.request.regions import Factors, Regions
 from ldm.request.spelled import Spelled
-from ldm.request.uses import ControlUse, EmbeddingUse, LoraUse, controls_of
+from ldm.request.uses import ControlUse, EmbeddingUse, ImagePromptUse, LoraUse, controls_of
 from ldm.spelling import squash
 
 VERSION: Literal[3] = 3  # of the JSON form, and of the rules by which pictures are drawn
@@ -175,6 +175,10 @@ class Request(Spelled):
     loras: Annotated[tuple[LoraUse, ...], Field(description="a list of adapters")] | None = None
     embeddings: Annotated[tuple[EmbeddingUse, ...], Field(description="a list of words")] | None = None
     control: Annotated[tuple[ControlUse, ...], Field(description="a list of controls")] | None = None
+    image_prompts: (
+        Annotated[tuple[ImagePromptUse, ...], Field(description="a list of IP-Adapters with their pictures")]
+        | None
+    ) = None  # None: those that the pipeline has
     model: Text | None = None  # for the record in the PNG: not used to find the model
     model_hash: Text | None = None
     upscaling: Request | None = None  # by a second model; prompt, seed and image are those of the picture

@@ -24,6 +24,12 @@ ControlMode = Annotated[
     Field(description="balanced, prompt, control or guess"),
 ]
 
+Several = Annotated[
+    tuple[Text, ...],
+    BeforeValidator(lambda given: (given,) if isinstance(given, str) else given),
+    Field(description="a path, or a list of paths"),
+]
+
 
 class LoraUse(Checked):
     """An adapter by its name, how strongly it acts, and which file it was."""
@@ -76,3 +82,41 @@ def controls_of(given: Any) -> Any:
         if not isinstance(each, Mapping | ControlUse):
             raise UserError(f"control {short(each)} is not allowed: give fields such as model and image")
     return tuple(each if isinstance(each, ControlUse) else ControlUse(**each) for each in several) or None
+
+
+def _in_blocks(scale: Any) -> Any:
+    """{"down": {"block_2": [0, 1]}, "mid": 1} -> (("down.block_2", (0, 1)), ("mid", (1,)))."""
+    if not isinstance(scale, Mapping):
+        return scale
+    found: list[tuple[str, Any]] = []
+    for name, value in scale.items():
+        inner = value.items() if isinstance(value, Mapping) else ()
+        found += [(f"{name}.{block}", own) for block, own in inner] if inner else [(name, value)]
+    return tuple((name, value if isinstance(value, list | tuple) else (value,)) for name, value in found)
+
+
+# By the blocks of the U-Net as diffusers names them, each transformer's own or one for all of a block.
+BlockScales = tuple[tuple[str, tuple[Scale, ...]], ...]
+
+
+class ImagePromptUse(Checked):
+    """An IP-Adapter, the pictures that it shows, where and how strongly, and which files these were.
+
+    `scale` is a number, or one for each transformer of a block, as diffusers has it: {"down": {"block_2":
+    [0, 1]}, "up": {"block_0": [0, 1, 0]}}; blocks that are not named have 0.
+    """
+
+    adapter: Text  # a path or a hub name; or the name of one that the pipeline has
+    images: Several = ()  # paths
+    masks: Several = ()  # paths: white is where a picture acts; one, or one for each picture
+    scale: Annotated[
+        Scale | BlockScales,
+        BeforeValidator(_in_blocks),
+        Field(description='a finite number, or numbers by block: {"up": {"block_0": [0, 1, 0]}}'),
+    ] = 1.0
+    weight_name: Text | None = None  # of several files of a folder or hub name
+    image_encoder: Text | None = None  # a folder; None: beside the adapter
+    sha256: Digest | None = None
+    images_sha256: tuple[Digest, ...] = ()
+    masks_sha256: tuple[Digest, ...] = ()
+    image_encoder_sha256: Digest | None = None

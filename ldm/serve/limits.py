@@ -46,11 +46,13 @@ class Limits:
         """Raise UserError, naming the field, for more than is allowed. `loras` are those that are there."""
         self.check_bounds(request)
         self._check_texts(request)
+        nested = (request, request.hires, request.refining, request.upscaling)
+        if any(each is not None and each.image_prompts for each in nested):
+            raise UserError("image_prompts is not allowed here: this server has no IP-Adapters")
         for name in NOT_ASKED:
             if getattr(request, name):
                 raise UserError(f"{name} is not allowed here: the server notes it of its own files")
-        nested = (request.hires, request.refining, request.upscaling)
-        if any(each is not None and each.control for each in (request, *nested)):
+        if any(each is not None and each.control for each in nested):
             raise UserError("control is not allowed here: it names files of the server's machine")
         for use in request.loras or ():
             if use.name not in loras:
@@ -64,7 +66,7 @@ class Limits:
             )
         from ldm.diffusion.guidances.catalogue import reads_files  # which needs torch
 
-        for each in (request, request.hires, request.refining, request.upscaling):
+        for each in nested:
             if each is not None and each.guidance is not None and reads_files(each.guidance):
                 raise UserError("guidance autoguidance is not allowed here with another model: give thinned")
         if request.tile_size is not None and request.tile_size < FEWEST_TILE:

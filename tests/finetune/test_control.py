@@ -97,7 +97,7 @@ def test_the_held_out_loss_falls(families, data, tmp_path):
     assert last < 0.95 * first
 
 
-def test_stopped_it_goes_on_bit_for_bit(families, data, tmp_path, monkeypatch):
+def test_stopped_it_goes_on_bit_for_bit(families, data, tmp_path, monkeypatch, capsys):
     model = families("sd1")[0]
     options = {"train_batch_size": 2, "max_train_steps": 3, "caption_dropout": 0.3, "random_flip": True}
     options |= {"checkpointing_steps": 2, "held_out": 0, "ema_decay": 0.9}
@@ -107,6 +107,9 @@ def test_stopped_it_goes_on_bit_for_bit(families, data, tmp_path, monkeypatch):
         monkeypatch.setattr(FinetuneTask, "forward", interrupted(forward, call))
         assert train_control(model, data, tmp_path / "parts" / "run", **options) == 0
     assert result(tmp_path / "parts" / "run") == result(tmp_path / "whole" / "run")
+    options["max_train_steps"] = 4
+    assert train_control(model, data, tmp_path / "parts" / "run", **options, preprocess_options="low=90") == 2
+    assert "controls canny -> canny:low=90.0" in capsys.readouterr().err
 
 
 def test_what_comes_out_opens_in_diffusers(families, data, tmp_path):

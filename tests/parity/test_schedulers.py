@@ -75,8 +75,10 @@ def scheduler_of(class_name, options):
 
 def theirs(config, n, monkeypatch, output=network, eta=None, skipped=0, **lists):
     """The last sample of diffusers' scheduler, with its arithmetic in float64, from step `skipped` on."""
-    options = {key: value for key, value in config.items() if key != "_class_name"}
+    # Many of them compute a grid of 1000 steps when they are made; the prediction has no part in it.
+    options = {k: v for k, v in config.items() if k not in ("_class_name", "prediction_type")}
     scheduler = copy.deepcopy(scheduler_of(config["_class_name"], tuple(options.items())))
+    scheduler.register_to_config(prediction_type=config.get("prediction_type", "epsilon"))
     scheduler.set_timesteps(n, **lists) if n else scheduler.set_timesteps(**lists)
     same, module = SameNoise(), importlib.import_module(type(scheduler).__module__)
     monkeypatch.setattr(module, "randn_tensor", same, raising=False)

@@ -15,6 +15,7 @@ NO_FIELD = {
     "num_images_per_prompt", "generator", "latents", "output_type", "callback_on_step_end",
     "callback_on_step_end_tensor_inputs", "cross_attention_kwargs", "return_dict", "others",
     "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds",
+    "ip_adapter_image", "ip_adapter_image_embeds",
 }  # fmt: skip
 # Grids and latents are for those who program; of the second pass some fields have flags of their own.
 NO_FLAG = {"timesteps", "sigmas", "denoising_start", "denoising_end", "hires"}
@@ -45,7 +46,7 @@ def test_each_argument_is_in_the_call_the_request_the_flags_and_the_json():
     assert call.keys() - renamed - {"self"} == NO_FIELD
     assert not call.keys() & {*NOTED, *FIELDS}
     assert {each.name for each in dataclasses.fields(Inputs)} - call.keys() == {
-        "generators", "solver", "image_latents", "control_images"
+        "generators", "solver", "image_latents", "control_images", "ip_adapter_masks"
     }  # fmt: skip
 
 
@@ -60,6 +61,7 @@ def test_every_field_of_a_request_survives_the_json():
         "mask_invert": True, "soft_mask": True, "variation_strength": 0.5, "variation_seed": 3,
         "control": [{"model": "net", "image": "edges.png", "scale": 0.5, "mode": "prompt"}],
         "sampler_options": {"s_churn": 2}, "guidance_interval": (0.2, 0.8), "fast": True, "watermark": "ldm",
+        "image_prompts": [{"adapter": "a.bin", "images": ["b.png"], "scale": {"up": {"block_0": [0, 1]}}}],
         "nsfw_content_detected": True, "resize_mode": "fill",
         "regions": ({"box": (0, 0, 8, 8), "prompt": "sea"},), "freeu": (1.3, 1.4, 0.9, 0.2),
         "word_weights": {"sea": 2},

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import diffusers
 import pytest
@@ -10,7 +11,7 @@ import torch
 from diffusers import guiders
 from family_inputs import INPUTS, error, latents
 from PIL import Image
-from tiny_pipeline import SCHEDULER, make_folder, randomise
+from tiny_pipeline import SCHEDULER, make_folder, randomise, tiny_unet
 
 import ldm
 from ldm.cli import txt2img
@@ -18,7 +19,7 @@ from ldm.diffusion.solvers import Denoised
 from ldm.errors import UserError
 from ldm.images.parameters import format_parameters, parse_parameters
 from ldm.images.png import read_request
-from ldm.pipeline import networks
+from ldm.pipeline import networks, plan, prepare
 from ldm.request import Request
 from ldm.serve.limits import Limits
 
@@ -262,3 +263,35 @@ def test_a_request_without_one_needs_no_torch():
         "import sys; from ldm.request import Request; Request(prompt='a'); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_model_that_says_its_variance_is_asked_in_every_step(tmp_path):
+    make_folder(tmp_path / "model")
+    unet = tiny_unet(out_channels=8)
+    randomise(unet).save_pretrained(tmp_path / "model" / "unet")
+    scheduler = diffusers.DDPMScheduler(
+        **{key: SCHEDULER[key] for key in BETAS}, variance_type="learned_range"
+    )
+    scheduler.save_pretrained(tmp_path / "model" / "scheduler")
+    pipe = ldm.load(tmp_path / "model", device="cpu", dtype="fp32")
+    call = {**COMMON, "sampler": "ddpm"}
+    with pytest.raises(UserError, match="give zero_init=0"):
+        latents(pipe, guidance="cfg_zero_star", **call)
+    for name in ("cfg_zero_star:0", "apg:eta=0.5,momentum=-0.5", "autoguidance"):
+        drawn = latents(pipe, guidance=name, **call)
+        assert drawn.shape[1] == 4
+        assert torch.isfinite(drawn).all()
+    assert error(latents(pipe, guidance="apg:eta=1", **call), latents(pipe, **call)) < 1e-4
+
+
+def test_planned_memory_knows_the_branches_and_has_no_room_for_another_model(folder):
+    pipe = ldm.load(folder / "model", device="cpu", dtype="fp32", max_memory="64GiB")
+    asked = {"prompt": "a boat", "guidance_scale": 5.0}
+    rows = {
+        name: plan._branches(prepare(replace(pipe, max_memory=None), Request(**asked, guidance=name)))
+        for name in (None, "interval:0,0.5", "perp_neg", "autoguidance", "apg+pag")
+    }
+    assert rows == {None: 2, "interval:0,0.5": 2, "perp_neg": 3, "autoguidance": 2, "apg+pag": 3}
+    with pytest.raises(UserError, match="no other model beside max_memory"):
+        latents(pipe, guidance=f"autoguidance:{folder / 'earlier'}", **COMMON)
+    assert torch.isfinite(latents(pipe, guidance="autoguidance", **COMMON)).all()

@@ -66,6 +66,8 @@ def test_requests_name_what_is_wrong_with_them(client):
         ({"model": 3}, "model", "must be a name"),
         ({"prompt": "a <lora:nobody:1>"}, "loras", "no LoRA of that name"),
         ({"hires_upscaler": "/etc/passwd"}, "hires_upscaler", "must be one of"),
+        ({"image_prompts": [{"adapter": "/etc/passwd"}]}, "image_prompts", "has no IP-Adapters"),
+        ({"hires": {"image_prompts": [{"adapter": "a/b"}]}}, "image_prompts", "has no IP-Adapters"),
         ({"hires_scale": 8, "hires": {}, "width": 512}, "hires_scale", "at most 2048"),
         ({"prompt": "a" * 20_001}, "prompt", "too long"),
         ({"prompt": " AND ".join("abcdefghi")}, "prompt", "too many parts"),

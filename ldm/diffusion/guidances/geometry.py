@@ -21,7 +21,7 @@ class ZeroStar(Part):
 
     name = "cfg_zero_star"
     label = "CFG-Zero*"
-    source = "Fan et al. 2025 (arXiv 2503.18886), equation 9 and section 4.2"
+    source = "Fan et al. 2025 (arXiv 2503.18886), section 4"
     rank = Rank.PREPARES
     aliases = ("cfgzero", "zerostar", "classifierfreezerostarguidance")
     zero_init: int = option(1, 0, 100)
@@ -43,7 +43,7 @@ class Tangential(Part):
 
     name = "tcfg"
     label = "TCFG"
-    source = "Kwon et al. 2025 (arXiv 2503.18137), algorithm 1"
+    source = "Kwon et al. 2025 (arXiv 2503.18137)"
     rank = Rank.PREPARES
     aliases = ("tangential", "tangentialcfg", "tangentialclassifierfreeguidance")
 
@@ -121,7 +121,7 @@ class Magnitude(Part):
 
     name = "mambo"
     label = "MAMBO-G"
-    source = "Zhu et al. 2025 (arXiv 2508.03442), equation 9"
+    source = "Zhu et al. 2025 (arXiv 2508.03442)"
     rank = Rank.COMBINES
     aliases = ("mambog", "magnitudeaware", "magnitudeawareguidance")
     alpha: float = option(8.0, 0.0, 100.0)
@@ -143,7 +143,7 @@ class PerpNeg(Part):
 
     name = "perp_neg"
     label = "Perp-Neg"
-    source = "Armandpour et al. 2023 (arXiv 2304.04968), equation 6"
+    source = "Armandpour et al. 2023 (arXiv 2304.04968)"
     rank = Rank.COMBINES
     aliases = ("perpneg",)
     weight: float = option(1.0, 0.0, 100.0)

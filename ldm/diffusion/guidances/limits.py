@@ -55,7 +55,7 @@ class FrequencyDecoupled(Part):
 
     name = "fdg"
     label = "FDG"
-    source = "Sadat et al. 2025 (arXiv 2506.19713), algorithm 1"
+    source = "Sadat et al. 2025 (arXiv 2506.19713), algorithm 2"
     rank = Rank.COMBINES
     aliases = ("frequencydecoupled", "frequencydecoupledguidance")
     low: float | None = option(None, 0.0, 100.0, float)

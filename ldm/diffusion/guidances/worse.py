@@ -21,7 +21,7 @@ class AutoGuidance(Part):
 
     name = "autoguidance"
     label = "Auto-guidance"
-    source = "Karras et al. 2024 (arXiv 2406.02507), equation 3"
+    source = "Karras et al. 2024 (arXiv 2406.02507)"
     rank = Rank.PREPARES
     aliases = ("auto",)
     instead: ClassVar[Mapping[str, str]] = {"uncond": "cond:worse"}

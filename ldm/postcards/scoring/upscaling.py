@@ -68,8 +68,8 @@ def measure_upscaler(
     Raises:
         UserError: if `pipe` is no upscaler.
     """
+    from ldm.checkpoint.parts import check_upscaler
     from ldm.evaluate.reconstruction import reconstructed
-    from ldm.pipeline.model import check_upscaler
     from ldm.postcards.scoring.sources import picture_size, rendered
 
     check_upscaler(pipe.parts, pipe.name)
