@@ -91,6 +91,14 @@ class ImageAdapter(nn.Module):
         k, v = (F.linear(tokens, to.weight.to(tokens.dtype)) for to in (own.to_k_ip, own.to_v_ip))
         return split_heads(k, layer.heads), split_heads(v, layer.heads)
 
+    def begin_as(self, unet: UNet) -> None:
+        """Have each layer the keys and values that the U-Net makes of the text."""
+        for layer in unet.modules():
+            if isinstance(layer, Attention) and layer.name in self.numbers:
+                own: Any = self.ip_adapter[self.numbers[layer.name]]
+                own.to_k_ip.weight.data.copy_(layer.to_k.weight)
+                own.to_v_ip.weight.data.copy_(layer.to_v.weight)
+
     def save(self, path: Path, dtype: torch.dtype | None = None) -> None:
         """A .safetensors file that diffusers reads, of a plain adapter."""
         projection = as_published(self.image_proj.state_dict())

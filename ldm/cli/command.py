@@ -79,6 +79,11 @@ COMMANDS = {
         finetune.train_control,
         "train a ControlNet on a folder of pictures",
     ),
+    "train-image-prompt": (
+        finetune.add_image_prompt_flags,
+        finetune.train_image_prompt,
+        "train an IP-Adapter on a folder of pictures",
+    ),
     "serve": (
         serve.add_flags,
         serve.serve,

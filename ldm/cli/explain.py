@@ -21,17 +21,19 @@ def explain(job: Job) -> Iterator[str]:
         yield f"prompt: {request.prompt or '(empty)'}"
         shares = request.scripts[0].shares
         for texts, same in groupby(range(steps), key=lambda step: texts_at(request, step, steps)):
-            if request.scripts[0].changes or request.scripts[1].changes:
+            if any(script.changes for script in (*request.scripts[:2], *request.region_scripts)):
                 span = list(same)
                 yield f"steps {span[0] + 1} to {span[-1] + 1} of {steps}"
             for number, (clip, column) in enumerate(zip(clips, texts.columns, strict=False), start=1):
                 if len(clips) > 1:
                     yield f" text encoder {number}"
+                others = ["negative prompt", *("target prompt" for _ in texts.target)]
+                others += [f"region {k + 1}" for k in range(len(texts.regions))]
                 for k, text in enumerate(column):
                     if k < len(shares):
                         name = "prompt" if len(shares) == 1 else f"part {k + 1}, share {shares[k]:g}"
                     else:
-                        name = ("negative prompt", "target prompt")[k - len(shares)]
+                        name = others[k - len(shares)]
                     yield from _told(name, clip, clip.cut(text, grammar))
 
 

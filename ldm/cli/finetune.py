@@ -1,4 +1,5 @@
-"""`ldm finetune`: a model trained on a folder of pictures; `ldm train-control`: a ControlNet beside one."""
+"""`ldm finetune`: a model trained on a folder of pictures; `ldm train-control`: a ControlNet beside one;
+`ldm train-image-prompt`: an IP-Adapter."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from ldm.finetune.recipe import Mode
 
 CONTROL: Mode = "controlnet"
+IMAGE_PROMPT: Mode = "image_prompt"
 
 
 def add_flags(parser: argparse.ArgumentParser, mode: Mode | None = None) -> None:
@@ -22,6 +24,10 @@ def add_flags(parser: argparse.ArgumentParser, mode: Mode | None = None) -> None
 
 def add_control_flags(parser: argparse.ArgumentParser) -> None:
     add_flags(parser, CONTROL)
+
+
+def add_image_prompt_flags(parser: argparse.ArgumentParser) -> None:
+    add_flags(parser, IMAGE_PROMPT)
 
 
 def finetune(args: argparse.Namespace, mode: Mode | None = None) -> int:
@@ -41,3 +47,8 @@ def finetune(args: argparse.Namespace, mode: Mode | None = None) -> int:
 def train_control(args: argparse.Namespace) -> int:
     """Train a ControlNet, in the same way."""
     return finetune(args, CONTROL)
+
+
+def train_image_prompt(args: argparse.Namespace) -> int:
+    """Train an IP-Adapter, in the same way."""
+    return finetune(args, IMAGE_PROMPT)

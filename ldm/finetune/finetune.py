@@ -28,10 +28,11 @@ from ldm.dataset.feed import Feed
 from ldm.dataset.findings import Example, report
 from ldm.errors import UserError, abbreviate
 from ldm.finetune.control import ControlTask, controls_of
+from ldm.finetune.image_prompt import ImagePromptTask
 from ldm.finetune.inpainting import widen
 from ldm.finetune.modes import PARTS, Mode, make_mode
 from ldm.finetune.prior import class_examples, draw_class
-from ldm.finetune.recipe import FinetuneRecipe
+from ldm.finetune.recipe import BESIDE, FinetuneRecipe
 from ldm.finetune.report import write_report
 from ldm.finetune.task import DTYPES, FinetuneTask, Splits
 from ldm.finetune.variance import widen_output
@@ -83,7 +84,8 @@ def finetune(recipe: FinetuneRecipe) -> None:
             checkpoint_blocks(module)
     feed = _feed(recipe, parts, controls)
     _fill(feed, splits, processes, log)
-    kind = FinetuneTask if controls is None else ControlTask
+    kinds: dict[str, type[FinetuneTask]] = {"controlnet": ControlTask, "image_prompt": ImagePromptTask}
+    kind = kinds.get(recipe.mode, FinetuneTask)
     train(kind(parts, mode, recipe, feed, splits), recipe, recipe.output_dir)
     if processes.is_main_process:
         log(f"report: {_report(recipe, mode, splits)}")
@@ -212,9 +214,9 @@ def _load(recipe: FinetuneRecipe, runtime: Runtime | None = None) -> Parts:
         raise UserError(
             f"{recipe.model} is an LCM, which is distilled: fine-tune the model that it was made of"
         )
-    if kind is Kind.INPAINT and recipe.mode == "controlnet":
+    if kind is Kind.INPAINT and recipe.mode in BESIDE:
         raise UserError(
-            f"{recipe.model} is an inpainting model: train a ControlNet beside a text-to-image one"
+            f"{recipe.model} is an inpainting model: train in mode {recipe.mode} beside a text-to-image one"
         )
     if kind is Kind.INPAINT and not recipe.inpainting:
         raise UserError(f"{recipe.model} is an inpainting model: add --inpainting to train it on masks")
@@ -235,7 +237,7 @@ def _complete(
 ) -> FinetuneRecipe:
     """The recipe with what follows from the model, the folder and the machine in place of None."""
     native = 8 * round(math.sqrt(math.prod(native_size(parts))) / 8)
-    told = (held_out if recipe.mode == "controlnet" else ()) or trained  # where a control is new, too
+    told = (held_out if recipe.mode in BESIDE else ()) or trained  # where a control is new, too
     captions = list(dict.fromkeys(each.caption for each in told if each.caption))
     changes = {
         "resolution": recipe.resolution or native,

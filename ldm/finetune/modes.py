@@ -1,4 +1,5 @@
-"""What is trained, and what comes out: the U-Net, a LoRA beside its layers, a new word, a ControlNet.
+"""What is trained, and what comes out: the U-Net, a LoRA beside its layers, a new word, a ControlNet,
+an IP-Adapter.
 
 What is trained is in fp32 and has gradients; all else is frozen, in the dtype that networks compute in.
 """
@@ -16,8 +17,11 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from ldm.adapters.image_prompt import ImageAdapter, cross_layers
 from ldm.adapters.lora import FOLDER_FILES
+from ldm.adapters.projections import ImageProjection
 from ldm.checkpoint import Parts, save_folder, save_module
+from ldm.checkpoint.image_encoder import ImageEncoder
 from ldm.checkpoint.original.component import dtype_of
 from ldm.errors import UserError
 from ldm.files import whole_folder
@@ -27,6 +31,7 @@ from ldm.finetune.recipe import FinetuneRecipe
 from ldm.models.control import ControlNet
 from ldm.runtime import Runtime
 
+ADAPTER, TOKENS = "ip_adapter.safetensors", 4  # an IP-Adapter's file, and tokens that it makes of a picture
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 PARTS = ("unet", "vae", *TEXT_ENCODERS)
 WIDTHS = (16, 32, 96, 256, 256, 256)  # of what makes features of a control picture; four for a VAE of 8
@@ -59,6 +64,8 @@ def make_mode(recipe: FinetuneRecipe, captions: Iterable[str]) -> Mode:
             return LoraMode(recipe)
         case "controlnet":
             return ControlMode(recipe.seed)
+        case "image_prompt":
+            return ImagePromptMode(recipe)
         case _:
             return InversionMode(recipe, captions)
 
@@ -190,6 +197,41 @@ class ControlMode(Mode):
 
     def outputs(self, folder: Path) -> list[tuple[Path, str]]:
         return [(folder, f'txt2img --control {folder},image=edges.png -p "..."')]
+
+
+class ImagePromptMode(Mode):
+    """An IP-Adapter beside a U-Net that stays as it is: plain, of four tokens."""
+
+    network: ImageAdapter  # after `prepare`
+
+    def __init__(self, recipe: FinetuneRecipe) -> None:
+        self.seed, self.encoder = recipe.seed, ImageEncoder.find(Path(recipe.image_encoder or ""))
+
+    @property
+    def beside(self) -> Sequence[nn.Module]:
+        return (self.network,)
+
+    def prepare(self, parts: Parts, runtime: Runtime) -> Parts:
+        layers = cross_layers(parts.unet)
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(self.seed)
+            projection = ImageProjection(self.encoder.projected, layers[0].dim, TOKENS)
+            network = ImageAdapter(projection, layers)
+        # Keys and values begin as those of the text, before anything is rounded.
+        network.begin_as(parts.unet)
+        self.network = network.to(runtime.device, torch.float32)
+        self.network.requires_grad_(True)
+        freeze(parts, runtime)
+        return parts
+
+    def export(self, parts: Parts, folder: Path) -> None:
+        with whole_folder(folder) as aside:
+            self.network.save(aside / ADAPTER)
+
+    def outputs(self, folder: Path) -> list[tuple[Path, str]]:
+        file = folder / ADAPTER
+        use = f"{file},image=ref.png,encoder={self.encoder.folder}"
+        return [(file, f'txt2img --image-prompt {use} -p "..."')]
 
 
 def freeze(parts: Parts, runtime: Runtime, but: Iterable[nn.Module] = ()) -> None:

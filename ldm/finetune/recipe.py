@@ -30,7 +30,8 @@ from ldm.train.recipe import (
     validate,
 )
 
-Mode = Literal["lora", "full", "textual_inversion", "controlnet"]
+Mode = Literal["lora", "full", "textual_inversion", "controlnet", "image_prompt"]
+BESIDE: tuple[Mode, ...] = ("controlnet", "image_prompt")  # that leave the U-Net as it is
 
 
 class ModelSection(Section):
@@ -84,7 +85,8 @@ class ModeSection(Section):
 
     mode: Shape[Mode] = "lora"
     """lora: small matrices beside the layers; full: the U-Net; textual_inversion: a new word;
-    controlnet: a network beside the U-Net, as `ldm train-control` does"""
+    controlnet, image_prompt: a network beside the U-Net, as `ldm train-control` and
+    `ldm train-image-prompt` do"""
     train_text_encoder: Shape[bool] = False
     """lora, full: train the text encoder too"""
     text_encoder_lr: float | None = Field(None, gt=0)
@@ -136,6 +138,15 @@ class ControlSection(Section):
     """controlnet: its options, such as low=50 high=150"""
 
 
+class ImagePromptSection(Section):
+    """What an IP-Adapter reads pictures with."""
+
+    image_encoder: Fixed[str | None] = None
+    """image_prompt: the folder of a CLIPVisionModelWithProjection, which stays as it is"""
+    image_dropout: float = Field(0.05, ge=0, lt=1)
+    """image_prompt: share of pictures that are left out, for classifier-free guidance"""
+
+
 class LookSection(Section):
     """What is drawn to see how it goes."""
 
@@ -152,6 +163,7 @@ class FinetuneRecipe(
     FolderSection,
     ModeSection,
     ControlSection,
+    ImagePromptSection,
     LookSection,
     LossSection,
     OptimiserSection,
@@ -214,8 +226,12 @@ class FinetuneRecipe(
             raise ValueError("inpainting trains the U-Net, textual_inversion a word: choose lora or full")
         if inversion and self.variance != "none":
             raise ValueError("variance trains the U-Net, textual_inversion a word: choose lora or full")
-        if self.mode == "controlnet" and (self.inpainting or self.variance != "none"):
-            raise ValueError("inpainting and variance change the U-Net, which a ControlNet leaves as it is")
+        if self.mode in BESIDE and (self.inpainting or self.variance != "none"):
+            raise ValueError(
+                f"inpainting and variance change the U-Net, which mode {self.mode} leaves as it is"
+            )
+        if self.mode == "image_prompt" and self.image_encoder is None:
+            raise ValueError("an IP-Adapter needs image_encoder: the folder of what reads the pictures")
         if self.mode == "controlnet" and (self.control_data_dir is None) == (self.preprocess is None):
             raise ValueError(
                 "a ControlNet is trained on control_data_dir, a folder of control pictures, or with "
@@ -233,6 +249,7 @@ _ONLY: dict[str, tuple[Mode, ...]] = {
     **dict.fromkeys(("placeholder_token", "initializer_token", "num_vectors"), ("textual_inversion",)),
     **dict.fromkeys(("class_prompt", "class_data_dir"), ("lora", "full", "textual_inversion")),
     **dict.fromkeys(ControlSection.model_fields, ("controlnet",)),
+    **dict.fromkeys(ImagePromptSection.model_fields, ("image_prompt",)),
 }
 # Other names of the same options: those of diffusers' scripts for other modes, and short ones.
 ALIASES = {
@@ -250,6 +267,7 @@ GROUPS = (
     ModelSection,
     FolderSection,
     ControlSection,
+    ImagePromptSection,
     ModeSection,
     LookSection,
     LossSection,

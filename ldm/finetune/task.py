@@ -22,6 +22,7 @@ from ldm.finetune.inpainting import inpainting_input
 from ldm.finetune.modes import TEXT_ENCODERS, Mode
 from ldm.finetune.recipe import FinetuneRecipe
 from ldm.images.pixels import contact_sheet, to_pil
+from ldm.models.attention import AnyText
 from ldm.models.encoder import NO_RESIDUALS, Residuals
 from ldm.pipeline import Pipeline
 from ldm.runtime import Runtime, memory_format
@@ -119,8 +120,13 @@ class FinetuneTask(Task):
         told = (sample.to(dtype, memory_format=memory_format(sample.device)), t, cond.tokens.to(dtype))
         pooled = None if cond.pooled is None else cond.pooled.to(dtype)
         beside: dict[str, Any] = {"pooled": pooled, "time_ids": cond.time_ids}
-        output: Tensor = self.unet(*told, **beside, residuals=self._residuals(batch, told, beside))
+        residuals, text = self._residuals(batch, told, beside), self._text(batch, told[2])
+        output: Tensor = self.unet(*told[:2], text, **beside, residuals=residuals)
         return output
+
+    def _text(self, batch: Batch, tokens: Tensor) -> AnyText:
+        """What cross-attention reads, of the text's tokens [B, N, D]."""
+        return tokens
 
     def _residuals(
         self, batch: Batch, told: tuple[Tensor, Tensor, Tensor], beside: dict[str, Any]

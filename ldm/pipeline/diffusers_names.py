@@ -19,7 +19,7 @@ _SAMPLER = 'give the call a sampler ("DPMSolverMultistepScheduler", "DPM++ 2M Ka
 _MEMORY = 'there is none: load with dtype="fp16", and draw fewer or smaller pictures at once'
 _TILING = "it is so by itself where memory is short, and always after pipe = pipe.with_vae_tiling()"
 _NOT_NEEDED = "it is not needed, as attention is never held whole in memory: leave it out"
-_CHECKER = "write pipe = pipe.with_safety_checker(FOLDER), which gives a new pipeline"
+_CHECKER = "nothing is checked unless you write pipe = pipe.with_safety_checker(FOLDER)"
 _MARK = "give the call watermark=True"
 _STOP = 'return {"stop": True} from the callback, or raise StopIteration in it'
 _SCALE = 'return {"guidance_scale": 5.0} from the callback'

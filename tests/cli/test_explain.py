@@ -37,3 +37,13 @@ def test_windows_are_those_that_are_read():
     windows = pipe.text.count_windows([prompt], grammar="a1111")
     assert windows > 2
     assert len([line for line in told if " of 46: " in line]) == windows
+
+
+def test_regions_and_an_edits_target_are_told_by_name():
+    told = lines(
+        prompt="sea", regions=["0,0,1,0.5: [sky:cloud:0.5]", "0,0.5,1,0.5: sea"], num_inference_steps=2
+    )
+    names = [line.strip().partition(":")[0] for line in told if " tokens in " in line]
+    assert names == 2 * ["prompt", "negative prompt", "region 1", "region 2"]
+    told = lines(prompt="sea", target_prompt="a boat")
+    assert any(line.startswith("  target prompt: 2 tokens") for line in told)

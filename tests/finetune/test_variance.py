@@ -133,18 +133,15 @@ BOUND = {
 
 
 def test_with_timesteps_by_their_losses_a_run_goes_on_bit_for_bit(families, data, tmp_path, monkeypatch):
-    """Interrupted where the history is full enough to decide, and before."""
+    """Interrupted before the history is full enough to decide, and again where it is."""
     folder, _ = families("sd1")
     assert run(folder, data, tmp_path / "whole", **BOUND) == 0
-    whole = result(tmp_path / "whole")
-    forward = FinetuneTask.forward
-    for call in (2, 6):
-        parts = tmp_path / f"parts-{call}"
+    forward, parts = FinetuneTask.forward, tmp_path / "parts"
+    for call, step in ((2, 2), (4, 6), (0, 8)):
         monkeypatch.setattr(FinetuneTask, "forward", interrupted(forward, call))
-        run(folder, data, parts, **BOUND)
-        monkeypatch.setattr(FinetuneTask, "forward", forward)
         assert run(folder, data, parts, **BOUND) == 0
-        assert result(parts) == whole
+        assert result(parts)["state"] == f"state-{step:08}"
+    assert result(parts) == result(tmp_path / "whole")
 
 
 def test_what_comes_out_draws_with_its_variance_and_can_be_trained_on(families, data, tmp_path):

@@ -112,7 +112,7 @@ class Control:
             if site.cross and self.sigma > self.swap.cross_until:
                 out = base(site, q, k, v).clone()
                 for source, target in pairs:
-                    out[target] = self._crossed(q, k, v, source, target).to(out.dtype)
+                    out[target] += self._change(q, k, v, source, target).to(out.dtype)
                 return out
             small = SMALL * site.size[0] * site.size[1] <= self.swap.pixels
             if not site.cross and small and self.sigma > self.swap.self_until:
@@ -123,11 +123,14 @@ class Control:
 
         return attend
 
-    def _crossed(self, q: Tensor, k: Tensor, v: Tensor, source: slice, target: slice) -> Tensor:
-        """What the targets attend to, by the maps of their sources: [B, heads, N, d]."""
+    def _change(self, q: Tensor, k: Tensor, v: Tensor, source: slice, target: slice) -> Tensor:
+        """What the maps of their sources change of what the targets attend to: [B, heads, N, d].
+
+        So what else is added there, of an image prompt say, stays.
+        """
         theirs, own = probabilities(q[source], k[source]), probabilities(q[target], k[target])
         shares = torch.lerp(own, theirs @ self.matrix, self.takes.expand_as(own))
-        return (shares * self.factors) @ v[target].float()
+        return (shares * self.factors - own) @ v[target].float()
 
 
 def swap_of(model: Model, requests: Sequence[Request], telling: Telling, grid: Grid) -> Swap:

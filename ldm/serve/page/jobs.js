@@ -168,7 +168,8 @@ export function words(told) {
   }
   if (told.status !== "generating") {
     const took = told.finished && told.started ? ` in ${(told.finished - told.started).toFixed(1)} s` : "";
-    return told.status === "completed" ? `done${took}` : told.status;
+    const hidden = told.flagged?.length ? `, ${told.flagged.length} black: flagged by the safety checker` : "";
+    return told.status === "completed" ? `done${took}${hidden}` : told.status;
   }
   const left = told.eta === null ? "" : `, ${told.eta < 60 ? `${Math.ceil(told.eta)} s` : `${Math.ceil(told.eta / 60)} min`} left`;
   return `${Math.round(told.progress * 100)} %, step ${told.step} of ${told.steps || "?"}${left}`;

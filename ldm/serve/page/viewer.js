@@ -45,7 +45,8 @@ export class Viewer {
     if (width) rows.push(["size", `${width} × ${height}`], ["drawn", new Date(created * 1000).toLocaleString()]);
     $("metadata").replaceChildren(...rows.flatMap(([name, value]) => [
       el("dt", { textContent: name.replaceAll("_", " ") }), el("dd", { textContent: plain(value) })]));
-    $("said").textContent = request ? "" : "It does not say how it was drawn.";
+    const flagged = request?.nsfw_content_detected ? "A safety checker flagged it: it is black." : "";
+    $("said").textContent = request ? flagged : "It does not say how it was drawn.";
     for (const name of ["use", "seed", "copy"]) dialog.querySelector(`[data-do=${name}]`).disabled = !request;
     this.disarm();
     if (!dialog.open) dialog.showModal();

@@ -1,5 +1,7 @@
 """One picture under two prompts, against a loop in the manner of the paper's own code on diffusers' U-Net."""
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -51,6 +53,11 @@ class Controlled:
         return attn.to_out[0]((shares @ v).transpose(1, 2).flatten(2))
 
 
+@cache
+def unet_of(pipe):
+    return pipe.to_diffusers().unet
+
+
 class PublishedLoop:
     """`AttentionReplace`, `AttentionRefine` and `AttentionReweight`, by a mapper and its alphas."""
 
@@ -70,7 +77,7 @@ class PublishedLoop:
     def draw(self, source, target):
         """Latents of both pictures."""
         pipe = self.pipe
-        unet = pipe.to_diffusers().unet
+        unet = unet_of(pipe)
         unet.set_attn_processor(Controlled(self))
         job = pipe.prepare(
             Request(prompt=source, **{n: v for n, v in FEW.items() if n in Request.model_fields})
@@ -117,8 +124,8 @@ def test_a_refinement_keeps_the_maps_of_new_words(pipe):
             mapper[place if place < 6 else place - 2, place] = 1
         else:
             mapper[place, place] = 1
-    _, target = PublishedLoop(pipe, mapper, alphas, cross=0.6, own=1.0).draw(SOURCE, REFINED).split(1)
-    shares = {"cross_replace_steps": 0.6, "self_replace_steps": 1.0}
+    _, target = PublishedLoop(pipe, mapper, alphas, cross=0.7, own=1.0).draw(SOURCE, REFINED).split(1)
+    shares = {"cross_replace_steps": 0.7, "self_replace_steps": 1.0}
     ours = pipe(SOURCE, target_prompt=REFINED, negative_prompt="", **shares, **FEW).images
     assert difference(ours, target) < 1e-4
 

@@ -13,7 +13,7 @@ from ldm.pipeline.steering.regions import areas_of, regional
 from ldm.request import Region, Request
 
 ONE = {"num_inference_steps": 1, "output_type": "latent", "sampler": "euler"}
-FEW = {"num_inference_steps": 3, "output_type": "pt", "width": 64, "height": 32, "seed": 4}
+FEW = {"num_inference_steps": 2, "output_type": "pt", "width": 64, "height": 32, "seed": 4}
 HALVES = ["0,0,0.5,1: a red boat", "0.5,0,0.5,1: a green tree"]
 
 GREY = Image.new("RGB", (64, 32))
@@ -28,15 +28,15 @@ def near(a, b):
     return torch.allclose(a, b, atol=2e-5)
 
 
-@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m_sde", "ddim_cfg_pp"])
-def test_a_region_over_the_whole_picture_is_a_plain_drawing(pipe, sampler):
-    for scale in (1.0, 3.0):
-        few = {**FEW, "sampler": sampler, "guidance_scale": scale, "negative_prompt": "snow"}
-        if scale == 1.0 and sampler == "ddim_cfg_pp":
-            continue
-        plain = pipe("a red boat", **few).images
-        for area in ("0,0,1,1", "0,0,64,32"):
-            assert torch.equal(pipe("a blue sea", regions=[f"{area}: a red boat"], **few).images, plain)
+@pytest.mark.parametrize(
+    ("sampler", "scale", "area"),
+    [("euler", 1.0, "0,0,1,1"), ("dpmpp_2m_sde", 3.0, "0,0,64,32"), ("ddim_cfg_pp", 3.0, "0,0,1,1")],
+)
+def test_a_region_over_the_whole_picture_is_a_plain_drawing(pipe, sampler, scale, area):
+    few = {**FEW, "num_inference_steps": 2, "sampler": sampler, "guidance_scale": scale}
+    few["negative_prompt"] = "snow"
+    plain = pipe("a red boat", **few).images
+    assert torch.equal(pipe("a blue sea", regions=[f"{area}: a red boat"], **few).images, plain)
     assert not torch.equal(plain, pipe("a blue sea", **few).images)
 
 

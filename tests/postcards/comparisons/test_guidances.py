@@ -8,8 +8,8 @@ import torch
 from ldm.checkpoint.folder import weights_folder
 from ldm.diffusion.guidances.catalogue import GUIDANCES, canonical_guidance
 from ldm.evaluate.features import EVALUATION
-from ldm.postcards.scoring import guidances
-from ldm.postcards.scoring.guidances import NAMES, SCALES, compare, markdown, seconds_of
+from ldm.postcards.comparisons import guidances
+from ldm.postcards.comparisons.guidances import NAMES, SCALES, compare, markdown, seconds_of
 from ldm.postcards.scoring.prompts import evaluation_prompts, reference_prompts
 from ldm.postcards.scoring.scorer import Scorer
 from ldm.postcards.scoring.sources import rendered
