@@ -49,10 +49,11 @@ def check_local(request: Request, file: Path) -> None:
     A stranger may have written its name: nothing is fetched, and no other computer is asked, for it.
     """
     from ldm.images.opening import is_remote
+    from ldm.request.uses import DEPTH
 
     for each in (request, request.hires, request.refining, request.upscaling):
         for use in (each.control or ()) if each is not None else ():
-            for path in (use.model, use.image, use.mask):
+            for path in (None if use.model == DEPTH else use.model, use.image, use.mask):
                 if path is not None and (is_remote(path) or not Path(path).exists()):
                     raise UserError(
                         f"{file} was drawn with the control file {path!r}, which does not lie here, and is "

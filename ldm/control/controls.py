@@ -29,11 +29,11 @@ from ldm.models.control import ControlNetUnion, LLLite
 from ldm.models.control.controlnet import guess_weights
 from ldm.models.encoder import NO_RESIDUALS, Residuals
 from ldm.request import ControlUse, Request
+from ldm.request.uses import DEPTH
 from ldm.runtime import Finite, memory_format
 
 # A1111's soft weights: of a ControlNet's outputs 0.825^(12 - i), and of a T2I-Adapter's levels.
 SOFT, SOFT_LEVELS = 0.825, (0.25, 0.62, 0.825, 1.0)
-DEPTH = "depth"  # the model of a use that is a depth model's own input
 # What a network is told in a call for some branches: sample, timestep, text, and what is extra by name.
 Told = tuple[Tensor, Tensor, AnyText, Mapping[str, Tensor | None]]
 

@@ -15,7 +15,7 @@ import torch
 from ldm.adapters import used_embeddings, wanted_loras
 from ldm.checkpoint import Parts
 from ldm.checkpoint.esrgan import read_pixel_upscaler
-from ldm.control import DEPTH, noted
+from ldm.control import noted
 from ldm.diffusion.samplers import SAMPLERS, resolve_sampler
 from ldm.errors import UserError, printable
 from ldm.images.enlarging import LABELS
@@ -30,6 +30,7 @@ from ldm.request import Request
 from ldm.request.fast import fast_fields
 from ldm.request.fields import MAX_SIDE
 from ldm.request.passes import HIRES_SCALE, SWITCH_AT, hires_of, hires_request, refining_of, refining_request
+from ldm.request.uses import DEPTH
 
 CLASSIFIER_SCALE = 4.0  # by default: of the embedded classifier's the nearest to renders; 1 is Bayes' rule
 
@@ -248,7 +249,7 @@ def _controls(model: Model, request: Request) -> dict[str, Any]:
     if request.padding_mask_crop is not None:
         raise UserError("padding_mask_crop is not allowed beside control: draw the whole picture")
     uses = noted(request.control, model.controls)
-    if any(model.controls.get(use.model).is_inside for use in uses if use.scale):
+    if any(model.controls.get(use.model).is_inside for use in uses if use.sha256):
         for name in ("tile_size", "token_merging_ratio"):
             if getattr(request, name):
                 raise UserError(

@@ -47,6 +47,9 @@ class EmbeddingUse(Checked):
     sha256: Digest
 
 
+DEPTH = "depth"  # the model of a use that is a depth model's own input
+
+
 class ControlUse(Checked):
     """A network that shows the model a picture: which, of what, how strongly, and in which steps."""
 

@@ -26,11 +26,11 @@ def test_fields_are_read_and_commas_in_names_kept():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("net,strength=1", "strength is none of image, scale"),
+        ("net,strength=1", "is none of image, scale"),
         ("net,scale=much", "scale=much is no number"),
         ("net,scale=1,scale=2", "scale is given twice"),
-        ("image=a.png", "names no model"),
-        (",image=a.png", "names no model"),
+        ("image=a.png", "begins with no name or file"),
+        (",image=a.png", "begins with no name or file"),
     ],
 )
 def test_what_is_wrong_is_told(text, message):

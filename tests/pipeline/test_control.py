@@ -134,6 +134,14 @@ def test_tiles_see_their_part_of_the_picture(models, places):
     assert torch.equal(parts[-1], control.pictures[0][..., 16:])
 
 
+def test_a_seamless_picture_has_seamless_controls(models, places):
+    (control,) = models("sd1").prepare(ldm.Request(control=[use_of(places)], tiling="xy")).controls
+    shown, network = control.pictures[0], control.file.network
+    with torch.no_grad():
+        rolled = network.hint(shown.roll((4, 6), (2, 3)))
+        assert differ(rolled, network.hint(shown).roll((2, 3), (2, 3))) < 1e-5
+
+
 def test_deep_features_and_merged_tokens_go_on_with_it(models, places):
     pipe, control = models("sd1"), [use_of(places)]
     plain = drawn(pipe, control=control, num_inference_steps=6)
@@ -159,7 +167,7 @@ def test_a_picture_of_another_size_is_stretched_or_cropped(models, places, tmp_p
         pipe.prepare(ldm.Request(control=[use]))
     (control,) = pipe.prepare(ldm.Request(control=[use | {"resize": "crop"}])).controls
     middle = np.asarray(picture(16, 32))[:, 8:24]
-    assert torch.equal(control.pictures[0][0].movedim(0, -1) * 255, torch.from_numpy(middle).float())
+    assert torch.equal(control.pictures[0][0].movedim(0, -1) * 255, torch.from_numpy(middle.copy()).float())
 
 
 def test_memory_counts_it_and_weights_come_when_they_are_used(models, places, folder_of):
