@@ -84,6 +84,8 @@ BESIDE = {  # what else must be given
     "control_data_dir": ["--mode", "controlnet"],
     "preprocess": ["--mode", "controlnet"],
     "preprocess_options": ["--mode", "controlnet", "--preprocess", "canny"],
+    "image_encoder": ["--mode", "image_prompt"],
+    "image_dropout": ["--mode", "image_prompt", "--image-encoder", "folder"],
 }
 
 
