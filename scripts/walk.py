@@ -55,7 +55,10 @@ def walk(argv: list[str]) -> list[Stop]:
         sys.setprofile(None)
     assert code == 0
     order = [stop for stop in calls if not stop[0].startswith(MODELS_OWN)]
-    first, last = order.index(("cli/draw.py", "check_latents")), order.index(("files.py", "temporary_file"))
+    first, last = (
+        order.index(("cli/drawing/draw.py", "check_latents")),
+        order.index(("files.py", "temporary_file")),
+    )
     return order[first : last + 1]
 
 

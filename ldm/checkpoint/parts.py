@@ -25,7 +25,7 @@ STEMS["safety_checker"] = TEXT_STEM
 class Defaults:
     """What `ldm.json` may say: how to draw with this model when the caller does not."""
 
-    num_inference_steps: int | None = None  # None: what its kind is drawn with (ldm/pipeline/resolve.py)
+    num_inference_steps: int | None = None  # None: what its kind is drawn with
     guidance_scale: float | None = None
     sampler: str | None = None  # None: that of scheduler_config.json
     spacing: str | None = None

@@ -19,8 +19,6 @@ from contextlib import contextmanager
 from ldm.cli import (
     convert,
     diffuse,
-    draw,
-    draw_flags,
     evaluate,
     finetune,
     folder,
@@ -28,9 +26,9 @@ from ldm.cli import (
     merge,
     preprocess,
     provenance,
-    redraw,
     serve,
 )
+from ldm.cli.drawing import draw, draw_flags, redraw
 from ldm.cli.flags import FLAGS
 from ldm.cli.parser import Parser, dashes
 from ldm.errors import NEWLINE, UserError, printable

@@ -9,11 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.cli.draw import draw_images, prepare_jobs
+from ldm.cli.drawing.draw import draw_images, prepare_jobs
+from ldm.cli.drawing.requests import Asked, read_prompts
 from ldm.cli.flags import add_common_flags, add_model_flags
 from ldm.cli.models import load
 from ldm.cli.parser import count
-from ldm.cli.requests import Asked, read_prompts
 from ldm.cli.terminal import bar, echo
 from ldm.errors import UserError
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli.beginnings import pictures_in
+from ldm.cli.drawing.beginnings import pictures_in
 from ldm.cli.flags import add_common_flags
 from ldm.cli.parser import count
 from ldm.cli.terminal import bar, echo
@@ -129,7 +129,7 @@ def _sized(image: Image, args: argparse.Namespace) -> Image:
 
 def _targets(output: Path, pictures: list[Path], name: str) -> list[Path]:
     """Where the control picture of each goes. Raises UserError before any is made."""
-    from ldm.cli.output import check_file
+    from ldm.cli.drawing.output import check_file
     from ldm.files import check_writable
 
     if output.suffix and not output.is_dir():

@@ -33,7 +33,7 @@ from ldm.models import LatentDist
 from ldm.models.conditioning import Conditioning
 from ldm.models.kind import Kind
 from ldm.pipeline import Pipeline, networks
-from ldm.pipeline.job import prepare
+from ldm.pipeline.deciding.prepare import prepare
 from ldm.request import Request
 
 CONTENT = (0.3, 3.0)  # noise levels at which it is decided what is in a picture

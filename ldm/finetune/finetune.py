@@ -38,7 +38,7 @@ from ldm.finetune.task import DTYPES, FinetuneTask, Splits
 from ldm.finetune.variance import widen_output
 from ldm.models.kind import Kind
 from ldm.pipeline import Pipeline
-from ldm.pipeline.resolve import native_size
+from ldm.pipeline.deciding.resolve import native_size
 from ldm.runtime import Runtime, choose
 from ldm.train.loop import check_precision, check_tracker, train
 from ldm.train.memory import checkpoint_blocks

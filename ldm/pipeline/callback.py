@@ -17,7 +17,8 @@ from ldm.diffusion.solvers import Step
 from ldm.diffusion.variance import LearnedVariance
 from ldm.errors import UserError
 from ldm.models.conditioning import Conditioning
-from ldm.pipeline.job import Batch, Job, completed, guidance_of
+from ldm.pipeline.deciding.prepare import completed, guidance_of
+from ldm.pipeline.job import Batch, Job
 from ldm.pipeline.sample import Change, texts_of
 
 # (pipeline, step, timestep, {"latents": ...}) -> None, or what to replace: {"latents": ...}

@@ -25,7 +25,7 @@ from ldm.memory.sizes import parse_size
 from ldm.models import LatentDist
 from ldm.pipeline import networks
 from ldm.pipeline.callback import Callback, Watch, check_names
-from ldm.pipeline.diffusers_names import assignment, lookup, refuse_arguments, refuse_loading, refuse_modules
+from ldm.pipeline.deciding.prepare import prepare
 from ldm.pipeline.inputs import (
     NOTHING,
     Inputs,
@@ -43,8 +43,15 @@ from ldm.pipeline.inputs import (
     scaled_loras,
     seeds_of,
 )
-from ldm.pipeline.job import Batch, Job, Picture, prepare
+from ldm.pipeline.job import Batch, Job, Picture
 from ldm.pipeline.model import Model
+from ldm.pipeline.model.diffusers_names import (
+    assignment,
+    lookup,
+    refuse_arguments,
+    refuse_loading,
+    refuse_modules,
+)
 from ldm.pipeline.sample import OnStep, draw_batch, draw_latents, sample
 from ldm.pipeline.steering.maps import AttentionMaps, record_all
 from ldm.request import NOTED, Request

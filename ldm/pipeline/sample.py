@@ -22,10 +22,11 @@ from ldm.images.pixels import to_pil
 from ldm.images.watermark import key_named, mark
 from ldm.models.conditioning import Conditioning
 from ldm.pipeline import networks
+from ldm.pipeline.deciding.passes import Then
+from ldm.pipeline.deciding.prepare import prepare
 from ldm.pipeline.edit import Invert
 from ldm.pipeline.inputs import Inputs
-from ldm.pipeline.job import Batch, Job, prepare
-from ldm.pipeline.passes import Then
+from ldm.pipeline.job import Batch, Job
 from ldm.pipeline.steering.prompt_to_prompt import again
 from ldm.pipeline.steering.regions import regional
 

@@ -206,11 +206,11 @@ class Request(Spelled):
     regions: Regions = None  # areas with prompts of their own; the rest of the picture shows `prompt`
     refining: Request | None = None  # by that; prompt, seed, sampler and steps are those of the picture
     not_kept: Annotated[tuple[Text, ...], Field(description="a list of names")] = ()
-    version: Literal[1, 2, 3] = VERSION  # 1: drawn by the rules of before, `ldm.pipeline.before`
+    version: Literal[1, 2, 3] = VERSION  # 1: drawn by the rules of before, `ldm.pipeline.deciding.before`
 
     @property
     def is_old(self) -> bool:
-        """Whether it is of a picture that was drawn by the rules of version 1 (`ldm.pipeline.before`)."""
+        """Whether it is of a picture that was drawn by the rules of version 1."""
         return self.version == 1
 
     @property

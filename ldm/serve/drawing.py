@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from ldm.errors import UserError
 from ldm.images.pixels import to_pil
-from ldm.pipeline.job import Batch, Job, Picture, prepare
+from ldm.pipeline.deciding.prepare import prepare
+from ldm.pipeline.job import Batch, Job, Picture
 from ldm.pipeline.sample import draw_batch
 from ldm.request import IMAGES, Request
 from ldm.runtime import is_out_of_memory

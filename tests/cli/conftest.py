@@ -6,8 +6,8 @@ import pytest
 from fake_pipeline import FakePipeline
 
 import ldm
-from ldm.cli import draw as drawing
-from ldm.cli import redraw as redrawing
+from ldm.cli.drawing import draw as drawing
+from ldm.cli.drawing import redraw as redrawing
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def fake(monkeypatch, tmp_path):
         monkeypatch.setattr(module, "load", lambda args: pipe)
     monkeypatch.setattr(drawing, "is_large", lambda jobs: None)  # it has no networks
     monkeypatch.setattr("ldm.pipeline.sample.draw_batch", pipe.draw_batch)
-    monkeypatch.setattr("ldm.pipeline.job.prepare", FakePipeline.prepare)
+    monkeypatch.setattr("ldm.pipeline.deciding.prepare.prepare", FakePipeline.prepare)
     monkeypatch.chdir(tmp_path)
     return pipe
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from ldm import cli
-from ldm.cli import command, draw_flags
+from ldm.cli import command
+from ldm.cli.drawing import draw_flags
 from ldm.cli.parser import Parser, dashes
 
 

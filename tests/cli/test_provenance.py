@@ -188,7 +188,7 @@ def test_what_cannot_be_is_said_before_the_model_is_loaded(
     certificates, monkeypatch, tmp_path, capsys, argv, message
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("ldm.cli.draw.load", lambda args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("ldm.cli.drawing.draw.load", lambda args: pytest.fail("the model was loaded"))
     assert cli.txt2img(["-p", "a", *argv]) == 2
     assert message in capsys.readouterr().err
 

@@ -9,7 +9,7 @@ from family_inputs import error
 from tiny_finetune import run, write_pictures
 
 import ldm
-from ldm.cli.draw import draw_images
+from ldm.cli.drawing.draw import draw_images
 from ldm.errors import UserError
 from ldm.models import build, vae_bands
 from ldm.runtime import Runtime, choose, has_bf16, peak_memory

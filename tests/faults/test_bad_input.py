@@ -25,8 +25,8 @@ def no_model(monkeypatch):
     def load(args):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("ldm.cli.draw.load", load)
-    monkeypatch.setattr("ldm.cli.redraw.load", load)
+    monkeypatch.setattr("ldm.cli.drawing.draw.load", load)
+    monkeypatch.setattr("ldm.cli.drawing.redraw.load", load)
 
 
 def fails(capsys, argv, command=cli.txt2img):

@@ -17,7 +17,7 @@ from tiny_upscaler import SIDE, upscaler_parts
 from torch._dynamo.testing import CompileCounter
 
 from ldm.checkpoint import load_parts
-from ldm.cli.draw import draw_images
+from ldm.cli.drawing.draw import draw_images
 from ldm.dataset.buckets import make_crop
 from ldm.dataset.cache import _opened as opened
 from ldm.dataset.examine import examine

@@ -12,7 +12,7 @@ from tiny_families import BETAS, FAMILIES, XL, make_family
 from tiny_pipeline import make_folder, randomise, tiny_vae
 
 import ldm
-from ldm.pipeline.before import align_your_steps
+from ldm.pipeline.deciding.before import align_your_steps
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "safety_checker", "feature_extractor")
 IMAGE = Image.fromarray(np.random.default_rng(1).integers(0, 256, (16, 16, 3), dtype=np.uint8))

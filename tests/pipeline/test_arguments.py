@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import ldm
-from ldm.cli.draw_flags import add_flags
+from ldm.cli.drawing.draw_flags import add_flags
 from ldm.cli.flags import FLAGS
 from ldm.cli.parser import Parser
 from ldm.pipeline import Inputs

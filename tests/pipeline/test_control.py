@@ -13,8 +13,8 @@ from ldm.control.controls import soft_weights
 from ldm.errors import UserError
 from ldm.models import ControlNet, T2IAdapter
 from ldm.models.control import T2IAdapterConfig
-from ldm.pipeline.job import plan_of
-from ldm.pipeline.plan import WAYS
+from ldm.pipeline.deciding.plan import WAYS
+from ldm.pipeline.deciding.prepare import plan_of
 
 HINT = {"conditioning_embedding_out_channels": (4, 8)}  # the tiny VAE halves pictures once
 

@@ -20,7 +20,7 @@ from ldm.errors import UserError
 from ldm.models import UNet
 from ldm.pipeline import Inputs
 from ldm.pipeline.image_prompts import layer_scales
-from ldm.pipeline.moving import move
+from ldm.pipeline.model.moving import move
 from ldm.pipeline.sample import draw_batch
 from ldm.request import Request
 

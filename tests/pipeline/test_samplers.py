@@ -10,8 +10,8 @@ from ldm.diffusion.guidance import CFG, CFGPlusPlus
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.solvers import Step
 from ldm.errors import UserError
+from ldm.pipeline.deciding.prepare import chosen_options, prepare
 from ldm.pipeline.inputs import Inputs
-from ldm.pipeline.job import chosen_options, prepare
 from ldm.pipeline.sample import sample
 from ldm.request import Request
 

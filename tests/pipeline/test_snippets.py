@@ -7,7 +7,7 @@ import pytest
 
 import ldm
 from ldm import cli
-from ldm.pipeline.diffusers_names import HARMLESS, INSTEAD
+from ldm.pipeline.model.diffusers_names import HARMLESS, INSTEAD
 
 WORKS = """
     pipe("sea", generator=torch.Generator().manual_seed(0), **few)

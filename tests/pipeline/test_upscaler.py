@@ -12,7 +12,7 @@ from tiny_upscaler import upscaler_parts
 import ldm
 from ldm import cli
 from ldm.checkpoint import save_folder
-from ldm.cli.draw import check_batch
+from ldm.cli.drawing.draw import check_batch
 from ldm.images.png import read_request
 
 MODEL = ("-m", "base", "--device", "cpu", "--dtype", "fp32", "--quiet")

@@ -16,9 +16,9 @@ a name needs no Conditioning of its own: `ldm.diffusion.guidance.text_of` says w
 and `ldm.diffusion.guidance.composed` composes it as it does "cond".
 
 So a guidance that perturbs attention is a part here that ADDS, with ``reads = ("cond:perturbed",)``; what is
-done in attention's place is in `ldm/pipeline/guiding.py`, whose table ``ATTENDING`` takes the part's class to
-a function ``(part, model) -> tuple[Attending, ...]``, and these are put into the Job. An Attending is told
-the names of the branches, one for each group of rows, and changes those with its ending alone. What looks at
-no branches and only changes the network (FreeU) has ``reads = ()`` and an entry in that table. A part that
-wants the network's answer at another state (SAG) calls ``answer.predict``.
+done in attention's place is in `ldm/pipeline/deciding/guiding.py`, whose table ``ATTENDING`` takes the part's
+class to a function ``(part, model) -> tuple[Attending, ...]``, and these are put into the Job. An Attending
+is told the names of the branches, one for each group of rows, and changes those with its ending alone. What
+looks at no branches and only changes the network (FreeU) has ``reads = ()`` and an entry in that table. A
+part that wants the network's answer at another state (SAG) calls ``answer.predict``.
 """

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ldm.cli.explain import explain
-from ldm.cli.heat import HeatMaps
+from ldm.cli.drawing.explain import explain
+from ldm.cli.drawing.heat import HeatMaps
+from ldm.cli.drawing.output import Output
+from ldm.cli.drawing.plan import table, warn_of_memory
+from ldm.cli.drawing.requests import Asked, Faults, make_requests
 from ldm.cli.models import load
-from ldm.cli.output import Output
-from ldm.cli.plan import table, warn_of_memory
-from ldm.cli.requests import Asked, Faults, make_requests
 from ldm.cli.terminal import Preview, bar, check_preview, echo
 from ldm.errors import UserError
 from ldm.images.plot import read_plot
@@ -106,7 +106,7 @@ def prepare_group(
     pipe: Pipeline, asked: list[Asked], batch_size: int, faults: Faults | None
 ) -> list[Drawing]:
     """The job of requests that are alike; or, by halves, those of the ones that can be drawn."""
-    from ldm.pipeline.job import prepare
+    from ldm.pipeline.deciding.prepare import prepare
 
     try:
         job = prepare(pipe, [for_model(pipe, each.request) for each in asked], batch_size=batch_size)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.cli.spec import first_and_pairs
+from ldm.cli.drawing.spec import first_and_pairs
 from ldm.errors import UserError
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ def table(job: Job, args: argparse.Namespace) -> Iterator[str]:
     """The lines that tell of one job: what takes what, the peak of each way, and what to do."""
     from ldm.memory.sizes import as_text, parse_size
     from ldm.memory.trace import loaded_by_tracing
-    from ldm.pipeline.job import plan_of
-    from ldm.pipeline.plan import WAYS
+    from ldm.pipeline.deciding.plan import WAYS
+    from ldm.pipeline.deciding.prepare import plan_of
     from ldm.runtime import resident_memory
 
     def row(what: str, size: float, note: str = "") -> str:
@@ -54,8 +54,8 @@ def table(job: Job, args: argparse.Namespace) -> Iterator[str]:
 def warn_of_memory(jobs: Sequence[Job]) -> None:
     """Say on stderr where a job will not fit into the memory that is free, and which way would."""
     from ldm.memory.sizes import as_text
-    from ldm.pipeline.job import plan_of
-    from ldm.pipeline.plan import WAYS
+    from ldm.pipeline.deciding.plan import WAYS
+    from ldm.pipeline.deciding.prepare import plan_of
     from ldm.runtime import resident_memory
 
     for job in jobs:

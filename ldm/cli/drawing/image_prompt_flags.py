@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli.spec import first_and_pairs
+from ldm.cli.drawing.spec import first_and_pairs
 from ldm.errors import UserError
 
 if TYPE_CHECKING:

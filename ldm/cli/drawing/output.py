@@ -12,8 +12,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm.cli.drawing.requests import Asked
 from ldm.cli.provenance import marks
-from ldm.cli.requests import Asked
 from ldm.cli.terminal import echo
 from ldm.errors import UserError
 from ldm.images.plot import Cell, Plot

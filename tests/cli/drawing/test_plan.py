@@ -52,7 +52,7 @@ def test_a_size_that_is_none_is_refused(tiny, capsys):
 def test_it_is_told_where_free_memory_is_short(tiny, capsys, monkeypatch):
     assert cli.txt2img([*tiny, "-o", "a.png"]) == 0
     assert "this will take" not in capsys.readouterr().err
-    monkeypatch.setattr("ldm.cli.draw.is_large", lambda job: True)
+    monkeypatch.setattr("ldm.cli.drawing.draw.is_large", lambda job: True)
     monkeypatch.setattr("ldm.runtime.resident_memory", lambda: 1)
     monkeypatch.setattr("ldm.runtime.Runtime.free_memory", property(lambda self: 1 << 20))
     assert cli.txt2img([*tiny, "-o", "b.png"]) == 0

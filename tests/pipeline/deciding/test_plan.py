@@ -8,9 +8,9 @@ import ldm
 from ldm.errors import UserError
 from ldm.memory.residence import Sleeping, leave
 from ldm.memory.sizes import parse_size
-from ldm.pipeline import plan
-from ldm.pipeline.job import plan_of
-from ldm.pipeline.plan import WAYS, Plan
+from ldm.pipeline.deciding import plan
+from ldm.pipeline.deciding.plan import WAYS, Plan
+from ldm.pipeline.deciding.prepare import plan_of
 from ldm.request import Request
 
 ASKED = {"prompt": ["the red boat", "sea"], "negative_prompt": "rain", "seed": 3, "num_inference_steps": 2}

@@ -1,7 +1,7 @@
 """What is told of a prompt."""
 
 import ldm
-from ldm.cli.explain import explain
+from ldm.cli.drawing.explain import explain
 
 
 def lines(**fields):

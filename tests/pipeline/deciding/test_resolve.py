@@ -12,8 +12,8 @@ import ldm
 from ldm import cli
 from ldm.checkpoint import Defaults
 from ldm.models.kind import Kind
+from ldm.pipeline.deciding.resolve import size_from
 from ldm.pipeline.inputs import Inputs
-from ldm.pipeline.resolve import size_from
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,9 @@ from ldm.diffusion.schedule import Grid
 from ldm.errors import UserError
 from ldm.files import sha256
 from ldm.models import UNet
+from ldm.pipeline.job import Needs
 from ldm.pipeline.model import Model
-from ldm.pipeline.moving import move
+from ldm.pipeline.model.moving import move
 from ldm.pipeline.networks import Attending
 from ldm.pipeline.steering import perturbed
 from ldm.request import Request
@@ -100,22 +101,6 @@ def check(parts: tuple[Part, ...], plain: Guidance, request: Request, model: Mod
     for part in parts:
         if isinstance(part, Interval) and part.start >= part.stop:
             raise UserError(f"guidance interval: start {part.start:g} must be less than stop {part.stop:g}")
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What a guidance wants of a drawing beside its U-Net and texts.
-
-    networks: U-Nets that answer branches with their names after the colon. empty: whether there is a branch
-    of no words.
-    """
-
-    attending: tuple[Attending, ...] = ()
-    networks: Mapping[str, UNet] = field(default_factory=dict)
-    empty: bool = False
-
-
-NO_NEEDS = Needs()
 
 
 def needed(request: Request, model: Model) -> Needs:

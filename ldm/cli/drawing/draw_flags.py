@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ldm.cli.control_flags import add_control_flags
+from ldm.cli.drawing.control_flags import add_control_flags
+from ldm.cli.drawing.image_prompt_flags import add_image_prompt_flags
+from ldm.cli.drawing.steer_flags import add_steering_flags
 from ldm.cli.flags import add_common_flags, add_input_flags, add_model_flags
-from ldm.cli.image_prompt_flags import add_image_prompt_flags
 from ldm.cli.parser import count
 from ldm.cli.provenance import add_mark_flags
-from ldm.cli.steer_flags import add_steering_flags
 from ldm.cli.terminal import TERMINAL
 
 OUTDIR = "outputs/txt2img-samples"

@@ -43,7 +43,7 @@ from ldm.files import sha256
 from ldm.memory.residence import asleep
 from ldm.models import VAE, UNet
 from ldm.models.kind import Kind
-from ldm.pipeline.moving import move, move_parts, read_target
+from ldm.pipeline.model.moving import move, move_parts, read_target
 from ldm.prompts.text_encoder import Clip, TextEncoder
 from ldm.request import ImagePromptUse, Request
 from ldm.runtime import Runtime, choose
@@ -63,7 +63,7 @@ class Model:
     refiner: Self | None = None  # what draws the last steps of each picture
     classifier: ClassifierFile | None = None  # for requests that name a class
     safety_checker: SafetyChecker | None = None  # looks at each finished picture
-    max_memory: int | None = None  # bytes that a drawing may take (`ldm.pipeline.plan`)
+    max_memory: int | None = None  # bytes that a drawing may take (`ldm.pipeline.deciding.plan`)
     controlnets: tuple[str, ...] = ()  # that calls with a control_image mean
     shelf: Shelf = field(default_factory=Shelf, repr=False)  # networks of the last controls
     sleeps: bool = False  # weights come when they are used (`ldm.memory.residence`)

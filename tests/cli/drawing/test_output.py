@@ -67,7 +67,7 @@ def test_formats_are_read_and_redrawn(tiny, tiny_folder, capsys, argv, name):
 )
 def test_what_cannot_be_is_said_before_the_model_is_loaded(monkeypatch, tmp_path, capsys, argv):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("ldm.cli.draw.load", lambda args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("ldm.cli.drawing.draw.load", lambda args: pytest.fail("the model was loaded"))
     assert cli.txt2img(["-p", "a red boat", *argv]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert files(".") == []

@@ -10,7 +10,7 @@ from tiny_families import make_family
 from tiny_image_prompts import make_adapter, make_encoder
 
 from ldm import cli
-from ldm.cli.image_prompt_flags import image_prompt
+from ldm.cli.drawing.image_prompt_flags import image_prompt
 from ldm.images.png import read_request
 
 MODEL = ["-m", "model", "--dtype", "fp32", "-q"]

@@ -21,10 +21,11 @@ from ldm.errors import UserError, printable
 from ldm.images.enlarging import LABELS
 from ldm.images.watermark import check_size, key_named
 from ldm.models.kind import Kind
-from ldm.pipeline import edit, guiding
+from ldm.pipeline import edit
+from ldm.pipeline.deciding import guiding
+from ldm.pipeline.deciding.passes import cannot_go_on, check_hires, hires_enlarger
+from ldm.pipeline.deciding.pictures import Images
 from ldm.pipeline.model import Model
-from ldm.pipeline.passes import cannot_go_on, check_hires, hires_enlarger
-from ldm.pipeline.pictures import Images
 from ldm.pipeline.steering import prompt_to_prompt, regions
 from ldm.request import Request
 from ldm.request.fast import fast_fields

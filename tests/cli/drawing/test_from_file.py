@@ -57,7 +57,7 @@ def test_neighbours_that_are_alike_are_one_job(fake, monkeypatch):
     jobs = []
     prepare = type(fake).prepare
     monkeypatch.setattr(
-        "ldm.pipeline.job.prepare",
+        "ldm.pipeline.deciding.prepare.prepare",
         lambda pipe, asked, batch_size: jobs.append(len(asked)) or prepare(pipe, asked, batch_size),
     )
     argv = write(
@@ -110,7 +110,7 @@ def test_a_line_that_the_model_cannot_draw_fails_alone(fake, capsys, monkeypatch
                 raise UserError("this model cannot")
         return prepare(pipe, asked, batch_size)
 
-    monkeypatch.setattr("ldm.pipeline.job.prepare", picky)
+    monkeypatch.setattr("ldm.pipeline.deciding.prepare.prepare", picky)
     assert cli.txt2img(write("a", "bad 1", "b", "c", "bad 2", "d")) == 2
     assert [r.prompt for r in drawn()] == ["a", "b", "c", "d"]
     told = capsys.readouterr().err
@@ -136,7 +136,7 @@ def test_a_line_that_fails_while_it_is_drawn_fails_alone(fake, capsys, monkeypat
 
 def test_where_no_line_can_be_drawn_no_model_is_loaded(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("ldm.cli.draw.load", lambda args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("ldm.cli.drawing.draw.load", lambda args: pytest.fail("the model was loaded"))
     assert cli.txt2img(write({"height": 5}, {"width": 5})) == 2
     assert capsys.readouterr().err.endswith("not drawn: line 1, 2\n")
     assert files(".") == ["p.txt"]

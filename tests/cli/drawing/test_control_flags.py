@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ldm.cli.control_flags import check_local, control
+from ldm.cli.drawing.control_flags import check_local, control
 from ldm.errors import UserError
 from ldm.request import Request
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 import ldm
 from ldm import cli
-from ldm.cli import output
+from ldm.cli.drawing import output
 from ldm.images.png import read_request
 from ldm.request import Request
 

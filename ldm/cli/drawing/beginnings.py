@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli.control_flags import check_local
-from ldm.cli.image_prompt_flags import check_here
+from ldm.cli.drawing.control_flags import check_local
+from ldm.cli.drawing.image_prompt_flags import check_here
 from ldm.errors import UserError
 
 if TYPE_CHECKING:

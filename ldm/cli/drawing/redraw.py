@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.cli.control_flags import check_local
-from ldm.cli.draw import draw_images, tell_of_marks
+from ldm.cli.drawing.control_flags import check_local
+from ldm.cli.drawing.draw import draw_images, tell_of_marks
+from ldm.cli.drawing.image_prompt_flags import add_image_prompt_flags, found_again
+from ldm.cli.drawing.output import check_file
 from ldm.cli.flags import FLAGS, add_common_flags, add_input_flags, add_model_flags
-from ldm.cli.image_prompt_flags import add_image_prompt_flags, found_again
 from ldm.cli.models import load
-from ldm.cli.output import check_file
 from ldm.cli.provenance import add_mark_flags, marks
 from ldm.errors import UserError, printable
 

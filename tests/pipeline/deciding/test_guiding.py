@@ -19,7 +19,8 @@ from ldm.diffusion.solvers import Denoised
 from ldm.errors import UserError
 from ldm.images.parameters import format_parameters, parse_parameters
 from ldm.images.png import read_request
-from ldm.pipeline import networks, plan, prepare
+from ldm.pipeline import networks, prepare
+from ldm.pipeline.deciding import plan
 from ldm.request import Request
 from ldm.serve.limits import Limits
 

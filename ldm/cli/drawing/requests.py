@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli.beginnings import chosen, given_by, over_folders, varied
+from ldm.cli.drawing.beginnings import chosen, given_by, over_folders, varied
 from ldm.errors import UserError, abbreviate, printable, reason
 
 if TYPE_CHECKING:

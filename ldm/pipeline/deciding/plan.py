@@ -27,8 +27,8 @@ from ldm.memory.residence import Sleeping, Stay, home_of, largest_layer
 from ldm.memory.sizes import as_text
 from ldm.memory.trace import peak_and_rest
 from ldm.models import ControlNet
+from ldm.pipeline.deciding.passes import Prepare
 from ldm.pipeline.inputs import Inputs
-from ldm.pipeline.passes import Prepare
 from ldm.pipeline.start import Enlarge, FromImage
 from ldm.runtime import resident_memory
 

@@ -26,7 +26,7 @@ def elsewhere(tmp_path, monkeypatch):
 @pytest.fixture
 def unloaded(monkeypatch):
     """What is wrong is found before any model is loaded."""
-    monkeypatch.setattr("ldm.cli.redraw.load", lambda args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("ldm.cli.drawing.redraw.load", lambda args: pytest.fail("the model was loaded"))
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_info_shows_what_only_redraw_refuses(unloaded, capsys, setting, value):
 )
 @pytest.mark.parametrize("command", ["info", "redraw"])
 def test_escapes_never_reach_the_terminal(monkeypatch, capsys, text, chunk, command):
-    monkeypatch.setattr("ldm.cli.redraw.load", lambda args: OtherModel())
+    monkeypatch.setattr("ldm.cli.drawing.redraw.load", lambda args: OtherModel())
     monkeypatch.setattr("ldm.checkpoint.source.embedded", lambda: None)
     try:
         write(text, chunk)

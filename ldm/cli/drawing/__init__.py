@@ -1,0 +1,1 @@
+"""`txt2img` and `redraw`: flags to requests to files."""
