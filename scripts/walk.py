@@ -19,6 +19,7 @@ PACKAGE = f"{ROOT / 'ldm'}/"
 MODELS_OWN = ("models/", "kernels/", "prompts/tokenizer.py")
 
 Stop = tuple[str, str]  # file, function
+FIRST, LAST = ("cli/drawing/draw.py", "check_latents"), ("files.py", "temporary_file")
 
 
 def main() -> None:
@@ -55,11 +56,7 @@ def walk(argv: list[str]) -> list[Stop]:
         sys.setprofile(None)
     assert code == 0
     order = [stop for stop in calls if not stop[0].startswith(MODELS_OWN)]
-    first, last = (
-        order.index(("cli/drawing/draw.py", "check_latents")),
-        order.index(("files.py", "temporary_file")),
-    )
-    return order[first : last + 1]
+    return order[order.index(FIRST) : order.index(LAST) + 1]
 
 
 def is_property(frame: FrameType) -> bool:

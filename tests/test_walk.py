@@ -13,5 +13,6 @@ def test_a_prompt_is_followed_through_few_files(tmp_path, monkeypatch):
     visits = script["visits"](script["walk"](argv))
     files = [file for file, _ in visits]
     assert files[0] == "cli/drawing/draw.py"
-    assert {"pipeline/job.py", "pipeline/sample.py", "diffusion/solvers.py", "images/png.py"} <= set(files)
+    rooms = {"pipeline/deciding/prepare.py", "pipeline/sample.py", "diffusion/solvers.py", "images/png.py"}
+    assert rooms <= set(files)
     assert len(files) - 1 <= 30, "\n".join(files)

@@ -87,6 +87,11 @@ WHOLE = Request(
     word_weights={"boat": 2.0},
     regions=[{"box": (0, 0, 0.5, 1), "prompt": "a tree", "weight": 2.0, "strength": 0.5}],
     refining=Request(guidance_scale=3.0, model="refiner", model_hash="9876543211"),
+    control=[{"model": "canny", "image": "edges.png", "scale": 0.5, "end": 0.6, "mode": "prompt"}],
+    image_prompts=[{"adapter": "plus.safetensors", "images": ["boat.png"], "scale": {"mid": 1}}],
+    safety_checker_sha256="3" * 64,
+    nsfw_content_detected=False,
+    resize_mode="crop",
 )
 
 NOT_IN_WHOLE = {"timesteps", "sigmas", "loras", "embeddings"}

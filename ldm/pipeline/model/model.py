@@ -1,12 +1,10 @@
-"""A model that can draw: its parts, the schedule it was trained with, where it runs, and what adapts it.
+"""A model, and what gives another one: devices, adapters, networks beside it.
 
-Nothing changes after construction: adapters give a new model, which shares the tensors of the old one.
+Nothing changes after construction: each gives a new model, which shares the tensors of the old one.
 """
 
 from __future__ import annotations
 
-import hashlib
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -27,141 +25,29 @@ from ldm.adapters import (
     wanted_loras,
 )
 from ldm.adapters.seamless import seamless
-from ldm.checkpoint import Parts, load_parts
-from ldm.checkpoint.classifier import ClassifierFile, read_classifier
+from ldm.checkpoint.classifier import read_classifier
 from ldm.checkpoint.folder import load_vae
-from ldm.checkpoint.io import weight_files
 from ldm.checkpoint.parts import STEMS, changed_part, check_fit, check_refiner, check_upscaler
-from ldm.checkpoint.safety import SafetyChecker, read_checker
-from ldm.checkpoint.save import pipeline_class
+from ldm.checkpoint.safety import read_checker
 from ldm.checkpoint.source import find_adapter, find_part
 from ldm.checkpoint.weights import find_weights
-from ldm.control import Reader, Shelf
-from ldm.diffusion.schedule import Schedule
+from ldm.control import Reader
 from ldm.errors import UserError
-from ldm.files import sha256
 from ldm.memory.residence import asleep
-from ldm.models import VAE, UNet
-from ldm.models.kind import Kind
+from ldm.models import UNet
+from ldm.pipeline.model.loaded import Loaded
 from ldm.pipeline.model.moving import move, move_parts, read_target
-from ldm.prompts.text_encoder import Clip, TextEncoder
 from ldm.request import ImagePromptUse, Request
-from ldm.runtime import Runtime, choose
+from ldm.runtime import choose
 
 
 @dataclass(frozen=True, eq=False)
-class Model:
-    """All that a drawing asks of a model. `ldm.load` gives one with a call of diffusers' arguments."""
+class Model(Loaded):
+    """`ldm.load` gives one with a call of diffusers' arguments."""
 
-    parts: Parts
-    schedule: Schedule
-    runtime: Runtime
-    name: str
-    adapted: Adapted = field(default_factory=Adapted)  # LoRAs and textual inversions in `parts`
-    lora_dir: Path = Path("loras")  # where prompts' <lora:name:weight> are found
-    upscaler: Self | None = None  # what enlarges each finished picture
-    refiner: Self | None = None  # what draws the last steps of each picture
-    classifier: ClassifierFile | None = None  # for requests that name a class
-    safety_checker: SafetyChecker | None = None  # looks at each finished picture
-    max_memory: int | None = None  # bytes that a drawing may take (`ldm.pipeline.deciding.plan`)
-    controlnets: tuple[str, ...] = ()  # that calls with a control_image mean
-    shelf: Shelf = field(default_factory=Shelf, repr=False)  # networks of the last controls
-    sleeps: bool = False  # weights come when they are used (`ldm.memory.residence`)
     # The last model that a request's LoRAs asked for, and the last seamless one, so that the next request
     # need not build it again.
     _recent: dict[str, tuple[Any, Self]] = field(default_factory=dict, init=False, repr=False)
-
-    @classmethod
-    def from_parts(cls, parts: Parts, runtime: Runtime | None = None, name: str = "model") -> Self:
-        """Of modules that are already where `runtime` says (by default: where the U-Net is)."""
-        if runtime is None:
-            weight = next(parts.unet.parameters())
-            runtime = Runtime(weight.device, weight.dtype)
-        return cls(parts, schedule_of(parts), runtime, name)
-
-    @classmethod
-    def read(cls, path: str | Path, runtime: Runtime, max_memory: int | None = None, **places: Any) -> Self:
-        """Of a folder, a file or a hub name; `places` as `load_parts` takes them. Raises UserError.
-
-        With `max_memory` no weights are read: they are when they are used.
-        """
-        place = Path(path).resolve()
-        with nullcontext() if max_memory is None else asleep(runtime.device):
-            parts = load_parts(path, runtime, **places)
-        model = cls.from_parts(parts, runtime, place.stem if place.is_file() else place.name)
-        return replace(model, max_memory=max_memory, sleeps=max_memory is not None)
-
-    @property
-    def unet(self) -> UNet:
-        return self.parts.unet
-
-    @property
-    def vae(self) -> VAE:
-        return self.parts.vae
-
-    @property
-    def tokenizer(self) -> Any:
-        return self.parts.tokenizer
-
-    @property
-    def tokenizer_2(self) -> Any:
-        return self.parts.tokenizer_2
-
-    @property
-    def text_encoder(self) -> Any:
-        return self.parts.text_encoder
-
-    @property
-    def text_encoder_2(self) -> Any:
-        return self.parts.text_encoder_2
-
-    @property
-    def kind(self) -> Kind:
-        """What it draws from."""
-        return self.parts.kind
-
-    @property
-    def device(self) -> torch.device:
-        """Where the networks are."""
-        return self.runtime.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What they run in."""
-        return self.runtime.dtype
-
-    @property
-    def text(self) -> TextEncoder:
-        parts = self.parts
-        pairs = ((parts.tokenizer, parts.text_encoder), (parts.tokenizer_2, parts.text_encoder_2))
-        return TextEncoder(tuple(Clip(*pair) for pair in pairs if pair[1] is not None))
-
-    @cached_property
-    def model_hash(self) -> str | None:
-        """The first 10 hex digits of the SHA-256 of the U-Net's file; None for parts made in memory.
-
-        Where something was taken from elsewhere (`Parts.changes`), of the digests of all these files.
-        """
-        if self.parts.weights is None:
-            return None
-        digest, changes = sha256(*weight_files(self.parts.weights)), self.parts.changes
-        if changes:
-            lines = [f"{what} {sha256(*weight_files(file))}" if file else what for what, file in changes]
-            digest = hashlib.sha256("\n".join([digest, *lines]).encode()).hexdigest()
-        return digest[:10]
-
-    @property
-    def bytes_per_pixel(self) -> int:
-        """Of the VAE's widest features at full size: memory says how many are drawn at once."""
-        return self.vae.full_size_channels * next(self.vae.parameters()).element_size()
-
-    def unknown_words(self, prompt: str) -> list[str]:
-        """The prompt's words that the model has never seen; none where the model does not list its words."""
-        if self.adapted.loras:  # which may have taught it any
-            return []
-        for embedding in self.adapted.embeddings:
-            prompt = prompt.replace(embedding.name, " ")
-        return self.parts.unknown_words(prompt)
 
     # --- elsewhere: each gives a new model that shares what is the same with this one ----------------------
 
@@ -435,19 +321,3 @@ class Model:
     def _with(self, adapted: Adapted) -> Self:
         parts, adapted = adapt(self.base.parts, adapted)  # reads weights where they change, asleep or not
         return replace(self, parts=parts, adapted=adapted)
-
-
-def schedule_of(parts: Parts) -> Schedule:
-    """The schedule of a model's parts.
-
-    As diffusers' pipelines for Stable Diffusion 1 and 2 do, it takes `clip_sample` there for a mistake.
-    """
-    schedule = Schedule.from_config(dict(parts.scheduler))
-    bounds, is_xl = schedule.bounds, "time_ids" in parts.unet.config.conditioning
-    if bounds is not None and bounds.clip_sample and pipeline_class(parts) == "StableDiffusionPipeline":
-        warnings.warn(
-            "scheduler_config.json: clip_sample=True is for pixels, and ignored as in diffusers: say False",
-            stacklevel=2,
-        )
-        bounds = replace(bounds, clip_sample=False)
-    return replace(schedule, bounds=bounds, is_xl=is_xl)
