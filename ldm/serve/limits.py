@@ -10,6 +10,7 @@ from ldm.errors import UserError
 from ldm.images.enlarging import LABELS, enlarger_name
 from ldm.request import PROMPTS, Request
 from ldm.request.fields import short
+from ldm.request.named_files import passes_of
 from ldm.request.passes import HIRES_SCALE
 
 # Fields that the server notes of its own files, or that name files of its machine.
@@ -46,13 +47,13 @@ class Limits:
         """Raise UserError, naming the field, for more than is allowed. `loras` are those that are there."""
         self.check_bounds(request)
         self._check_texts(request)
-        nested = (request, request.hires, request.refining, request.upscaling)
-        if any(each is not None and each.image_prompts for each in nested):
+        nested = passes_of(request)
+        if any(each.image_prompts for each in nested):
             raise UserError("image_prompts is not allowed here: this server has no IP-Adapters")
         for name in NOT_ASKED:
             if getattr(request, name):
                 raise UserError(f"{name} is not allowed here: the server notes it of its own files")
-        if any(each is not None and each.control for each in nested):
+        if any(each.control for each in nested):
             raise UserError("control is not allowed here: it names files of the server's machine")
         for use in request.loras or ():
             if use.name not in loras:
@@ -64,10 +65,10 @@ class Limits:
             raise UserError(
                 f"hires_upscaler {short(upscaler)} is not allowed: it must be one of {', '.join(LABELS)}"
             )
-        from ldm.diffusion.guidances.catalogue import reads_files  # which needs torch
+        from ldm.diffusion.guidances.catalogue import models_in  # which needs torch
 
         for each in nested:
-            if each is not None and each.guidance is not None and reads_files(each.guidance):
+            if each.guidance is not None and models_in(each.guidance):
                 raise UserError("guidance autoguidance is not allowed here with another model: give thinned")
         if request.tile_size is not None and request.tile_size < FEWEST_TILE:
             raise UserError(f"tile_size {request.tile_size} is not allowed: here at least {FEWEST_TILE}")
@@ -105,8 +106,7 @@ class Limits:
         return own + second + (request.refining.num_grid_steps or 0 if request.refining else 0)
 
     def _check_texts(self, request: Request) -> None:
-        nested = [each for each in (request.hires, request.refining, request.upscaling) if each is not None]
-        for each in (request, *nested):
+        for each in passes_of(request):
             for name in PROMPTS:
                 text = getattr(each, name) or ""
                 if len(text) > self.text:

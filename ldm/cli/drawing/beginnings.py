@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli.drawing.control_flags import check_local
-from ldm.cli.drawing.image_prompt_flags import check_here
 from ldm.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,12 +17,12 @@ def given_by(args: argparse.Namespace) -> Request:
     """The request of --from-png, or an empty one, with what other flags say in place of its own."""
     from ldm.images.png import read_request
     from ldm.request import Request
+    from ldm.request.named_files import check_here
 
     base = Request() if args.from_png is None else begun_like(read_request(args.from_png))
-    if args.from_png is not None and args.control is None:
-        check_local(base, args.from_png)
-    if args.from_png is not None and not args.image_prompts:
-        check_here(args.from_png, base)
+    if args.from_png is not None:
+        others = ("control", "image_prompts", "regions", "guidance")
+        check_here(base, args.from_png, tuple(name for name in others if getattr(args, name)))
     names = (Request.model_fields.keys() & vars(args).keys()) - {"model"}
     fields: dict[str, Any] = {name: getattr(args, name) for name in names} | {
         "num_inference_steps": args.steps,

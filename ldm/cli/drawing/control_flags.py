@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ldm.cli.drawing.spec import first_and_pairs
-from ldm.errors import UserError
-
-if TYPE_CHECKING:
-    from ldm.request import Request
 
 FIELDS = ("image", "scale", "start", "end", "mode", "preprocess", "resize", "mask", "type")
 NUMBERS = ("scale", "start", "end")
@@ -41,21 +35,3 @@ def control(text: str) -> dict[str, str | float]:
         except ValueError:
             raise argparse.ArgumentTypeError(f"{name}={value} is no number") from None
     return fields
-
-
-def check_local(request: Request, file: Path) -> None:
-    """Raise UserError for a control of the picture `file` that does not lie here.
-
-    A stranger may have written its name: nothing is fetched, and no other computer is asked, for it.
-    """
-    from ldm.images.opening import is_remote
-    from ldm.request.uses import DEPTH
-
-    for each in (request, request.hires, request.refining, request.upscaling):
-        for use in (each.control or ()) if each is not None else ():
-            for path in (None if use.model == DEPTH else use.model, use.image, use.mask):
-                if path is not None and (is_remote(path) or not Path(path).exists()):
-                    raise UserError(
-                        f"{file} was drawn with the control file {path!r}, which does not lie here, and is "
-                        "not fetched for a picture's word: put it there"
-                    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli.drawing.spec import first_and_pairs
@@ -77,8 +76,7 @@ def _numbers(key: str, value: str, most: int = 100) -> list[float]:
 def found_again(args: argparse.Namespace, request: Request) -> dict[str, Any]:
     """The image prompts that a picture is drawn again with: those of flags, or those that it names itself.
 
-    Flags say where its files lie now, in its order. Raises UserError for another number of them, and for what
-    is not here: nothing is fetched for a picture's word.
+    Flags say where its files lie now, in its order. Raises UserError for another number of them.
     """
     uses = request.image_prompts or ()
     if args.image_prompts:
@@ -90,18 +88,4 @@ def found_again(args: argparse.Namespace, request: Request) -> dict[str, Any]:
         digests = ("sha256", "images_sha256", "masks_sha256", "image_encoder_sha256")
         noted = [{name: getattr(use, name) for name in digests} | {"scale": use.scale} for use in uses]
         return {"image_prompts": [own | given for own, given in zip(noted, args.image_prompts, strict=True)]}
-    check_here(args.file, request)
     return {}
-
-
-def check_here(file: Path, request: Request) -> None:
-    """Raise UserError where a picture's request names image prompts that are not on this computer."""
-    from ldm.images.opening import is_remote
-
-    for use in request.image_prompts or ():
-        for path in filter(None, (use.adapter, use.image_encoder, *use.images, *use.masks)):
-            if is_remote(path) or (path == use.adapter and not Path(path).expanduser().exists()):
-                raise UserError(
-                    f"{file} names {path!r}, which is not here, and nothing is fetched for a picture's word: "
-                    "give it by --image-prompt"
-                )

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.cli.drawing.control_flags import check_local
 from ldm.cli.drawing.draw import draw_images, tell_of_marks
 from ldm.cli.drawing.image_prompt_flags import add_image_prompt_flags, found_again
 from ldm.cli.drawing.output import check_file
@@ -124,16 +123,11 @@ def find_inputs(args: argparse.Namespace, request: Request) -> dict[str, str | N
     Raises UserError.
     """
     from ldm.images.opening import is_remote
+    from ldm.request.named_files import check_here
 
-    check_local(request, args.file)
+    check_here(request, args.file, ("image_prompts",) if args.image_prompts else ())
     inputs = {name: getattr(args, name) or getattr(request, name) for name in FILES}
     request.check_given([name for name, path in inputs.items() if path is not None])
-    for region in request.regions or ():
-        if region.mask is not None and is_remote(region.mask):
-            raise UserError(
-                f"{args.file} names {region.mask!r} as a mask, on another computer, which is not "
-                "opened for a picture's word: draw it anew, with --region"
-            )
     for name, path in inputs.items():
         if getattr(args, name) is None and path is not None and is_remote(path):
             raise UserError(

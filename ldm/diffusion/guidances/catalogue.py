@@ -69,9 +69,10 @@ def read_guidance(text: str) -> tuple[Part, ...]:
     return tuple(parts)
 
 
-def reads_files(text: str) -> bool:
-    """Whether a chain names a model that lies somewhere. Raises UserError as `read_guidance`."""
-    return any(isinstance(part, AutoGuidance) and part.model != THINNED for part in read_guidance(text))
+def models_in(text: str) -> tuple[str, ...]:
+    """The models, folders or files, that a chain names. Raises UserError as `read_guidance`."""
+    parts = [part for part in read_guidance(text) if isinstance(part, AutoGuidance)]
+    return tuple(part.model for part in parts if part.model != THINNED)
 
 
 def spell_guidance(parts: Sequence[Part]) -> str:

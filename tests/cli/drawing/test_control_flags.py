@@ -1,13 +1,10 @@
 """`--control`: its fields, and whose files are opened for a picture's word."""
 
 import argparse
-from pathlib import Path
 
 import pytest
 
-from ldm.cli.drawing.control_flags import check_local, control
-from ldm.errors import UserError
-from ldm.request import Request
+from ldm.cli.drawing.control_flags import control
 
 
 def test_fields_are_read_and_commas_in_names_kept():
@@ -36,13 +33,3 @@ def test_fields_are_read_and_commas_in_names_kept():
 def test_what_is_wrong_is_told(text, message):
     with pytest.raises(argparse.ArgumentTypeError, match=message):
         control(text)
-
-
-@pytest.mark.parametrize("name", ["owner/model", "//host/share/net.safetensors", "\\\\host\\share\\net"])
-def test_nothing_is_fetched_for_a_pictures_word(tmp_path, name):
-    (tmp_path / "a.png").write_bytes(b"")
-    use = {"model": name, "image": str(tmp_path / "a.png")}
-    for request in (Request(control=[use]), Request(hires=Request(control=[use]))):
-        with pytest.raises(UserError, match="does not lie here, and is not fetched for a picture's word"):
-            check_local(request, Path("stranger.png"))
-    check_local(Request(control=[use | {"model": str(tmp_path)}]), Path("own.png"))

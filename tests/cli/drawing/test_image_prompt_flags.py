@@ -55,7 +55,10 @@ def test_drawn_and_drawn_again(place, tmp_path, monkeypatch, capsys):
     assert cli.main(["txt2img", "--from-png", str(one), *model, "-o", "new.png"]) == 2
     said = capsys.readouterr().err
     assert "has changed" in said
-    assert "names 'plain.bin', which is not here, and nothing is fetched for a picture's word" in said
+    assert (
+        "names 'plain.bin' (image_prompts), which is not here, and nothing is fetched for a picture's word"
+        in said
+    )
     assert said.count("which is not here") == 2
 
 
