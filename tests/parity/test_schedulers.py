@@ -1,11 +1,9 @@
 """Every sampler and spacing that diffusers has, against its scheduler, on a cheap float64 denoiser.
 
 diffusers' way: scale the input, call the network, step. Ours: the same network through `Prediction` and a
-solver. Both get the same noise. diffusers keeps its noise levels in fp32 and casts some states to it, which
-alone costs up to 1.5e-6; so its formulas are run in float64 here, on its own fp32 levels, to agree to 1e-6.
-
-DDIM and PNDM in diffusers step to ``t - 1000 // n`` whatever the grid, which is wrong on linspace, and on
-trailing where n does not divide 1000: there a float64 reference on diffusers' timesteps takes their place.
+solver, with the same noise. diffusers casts levels and some states to fp32, which costs up to 1.5e-6; so its
+formulas are run in float64 here, on its own fp32 levels. Its DDIM and PNDM step to ``t - 1000 // n`` whatever
+the grid, wrong where n does not divide 1000: a float64 reference on its timesteps takes their place there.
 """
 
 import copy
