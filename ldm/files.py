@@ -15,6 +15,11 @@ from pathlib import Path
 from ldm.errors import UserError, reason
 
 
+def is_remote(path: str) -> bool:
+    r"""Whether a name leads to another computer: \\host\share, //host/share and mixtures of them."""
+    return len(path) > 1 and all(c in "/\\" for c in path[:2])
+
+
 @contextlib.contextmanager
 def write_errors(path: Path) -> Iterator[None]:
     """Inside the block an OSError is a UserError that names what could not be written."""

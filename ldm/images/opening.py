@@ -51,11 +51,6 @@ def read_bytes(path: str | Path) -> bytes:
     return data
 
 
-def is_remote(path: str) -> bool:
-    r"""Whether a name leads to another computer: \\host\share, //host/share and mixtures of them."""
-    return len(path) > 1 and all(c in "/\\" for c in path[:2])
-
-
 def open_picture(
     path: str | Path,
     file: IO[bytes] | None = None,

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from ldm.errors import UserError
-from ldm.images.opening import formats, is_remote, read_bytes
+from ldm.files import is_remote
+from ldm.images.opening import formats, read_bytes
 from ldm.images.xmp import CREATOR_TOOL, statements_in
 from ldm.request import IMAGES
 from ldm.version import __version__

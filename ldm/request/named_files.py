@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldm.errors import UserError
+from ldm.files import is_remote
 from ldm.request.request import Request
 
 
@@ -54,8 +55,6 @@ def check_here(request: Request, file: Path, given: tuple[str, ...] = ()) -> Non
     Args:
         given: fields in whose place others were given.
     """
-    from ldm.images.opening import is_remote
-
     for each in files_named(request):
         absent = each.is_network and not Path(each.path).expanduser().exists()
         if each.field not in given and (absent or is_remote(each.path)):

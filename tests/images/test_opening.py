@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 
 from ldm.errors import UserError
+from ldm.files import is_remote
 from ldm.images import opening
 from ldm.images.fitting import fit_image, fit_mask, read_file, same_shape, take
-from ldm.images.opening import is_remote, open_picture, to_mask
+from ldm.images.opening import open_picture, to_mask
 from ldm.images.png import read_request
 
 SIZE = (16, 16)  # (height, width)

@@ -122,7 +122,7 @@ def find_inputs(args: argparse.Namespace, request: Request) -> dict[str, str | N
     A stranger may have written those names, and to open one on another computer would tell who looks.
     Raises UserError.
     """
-    from ldm.images.opening import is_remote
+    from ldm.files import is_remote
     from ldm.request.named_files import check_here
 
     check_here(request, args.file, ("image_prompts",) if args.image_prompts else ())
