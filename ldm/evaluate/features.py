@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ldm.checkpoint.clip_processor import clip_processor, has_processor
+from ldm.checkpoint.beside.clip_processor import clip_processor, has_processor
+from ldm.checkpoint.beside.image_encoder import clip_kind, read_clip
 from ldm.checkpoint.folder import weights_folder
-from ldm.checkpoint.image_encoder import clip_kind, read_clip
 from ldm.errors import UserError, reason
 from ldm.files import sha256
 

@@ -21,7 +21,7 @@ from ldm.adapters.image_prompt import ImageAdapter, cross_layers
 from ldm.adapters.lora import FOLDER_FILES
 from ldm.adapters.projections import ImageProjection
 from ldm.checkpoint import Parts, save_folder, save_module
-from ldm.checkpoint.image_encoder import ImageEncoder
+from ldm.checkpoint.beside.image_encoder import ImageEncoder
 from ldm.checkpoint.original.component import dtype_of
 from ldm.errors import UserError
 from ldm.files import whole_folder

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldm.adapters.image_prompt import ImageAdapter, ImagePromptFile, Layer, cross_layers, read_image_prompt
-from ldm.checkpoint.image_encoder import ImageEncoder
+from ldm.checkpoint.beside.image_encoder import ImageEncoder
 from ldm.errors import UserError, printable
 from ldm.images.fitting import OneInMemory, fit_mask, read_file
 from ldm.images.opening import to_mask

@@ -31,7 +31,7 @@ from ldm.pipeline.steering.prompt_to_prompt import again
 from ldm.pipeline.steering.regions import regional
 
 if TYPE_CHECKING:
-    from ldm.checkpoint.safety import SafetyChecker
+    from ldm.checkpoint.beside.safety import SafetyChecker
 
 
 @dataclass(frozen=True, eq=False)

@@ -197,7 +197,7 @@ def network(tmp_path_factory):
     """A tiny random ESRGAN of factor 2, saved, and itself."""
     if importlib.util.find_spec("spandrel") is None:
         pytest.skip("spandrel is not installed")
-    from ldm.checkpoint.esrgan import import_spandrel
+    from ldm.checkpoint.beside.esrgan import import_spandrel
 
     import_spandrel()
     from safetensors.torch import save_file

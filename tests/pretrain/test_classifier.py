@@ -13,7 +13,7 @@ from tiny_classifier import tiny_classifier
 from tiny_tasks import tiny_pictures, tiny_vae
 
 from ldm.checkpoint import embedded, load_folder
-from ldm.checkpoint.classifier import read_classifier
+from ldm.checkpoint.beside.classifier import read_classifier
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
 from ldm.postcards.vocabulary import KINDS

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor
 
-from ldm.checkpoint.esrgan import read_pixel_upscaler
+from ldm.checkpoint.beside.esrgan import read_pixel_upscaler
 from ldm.diffusion.noise import Noise
 from ldm.diffusion.samplers import Sampler
 from ldm.diffusion.schedule import Grid

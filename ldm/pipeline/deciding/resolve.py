@@ -14,7 +14,7 @@ import torch
 
 from ldm.adapters import used_embeddings, wanted_loras
 from ldm.checkpoint import Parts
-from ldm.checkpoint.esrgan import read_pixel_upscaler
+from ldm.checkpoint.beside.esrgan import read_pixel_upscaler
 from ldm.control import noted
 from ldm.diffusion.samplers import SAMPLERS, resolve_sampler
 from ldm.errors import UserError, printable

@@ -14,9 +14,9 @@ import torch
 
 from ldm.adapters import Adapted
 from ldm.checkpoint import Parts, load_parts
-from ldm.checkpoint.classifier import ClassifierFile
+from ldm.checkpoint.beside.classifier import ClassifierFile
+from ldm.checkpoint.beside.safety import SafetyChecker
 from ldm.checkpoint.io import weight_files
-from ldm.checkpoint.safety import SafetyChecker
 from ldm.checkpoint.save import pipeline_class
 from ldm.control import Shelf
 from ldm.diffusion.schedule import Schedule

@@ -25,10 +25,10 @@ from ldm.adapters import (
     wanted_loras,
 )
 from ldm.adapters.seamless import seamless
-from ldm.checkpoint.classifier import read_classifier
+from ldm.checkpoint.beside.classifier import read_classifier
+from ldm.checkpoint.beside.safety import read_checker
 from ldm.checkpoint.folder import load_vae
 from ldm.checkpoint.parts import STEMS, changed_part, check_fit, check_refiner, check_upscaler
-from ldm.checkpoint.safety import read_checker
 from ldm.checkpoint.source import find_adapter, find_part
 from ldm.checkpoint.weights import find_weights
 from ldm.control import Reader

@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 from scipy.spatial.distance import pdist
 
 from ldm import postcards as world
-from ldm.checkpoint.classifier import EMBEDDED_CLASSIFIER
+from ldm.checkpoint.beside.classifier import EMBEDDED_CLASSIFIER
 from ldm.errors import UserError, reported
 from ldm.evaluate.distances import frechet_distance
 from ldm.evaluate.reconstruction import Images

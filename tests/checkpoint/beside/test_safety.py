@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from tiny_checker import make_checker
 from transformers import CLIPImageProcessorPil
 
-from ldm.checkpoint.safety import OPEN_NSFW, ConceptChecker, read_checker
+from ldm.checkpoint.beside.safety import OPEN_NSFW, ConceptChecker, read_checker
 from ldm.errors import UserError
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.checkpoint.clip_processor import clip_processor
+from ldm.checkpoint.beside.clip_processor import clip_processor
 from ldm.checkpoint.io import read_config, weight_files
 from ldm.checkpoint.parts import TEXT_STEM
 from ldm.checkpoint.weights import choose_weights

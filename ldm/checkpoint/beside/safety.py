@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.checkpoint.clip_processor import clip_processor
+from ldm.checkpoint.beside.clip_processor import clip_processor
 from ldm.checkpoint.fill import fill, unfilled
 from ldm.checkpoint.io import weight_files
 from ldm.checkpoint.parts import TEXT_STEM

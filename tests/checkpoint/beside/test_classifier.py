@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from tiny_classifier import save_classifier, tiny_classifier
 
 from ldm.checkpoint import save_module
-from ldm.checkpoint.classifier import read_classifier
+from ldm.checkpoint.beside.classifier import read_classifier
 from ldm.errors import UserError
 from ldm.models import AutoencoderTiny
 

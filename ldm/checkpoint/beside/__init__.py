@@ -1,0 +1,1 @@
+"""Networks that lie beside a pipeline: checkers, classifiers, image towers, upscalers."""
