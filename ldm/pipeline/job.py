@@ -55,12 +55,13 @@ class Needs:
     """What a guidance wants of a drawing beside its U-Net and texts.
 
     networks: U-Nets that answer branches with their names after the colon. empty: whether there is a branch
-    of no words.
+    of no words. middle: whether it reads what the middle's attention gave.
     """
 
     attending: tuple[Attending, ...] = ()
     networks: Mapping[str, UNet] = field(default_factory=dict)
     empty: bool = False
+    middle: bool = False
 
 
 NO_NEEDS = Needs()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,14 @@ Text = Callable[[torch.dtype], AnyText]
 # would be done) -> what is done in the place of `ldm.models.attention.attend`: the last itself for no change.
 # One with a method `left_out`, (names, count of rows) -> a `LeftOut`, has transformer blocks left out too.
 Attending = Callable[[tuple[str, ...], Conditioning, Attend], Attend]
+
+
+class Beside(Protocol):
+    """What sees attention, or changes it, in one drawing, and what the network answers with it."""
+
+    def attending(self, names: tuple[str, ...], cond: Conditioning, base: Attend) -> Attend: ...
+
+    def around(self, predict: Predict) -> Predict: ...
 
 
 def predict(

@@ -27,6 +27,7 @@ from ldm.pipeline.deciding.prepare import prepare
 from ldm.pipeline.edit import Invert
 from ldm.pipeline.inputs import Inputs
 from ldm.pipeline.job import Batch, Job
+from ldm.pipeline.steering.perturbed import Middle
 from ldm.pipeline.steering.prompt_to_prompt import again
 from ldm.pipeline.steering.regions import regional
 
@@ -178,7 +179,8 @@ def sample(
     start = job.start.rows(prompts)
     begun = start.begin(noise, torch.stack(given) if given else None, texts["cond"], texts["uncond"])
     branches, known = begun.branches, begun.known
-    control = None if swap is None else swap.begin(prompts[:drawn], begun.x.device)
+    beside: list[networks.Beside] = [] if swap is None else [swap.begin(prompts[:drawn], begun.x.device)]
+    beside += [Middle()] if job.needs.middle else []
     answering = partial(
         networks.predict,
         grid=job.grid,
@@ -186,7 +188,7 @@ def sample(
         tiles=job.tiles,
         savings=job.savings,
         unread=unread,
-        attending=(*job.attending, *job.needs.attending, *([] if control is None else [control.attending])),
+        attending=(*job.attending, *job.needs.attending, *(each.attending for each in beside)),
         meet=job.steering.freeu,
         controls=job.controls,
     )
@@ -199,7 +201,8 @@ def sample(
         tell(branches, texts)
     predict = predict if shares is None else composed(predict, shares.to(begun.x.device))
     predict = predict if job.steering.areas is None else regional(predict, job.steering.areas.to(begun.x))
-    predict = predict if control is None else control.around(predict)
+    for each in beside:
+        predict = each.around(predict)
     schedule = job.model.schedule
     guided = Exchangeable(job.guidance(predict, schedule.prediction.x0))
     denoise = guided if schedule.bounds is None else schedule.bounded(guided, job.sampler)

@@ -52,7 +52,7 @@ def drawn_without_waiting(pipe, monkeypatch, **arguments):
         return last.x * job.grid.final_scale
 
     monkeypatch.setattr(networks, "_unet", watched)
-    monkeypatch.setattr("ldm.pipeline.pipeline.draw_latents", lambda job, batch, on_step: job_of(job, batch))
+    monkeypatch.setattr("ldm.pipeline.drawing.draw_latents", lambda job, batch, on_step: job_of(job, batch))
     try:
         return pipe(**CALL | arguments, output_type="latent").images
     finally:

@@ -6,7 +6,6 @@ What is done in attention's place is in `ldm/pipeline/steering/perturbed.py`.
 from __future__ import annotations
 
 import math
-import threading
 from dataclasses import dataclass
 
 import torch
@@ -77,18 +76,14 @@ class SkipLayer(Disturbed):
     stop: float = option(0.2, 0.0, 1.0)
 
 
-# Of the last call in this thread: branch -> [B, h, w], what each pixel of the middle was given by all others'
-# attention together. A drawing is one thread's, and each of its answers is changed before its next call.
-heard = threading.local()
-
-
 @dataclass(frozen=True)
 class SelfAttention(Part):
     """``guided + scale (output - output of the state with what is attended to most blurred)``.
 
     Where the middle's self-attention gives a pixel more than its share, x0 is blurred by a Gaussian of `blur`
     latents, the noise of the state is put back, and the network asked once more; of the branch without the
-    text, if there is one.
+    text, if there is one. Beside each branch's output it reads what the middle's attention gave ([B, h, w],
+    ":middle" behind the branch's name: `ldm.pipeline.steering.perturbed.Middle`).
     """
 
     name = "sag"
@@ -100,7 +95,7 @@ class SelfAttention(Part):
 
     def change(self, a: Answer) -> Answer:
         branch = "uncond" if "uncond" in a.outputs else "cond"
-        output, given = a.outputs[branch], heard.given[branch]
+        output, given = a.outputs[branch], a.outputs[f"{branch}:middle"]
         x0 = a.x0(output)
         mask = F.interpolate((given > 1).to(x0)[:, None], x0.shape[-2:])
         degraded = a.x + mask * (blurred(x0, self.blur, 9) - x0)

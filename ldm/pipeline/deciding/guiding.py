@@ -44,7 +44,6 @@ ATTENDING: Mapping[type[Part], Callable[[Any, Model], tuple[Attending, ...]]] = 
     PerturbedAttention: perturbed.attending,
     SmoothedEnergy: perturbed.attending,
     SkipLayer: perturbed.attending,
-    SelfAttention: perturbed.hear,
 }
 
 
@@ -105,7 +104,7 @@ def check(parts: tuple[Part, ...], plain: Guidance, request: Request, model: Mod
 
 def needed(request: Request, model: Model) -> Needs:
     """Of the guidance that a resolved request names. Raises UserError."""
-    attending, networks, empty = list[Attending](), dict[str, UNet](), False
+    attending, networks, empty, middle = list[Attending](), dict[str, UNet](), False, False
     for part in read_guidance(request.guidance or ""):
         if type(part) in ATTENDING:
             attending += ATTENDING[type(part)](part, model)
@@ -113,7 +112,8 @@ def needed(request: Request, model: Model) -> Needs:
             unet = thinned(model.unet) if part.model == THINNED else read_worse(part, model)
             networks["worse"] = unet if request.tiling is None else seamless(unet, request.tiling)
         empty = empty or "empty" in part.reads
-    return Needs(tuple(attending), networks, empty)
+        middle = middle or isinstance(part, SelfAttention)
+    return Needs(tuple(attending), networks, empty, middle)
 
 
 # --- another network -------------------------------------------------------------------------------------

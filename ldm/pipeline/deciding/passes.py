@@ -1,6 +1,6 @@
 """What goes on from a drawing's latents: a second pass at a larger size ("hires fix"), and a second model.
 
-Each is a drawing like any other, decided with the first (`ldm.pipeline.job`): its request follows from that
+Each is a drawing like any other, decided with the first: its request follows from that
 of the first (`ldm.request.passes`), and it begins with the latents at which that ended.
 """
 

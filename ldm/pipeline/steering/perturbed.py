@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from ldm.diffusion.guidance import Predict
 from ldm.diffusion.guidances.part import Part
 from ldm.diffusion.guidances.perturbed import (
     Disturbed,
@@ -14,7 +15,6 @@ from ldm.diffusion.guidances.perturbed import (
     SkipLayer,
     SmoothedEnergy,
     blurred,
-    heard,
 )
 from ldm.errors import UserError
 from ldm.models.attention import Attend, Site
@@ -131,17 +131,28 @@ class LeaveOut:
         return {block: rows for block in self.blocks if rows}
 
 
-def hear(part: SelfAttention, model: Model) -> tuple[Attending, ...]:
-    """Tells the part what each pixel of the middle was given by the attention of all, per branch."""
-    return (_hear,)
+class Middle:
+    """What each pixel of the middle was given by the attention of all, of each branch of one drawing.
 
+    `around` has a Predict give it too: [B, h, w], under the branch's name with ":middle" behind it.
+    """
 
-def _hear(names: tuple[str, ...], cond: Conditioning, base: Attend) -> Attend:
-    def attend(site: Site, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if site.layer.name == MIDDLE:
-            given = probabilities(q, k).mean(1).sum(1)
-            maps = given.reshape(len(given), *site.size).chunk(len(names))
-            heard.given = {**getattr(heard, "given", {}), **dict(zip(names, maps, strict=True))}
-        return base(site, q, k, v)
+    def __init__(self) -> None:
+        self.maps: dict[str, Tensor] = {}  # of the last call
 
-    return attend
+    def attending(self, names: tuple[str, ...], cond: Conditioning, base: Attend) -> Attend:
+        def attend(site: Site, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if site.layer.name == MIDDLE:
+                given = probabilities(q, k).mean(1).sum(1)
+                maps = given.reshape(len(given), *site.size).chunk(len(names))
+                self.maps |= zip(names, maps, strict=True)
+            return base(site, q, k, v)
+
+        return attend
+
+    def around(self, predict: Predict) -> Predict:
+        def call(x: Tensor, sigma: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
+            outputs = predict(x, sigma, names)
+            return outputs | {f"{name}:middle": self.maps[name] for name in names if name in self.maps}
+
+        return call

@@ -76,17 +76,17 @@ class Swap:
     self_until: float
     pixels: int  # of latents
 
-    def begin(self, prompts: Sequence[int], device: torch.device) -> Control:
+    def begin(self, prompts: Sequence[int], device: torch.device) -> Swapping:
         """For pictures of these prompts."""
         chosen = [self.mappings[p] for p in prompts]
         matrix, takes, factors = (
             torch.stack([getattr(each, name) for each in chosen]).to(device)
             for name in ("matrix", "takes", "factors")
         )
-        return Control(self, matrix[:, None], takes[:, None, None], factors[:, None, None])
+        return Swapping(self, matrix[:, None], takes[:, None, None], factors[:, None, None])
 
 
-class Control:
+class Swapping:
     """What attention does in one drawing, whose rows of a branch are the sources', then the targets'."""
 
     def __init__(self, swap: Swap, matrix: Tensor, takes: Tensor, factors: Tensor) -> None:

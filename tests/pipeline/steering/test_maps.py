@@ -121,7 +121,7 @@ def test_words_over_several_windows_and_learnt_ones(pipe):
     ],
 )
 def test_what_has_no_maps_is_told_before_anything_is_drawn(pipe, asked, line, monkeypatch):
-    monkeypatch.setattr("ldm.pipeline.pipeline.draw_batch", None)
+    monkeypatch.setattr("ldm.pipeline.drawing.draw_batch", None)
     with pytest.raises(UserError, match=line):
         pipe.attention_maps(ASKED.replace(**asked))
 

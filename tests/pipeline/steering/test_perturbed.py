@@ -233,7 +233,7 @@ def test_two_drawings_at_once_do_not_hear_each_other(pipe):
     ],
 )
 def test_what_cannot_be_is_told_before_anything_is_drawn(pipe, asked, line, monkeypatch):
-    monkeypatch.setattr("ldm.pipeline.pipeline.draw_latents", None)
+    monkeypatch.setattr("ldm.pipeline.drawing.draw_latents", None)
     with pytest.raises(UserError, match=line):
         pipe("sea", **{**FEW, **asked})
 

@@ -201,7 +201,7 @@ def test_where_words_are_matched(pipe):
     ],
 )
 def test_what_cannot_be_is_told_before_anything_is_drawn(pipe, asked, line, monkeypatch):
-    monkeypatch.setattr("ldm.pipeline.pipeline.draw_latents", None)
+    monkeypatch.setattr("ldm.pipeline.drawing.draw_latents", None)
     with pytest.raises(UserError, match=line):
         pipe(**{"prompt": "sea", **FEW, **asked})
 

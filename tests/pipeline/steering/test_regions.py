@@ -178,7 +178,7 @@ def test_two_encoders_are_told_sizes_and_pooled_text(models):
     ],
 )
 def test_what_cannot_be_is_told_before_anything_is_drawn(pipe, asked, line, monkeypatch):
-    monkeypatch.setattr("ldm.pipeline.pipeline.draw_batch", None)
+    monkeypatch.setattr("ldm.pipeline.drawing.draw_batch", None)
     with pytest.raises(UserError, match=line):
         pipe(**{**FEW, "prompt": "sea", **asked})
 
