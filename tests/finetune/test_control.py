@@ -205,7 +205,7 @@ def test_what_is_wrong_is_told_before_a_model_is_loaded(families, data, tmp_path
 
 def test_an_inpainting_model_is_refused(families, data, tmp_path, capsys):
     assert train_control(families("inpaint")[0], data, tmp_path / "run") == 2
-    assert "is an inpainting model: train a ControlNet beside" in capsys.readouterr().err
+    assert "is an inpainting model: train in mode controlnet beside" in capsys.readouterr().err
 
 
 def test_flags_of_other_modes_are_none_of_this_command(data, tmp_path, capsys):
