@@ -9,6 +9,7 @@ from PIL import Image
 
 import ldm
 from ldm import cli
+from ldm.images import provenance
 
 
 @pytest.fixture
@@ -23,6 +24,7 @@ def start(tmp_path):
 def reads(start, monkeypatch):
     """What was done to that file, in order: "read" for its bytes, "decode" for its pixels."""
     done = []
+    provenance._marks_of_file.cache_clear()  # another test may have looked at the same bytes
     opened, image_open = Path.open, Image.open
 
     def count_open(self, *args, **kwargs):
