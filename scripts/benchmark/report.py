@@ -12,6 +12,7 @@ from typing import Any
 from benchmark.case import ROWS
 from benchmark.results import Line, Measured, Results, lines
 
+ROOT = Path(__file__).parents[2]
 # Charts stand alone as files: a page's colours do not reach into them.
 PAPER = '<svg style="background:#fff;color:#24292f" '
 
@@ -24,7 +25,9 @@ def write_report(folder: Path, name: str, told: Mapping[str, Any], results: Sequ
     """
     folder.mkdir(parents=True, exist_ok=True)
     everything = _told({**told, "models": [asdict(each) for each in results]})
-    (folder / f"{name}.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+    # Where this checkout lies is nobody's business.
+    text = json.dumps(everything, indent=1).replace(f"{ROOT}/", "") + "\n"
+    (folder / f"{name}.json").write_text(text, encoding="utf-8")
     charts = {}
     for each in results:
         drawn = chart(each)
