@@ -12,12 +12,35 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from ldm.errors import UserError, reason
+from ldm.errors import UserError, printable, reason
 
 
 def is_remote(path: str) -> bool:
     r"""Whether a name leads to another computer: \\host\share, //host/share and mixtures of them."""
     return len(path) > 1 and all(c in "/\\" for c in path[:2])
+
+
+def check_drawn_with(path: object, what: str, digest: str, noted: str | None, flag: str = "") -> None:
+    """Raise UserError where a file, of that SHA-256, is not the one that a picture's request has noted.
+
+    Args:
+        what: it is: "LoRA", "upscaler". flag: by which another is given.
+    """
+    if noted not in (None, digest):
+        advice = f"; give the other one by {flag}" if flag else ""
+        raise UserError(
+            f"{printable(path)} is not the {what} that this picture was drawn with: its SHA-256 is "
+            f"{digest[:10]}..., that was {str(noted)[:10]}...{advice}"
+        )
+
+
+def check_unchanged(path: object, digest: str, noted: str | None, what: str = "file") -> None:
+    """Raise UserError where what lies at a path, of that SHA-256, is not what a request asks for."""
+    if noted not in (None, digest):
+        raise UserError(
+            f"{printable(path)} has changed: its SHA-256 begins with {digest[:10]}, but the request asks for "
+            f"the {what} with {str(noted)[:10]}"
+        )
 
 
 @contextlib.contextmanager

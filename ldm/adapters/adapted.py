@@ -15,6 +15,7 @@ from ldm.adapters.lora import SUFFIXES, Lora, Report, match, name_of, read_lora
 from ldm.adapters.names import ENCODERS, UNET
 from ldm.checkpoint import Parts
 from ldm.errors import UserError
+from ldm.files import check_drawn_with
 from ldm.request import EmbeddingUse, LoraUse, Request
 
 
@@ -78,11 +79,7 @@ def wanted_loras(request: Request, held: Sequence[Lora], folder: Path) -> tuple[
     for use in request.loras or ():
         known = loras.get(use.name)
         file = read_lora(find_lora(use.name, folder)) if known is None else known.file
-        if use.sha256 not in (None, file.sha256):
-            raise UserError(
-                f"{file.path} is not the file that this picture was drawn with: its SHA-256 is "
-                f"{file.sha256[:10]}..., that was {str(use.sha256)[:10]}...; give the other one by --lora"
-            )
+        check_drawn_with(file.path, "file", file.sha256, use.sha256, "--lora")
         both = use.weight if use.text_weight is None else use.text_weight
         loras[use.name] = Lora(file, use.name, use.weight, both)
     return tuple(loras.values())

@@ -22,6 +22,7 @@ from ldm.diffusion.deep_cache import place_of
 from ldm.diffusion.guidance import text_of
 from ldm.diffusion.tiles import Window
 from ldm.errors import UserError
+from ldm.files import check_unchanged
 from ldm.memory.residence import in_use
 from ldm.models import ControlNet, T2IAdapter, UNet
 from ldm.models.attention import AnyText
@@ -99,11 +100,7 @@ def noted(uses: Sequence[ControlUse], reader: Reader) -> tuple[ControlUse, ...]:
             found.append(with_digests(use))
             continue
         file = reader.get(use.model)
-        if use.sha256 not in (None, file.sha256):
-            raise UserError(
-                f"{use.model} has changed: its SHA-256 begins with {file.sha256[:10]}, but the request asks "
-                f"for the network with {str(use.sha256)[:10]}"
-            )
+        check_unchanged(use.model, file.sha256, use.sha256, "network")
         if isinstance(file.network, ControlNet):
             kind_of(file.network, use.type, file.path)
         found.append(with_digests(use.replace(sha256=file.sha256)))

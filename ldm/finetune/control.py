@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.checkpoint import Parts
-from ldm.dataset.buckets import Crop, make_buckets, make_crop, nearest_bucket
+from ldm.dataset.buckets import make_buckets, make_crop, nearest_bucket
 from ldm.dataset.cache import open_and_crop
 from ldm.dataset.controls import Controls, files_in, made_by
 from ldm.dataset.feed import Feed
@@ -37,11 +37,8 @@ class ControlTask(FinetuneTask):
         super().__init__(parts, mode, recipe, feed, splits)
         assert isinstance(mode, ControlMode)
         assert feed.controls is not None
-        self.controlnet, self.controls = mode.net, feed.controls
+        self.controlnet, self.controls = mode.network, feed.controls
         self.facts = {**self.facts, "controls": feed.controls.fingerprint}
-
-    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
-        return [{"params": list(self.controlnet.parameters()), "lr": lr, "muon": True}]
 
     def _residuals(
         self, batch: Batch, told: tuple[Tensor, Tensor, Tensor], beside: dict[str, Any]
@@ -50,20 +47,15 @@ class ControlTask(FinetuneTask):
         return made
 
     def _drawn_from(self, i: int, folder: Path) -> tuple[dict[str, Any], list[Image.Image]]:
-        """The control picture of prompt i: that of the picture whose caption it is, else of the i-th."""
-        example, crop = self._shown(i)
+        """The control picture of the picture that goes with prompt i."""
+        example = self._example(i)
+        crop = make_crop(
+            example.size, nearest_bucket(example.size, make_buckets(self.recipe.resolution or 0))
+        )
         control = to_pil(self.controls.of(example, crop, open_and_crop(example, crop))[None])
         height, width = crop.size
         use = {"model": str(folder), "image": control[0]}
         return {"control": [use], "height": height, "width": width}, control
-
-    def _shown(self, i: int) -> tuple[Example, Crop]:
-        examples = [each.example for each in self.splits.held_out] or self.splits.train.examples
-        prompt = self.recipe.validation_prompts[i]
-        own = (each for each in examples if each.caption == prompt)
-        found = next(own, examples[i % len(examples)])
-        bucket = nearest_bucket(found.size, make_buckets(self.recipe.resolution or 0))
-        return found, make_crop(found.size, bucket)
 
 
 def controls_of(recipe: FinetuneRecipe, examples: Sequence[Example]) -> Controls:

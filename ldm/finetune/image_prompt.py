@@ -19,7 +19,6 @@ from torch import Tensor
 from ldm.checkpoint import Parts
 from ldm.dataset.buckets import Sample
 from ldm.dataset.feed import Feed
-from ldm.dataset.findings import Example
 from ldm.finetune.modes import ADAPTER, ImagePromptMode, Mode
 from ldm.finetune.recipe import FinetuneRecipe
 from ldm.finetune.task import FinetuneTask, Splits
@@ -39,9 +38,6 @@ class ImagePromptTask(FinetuneTask):
         self.adapter, self.encoder = mode.network, mode.encoder
         self.facts = {**self.facts, "image_encoder": mode.encoder.sha256}
         self._known: dict[str, Tensor] = {}  # by a picture's digest: what the encoder makes of it, [E]
-
-    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
-        return [{"params": list(self.adapter.parameters()), "lr": lr, "muon": True}]
 
     def _noised(self, samples: Sequence[Sample], rng: torch.Generator) -> Batch:
         batch = super()._noised(samples, rng)
@@ -73,14 +69,9 @@ class ImagePromptTask(FinetuneTask):
         return torch.stack([self._known[sample.example.digest] for sample in samples])
 
     def _drawn_from(self, i: int, folder: Path) -> tuple[dict[str, Any], list[Image.Image]]:
-        """The picture whose caption is prompt i, else the i-th."""
-        example = self._shown(i)
+        """The picture that goes with prompt i."""
+        example = self._example(i)
         use = {"adapter": str(folder / ADAPTER), "images": [str(example.path)]}
         use["image_encoder"] = str(self.encoder.folder)
         side = self.recipe.resolution
         return {"image_prompts": [use], "height": side, "width": side}, [open_picture(example.path)]
-
-    def _shown(self, i: int) -> Example:
-        examples = [each.example for each in self.splits.held_out] or self.splits.train.examples
-        own = (each for each in examples if each.caption == self.recipe.validation_prompts[i])
-        return next(own, examples[i % len(examples)])

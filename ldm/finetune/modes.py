@@ -168,61 +168,64 @@ class InversionMode(Mode):
         return [(file, f'txt2img --embedding {file} -p "a picture of {self.word}"')]
 
 
-class ControlMode(Mode):
-    """A ControlNet beside a U-Net that stays as it is."""
+class BesideMode(Mode):
+    """A network beside a U-Net that stays as it is."""
 
-    net: ControlNet  # after `prepare`
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    @property
-    def beside(self) -> Sequence[nn.Module]:
-        return (self.net,)
-
-    def prepare(self, parts: Parts, runtime: Runtime) -> Parts:
-        # Before anything is rounded: it begins as a copy of the U-Net's way down.
-        widths = WIDTHS[: parts.vae.downscale.bit_length()]  # all but the first halve the control picture
-        with torch.random.fork_rng(devices=()):
-            torch.manual_seed(self.seed)
-            net = ControlNet.from_unet(parts.unet, conditioning_embedding_out_channels=widths)
-        self.net = net.to(runtime.device, torch.float32)
-        self.net.requires_grad_(True)
-        freeze(parts, runtime)
-        return parts
-
-    def export(self, parts: Parts, folder: Path) -> None:
-        with whole_folder(folder) as aside:
-            save_module(self.net, aside)
-
-    def outputs(self, folder: Path) -> list[tuple[Path, str]]:
-        return [(folder, f'txt2img --control {folder},image=edges.png -p "..."')]
-
-
-class ImagePromptMode(Mode):
-    """An IP-Adapter beside a U-Net that stays as it is: plain, of four tokens."""
-
-    network: ImageAdapter  # after `prepare`
-
-    def __init__(self, recipe: FinetuneRecipe) -> None:
-        self.seed, self.encoder = recipe.seed, ImageEncoder.find(Path(recipe.image_encoder or ""))
+    seed: int
+    network: nn.Module  # after `prepare`
 
     @property
     def beside(self) -> Sequence[nn.Module]:
         return (self.network,)
 
+    def begin(self, parts: Parts) -> nn.Module:
+        """The network as it begins, of weights as they are stored; what is random in it is the seed's."""
+        raise NotImplementedError
+
     def prepare(self, parts: Parts, runtime: Runtime) -> Parts:
-        layers = cross_layers(parts.unet)
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(self.seed)
-            projection = ImageProjection(self.encoder.projected, layers[0].dim, TOKENS)
-            network = ImageAdapter(projection, layers)
-        # Keys and values begin as those of the text, before anything is rounded.
-        network.begin_as(parts.unet)
+            network = self.begin(parts)  # before anything is rounded
         self.network = network.to(runtime.device, torch.float32)
         self.network.requires_grad_(True)
         freeze(parts, runtime)
         return parts
+
+
+class ControlMode(BesideMode):
+    """A ControlNet: it begins as a copy of the U-Net's way down."""
+
+    network: ControlNet
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def begin(self, parts: Parts) -> ControlNet:
+        widths = WIDTHS[: parts.vae.downscale.bit_length()]  # all but the first halve the control picture
+        return ControlNet.from_unet(parts.unet, conditioning_embedding_out_channels=widths)
+
+    def export(self, parts: Parts, folder: Path) -> None:
+        with whole_folder(folder) as aside:
+            save_module(self.network, aside)
+
+    def outputs(self, folder: Path) -> list[tuple[Path, str]]:
+        return [(folder, f'txt2img --control {folder},image=edges.png -p "..."')]
+
+
+class ImagePromptMode(BesideMode):
+    """An IP-Adapter, plain, of four tokens: its keys and values begin as those of the text."""
+
+    network: ImageAdapter
+
+    def __init__(self, recipe: FinetuneRecipe) -> None:
+        self.seed, self.encoder = recipe.seed, ImageEncoder.find(Path(recipe.image_encoder or ""))
+
+    def begin(self, parts: Parts) -> ImageAdapter:
+        layers = cross_layers(parts.unet)
+        projection = ImageProjection(self.encoder.projected, layers[0].dim, TOKENS)
+        network = ImageAdapter(projection, layers)
+        network.begin_as(parts.unet)
+        return network
 
     def export(self, parts: Parts, folder: Path) -> None:
         with whole_folder(folder) as aside:

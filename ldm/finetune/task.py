@@ -66,7 +66,9 @@ class FinetuneTask(Task):
         self.facts = {"pictures": _fingerprint(self.examples)}
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
-        groups = []
+        groups: list[dict[str, Any]] = [
+            {"params": list(module.parameters()), "lr": lr, "muon": True} for module in self.mode.beside
+        ]
         for name in ("unet", *TEXT_ENCODERS):
             module = getattr(self, name)
             params = [] if module is None else [p for p in module.parameters() if p.requires_grad]
@@ -196,6 +198,12 @@ class FinetuneTask(Task):
         mask = Image.new("L", image.size)
         mask.paste(255, (image.width // 4, image.height // 4, image.width * 3 // 4, image.height * 3 // 4))
         return {"image": image, "mask_image": mask}, []
+
+    def _example(self, i: int) -> Example:
+        """The picture whose caption is prompt i, else the i-th: of those held out, if there are any."""
+        examples = [each.example for each in self.splits.held_out] or self.splits.train.examples
+        own = (each for each in examples if each.caption == self.recipe.validation_prompts[i])
+        return next(own, examples[i % len(examples)])
 
     def export(self, folder: Path) -> None:
         self.mode.export(self.parts, folder)

@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldm.errors import UserError, printable, reason
+from ldm.errors import UserError, reason
+from ldm.files import check_unchanged
 from ldm.images.opening import open_picture, read_bytes, to_mask, to_rgb
 from ldm.images.pixels import to_tensor
 
@@ -35,11 +36,7 @@ def read_file(
         raise UserError(f"{path}: addresses are not fetched: save the picture, and give its path")
     data = read_bytes(path)
     image, digest = open_picture(path, io.BytesIO(data), convert), hashlib.sha256(data).hexdigest()
-    if sha256 not in (None, digest):
-        raise UserError(
-            f"{printable(path)} has changed: its SHA-256 begins with {digest[:10]}, but the request asks for "
-            f"the file with {str(sha256)[:10]}"
-        )
+    check_unchanged(path, digest, sha256)
     return image, digest
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.models.attention import AnyText, Attention, Context, TextTimeEmbedding
+from ldm.models.attention import AnyText, Context, TextTimeEmbedding
 from ldm.models.config import UNetConfig
 from ldm.models.convolution import Conv2d
 from ldm.models.layers import TimeEmbedding, timestep_features
@@ -50,12 +50,6 @@ class Encoder(nn.Module):
         self.add_embedding = _add_embedding(config, time_dim)
         self.down_blocks = nn.ModuleList(down_blocks(config, time_dim))
         self.mid_block = mid_block(config, time_dim)
-
-    def _name_attention(self) -> None:
-        """Each `Attention` knows its name in `state_dict`."""
-        for name, layer in self.named_modules():
-            if isinstance(layer, Attention):
-                layer.name = name
 
     def _skips(
         self,

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from ldm.models.attention import AnyText
+from ldm.models.attention import AnyText, Attention
 from ldm.models.config import UNET_FIXED, UNetConfig, read_config, write_config
 from ldm.models.convolution import Conv2d
 from ldm.models.encoder import NO_RESIDUALS, Encoder, Residuals
@@ -33,7 +33,9 @@ class UNet(Encoder):
         self.up_blocks = nn.ModuleList(up_blocks(config, config.time_dim))
         self.conv_norm_out = GroupNorm(config.norm_num_groups, wide, config.norm_eps)
         self.conv_out = Conv2d(wide, config.out_channels, kernel, padding=(kernel - 1) // 2)
-        self._name_attention()
+        for name, layer in self.named_modules():
+            if isinstance(layer, Attention):
+                layer.name = name
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from ldm.checkpoint import save_model
@@ -106,9 +107,12 @@ class Drawing(Model):
 
         `layers` are those that are looked at ("mid", "up.1"), by default all. Raises UserError.
         """
-        return record_all(
-            self.prepare(request, inputs), lambda job, batch: to_pil(draw_batch(job, batch).images), layers
-        )
+
+        def draw(job: Job, batch: Batch) -> tuple[list[Image], Batch]:
+            drawn = draw_batch(job, batch)
+            return to_pil(drawn.images), drawn.batch
+
+        return record_all(self.prepare(request, inputs), draw, layers)
 
     def encode(self, images: Tensor) -> LatentDist:
         """Images [B, 3, H, W] in 0..1 -> the Gaussian over latents that the VAE makes of them, fp32."""

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from ldm.adapters.image_prompt import ImageAdapter, ImagePromptFile, Layer, cross_layers, read_image_prompt
 from ldm.checkpoint.beside.image_encoder import ImageEncoder
 from ldm.errors import UserError, printable
+from ldm.files import check_drawn_with
 from ldm.images.fitting import OneInMemory, fit_mask, read_file
 from ldm.images.opening import to_mask
 from ldm.images.pixels import to_pil
@@ -269,11 +270,7 @@ def _file(model: Model, use: ImagePromptUse) -> ImagePromptFile:
     file = next(held, None)
     if file is None:
         file = read_image_prompt(use.adapter, model.unet, model.runtime, use.weight_name)
-    if use.sha256 not in (None, file.sha256):
-        raise UserError(
-            f"{file.path} is not the IP-Adapter that this picture was drawn with: its SHA-256 is "
-            f"{file.sha256[:10]}..., that was {str(use.sha256)[:10]}...; give the other one by --image-prompt"
-        )
+    check_drawn_with(file.path, "IP-Adapter", file.sha256, use.sha256, "--image-prompt")
     return file
 
 
@@ -299,11 +296,7 @@ def _encoder(file: ImagePromptFile, use: ImagePromptUse) -> ImageEncoder:
             "(image_encoder=, encoder=)"
         )
     encoder = fitting[0]
-    if use.image_encoder_sha256 not in (None, encoder.sha256):
-        raise UserError(
-            f"{encoder.folder} is not the image encoder that this picture was drawn with: its SHA-256 is "
-            f"{encoder.sha256[:10]}..., that was {str(use.image_encoder_sha256)[:10]}..."
-        )
+    check_drawn_with(encoder.folder, "image encoder", encoder.sha256, use.image_encoder_sha256)
     return encoder
 
 

@@ -58,7 +58,6 @@ class Needs:
     of no words. middle: whether it reads what the middle's attention gave.
     """
 
-    attending: tuple[Attending, ...] = ()
     networks: Mapping[str, UNet] = field(default_factory=dict)
     empty: bool = False
     middle: bool = False
@@ -92,6 +91,11 @@ class Job:
     def request(self) -> Request:
         """The first prompt's."""
         return self.requests[0]
+
+    @property
+    def looks_at_attention(self) -> bool:
+        """Whether something is done in attention's place, for which layers take all rows at once."""
+        return bool(self.attending) or self.steering.swap is not None or self.needs.middle
 
     @property
     def pictures(self) -> Batch:

@@ -94,21 +94,20 @@ def predict(
             return joined.cond if window is None or tiles is None else _within(joined.cond, window, tiles)
 
         def shown(some: tuple[str, ...], dtype: torch.dtype) -> Told:
-            given = _given(grid, x, sigma, within(told(some)), dtype)
-            return *given[:2], told(some).plain(dtype), given[2]
+            sample, timestep, extra = _given(grid, x, sigma, within(told(some)), dtype)
+            return sample, timestep, told(some).plain(dtype), extra
 
-        cond, text, chosen, deep, more = within(told(names)), told(names).text, network, None, NO_RESIDUALS
-        active = () if beside is None else beside.active(sigma)
-        keys: dict[Hashable, object] = {
-            (name, window, active): part for name, part in zip(names, told(names).parts, strict=True)
-        }
+        now, chosen, deep, more = told(names), network, None, NO_RESIDUALS
+        cond, active = within(now), () if beside is None else beside.active(sigma)
+        keys = dict[Hashable, object]()
         if cache is not None:
+            keys |= {(name, window, active): part for name, part in zip(names, now.parts, strict=True)}
             deep = cache.kept(keys, sigma)
         if beside is not None and active:
             count = None if deep is None else savings.branch + 1
             more = beside.residuals(sigma, names, len(x), window, count, shown)
             chosen = beside.unet(sigma) or network
-        out = chosen(lambda unet: _unet(unet, grid, x, sigma, cond, text, savings, deep, more))
+        out = chosen(lambda unet: _unet(unet, grid, x, sigma, cond, now.text, savings, deep, more))
         if cache is not None and deep is None:
             cache.keep(keys, sigma, out[1])
         return out[0]

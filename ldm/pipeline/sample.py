@@ -188,7 +188,7 @@ def sample(
         tiles=job.tiles,
         savings=job.savings,
         unread=unread,
-        attending=(*job.attending, *job.needs.attending, *(each.attending for each in beside)),
+        attending=(*job.attending, *(each.attending for each in beside)),
         meet=job.steering.freeu,
         controls=job.controls,
     )

@@ -20,10 +20,9 @@ from benchmark.measure import measure
 from benchmark.peers import peers_on
 from benchmark.peers.base import Peer
 from benchmark.processes import once
-from benchmark.report import write_report
+from benchmark.report import ROOT, write_report
 from benchmark.results import Results
 
-ROOT = Path(__file__).parents[2]
 QUICK_ROUNDS = 3
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ldm.checkpoint.io import read_tensors, suffix_of
 from ldm.errors import UserError, printable
-from ldm.files import sha256
+from ldm.files import check_drawn_with, sha256
 
 # All that spandrel takes from torchvision: for two networks, neither of which enlarges.
 _TORCHVISION = {"torchvision.transforms.functional": ("InterpolationMode", "rotate", "normalize")}
@@ -59,11 +59,7 @@ def read_pixel_upscaler(file: str, device: torch.device, digest: str | None = No
             "be a pickle, which runs code; get it as safetensors, or convert it where you trust it"
         )
     found = sha256(path)
-    if digest not in (None, found):
-        raise UserError(
-            f"{printable(file)} is not the upscaler that this picture was drawn with: its SHA-256 is "
-            f"{found[:10]}..., that was {str(digest)[:10]}...; give the other one by --hires-upscaler"
-        )
+    check_drawn_with(file, "upscaler", found, digest, "--hires-upscaler")
     return _read(path, found, device)
 
 

@@ -37,15 +37,8 @@ class HeatMaps:
         from ldm.images.png import save_numbered
         from ldm.pipeline.steering.maps import record
 
-        told, folder = batch, self.args.attention_maps
-
-        def images_of(job: Job, batch: Batch) -> list[Image]:
-            nonlocal told
-            images, told = draw(job, batch)
-            return images
-
-        made = record(job, batch, images_of)
+        made, folder = record(job, batch, draw), self.args.attention_maps
         for sheet, picture in zip(made.sheets(), batch, strict=True):
             path = save_numbered(sheet, folder, "words-%05d.png", None, marks=self.marks)
             echo(self.args, f"{path}  words of seed {picture.seed}")
-        return list(made.images), told
+        return list(made.images), made.batch

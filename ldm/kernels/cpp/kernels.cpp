@@ -75,8 +75,10 @@ void convolve(const float* x, const float* packed, const float* bias, float* y, 
 #pragma omp for
       for (int64_t t = 0; t < count; t++) input_tile(given, (int)t, v, (int)count, (int)t);
 #pragma omp for
-      for (int64_t task = 0; task < PARTS * (int64_t)panels(O); task++)
-        panel_of_part(given, (int)(task / panels(O)), (int)(task % panels(O)), (int)count, v, m, sums);
+      for (int64_t task = 0; task < PARTS * (int64_t)panels(O); task++) {
+        const int f = (int)(task / panels(O)), p = (int)(task % panels(O));
+        multiply(given, f, p, p + 1, (int)count, v, m, sums);
+      }
 #pragma omp for
       for (int64_t t = 0; t < count; t++) output_tile(given, (int)t, m, (int)count, (int)t, wide, 0, (int)O);
     }

@@ -160,29 +160,23 @@ static inline void output_tile(const Convolution& c, int t, const float* m, int 
   }
 }
 
+// The panels p0 to before p1 of part f of T tiles, by packed weights. v: [36][T][C], m: [36][T][O], sums: [T][those panels].
+static inline void multiply(const Convolution& c, int f, int p0, int p1, int T, const float* v, float* m, float* sums) {
+  const size_t wide = panels(c.O) * NR, C = c.C;
+  float* mine = m + (size_t)f * T * wide;
+  gemm(v + (size_t)f * T * C, C, T, c.u + (size_t)f * wide * C, c.C, p0, p1, sums, [&](int row, int p, vf(&acc)[NV]) {
+    for (int j = 0; j < NV; j++) store(mine + row * wide + p * NR + j * VL, acc[j]);
+  });
+}
+
 // The tiles t0 to before t1 of all, by packed weights. v: [36][T][C], m: [36][T][O], sums: [T][O], with T = t1 - t0 and
 // O rounded up to NR.
 static inline void tiles(const Convolution& c, int t0, int t1, float* v, float* m, float* sums) {
   const int T = t1 - t0;
-  const size_t wide = panels(c.O) * NR, C = c.C;
+  const int all = (int)panels(c.O);
   for (int t = t0; t < t1; t++) input_tile(c, t, v, T, t - t0);
-  for (int f = 0; f < PARTS; f++) {
-    float* mine = m + (size_t)f * T * wide;
-    gemm(v + (size_t)f * T * C, C, T, c.u + (size_t)f * wide * C, c.C, 0, (int)panels(c.O), sums,
-         [&](int row, int p, vf(&acc)[NV]) {
-           for (int j = 0; j < NV; j++) store(mine + row * wide + p * NR + j * VL, acc[j]);
-         });
-  }
-  for (int t = t0; t < t1; t++) output_tile(c, t, m, T, t - t0, wide, 0, c.O);
-}
-
-// Panel p of part f of T tiles, by packed weights. v: [36][T][C], m: [36][T][O], sums: [T][NR].
-static inline void panel_of_part(const Convolution& c, int f, int p, int T, const float* v, float* m, float* sums) {
-  const size_t wide = panels(c.O) * NR, C = c.C;
-  float* mine = m + (size_t)f * T * wide;
-  gemm(v + (size_t)f * T * C, C, T, c.u + (size_t)f * wide * C, c.C, p, p + 1, sums, [&](int row, int at, vf(&acc)[NV]) {
-    for (int j = 0; j < NV; j++) store(mine + row * wide + at * NR + j * VL, acc[j]);
-  });
+  for (int f = 0; f < PARTS; f++) multiply(c, f, 0, all, T, v, m, sums);
+  for (int t = t0; t < t1; t++) output_tile(c, t, m, T, t - t0, (size_t)all * NR, 0, c.O);
 }
 
 // A part of a panel of KC channels, and a line more: parts 4 KB apart would all fall into the same few cache lines.

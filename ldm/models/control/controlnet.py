@@ -109,7 +109,6 @@ class ControlNet(Encoder):
         )
         self.controlnet_down_blocks = nn.ModuleList(zeroed(Conv2d(c, c, 1)) for c in config.skip_channels)
         self.controlnet_mid_block = zeroed(Conv2d(wide[-1], wide[-1], 1))
-        self._name_attention()
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:

@@ -102,18 +102,22 @@ def check(parts: tuple[Part, ...], plain: Guidance, request: Request, model: Mod
             raise UserError(f"guidance interval: start {part.start:g} must be less than stop {part.stop:g}")
 
 
+def attending(request: Request, model: Model) -> tuple[Attending, ...]:
+    """What the guidance that a resolved request names does in attention's place. Raises UserError."""
+    parts = [part for part in read_guidance(request.guidance or "") if type(part) in ATTENDING]
+    return tuple(each for part in parts for each in ATTENDING[type(part)](part, model))
+
+
 def needed(request: Request, model: Model) -> Needs:
     """Of the guidance that a resolved request names. Raises UserError."""
-    attending, networks, empty, middle = list[Attending](), dict[str, UNet](), False, False
+    networks, empty, middle = dict[str, UNet](), False, False
     for part in read_guidance(request.guidance or ""):
-        if type(part) in ATTENDING:
-            attending += ATTENDING[type(part)](part, model)
         if isinstance(part, AutoGuidance):
             unet = thinned(model.unet) if part.model == THINNED else read_worse(part, model)
             networks["worse"] = unet if request.tiling is None else seamless(unet, request.tiling)
         empty = empty or "empty" in part.reads
         middle = middle or isinstance(part, SelfAttention)
-    return Needs(tuple(attending), networks, empty, middle)
+    return Needs(networks, empty, middle)
 
 
 # --- another network -------------------------------------------------------------------------------------

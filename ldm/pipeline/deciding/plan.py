@@ -211,7 +211,7 @@ class Plan:
         rows = batch * branches
         tokens = windows * (model.text.window if model.text.clips else calls.WINDOW)
         numbers = 5 if model.parts.requires_aesthetics_score else 6
-        sliced = way.sliced and not job.attending  # which sees all rows at once
+        sliced = way.sliced and not job.looks_at_attention
         key = ("unet", id(model.unet), rows, *small, windows, sliced, way.packs)
         call = partial(calls.unet, model.unet, rows, small, tokens, numbers, sliced, way.packs)
         traced, name = self._trace(key, call, model), f"U-Net, {rows} x {small[0]} x {small[1]}"

@@ -142,6 +142,10 @@ def _prepare(
         inputs.image_latents,
     )
     start = start if first.denoising_start is None else resumed(start, first, sampler)
+    attending = () if prompted is None else prompted.attending(first.size, tiles is not None)
+    needs, is_named = NO_NEEDS, first.guidance is not None and inputs.guidance is None
+    if is_named:
+        attending, needs = (*attending, *guiding.attending(first, model)), guiding.needed(first, model)
     kept = requests if inputs is NOTHING and not first.not_kept else inputs.as_kept(requests)
     pictures = list_pictures(kept, inputs, start.shape)
     return Job(
@@ -157,11 +161,11 @@ def _prepare(
         tiles=tiles,
         then=then,
         savings=savings_of(first),
-        attending=() if prompted is None else prompted.attending(first.size, tiles is not None),
+        attending=attending,
         steering=steering_of(model, requests, inputs, telling, grid, images.image is not None)
         if first.is_steered
         else UNSTEERED,
-        needs=guiding.needed(first, model) if first.guidance and not inputs.guidance else NO_NEEDS,
+        needs=needs,
         controls=controls_of(first, shown(inputs, images), model.controls) if first.control else (),
     )
 

@@ -18,6 +18,7 @@ from ldm.checkpoint.beside.esrgan import read_pixel_upscaler
 from ldm.control import noted
 from ldm.diffusion.samplers import SAMPLERS, resolve_sampler
 from ldm.errors import UserError, printable
+from ldm.files import check_drawn_with
 from ldm.images.enlarging import LABELS
 from ldm.images.watermark import check_size, key_named
 from ldm.models.kind import Kind
@@ -272,12 +273,7 @@ def _classifier(model: Model, request: Request) -> dict[str, Any]:
             f"classifier_class {printable(wanted)} is not allowed here: give the classifier that knows it "
             "(with_classifier, --classifier)"
         )
-    if request.classifier_sha256 not in (None, held.sha256):
-        raise UserError(
-            f"{held.path} is not the classifier that this picture was drawn with: its SHA-256 is "
-            f"{held.sha256[:10]}..., that was {str(request.classifier_sha256)[:10]}...; "
-            "give the other one by --classifier"
-        )
+    check_drawn_with(held.path, "classifier", held.sha256, request.classifier_sha256, "--classifier")
     if wanted not in held.network.config.classes:
         known = ", ".join(held.network.config.classes)
         raise UserError(f"classifier_class {printable(wanted)} is unknown: {held.path} knows {known}")

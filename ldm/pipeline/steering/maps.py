@@ -38,6 +38,7 @@ class AttentionMaps:
     maps: Tensor  # [B, words, H, W]: at each pixel the share of attention that a word had, 0..1
     tokens: Tensor  # [B, N, h, w]: the same of all tokens by latents, with start, end and padding: sums to 1
     images: tuple[Image.Image, ...]
+    batch: Batch  # what was drawn, with what a safety checker found
 
     def sheets(self) -> list[Image.Image]:
         """For each picture one with a heat map of each word laid over it, the brightest where it is most."""
@@ -84,7 +85,7 @@ class Recorder:
         return (self.total / self.count).cpu()
 
 
-Draw = Callable[["Job", "Batch"], Sequence[Image.Image]]
+Draw = Callable[["Job", "Batch"], tuple[Sequence[Image.Image], "Batch"]]
 
 
 def record(job: Job, batch: Batch, draw: Draw, layers: Sequence[str] = ()) -> AttentionMaps:
@@ -97,21 +98,22 @@ def record(job: Job, batch: Batch, draw: Draw, layers: Sequence[str] = ()) -> At
     unet, (height, width) = job.model.unet, job.start.shape[1:]
     chosen = attention_layers(unet, layers, cross=True) if layers else None
     recorder = Recorder((height, width), chosen)
-    images = tuple(draw(replace(job, attending=(*job.attending, recorder.attending)), batch))
+    images, batch = draw(replace(job, attending=(*job.attending, recorder.attending)), batch)
     request = job.requests[batch[0].prompt]
     found = words_of(job.model.text.clips[0], request.prompt, request.grammar)
     tokens = recorder.tokens
     words = torch.stack([tokens[:, list(word.places)].sum(1) for word in found], 1)
     maps = F.interpolate(words, images[0].size[::-1], mode="bilinear")
-    return AttentionMaps(tuple(word.text for word in found), maps, tokens, images)
+    return AttentionMaps(tuple(word.text for word in found), maps, tokens, tuple(images), batch)
 
 
 def record_all(job: Job, draw: Draw, layers: Sequence[str] = ()) -> AttentionMaps:
     """`record` of all batches of a job."""
     made = [record(job, batch, draw, layers) for batch in job.batches]
     images = tuple(image for each in made for image in each.images)
+    batch = tuple(picture for each in made for picture in each.batch)
     maps, tokens = (torch.cat([getattr(each, name) for each in made]) for name in ("maps", "tokens"))
-    return AttentionMaps(made[0].words, maps, tokens, images)
+    return AttentionMaps(made[0].words, maps, tokens, images, batch)
 
 
 def check(job: Job) -> None:

@@ -127,9 +127,7 @@ def test_one_state_is_guided_as_by_diffusers_guider(pipe, peer, name):
         seen.append(output)
         return output
 
-    predict = networks.predict(
-        pipe.unet, job.grid, {"cond": cond, "uncond": uncond}, attending=job.needs.attending
-    )
+    predict = networks.predict(pipe.unet, job.grid, {"cond": cond, "uncond": uncond}, attending=job.attending)
     job.guidance(predict, raw)(x, sigma)
     with torch.no_grad():
         scaled = x / (sigma**2 + 1) ** 0.5
