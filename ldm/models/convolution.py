@@ -18,6 +18,9 @@ UNPACKED_PIXELS, UNPACKED_CHANNELS = 64 * 64, 256 * 256
 # Pixels of a picture up to which a 1 x 1 convolution is no slower as a product of matrices, and quicker where
 # pixels are few.
 PRODUCT_PIXELS = 32 * 32
+# Pixels of a picture up to which a strided convolution is a product of patches: torch's kernel adds up in
+# another order for one picture than for several.
+STRIDED_PIXELS = 8 * 8
 # Output pixels of a batch up to which one matrix product is faster than torch's kernel, a loop on one core.
 FEW_PIXELS = 512
 
@@ -147,6 +150,8 @@ def drawn(
     pixels, channels = x.shape[2] * x.shape[3], weight.shape[0] * weight.shape[1]
     if weight.shape[2:] == (1, 1) and pixels <= PRODUCT_PIXELS:
         return as_product(x, weight, bias) if stride == (1, 1) and padding == (0, 0) else None
+    if stride != (1, 1) and pixels <= STRIDED_PIXELS:
+        return as_product_of_patches(x, weight, bias, stride, padding)
     unstrided = weight.shape[2:] == (3, 3) and stride == (1, 1) and padding in ((0, 0), (1, 1))
     enough = pixels >= WINOGRAD_PIXELS and channels >= WINOGRAD_CHANNELS
     if not (unstrided and enough and native.fits(x, weight)):
@@ -161,11 +166,26 @@ def drawn(
 
 def as_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """A 1 x 1 convolution in fp32 on a CPU, without gradients, of x in channels_last; else None."""
-    if x.dtype is not torch.float32 or weight.dtype is not x.dtype or not native.plain(x, weight):
-        return None
-    if not is_channels_last(x):
+    if not _is_plain_fp32(x, weight):
         return None
     return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+
+
+def as_product_of_patches(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int]
+) -> Tensor | None:
+    """As `as_product`, of any convolution."""
+    if not _is_plain_fp32(x, weight):
+        return None
+    sides = zip(x.shape[2:], weight.shape[2:], stride, padding, strict=True)
+    size = torch.Size((side + 2 * pad - kernel) // step + 1 for side, kernel, step, pad in sides)
+    patches = seen_patches(x, size, weight.shape[2:], stride, padding)
+    return F.linear(patches, weight.permute(0, 2, 3, 1).flatten(1), bias).permute(0, 3, 1, 2)
+
+
+def _is_plain_fp32(x: Tensor, weight: Tensor) -> bool:
+    same = x.dtype is torch.float32 and weight.dtype is x.dtype
+    return same and native.plain(x, weight) and is_channels_last(x)
 
 
 def is_channels_last(tensor: Tensor) -> bool:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ldm.models.attention import AnyText, Context, TextTimeEmbedding
 from ldm.models.config import UNetConfig
 from ldm.models.convolution import Conv2d
-from ldm.models.layers import TimeEmbedding, timestep_features
+from ldm.models.layers import TimeEmbedding, row_by_row, timestep_features
 from ldm.models.unet_blocks import DownBlock, down_blocks, mid_block
 
 
@@ -107,9 +107,11 @@ class Encoder(nn.Module):
     def _embed(
         self, sample: Tensor, timestep: Tensor | float, context: AnyText, extra: Mapping[str, Tensor]
     ) -> Tensor:
-        """[B, time_dim]: the sum of embeddings of the timestep and of all else that it is extra."""
+        """[B, time_dim]: the sum of embeddings of the timestep and of all else that is extra; [1, time_dim]
+        where it is the same for all rows.
+        """
         config, dtype = self.config, sample.dtype
-        t = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device).expand(sample.shape[0])
+        t = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device).reshape(-1)
         embedding: Tensor = self.time_embedding(self._features(t).to(dtype), extra.get("timestep_cond"))
         if self.class_embedding is not None:
             labels = extra["class_labels"]
@@ -117,7 +119,7 @@ class Encoder(nn.Module):
                 labels = labels.long()
             elif config.class_embed_type == "timestep":
                 labels = self._features(labels).to(dtype)
-            embedding = embedding + self.class_embedding(labels)
+            embedding = embedding + row_by_row(self.class_embedding, labels)
         if self.add_embedding is not None:
             if config.addition_embed_type == "text_time":
                 sizes = self._features(extra["time_ids"], config.addition_time_embed_dim).flatten(1)
