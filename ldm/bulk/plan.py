@@ -7,7 +7,7 @@ sums in a network are rounded by how many rows it sees. What is done already cha
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ldm.bulk.rows import Row, Rows
@@ -50,9 +50,8 @@ class Plan:
         """
         models = {model: k for k, model in enumerate(dict.fromkeys(rows.models))}
         order = sorted(range(len(rows)), key=lambda i: models[rows.models[rows.kinds[i]]])
-        batches, each = list(cut(rows, order, batch)), max(1, (shard or 1) // batch)
-        parts = [batches[k : k + each] for k in range(0, len(batches), each)]
-        return cls(rows, batch, shard, tuple(Piece(k, tuple(part)) for k, part in enumerate(parts)))
+        parts = filled(cut(rows, order, batch), shard or 1)
+        return cls(rows, batch, shard, tuple(Piece(k, part) for k, part in enumerate(parts)))
 
     def share(self, rank: int, world: int) -> tuple[Piece, ...]:
         """The pieces of one of `world` workers."""
@@ -69,6 +68,18 @@ def cut(rows: Rows, numbers: Sequence[int], size: int) -> Iterator[Batch]:
         alike.setdefault(rows.kinds[i], []).append(i)
     for group in alike.values():
         yield from (tuple(group[k : k + size]) for k in range(0, len(group), size))
+
+
+def filled(batches: Iterable[Batch], most: int) -> Iterator[tuple[Batch, ...]]:
+    """Neighbours that have at most so many rows together, or one batch."""
+    part, count = list[Batch](), 0
+    for batch in batches:
+        if part and count + len(batch) > most:
+            yield tuple(part)
+            part, count = [], 0
+        part.append(batch)
+        count += len(batch)
+    yield tuple(part)
 
 
 # --- which worker this is -----------------------------------------------------------------------------------

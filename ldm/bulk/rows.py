@@ -12,12 +12,14 @@ import json
 import re
 from array import array
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from ldm.bulk.tables import ID, expand, read_table
 from ldm.errors import UserError, printable
-from ldm.request import OWN, PROMPTS, Request, field_named
+from ldm.prompts.tags import take_tags
+from ldm.request import OWN, Request, field_named
 from ldm.request.fields import short
 from ldm.spelling import unknown
 
@@ -41,6 +43,7 @@ class Rows:
     Attributes:
         kinds: by row, the number of its settings: rows of equal number differ in texts and seeds only.
         models: by that number, the model that such rows name; None: the run's own.
+        loras: the names of all that rows name.
         digest: SHA-256 of all ids and fields, whatever file they were read from.
     """
 
@@ -48,6 +51,7 @@ class Rows:
     fields: list[str] = field(default_factory=list)
     kinds: array[int] = field(default_factory=lambda: array("L"))
     models: list[str | None] = field(default_factory=list)
+    loras: set[str] = field(default_factory=set)
     digest: str = ""
 
     def __len__(self) -> int:
@@ -86,6 +90,7 @@ def read_rows(sources: Sequence[str]) -> Rows:
             kind = known.setdefault(settings_of(fields), len(known))
             if kind == len(rows.models):
                 rows.models.append(fields.get("model"))
+                rows.loras.update(loras_of(fields))
             rows.ids.append(row_id)
             rows.fields.append(text)
             rows.kinds.append(kind)
@@ -141,14 +146,23 @@ def id_of(value: Any, where: str) -> str:
 
 
 def settings_of(fields: Mapping[str, Any]) -> str:
-    """What rows of one batch have alike, as text: all but prompts and seeds, and the tags in prompts.
+    """What rows of one batch have alike, as text: all but prompts and seeds, and the tags in the prompt.
 
     As it is written: two spellings of one sampler are two settings, which costs a fuller batch and no more.
     """
     shared: dict[str, Any] = {name: value for name, value in fields.items() if name not in OWN}
-    shared["tags"] = [TAG.findall(fields[name]) for name in PROMPTS if isinstance(fields.get(name), str)]
+    shared["tags"] = TAG.findall(str(fields.get("prompt", "")))
     shared["edit"] = "target_prompt" in fields
     return json.dumps(shared, sort_keys=True)
+
+
+def loras_of(fields: Mapping[str, Any]) -> list[str]:
+    """The names of LoRAs in a row's prompt and fields, as far as they can be read."""
+    named = fields.get("loras")
+    uses = list(named) if isinstance(named, list) else []
+    with suppress(UserError):
+        uses += take_tags(str(fields.get("prompt", "")))[1]
+    return [str(use["name"]) for use in uses if isinstance(use, dict) and "name" in use]
 
 
 def without_none(value: Any) -> Any:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ldm.adapters.adapted import find_lora
 from ldm.bulk.mapper import Mapper, Models
 from ldm.bulk.plan import Piece, Plan
 from ldm.bulk.records import proven, read_logs
@@ -20,9 +22,13 @@ from ldm.bulk.rows import read_rows
 from ldm.bulk.storage import Storage, open_storage
 from ldm.bulk.worker import Worker
 from ldm.errors import UserError, printable
+from ldm.files import sha256
 from ldm.images.formats import PNG, Encoding
 from ldm.images.provenance import MARKED, Marks
 from ldm.version import __version__
+
+if TYPE_CHECKING:
+    from ldm.pipeline import Pipeline
 
 NAME = "run.json"
 # What is noted -> as it is called in an error.
@@ -107,7 +113,7 @@ def noted(order: Order, plan: Plan, models: Models) -> dict[str, Any]:
     return {
         "ldm": __version__,
         "torch": str(torch.__version__),
-        "device": pipe.device.type,
+        "device": device_of(pipe),
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "requests": plan.rows.digest,
         "rows": len(plan.rows),
@@ -120,6 +126,7 @@ def noted(order: Order, plan: Plan, models: Models) -> dict[str, Any]:
         "adapters": [
             *([use.name, use.weight, use.text_weight, use.sha256] for use in adapted.uses),
             *([each.name, each.sha256] for each in adapted.embeddings),
+            *([name, lora_sha256(name, pipe.lora_dir)] for name in sorted(plan.rows.loras)),
         ],
         "beside": {
             "upscaler": None if pipe.upscaler is None else pipe.upscaler.model_hash,
@@ -128,6 +135,23 @@ def noted(order: Order, plan: Plan, models: Models) -> dict[str, Any]:
             "safety_checker": None if pipe.safety_checker is None else pipe.safety_checker.sha256,
         },
     }
+
+
+def device_of(pipe: Pipeline) -> str:
+    """What rounds sums in its own way: a card's name, or a processor's instructions and how many threads."""
+    if pipe.device.type == "cuda":
+        return str(torch.cuda.get_device_name(pipe.device))
+    if pipe.device.type == "cpu":
+        return f"cpu, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    return pipe.device.type
+
+
+def lora_sha256(name: str, folder: Path) -> str | None:
+    """Of the LoRA that rows name; None where there is none: those rows will say so."""
+    try:
+        return sha256(find_lora(name, folder))
+    except (UserError, OSError):
+        return None
 
 
 def begin(storage: Storage, run: Mapping[str, Any]) -> None:
