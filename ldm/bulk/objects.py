@@ -94,8 +94,6 @@ class Objects:
     def _errors(self, doing: str, name: str) -> Iterator[None]:
         try:
             yield
-        except (UserError, FileNotFoundError):
-            raise
         except Exception as error:  # each store has errors of its own
             raise UserError(f"cannot {doing} {self.where}/{name}: {printable(reason(error))}") from None
 

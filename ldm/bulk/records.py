@@ -51,7 +51,7 @@ class Record:
 def read_logs(storage: Storage, ids: Collection[str]) -> dict[str, Record]:
     """The latest record of each row of `ids` that has one."""
     found: dict[str, Record] = {}
-    for record in _records(storage):
+    for record in _records(storage) if ids else ():
         if record.id in ids and (record.id not in found or found[record.id].time <= record.time):
             found[record.id] = record
     return found

@@ -14,6 +14,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from ldm.bulk.tables import ID, expand, read_table
@@ -111,7 +112,7 @@ def checked(
     fields: dict[str, Any] = {}
     for column, value in values.items():
         value = without_none(value)
-        name = column if column == ID else field_named(column)
+        name = column if column == ID else known_field(column)
         if name is None:
             raise UserError(f"{where}: {unknown('column', column, [ID, *Request.model_fields])}")
         if value is None:
@@ -128,6 +129,9 @@ def checked(
             raise UserError(f"{where}: {name} has two columns: give it once")
         fields[name] = value
     return id_of(fields.pop(ID, None), where), fields
+
+
+known_field = cache(field_named)  # the same few columns in every row
 
 
 def id_of(value: Any, where: str) -> str:
