@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ldm.cli.flags import add_common_flags, add_model_flags
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from ldm.bulk.run import Order
     from ldm.bulk.storage import Storage
     from ldm.bulk.worker import Worker
+    from ldm.pipeline import Pipeline
 
 BATCH, SHARD, SAMPLE = 8, 1000, 16
 
@@ -113,7 +115,11 @@ def hired(
     from ldm.cli.models import load
 
     args.device = args.device or own_card()
-    models = Models(load(args), lambda name: ldm.load(name, device=args.device, dtype=args.dtype))
+
+    def read(name: str) -> Pipeline:
+        return replace(ldm.load(name, device=args.device, dtype=args.dtype), lora_dir=args.lora_dir)
+
+    models = Models(load(args), read)
     with bar("reading what is done", "files/s", args.quiet) as on_progress:
         return hire(order, plan, storage, models, share, on_progress)
 

@@ -16,7 +16,7 @@ def table(tmp_path):
     return write_jsonl(tmp_path / "requests.jsonl", ROWS)
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def loaded_once():
     """Reading a tiny model takes longer than a picture."""
     read = ldm.load

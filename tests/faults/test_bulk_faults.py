@@ -79,11 +79,15 @@ def die_at(call):
 
 @pytest.fixture
 def command(tiny_folder, tmp_path):
-    """The arguments that draw 14 rows to a folder of that name."""
-    rows = [*ROWS, *({**row, "id": f"more-{row['id']}"} for row in ROWS)]
-    table = write_jsonl(tmp_path / "requests.jsonl", rows)
-    own = ["-m", str(tiny_folder), "--dtype", "fp32", "--batch", "2", "-q"]
-    return lambda name, *flags: ["bulk", table, "-o", str(tmp_path / name), *own, *flags]
+    """The arguments that draw `times` as many rows as ROWS to a folder of that name."""
+
+    def arguments(name, *flags, times=2):
+        rows = [{**row, "id": f"{k}-{row['id']}"} for k in range(times) for row in ROWS]
+        table = write_jsonl(tmp_path / f"requests-{times}.jsonl", rows)
+        own = ["-m", str(tiny_folder), "--dtype", "fp32", "--batch", "2", "-q"]
+        return ["bulk", table, "-o", str(tmp_path / name), *own, *flags]
+
+    return arguments
 
 
 def files(out):
@@ -100,24 +104,26 @@ def check_whole(out, whole):
 
 
 @pytest.mark.parametrize("shards", KINDS)
-def test_killed_at_random_moments(command, tmp_path, shards):
+@pytest.mark.parametrize(("kills", "times"), [(3, 2), pytest.param(20, 20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(command, tmp_path, shards, kills, times):
     began = time.monotonic()
-    assert ended(command("whole", *shards)) == 0
-    longest, moments = time.monotonic() - began, random.Random(0)
+    assert ended(command("whole", *shards, times=times)) == 0
+    longest, moments = (time.monotonic() - began) * 3 / kills, random.Random(0)
     whole, found = files(tmp_path / "whole"), []
-    for _ in range(3):
+    for _ in range(kills):
         ready = context().Event()
-        process = started(command("killed", *shards), ready=ready)
+        process = started(command("killed", *shards, times=times), ready=ready)
         assert ready.wait(60)
         time.sleep(moments.uniform(0.2, 0.7) * longest)
         process.kill()
         process.join()
         found.append(check_whole(tmp_path / "killed", whole))
+    print(f"files after each kill: {found} of {len(whole)}")
     assert found == sorted(found)
-    assert ended(command("killed", *shards)) == 0
+    assert ended(command("killed", *shards, times=times)) == 0
     assert files(tmp_path / "killed") == whole
     ids = [row["id"] for row in parquet.read_table(tmp_path / "killed" / "manifest.parquet").to_pylist()]
-    assert len(ids) == len(set(ids)) == 14
+    assert len(ids) == len(set(ids)) == 7 * times
     assert list((tmp_path / "killed" / ".work").rglob("*.tmp")) == []
 
 
@@ -191,7 +197,7 @@ def test_a_log_that_ends_in_half_a_line(command, tmp_path):
     assert sum(data.count(b"\n") for data in told) == 5 + 9
 
 
-def test_a_rank_is_one_process(command, tmp_path, capsys):
+def test_a_rank_is_one_process(command, tmp_path):
     store = storage.open_storage(str(tmp_path / "out"), "rank-0")
     with store.claimed():
         process = started(command("out"))
