@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from ldm.cli import (
+    bulk,
     convert,
     diffuse,
     evaluate,
@@ -82,6 +83,7 @@ COMMANDS = {
         finetune.train_image_prompt,
         "train an IP-Adapter on a folder of pictures",
     ),
+    "bulk": (bulk.add_flags, bulk.bulk, "draw a table of requests, with as many workers as there are"),
     "serve": (
         serve.add_flags,
         serve.serve,

@@ -8,12 +8,13 @@ from which the picture can be drawn again. `ldm.images.formats` says where they 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from PIL import Image
 
@@ -149,17 +150,32 @@ def _as_drawn(request: Request) -> Request:
     return request.replace(eta=None if unused else request.eta, upscaling=upscaling)
 
 
+def as_bytes(
+    image: Image.Image, request: Request | None = None, encoding: Encoding = PNG, marks: Marks = MARKED
+) -> bytes:
+    """The file of a picture in memory, as the functions above write it. Raises UserError."""
+    file = io.BytesIO()
+    _write(image, file, request, encoding, marks)
+    return file.getvalue()
+
+
+def _write(
+    image: Image.Image, file: IO[bytes], request: Request | None, encoding: Encoding, marks: Marks
+) -> None:
+    texts = {}
+    if request is not None:
+        texts = {PARAMETERS: format_parameters(request), CHUNK: request.to_json()}
+    encode(image, file, texts, encoding, marks.origin(image, request))
+
+
 @contextlib.contextmanager
 def _complete_file(
     image: Image.Image, path: Path, request: Request | None, encoding: Encoding, marks: Marks
 ) -> Iterator[Path]:
     """A finished file under a temporary name beside `path`; whatever happens, no such name stays."""
-    texts = {}
-    if request is not None:
-        texts = {PARAMETERS: format_parameters(request), CHUNK: request.to_json()}
     with temporary_file(path) as temporary:
         with temporary.open("wb") as file:
-            encode(image, file, texts, encoding, marks.origin(image, request))
+            _write(image, file, request, encoding, marks)
         yield temporary
 
 
