@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -40,10 +40,11 @@ from ldm.models.kind import Kind
 from ldm.pipeline import Pipeline
 from ldm.pipeline.deciding.resolve import native_size
 from ldm.runtime import Runtime, choose
-from ldm.train.loop import check_precision, check_tracker, train
+from ldm.train.changes import BATCHES, batches_a_step, compare, flat
+from ldm.train.loop import check_precision, check_sharding, check_tracker, train
 from ldm.train.memory import checkpoint_blocks
 from ldm.train.processes import partial_state
-from ldm.train.state import check_recipe, damage, flat, newest_state
+from ldm.train.state import damage, newest_state
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -68,12 +69,14 @@ def finetune(recipe: FinetuneRecipe) -> None:
     controls = controls_of(recipe, [*trained, *held_out]) if recipe.mode == "controlnet" else None
     mode = make_mode(recipe, [example.caption or "" for example in trained])
     parts = _load(recipe)
-    recipe = _complete(recipe, parts, trained, held_out, processes)
-    _check_state(recipe)
+    before = _before(recipe)
+    a_step = batches_a_step(before, recipe.gradient_accumulation_steps, processes.num_processes)
+    recipe = _complete(recipe, parts, trained, held_out, processes.device, a_step)
+    _check_state(recipe, before, a_step)
     splits = _splits(recipe, trained, held_out)
     runtime = Runtime(processes.device, DTYPES[recipe.mixed_precision or "no"])
     parts = mode.prepare(parts, runtime)
-    for line in _plan(recipe, parts, mode, splits, runtime, processes.num_processes):
+    for line in _plan(recipe, parts, mode, splits, runtime, a_step):
         log(line)
     if recipe.dry_run:
         return
@@ -105,15 +108,21 @@ def _check(recipe: FinetuneRecipe, device: torch.device) -> None:
         raise UserError(f"output_dir {recipe.output_dir} is a file: name a folder")
     check_precision(recipe.mixed_precision or "no", device)
     check_tracker(recipe.report_to)
+    check_sharding(recipe)
 
 
-def _check_state(recipe: FinetuneRecipe) -> None:
-    """Raise UserError at once where the output folder holds the state of another recipe."""
+def _before(recipe: FinetuneRecipe) -> dict[str, Any]:
+    """The flat recipe of the state in the output folder; {} where there is none that is whole."""
     state = newest_state(recipe.output_dir)
-    if state is not None and damage(state) is None:
-        before = read_json(state / "recipe.json")
-        now = dict(flat(recipe.model_dump(mode="json")))
-        check_recipe(state, before | now, recipe.changes(), recipe.force, log=_silent)
+    whole = state is not None and damage(state) is None
+    return dict(read_json(state / "recipe.json")) if state is not None and whole else {}
+
+
+def _check_state(recipe: FinetuneRecipe, before: dict[str, Any], a_step: int) -> None:
+    """Raise UserError at once where the output folder holds the state of another recipe."""
+    if before:
+        now = before | dict(flat(recipe.model_dump(mode="json"))) | {BATCHES: a_step}
+        compare(recipe.output_dir, before, now, recipe.changes(), recipe.force, log=_silent)
 
 
 # --- pictures --------------------------------------------------------------------------------------------
@@ -233,7 +242,8 @@ def _complete(
     parts: Parts,
     trained: Sequence[Example],
     held_out: Sequence[Example],
-    processes: PartialState,
+    device: torch.device,
+    a_step: int,
 ) -> FinetuneRecipe:
     """The recipe with what follows from the model, the folder and the machine in place of None."""
     native = 8 * round(math.sqrt(math.prod(native_size(parts))) / 8)
@@ -241,14 +251,13 @@ def _complete(
     captions = list(dict.fromkeys(each.caption for each in told if each.caption))
     changes = {
         "resolution": recipe.resolution or native,
-        "mixed_precision": recipe.mixed_precision or NAMES[choose(processes.device).dtype],
+        "mixed_precision": recipe.mixed_precision or NAMES[choose(device).dtype],
         "validation_prompts": recipe.validation_prompts or tuple(captions[:MOST_PROMPTS]),
         "cache_dir": recipe.cache_dir or recipe.output_dir / "cache",
     }
     recipe = recipe.model_copy(update=changes)
     if recipe.max_train_steps is None and recipe.max_minutes is None:
         batches = len(_splits(recipe, trained, ()).train)
-        a_step = processes.num_processes * recipe.gradient_accumulation_steps
         steps = math.ceil(batches / a_step) * recipe.num_train_epochs
         recipe = recipe.model_copy(update={"max_train_steps": steps})
     return recipe
@@ -291,7 +300,7 @@ def _fill(feed: Feed, splits: Splits, processes: PartialState, log: Log) -> None
 
 
 def _plan(
-    recipe: FinetuneRecipe, parts: Parts, mode: Mode, splits: Splits, runtime: Runtime, processes: int
+    recipe: FinetuneRecipe, parts: Parts, mode: Mode, splits: Splits, runtime: Runtime, a_step: int
 ) -> Iterator[str]:
     batches = splits.train
     yield ""
@@ -307,12 +316,12 @@ def _plan(
         yield "no held-out loss: too few pictures for the share that is held out (--held-out)"
     if batches.filled:
         yield f"{batches.filled} showings in each epoch only fill a bucket's last batch"
-    a_step = recipe.train_batch_size * recipe.gradient_accumulation_steps * processes
+    shown = recipe.train_batch_size * a_step
     if recipe.max_train_steps is None:
-        yield f"run: {recipe.max_minutes:g} minutes, {a_step} pictures a step"
+        yield f"run: {recipe.max_minutes:g} minutes, {shown} pictures a step"
     else:
-        times = recipe.max_train_steps * a_step / len(batches.examples)
-        yield f"run: {recipe.max_train_steps} steps of {a_step} pictures: each {times:.0f} times"
+        times = recipe.max_train_steps * shown / len(batches.examples)
+        yield f"run: {recipe.max_train_steps} steps of {shown} pictures: each {times:.0f} times"
     yield f"output: {recipe.output_dir}"
 
 

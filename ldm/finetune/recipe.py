@@ -247,6 +247,7 @@ _ONLY: dict[str, tuple[Mode, ...]] = {
         ("rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_conv", "use_dora"), ("lora",)
     ),
     **dict.fromkeys(("placeholder_token", "initializer_token", "num_vectors"), ("textual_inversion",)),
+    "distributed": ("lora", "full"),
     **dict.fromkeys(("class_prompt", "class_data_dir"), ("lora", "full", "textual_inversion")),
     **dict.fromkeys(ControlSection.model_fields, ("controlnet",)),
     **dict.fromkeys(ImagePromptSection.model_fields, ("image_prompt",)),
