@@ -26,6 +26,7 @@ from ldm.dataset.controls import Controls
 from ldm.dataset.examine import examine
 from ldm.dataset.feed import Feed
 from ldm.dataset.findings import Example, report
+from ldm.dataset.shards import find_shards, read_index
 from ldm.errors import UserError, abbreviate
 from ldm.finetune.control import ControlTask, controls_of
 from ldm.finetune.image_prompt import ImagePromptTask
@@ -43,7 +44,7 @@ from ldm.runtime import Runtime, choose
 from ldm.train.changes import BATCHES, batches_a_step, compare, flat
 from ldm.train.loop import check_precision, check_sharding, check_tracker, train
 from ldm.train.memory import checkpoint_blocks
-from ldm.train.processes import partial_state
+from ldm.train.processes import alone, partial_state, together
 from ldm.train.state import damage, newest_state
 
 if TYPE_CHECKING:
@@ -56,16 +57,19 @@ MOST_PROMPTS = 4  # captions that are drawn where the recipe has no prompts
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def finetune(recipe: FinetuneRecipe) -> None:
+def finetune(recipe: FinetuneRecipe, precompute: bool = False) -> None:
     """Fine-tune as `recipe` says; the same call again goes on where it stopped, bit for bit.
+
+    Args:
+        precompute: fill the caches, put them into shards, and end.
 
     Raises:
         UserError: for a folder, model or recipe that cannot be trained with: what, where, what to do.
     """
     processes = partial_state()
     log = print if processes.is_main_process else _silent
-    _check(recipe, processes.device)
-    trained, held_out = _pictures(recipe, log)
+    _check(recipe, processes.device, precompute)
+    trained, held_out = _pictures(recipe, processes, log)
     controls = controls_of(recipe, [*trained, *held_out]) if recipe.mode == "controlnet" else None
     mode = make_mode(recipe, [example.caption or "" for example in trained])
     parts = _load(recipe)
@@ -87,6 +91,9 @@ def finetune(recipe: FinetuneRecipe) -> None:
             checkpoint_blocks(module)
     feed = _feed(recipe, parts, controls)
     _fill(feed, splits, processes, log)
+    if precompute:
+        alone(processes, lambda: _pack(feed, log))
+        return
     kinds: dict[str, type[FinetuneTask]] = {"controlnet": ControlTask, "image_prompt": ImagePromptTask}
     kind = kinds.get(recipe.mode, FinetuneTask)
     train(kind(parts, mode, recipe, feed, splits), recipe, recipe.output_dir)
@@ -98,14 +105,19 @@ def _silent(*_: object, **__: object) -> None:
     """What processes but the main one say."""
 
 
-def _check(recipe: FinetuneRecipe, device: torch.device) -> None:
+def _check(recipe: FinetuneRecipe, device: torch.device, precompute: bool) -> None:
     """Raise UserError for what can be told before any file is read."""
+    data = recipe.train_data_dir
     for name in ("output_dir", "cache_dir", "class_data_dir", "control_data_dir"):
         place = getattr(recipe, name)
-        if place is not None and place.resolve().is_relative_to(recipe.train_data_dir.resolve()):
+        if place is not None and isinstance(data, Path) and place.resolve().is_relative_to(data.resolve()):
             raise UserError(f"{name} {place} lies in the folder of pictures, and would be trained on")
+    if recipe.control_data_dir is not None and find_shards(data):
+        raise UserError("control_data_dir goes with a folder of pictures, not with shards: give preprocess")
     if recipe.output_dir.exists() and not recipe.output_dir.is_dir():
         raise UserError(f"output_dir {recipe.output_dir} is a file: name a folder")
+    if precompute and not recipe.center_crop:
+        raise UserError("no-center_crop encodes each picture anew: there is nothing to precompute")
     check_precision(recipe.mixed_precision or "no", device)
     check_tracker(recipe.report_to)
     check_sharding(recipe)
@@ -128,9 +140,15 @@ def _check_state(recipe: FinetuneRecipe, before: dict[str, Any], a_step: int) ->
 # --- pictures --------------------------------------------------------------------------------------------
 
 
-def _pictures(recipe: FinetuneRecipe, log: Log) -> tuple[list[Example], list[Example]]:
+def _pictures(
+    recipe: FinetuneRecipe, processes: PartialState, log: Log
+) -> tuple[list[Example], list[Example]]:
     """To train on, and held out. Raises UserError, after the report, where training could not start."""
-    folder = recipe.train_data_dir
+    folder, index = recipe.train_data_dir, (recipe.cache_dir or recipe.output_dir / "cache") / "shards"
+    if shards := find_shards(folder):
+        mine = shards[processes.process_index :: processes.num_processes]
+        together(processes, lambda: len(read_index(mine, index)))  # so that each is read once
+        log(f"shards: {len(shards)}")
     examined = examine(
         folder,
         instance_prompt=recipe.instance_prompt,
@@ -139,6 +157,7 @@ def _pictures(recipe: FinetuneRecipe, log: Log) -> tuple[list[Example], list[Exa
         caption_column=recipe.caption_column,
         count_tokens=clip_counter(),
         resolution=recipe.resolution or 0,
+        index=index,
     )
     log("\n".join(report(examined, MOST_FINDINGS)))
     if not examined.can_train:
@@ -296,6 +315,13 @@ def _fill(feed: Feed, splits: Splits, processes: PartialState, log: Log) -> None
     processes.wait_for_everyone()
 
 
+def _pack(feed: Feed, log: Log) -> None:
+    """Make shards of what the caches hold in files."""
+    for cache in (feed.latents, feed.texts):
+        if cache is not None:
+            log(f"{cache.store.folder}: {cache.store.pack()} entries put into shards")
+
+
 # --- what is said ----------------------------------------------------------------------------------------
 
 
@@ -330,7 +356,7 @@ def _report(recipe: FinetuneRecipe, mode: Mode, splits: Splits) -> Path:
     facts = {"pictures": f"{len(splits.train.examples)}, {len(splits.held_out)} held out", **given}
     return write_report(
         recipe.output_dir,
-        title=f"{recipe.mode} on {recipe.train_data_dir.name}",
+        title=f"{recipe.mode} on {Path(recipe.train_data_dir).name}",
         facts={name: str(value) for name, value in facts.items()},
         prompts=recipe.validation_prompts,
         outputs=mode.outputs(recipe.output_dir / "export"),
