@@ -1,8 +1,8 @@
 """The one training loop: VAE, CLIP, U-Net and the others differ only in their `Task`.
 
-All randomness of a batch follows from (seed, step, micro, rank), so a run that is stopped and started again
-goes on as if nothing had happened, and no loader has state to save. An optimisation step is the unit: one
-that is interrupted, inside its accumulation too, is made again from its beginning.
+All randomness of a batch follows from (seed, step, its number in the step), so a run that is stopped and
+started again goes on as if nothing had happened, and no loader has state to save. An optimisation step is
+the unit: one that is interrupted, inside its accumulation too, is made again from its beginning.
 """
 
 from __future__ import annotations
@@ -95,6 +95,7 @@ def check_sharding(recipe: Trainable) -> None:
     faults = {
         "use_muon": recipe.optimiser.use_muon and "Muon wants whole matrices",
         "use_8bit_adam": recipe.optimiser.use_8bit_adam and "bitsandbytes wants whole weights",
+        "mixed_precision": recipe.run.mixed_precision == "fp16" and "fp16 scales its gradients; give bf16",
         "compile": recipe.run.compile and "torch.compile would gather all weights at once",
     }
     for name, fault in faults.items():
