@@ -82,13 +82,18 @@ def save_state(
     final = run_dir / f"state-{position.step:08d}"
     moments, numbers = _moments(state.optimiser)
     run = {"position": asdict(position), "optimiser": numbers, "extra": dict(extra)}
-    with ExitStack() as stack:  # of the main process: the folder has its name once all are done
+    with ExitStack() as stack:  # of the main process
         aside = alone(processes, lambda: stack.enter_context(whole_folder(final)))
         files: dict[str, Any] = {}
         for own in together(processes, lambda: _write_own(aside, state, moments, processes)):
             files |= own
-        alone(processes, lambda: _write_rest(aside, files, run, recipe))
-    alone(processes, lambda: _remove_others(run_dir, final, position.step, keep))
+
+        def finish() -> None:
+            _write_rest(aside, files, run, recipe)
+            stack.close()  # the folder has its name
+            _remove_others(run_dir, final, position.step, keep)
+
+        alone(processes, finish)
     return final
 
 

@@ -203,6 +203,20 @@ def test_a_picture_that_has_changed_in_its_shard_is_refused(tars):
         first.open()
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"mode": "controlnet", "control_data_dir": "maps"}, "not with shards: give preprocess"),
+        ({"center_crop": False}, "encodes each picture anew: there is nothing to precompute"),
+    ],
+)
+def test_what_does_not_go_with_shards_is_said_at_once(tars, tmp_path, capsys, options, said):
+    argv = arguments(tmp_path / "no-model", tars, tmp_path / "out", **options)
+    assert main(["precompute", *argv[1:]]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 # --- entries of a cache in shards ------------------------------------------------------------------------
 
 
