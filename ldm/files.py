@@ -20,6 +20,11 @@ def is_remote(path: str) -> bool:
     return len(path) > 1 and all(c in "/\\" for c in path[:2])
 
 
+def is_url(place: str | Path) -> bool:
+    """Whether it names what lies in a store, such as https:// or s3://, and no path of this machine."""
+    return "://" in str(place)
+
+
 def check_drawn_with(path: object, what: str, digest: str, noted: str | None, flag: str = "") -> None:
     """Raise UserError where a file, of that SHA-256, is not the one that a picture's request has noted.
 

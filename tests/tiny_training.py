@@ -17,6 +17,7 @@ from torch import nn
 from ldm.errors import UserError
 from ldm.pretrain.recipe import Recipe
 from ldm.train.loop import train
+from ldm.train.recipe import OptimiserSection
 from ldm.train.task import Task
 
 
@@ -25,6 +26,8 @@ class Line(Task):
 
     interrupt: the call of `forward` (from 1) in which SIGTERM comes. poison: calls that give NaN.
     """
+
+    shards = True
 
     def __init__(self, poison=(), interrupt=0, dropout=0.1):
         super().__init__()
@@ -64,10 +67,11 @@ def exported(run_dir: Path) -> dict[str, torch.Tensor]:
 def tiny_recipe(
     steps: int, parts: int = 1, batch_size: int = 16, lr: float = 0.02, muon: bool = False, **run
 ) -> Recipe:
-    """`parts` are the micro-steps of an optimisation step."""
+    """`parts` are the micro-steps of an optimisation step; the rest is of the run or the optimiser."""
     optimiser = {"learning_rate": lr, "adam_beta2": 0.99, "ema_decay": 0.999, "train_batch_size": batch_size}
     optimiser |= {"gradient_accumulation_steps": parts, "lr_warmup_steps": 5, "use_muon": muon}
     optimiser |= {"lr_scheduler": "warmup_stable_decay"}
+    optimiser |= {name: run.pop(name) for name in run.keys() & OptimiserSection.model_fields.keys()}
     every = {"logging_steps": 5, "validation_steps": 20, "checkpointing_steps": 10}
     run = {"max_train_steps": steps, "mixed_precision": "no"} | every | run
     return Recipe.model_validate({"run": run, "optimiser": optimiser})

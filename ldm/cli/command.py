@@ -73,6 +73,11 @@ COMMANDS = {
     ),
     "folder": (folder.add_flags, folder.folder, "examine a folder of pictures before training on it"),
     "finetune": (finetune.add_flags, finetune.finetune, "train a model on a folder of pictures"),
+    "precompute": (
+        finetune.add_flags,
+        finetune.precompute,
+        "make the latents and embeddings of a fine-tuning, in shards",
+    ),
     "train-control": (
         finetune.add_control_flags,
         finetune.train_control,

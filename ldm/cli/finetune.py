@@ -30,7 +30,7 @@ def add_image_prompt_flags(parser: argparse.ArgumentParser) -> None:
     add_flags(parser, IMAGE_PROMPT)
 
 
-def finetune(args: argparse.Namespace, mode: Mode | None = None) -> int:
+def finetune(args: argparse.Namespace, mode: Mode | None = None, precompute: bool = False) -> int:
     """Fine-tune; the same command again goes on where it stopped."""
     from ldm.finetune.recipe import read_finetune_recipe
 
@@ -38,10 +38,15 @@ def finetune(args: argparse.Namespace, mode: Mode | None = None) -> int:
     try:
         from ldm.finetune.finetune import finetune
 
-        finetune(recipe)
+        finetune(recipe, precompute)
     except ModuleNotFoundError as error:
         raise UserError(f"training needs {error.name}: pip install 'ldm[train]'") from None
     return 0
+
+
+def precompute(args: argparse.Namespace) -> int:
+    """Make what a fine-tuning of these flags would keep in its cache, and end."""
+    return finetune(args, precompute=True)
 
 
 def train_control(args: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ldm.cli.flags import add_common_flags
-from ldm.cli.parser import count
+from ldm.cli.parser import count, place
 from ldm.cli.terminal import bar
 from ldm.errors import UserError
 
@@ -15,7 +15,12 @@ SHOWN = 20  # lines of each kind, without --all
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("folder", type=Path, metavar="DIR", help="pictures, with captions in any of the usual layouts")
+    add(
+        "folder",
+        type=place,
+        metavar="DIR",
+        help="pictures, with captions in any of the usual layouts; or shards",
+    )
     add("--instance-prompt", metavar="TEXT", help="the caption of every picture; those in DIR are not read")
     add(
         "--missing-caption",
@@ -75,7 +80,7 @@ def _check_sheet(args: argparse.Namespace) -> None:
     make_buckets(args.resolution)
     if args.sheet.suffix.lower() != ".png" or args.sheet.is_dir():
         raise UserError(f"--sheet {args.sheet} must name a .png file")
-    if args.sheet.resolve().is_relative_to(args.folder.resolve()):
+    if isinstance(args.folder, Path) and args.sheet.resolve().is_relative_to(args.folder.resolve()):
         raise UserError(
             f"--sheet {args.sheet} lies in the folder itself, and would be trained on: move it out"
         )

@@ -6,7 +6,10 @@ import argparse
 import difflib
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
+
+from ldm.files import is_url
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,6 +54,11 @@ def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 up")
     return int(text)
+
+
+def place(text: str) -> Path | str:
+    """A path, or a URL as it is."""
+    return text if is_url(text) else Path(text)
 
 
 class ShowVersion(argparse.Action):

@@ -1,6 +1,7 @@
 """What the VAE and the text encoders make of pictures and captions, kept on disk from run to run.
 
     <folder>/4f/4f0c...safetensors   `mean` and `std` of a picture's latents, or `tokens`, `pooled` of a text
+    <folder>/1200-4f0c....tar        many such files, where `pack` has put them: WebDataset shards
 
 An entry's name is a hash of all that it follows from: the picture's bytes, the crop, the network's weights
 and config, the dtype. So it is never stale: change one of them, and another entry is looked for. It also
@@ -18,11 +19,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import tarfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
@@ -34,9 +37,9 @@ from torch import Tensor, nn
 
 from ldm.checkpoint.io import write_tensors
 from ldm.dataset.buckets import Crop, apply_crop
+from ldm.dataset.shards import Place
 from ldm.errors import UserError, reason
-from ldm.files import temporary_file
-from ldm.images.opening import open_picture
+from ldm.files import temporary_file, whole_file
 from ldm.models import VAE, LatentDist
 from ldm.models.conditioning import Conditioning
 from ldm.pipeline.networks import encode
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1  # to be raised when `apply_crop` changes, or what an entry holds
 LEFT_BEHIND = 3600  # seconds after which an unfinished file is a killed process's
+SHARD_BYTES = 2**30
 PIXELS_AT_ONCE = 2**16  # one picture of 256 x 256, and of larger ones: a GPU is busy, and a CPU is fastest
 TEXTS_AT_ONCE = 8
 
@@ -69,18 +73,50 @@ class Store:
                 if unfinished.stat().st_mtime < time.time() - LEFT_BEHIND:
                     unfinished.unlink()
 
+    @cached_property
+    def packed(self) -> dict[str, Place]:
+        """Where the entries of shards are, by name. Shards that cannot be read hold none."""
+        places = {}
+        for shard in sorted(self.folder.glob("*.tar")):
+            with contextlib.suppress(OSError, tarfile.TarError), tarfile.open(shard, "r:") as tar:
+                for entry in tar:
+                    places[entry.name] = Place(str(shard), entry.offset_data, entry.size)
+        return places
+
     def path(self, of: str) -> Path:
-        """Where the entry is that follows from `of`."""
+        """Where the entry that follows from `of` is, if it is in no shard."""
         key = hashlib.sha256(of.encode()).hexdigest()
         return self.folder / key[:2] / f"{key}.safetensors"
+
+    def _bytes(self, of: str) -> bytes:
+        """Of the entry as it lies there. Raises OSError or UserError."""
+        path = self.path(of)
+        place = None if path.exists() else self.packed.get(path.name)
+        return path.read_bytes() if place is None else place.read()
+
+    def pack(self) -> int:
+        """Put the files of entries into shards of about `SHARD_BYTES`. Returns how many there were.
+
+        An entry is at all times in a file or in a shard. By one process alone.
+        """
+        files = sorted(self.folder.glob("??/*.safetensors"))
+        for number, size, group in _shares(files):
+            name = self.folder / f"{number:05d}-{size}-{group[0].stem[:16]}.tar"
+            with whole_file(name) as aside, tarfile.open(aside, "w", format=tarfile.USTAR_FORMAT) as tar:
+                for path in group:
+                    tar.add(path, path.name, recursive=False, filter=_of_nobody)
+            for path in group:
+                path.unlink()
+        self.__dict__.pop("packed", None)
+        return len(files)
 
     def read(self, of: str, shapes: Shapes, dtype: torch.dtype) -> Entry | None:
         """The entry, or None if there is none, or none that is sound and has these shapes and dtype."""
         try:
-            raw = self.path(of).read_bytes()
+            raw = self._bytes(of)
             entry = load(raw)
             header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["__metadata__"]
-        except (OSError, SafetensorError, ValueError, KeyError):
+        except (OSError, UserError, SafetensorError, ValueError, KeyError):
             return None
         fits = {name: tuple(tensor.shape) for name, tensor in entry.items()} == dict(shapes)
         sound = fits and header == {"format": "pt", "of": of, "sha256": _checksum(entry)}
@@ -98,6 +134,23 @@ class Store:
                 temporary.replace(path)
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot write to the cache {self.folder}: {reason(error)}") from None
+
+
+def _shares(files: Sequence[Path]) -> Iterator[tuple[int, int, list[Path]]]:
+    """(how many shares before, bytes, files) of each share of about `SHARD_BYTES`."""
+    group: list[Path] = []
+    size, number = 0, 0
+    for path in files:
+        group.append(path)
+        size += path.stat().st_size
+        if size >= SHARD_BYTES or path is files[-1]:
+            yield number, size, group
+            group, size, number = [], 0, number + 1
+
+
+def _of_nobody(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+    """So that the bytes of a shard follow from its entries."""
+    return entry.replace(mtime=0, mode=0o644, uid=0, gid=0, uname="", gname="", deep=False)
 
 
 def _checksum(entry: Entry) -> str:
@@ -194,7 +247,7 @@ def _at_once(size: tuple[int, int]) -> int:
 
 def open_and_crop(example: Example, crop: Crop) -> Tensor:
     """What `crop` shows of an example's picture: float32 [3, H, W] in -1..1. Raises UserError, naming it."""
-    image = open_picture(example.path)
+    image = example.open()
     try:
         return apply_crop(image, crop)
     except UserError as error:

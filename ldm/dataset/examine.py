@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -31,6 +32,7 @@ from ldm.dataset.captions import (
 from ldm.dataset.duplicates import find_near_duplicates
 from ldm.dataset.findings import EFFECTS, Effect, Examined, Example, Finding
 from ldm.dataset.picture import Fault, PictureInfo, inspect_picture
+from ldm.dataset.shards import Member, find_shards, read_index
 from ldm.errors import UserError
 from ldm.runtime import local_cores
 
@@ -55,51 +57,116 @@ def examine(
     image_column: str | None = None,
     caption_column: str | None = None,
     on_progress: Progress | None = None,
+    index: Path | None = None,
 ) -> Examined:
     """Find out what can be trained on, reading every file whole.
 
     Args:
+        folder: of pictures; or shards, as `find_shards` knows them.
         instance_prompt: the caption of every picture; those in the folder are not read.
         missing_caption: what happens to a picture whose caption is missing, empty or no text.
         count_tokens: tokens of a caption, start and end not counted; without it, none is called too long.
         window: tokens that the text encoder sees, start and end counted.
         resolution: pixels; pictures whose shorter side is below half of it are told.
         image_column, caption_column: of tables; by default file_name and text.
-        on_progress: called after each picture.
+        on_progress: called after each picture of a folder.
+        index: a folder in which it is kept what shards hold, so that each is read through once.
 
     Raises:
-        UserError: if `folder` is no folder, or `missing_caption` none of its choices.
+        UserError: if `folder` is no folder, a shard cannot be read, or `missing_caption` is no choice.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder: give one that holds pictures")
     if missing_caption not in MISSING:
         raise UserError(f"missing_caption {missing_caption!r} is not one of {', '.join(MISSING)}")
-    listing = list_files(folder)
-    columns = Columns(image_column or COLUMNS[0], caption_column or COLUMNS[1])
-    tables = {} if instance_prompt is not None else read_tables(listing, columns)
-    inspected = _inspect_all(listing.pictures, on_progress)
-    readable = {path: info for path, info in inspected.items() if isinstance(info, PictureInfo)}
-    findings = listing.findings
-    if (image_column or caption_column) and not listing.tables:
-        text = f"the columns {columns.image} and {columns.caption} were asked for, but there is no table"
-        findings.append(Finding(None, "no table", text, "note"))
-    findings += [_fault_finding(path, info) for path, info in inspected.items() if isinstance(info, Fault)]
-    captioner = _Captioner(listing, tables, instance_prompt, missing_caption)
-    examples = captioner.examples(readable)
-    findings += captioner.findings
-    examples, copies = _drop_copies(examples)
-    findings += copies + _near_duplicates(examples, readable)
+    shards = find_shards(folder)
+    if shards:
+        found = _in_shards(read_index(shards, index), instance_prompt, missing_caption)
+    else:
+        columns = Columns(image_column or COLUMNS[0], caption_column or COLUMNS[1])
+        found = _in_folder(Path(folder), instance_prompt, missing_caption, columns, on_progress)
+    examples, copies = _drop_copies(found.examples)
+    # Thumbnails of shards are not kept: they are many, and all would be compared with all.
+    near = [] if shards else _near_duplicates(examples, found.readable)
+    findings = found.findings + copies + near
     for example in examples:
-        findings += _picture_findings(example, readable[example.path], resolution)
+        findings += _picture_findings(example, found.readable[example.path], resolution)
     if count_tokens is not None:
         captions = [(example.path, example.caption) for example in examples]
         one = [(None, instance_prompt)]
         findings += _long_captions(captions if instance_prompt is None else one, count_tokens, window - 2)
     if not examples:
         findings.append(Finding(None, "no pictures", f"no picture to train on in {folder}", "stops"))
-    findings.sort(key=lambda found: (EFFECTS.index(found.effect), found.kind, str(found.path), found.text))
-    return Examined(folder, captioner.layout(examples), tuple(examples), tuple(findings))
+    findings.sort(key=lambda each: (EFFECTS.index(each.effect), each.kind, str(each.path), each.text))
+    return Examined(Path(folder), _layout(examples, found.sources), tuple(examples), tuple(findings))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What pictures and captions there are, and what is wrong with them."""
+
+    examples: list[Example]
+    readable: dict[Path, PictureInfo]
+    findings: list[Finding]
+    sources: dict[Path, str]  # where a caption is from
+
+
+def _in_folder(
+    folder: Path,
+    instance_prompt: str | None,
+    missing: MissingCaption,
+    columns: Columns,
+    on_progress: Progress | None,
+) -> _Found:
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: give one that holds pictures")
+    listing = list_files(folder)
+    tables = {} if instance_prompt is not None else read_tables(listing, columns)
+    inspected = _inspect_all(listing.pictures, on_progress)
+    findings = listing.findings
+    if columns != Columns(*COLUMNS) and not listing.tables:
+        text = f"the columns {columns.image} and {columns.caption} were asked for, but there is no table"
+        findings.append(Finding(None, "no table", text, "note"))
+    readable, faults = _sorted_out(inspected)
+    captioner = _Captioner(listing, tables, instance_prompt, missing)
+    examples = captioner.examples(readable)
+    return _Found(examples, readable, findings + faults + captioner.findings, captioner.sources)
+
+
+def _in_shards(members: Sequence[Member], instance_prompt: str | None, missing: MissingCaption) -> _Found:
+    readable, findings = _sorted_out({member.path: member.found for member in members})
+    examples, sources = [], {}
+    effect, then = MISSING[missing]
+    for member in members:
+        info, caption = readable.get(member.path), instance_prompt or member.caption
+        if info is None:
+            continue
+        if not caption:
+            text = "it has no caption in its shard" if caption is None else "its caption is empty"
+            findings.append(Finding(member.path, "missing caption", f"{text}: {then}", effect))
+            if effect == "skipped":
+                continue
+            caption = "" if effect == "fixed" else None
+        else:
+            sources[member.path] = "shards" if instance_prompt is None else "the instance prompt"
+        examples.append(Example(member.path, caption, info.size, info.digest, place=member.place))
+    return _Found(examples, readable, findings, sources)
+
+
+def _sorted_out(
+    inspected: Mapping[Path, PictureInfo | Fault],
+) -> tuple[dict[Path, PictureInfo], list[Finding]]:
+    """What can be read, and what is said of the rest."""
+    readable = {path: info for path, info in inspected.items() if isinstance(info, PictureInfo)}
+    return readable, [
+        _fault_finding(path, info) for path, info in inspected.items() if isinstance(info, Fault)
+    ]
+
+
+def _layout(examples: Sequence[Example], sources: Mapping[Path, str]) -> str:
+    """Where the captions of what is trained on come from, e.g. "18 from .txt files, 2 without"."""
+    counts = Counter(sources.get(example.path, "") for example in examples)
+    without = counts.pop("", 0)
+    parts = [f"{number} from {source}" for source, number in counts.most_common()]
+    return ", ".join(parts + ([f"{without} without"] if without else [])) or "none"
 
 
 def _inspect_all(pictures: Sequence[Path], on_progress: Progress | None) -> dict[Path, PictureInfo | Fault]:
@@ -154,13 +221,6 @@ class _Captioner:
             found.append(Example(path, caption, info.size, info.digest, repeats))
         self._note_repeats(found)
         return found
-
-    def layout(self, examples: Sequence[Example]) -> str:
-        """Where the captions of what is trained on come from, e.g. "18 from .txt files, 2 without"."""
-        counts = Counter(self.sources.get(example.path, "") for example in examples)
-        without = counts.pop("", 0)
-        parts = [f"{number} from {source}" for source, number in counts.most_common()]
-        return ", ".join(parts + ([f"{without} without"] if without else [])) or "none"
 
     def _caption(self, path: Path) -> str | None:
         """The first caption that there is; where it is missing or empty, that is told."""

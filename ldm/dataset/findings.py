@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +11,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
-from ldm.errors import printable
+from PIL import Image
+
+from ldm.dataset.shards import Place
+from ldm.errors import UserError, printable
+from ldm.images.opening import open_picture
 
 Effect = Literal["stops", "skipped", "fixed", "note"]
 EFFECTS: tuple[Effect, ...] = ("stops", "skipped", "fixed", "note")
@@ -30,6 +36,16 @@ class Example:
     size: tuple[int, int]  # (height, width) in pixels, upright
     digest: str  # SHA-256 of the file's bytes, hex
     repeats: int = 1  # times an epoch: kohya's 10_name folders
+    place: Place | None = None  # where its bytes are, if it has no file of its own
+
+    def open(self) -> Image.Image:
+        """The picture, upright RGB. Raises UserError where it cannot be read, or is not what was examined."""
+        if self.place is None:
+            return open_picture(self.path)
+        data = self.place.read()
+        if hashlib.sha256(data).hexdigest() != self.digest:
+            raise UserError(f"{self.path} has changed since it was examined: run the same command again")
+        return open_picture(self.path, io.BytesIO(data))
 
 
 @dataclass(frozen=True)
@@ -95,7 +111,11 @@ def as_json(examined: Examined) -> dict[str, Any]:
         "folder": str(examined.folder),
         "layout": examined.layout,
         "can_train": examined.can_train,
-        "examples": [{**vars(example), "path": str(example.path)} for example in examined.examples],
+        "examples": [
+            {name: value for name, value in vars(example).items() if name != "place"}
+            | {"path": str(example.path)}
+            for example in examined.examples
+        ],
         "findings": [
             {**vars(finding), "path": finding.path and str(finding.path)} for finding in examined.findings
         ],

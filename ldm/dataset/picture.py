@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass
+from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,16 +48,24 @@ def inspect_picture(path: Path) -> PictureInfo | Fault:
     """
     try:
         with path.open("rb") as file:
-            if not file.read(1):
-                return Fault("unreadable", "the file is empty")
-            file.seek(0)
-            image = Image.open(file, formats=formats())
-            file.seek(0)
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            file.seek(0)
-            return _decode(image, digest)
+            return inspect_bytes(file)
+    except OSError as error:
+        return _damaged(error)
+
+
+def inspect_bytes(file: BufferedReader | BytesIO) -> PictureInfo | Fault:
+    """As `inspect_picture`, of a file that is open, or of bytes."""
+    try:
+        if not file.read(1):
+            return Fault("unreadable", "the file is empty")
+        file.seek(0)
+        image = Image.open(file, formats=formats())
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(0)
+        return _decode(image, digest)
     except UnidentifiedImageError:
-        return Fault("not an image", f"its content is no picture{_what_it_is(path)}")
+        return Fault("not an image", f"its content is no picture{_what_it_is(file)}")
     except Image.DecompressionBombError:
         return Fault("too large", f"it claims more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels")
     except Exception as error:
@@ -114,10 +123,10 @@ def _damaged(error: Exception) -> Fault:
     return Fault("truncated", f"cut short or damaged ({reason(error)})")
 
 
-def _what_it_is(path: Path) -> str:
+def _what_it_is(file: BufferedReader | BytesIO) -> str:
     """A guess at what a file that is no picture may be: a web page is the common one."""
-    with path.open("rb") as file:
-        start = file.read(512).lstrip().lower()
+    file.seek(0)
+    start = file.read(512).lstrip().lower()
     if start.startswith((b"<!doctype html", b"<html")):
         return " but a web page"
     return " but a git-lfs pointer" if start.startswith(b"version https://git-lfs") else ""

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from PIL import Image, ImageDraw, ImageFont
 
 from ldm.dataset.buckets import Batches, apply_crop, make_buckets
-from ldm.images.opening import open_picture
 from ldm.images.pixels import to_pil
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ def make_sheet(examples: Sequence[Example], resolution: int) -> Image.Image:
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     for k, (example, crop) in enumerate(chosen):
         left, top = GAP + k % columns * width, GAP + k // columns * height
-        picture = to_pil(apply_crop(open_picture(example.path), crop)[None] / 2 + 0.5)[0]
+        picture = to_pil(apply_crop(example.open(), crop)[None] / 2 + 0.5)[0]
         picture.thumbnail((CELL, CELL))
         sheet.paste(picture, (left + (CELL - picture.width) // 2, top + (CELL - picture.height) // 2))
         size = f"{crop.size[1]} x {crop.size[0]}"

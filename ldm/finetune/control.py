@@ -63,4 +63,4 @@ def controls_of(recipe: FinetuneRecipe, examples: Sequence[Example]) -> Controls
     if recipe.preprocess is not None:
         return made_by(recipe.preprocess, recipe.preprocess_options)
     assert recipe.control_data_dir is not None
-    return files_in(recipe.control_data_dir, examples, recipe.train_data_dir)
+    return files_in(recipe.control_data_dir, examples, Path(recipe.train_data_dir))

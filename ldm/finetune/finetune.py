@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,6 +26,7 @@ from ldm.dataset.controls import Controls
 from ldm.dataset.examine import examine
 from ldm.dataset.feed import Feed
 from ldm.dataset.findings import Example, report
+from ldm.dataset.shards import find_shards, read_index
 from ldm.errors import UserError, abbreviate
 from ldm.finetune.control import ControlTask, controls_of
 from ldm.finetune.image_prompt import ImagePromptTask
@@ -40,10 +41,11 @@ from ldm.models.kind import Kind
 from ldm.pipeline import Pipeline
 from ldm.pipeline.deciding.resolve import native_size
 from ldm.runtime import Runtime, choose
-from ldm.train.loop import check_precision, check_tracker, train
+from ldm.train.changes import BATCHES, batches_a_step, compare, flat
+from ldm.train.loop import check_precision, check_sharding, check_tracker, train
 from ldm.train.memory import checkpoint_blocks
-from ldm.train.processes import partial_state
-from ldm.train.state import check_recipe, damage, flat, newest_state
+from ldm.train.processes import alone, partial_state, together
+from ldm.train.state import damage, newest_state
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -55,25 +57,30 @@ MOST_PROMPTS = 4  # captions that are drawn where the recipe has no prompts
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def finetune(recipe: FinetuneRecipe) -> None:
+def finetune(recipe: FinetuneRecipe, precompute: bool = False) -> None:
     """Fine-tune as `recipe` says; the same call again goes on where it stopped, bit for bit.
+
+    Args:
+        precompute: fill the caches, put them into shards, and end.
 
     Raises:
         UserError: for a folder, model or recipe that cannot be trained with: what, where, what to do.
     """
     processes = partial_state()
     log = print if processes.is_main_process else _silent
-    _check(recipe, processes.device)
-    trained, held_out = _pictures(recipe, log)
+    _check(recipe, processes.device, precompute)
+    trained, held_out = _pictures(recipe, processes, log)
     controls = controls_of(recipe, [*trained, *held_out]) if recipe.mode == "controlnet" else None
     mode = make_mode(recipe, [example.caption or "" for example in trained])
     parts = _load(recipe)
-    recipe = _complete(recipe, parts, trained, held_out, processes)
-    _check_state(recipe)
+    before = _before(recipe)
+    a_step = batches_a_step(before, recipe.gradient_accumulation_steps, processes.num_processes)
+    recipe = _complete(recipe, parts, trained, held_out, processes.device, a_step)
+    _check_state(recipe, before, a_step)
     splits = _splits(recipe, trained, held_out)
     runtime = Runtime(processes.device, DTYPES[recipe.mixed_precision or "no"])
     parts = mode.prepare(parts, runtime)
-    for line in _plan(recipe, parts, mode, splits, runtime, processes.num_processes):
+    for line in _plan(recipe, parts, mode, splits, runtime, a_step):
         log(line)
     if recipe.dry_run:
         return
@@ -84,6 +91,9 @@ def finetune(recipe: FinetuneRecipe) -> None:
             checkpoint_blocks(module)
     feed = _feed(recipe, parts, controls)
     _fill(feed, splits, processes, log)
+    if precompute:
+        alone(processes, lambda: _pack(feed, log))
+        return
     kinds: dict[str, type[FinetuneTask]] = {"controlnet": ControlTask, "image_prompt": ImagePromptTask}
     kind = kinds.get(recipe.mode, FinetuneTask)
     train(kind(parts, mode, recipe, feed, splits), recipe, recipe.output_dir)
@@ -95,33 +105,50 @@ def _silent(*_: object, **__: object) -> None:
     """What processes but the main one say."""
 
 
-def _check(recipe: FinetuneRecipe, device: torch.device) -> None:
+def _check(recipe: FinetuneRecipe, device: torch.device, precompute: bool) -> None:
     """Raise UserError for what can be told before any file is read."""
+    data = recipe.train_data_dir
     for name in ("output_dir", "cache_dir", "class_data_dir", "control_data_dir"):
         place = getattr(recipe, name)
-        if place is not None and place.resolve().is_relative_to(recipe.train_data_dir.resolve()):
+        if place is not None and isinstance(data, Path) and place.resolve().is_relative_to(data.resolve()):
             raise UserError(f"{name} {place} lies in the folder of pictures, and would be trained on")
+    if recipe.control_data_dir is not None and find_shards(data):
+        raise UserError("control_data_dir goes with a folder of pictures, not with shards: give preprocess")
     if recipe.output_dir.exists() and not recipe.output_dir.is_dir():
         raise UserError(f"output_dir {recipe.output_dir} is a file: name a folder")
+    if precompute and not recipe.center_crop:
+        raise UserError("no-center_crop encodes each picture anew: there is nothing to precompute")
     check_precision(recipe.mixed_precision or "no", device)
     check_tracker(recipe.report_to)
+    check_sharding(recipe)
 
 
-def _check_state(recipe: FinetuneRecipe) -> None:
-    """Raise UserError at once where the output folder holds the state of another recipe."""
+def _before(recipe: FinetuneRecipe) -> dict[str, Any]:
+    """The flat recipe of the state in the output folder; {} where there is none that is whole."""
     state = newest_state(recipe.output_dir)
-    if state is not None and damage(state) is None:
-        before = read_json(state / "recipe.json")
-        now = dict(flat(recipe.model_dump(mode="json")))
-        check_recipe(state, before | now, recipe.changes(), recipe.force, log=_silent)
+    whole = state is not None and damage(state) is None
+    return dict(read_json(state / "recipe.json")) if state is not None and whole else {}
+
+
+def _check_state(recipe: FinetuneRecipe, before: dict[str, Any], a_step: int) -> None:
+    """Raise UserError at once where the output folder holds the state of another recipe."""
+    if before:
+        now = before | dict(flat(recipe.model_dump(mode="json"))) | {BATCHES: a_step}
+        compare(recipe.output_dir, before, now, recipe.changes(), recipe.force, log=_silent)
 
 
 # --- pictures --------------------------------------------------------------------------------------------
 
 
-def _pictures(recipe: FinetuneRecipe, log: Log) -> tuple[list[Example], list[Example]]:
+def _pictures(
+    recipe: FinetuneRecipe, processes: PartialState, log: Log
+) -> tuple[list[Example], list[Example]]:
     """To train on, and held out. Raises UserError, after the report, where training could not start."""
-    folder = recipe.train_data_dir
+    folder, index = recipe.train_data_dir, (recipe.cache_dir or recipe.output_dir / "cache") / "shards"
+    if shards := find_shards(folder):
+        mine = shards[processes.process_index :: processes.num_processes]
+        together(processes, lambda: len(read_index(mine, index)))  # so that each is read once
+        log(f"shards: {len(shards)}")
     examined = examine(
         folder,
         instance_prompt=recipe.instance_prompt,
@@ -130,6 +157,7 @@ def _pictures(recipe: FinetuneRecipe, log: Log) -> tuple[list[Example], list[Exa
         caption_column=recipe.caption_column,
         count_tokens=clip_counter(),
         resolution=recipe.resolution or 0,
+        index=index,
     )
     log("\n".join(report(examined, MOST_FINDINGS)))
     if not examined.can_train:
@@ -233,7 +261,8 @@ def _complete(
     parts: Parts,
     trained: Sequence[Example],
     held_out: Sequence[Example],
-    processes: PartialState,
+    device: torch.device,
+    a_step: int,
 ) -> FinetuneRecipe:
     """The recipe with what follows from the model, the folder and the machine in place of None."""
     native = 8 * round(math.sqrt(math.prod(native_size(parts))) / 8)
@@ -241,14 +270,13 @@ def _complete(
     captions = list(dict.fromkeys(each.caption for each in told if each.caption))
     changes = {
         "resolution": recipe.resolution or native,
-        "mixed_precision": recipe.mixed_precision or NAMES[choose(processes.device).dtype],
+        "mixed_precision": recipe.mixed_precision or NAMES[choose(device).dtype],
         "validation_prompts": recipe.validation_prompts or tuple(captions[:MOST_PROMPTS]),
         "cache_dir": recipe.cache_dir or recipe.output_dir / "cache",
     }
     recipe = recipe.model_copy(update=changes)
     if recipe.max_train_steps is None and recipe.max_minutes is None:
         batches = len(_splits(recipe, trained, ()).train)
-        a_step = processes.num_processes * recipe.gradient_accumulation_steps
         steps = math.ceil(batches / a_step) * recipe.num_train_epochs
         recipe = recipe.model_copy(update={"max_train_steps": steps})
     return recipe
@@ -287,11 +315,18 @@ def _fill(feed: Feed, splits: Splits, processes: PartialState, log: Log) -> None
     processes.wait_for_everyone()
 
 
+def _pack(feed: Feed, log: Log) -> None:
+    """Make shards of what the caches hold in files."""
+    for cache in (feed.latents, feed.texts):
+        if cache is not None:
+            log(f"{cache.store.folder}: {cache.store.pack()} entries put into shards")
+
+
 # --- what is said ----------------------------------------------------------------------------------------
 
 
 def _plan(
-    recipe: FinetuneRecipe, parts: Parts, mode: Mode, splits: Splits, runtime: Runtime, processes: int
+    recipe: FinetuneRecipe, parts: Parts, mode: Mode, splits: Splits, runtime: Runtime, a_step: int
 ) -> Iterator[str]:
     batches = splits.train
     yield ""
@@ -307,12 +342,12 @@ def _plan(
         yield "no held-out loss: too few pictures for the share that is held out (--held-out)"
     if batches.filled:
         yield f"{batches.filled} showings in each epoch only fill a bucket's last batch"
-    a_step = recipe.train_batch_size * recipe.gradient_accumulation_steps * processes
+    shown = recipe.train_batch_size * a_step
     if recipe.max_train_steps is None:
-        yield f"run: {recipe.max_minutes:g} minutes, {a_step} pictures a step"
+        yield f"run: {recipe.max_minutes:g} minutes, {shown} pictures a step"
     else:
-        times = recipe.max_train_steps * a_step / len(batches.examples)
-        yield f"run: {recipe.max_train_steps} steps of {a_step} pictures: each {times:.0f} times"
+        times = recipe.max_train_steps * shown / len(batches.examples)
+        yield f"run: {recipe.max_train_steps} steps of {shown} pictures: each {times:.0f} times"
     yield f"output: {recipe.output_dir}"
 
 
@@ -321,7 +356,7 @@ def _report(recipe: FinetuneRecipe, mode: Mode, splits: Splits) -> Path:
     facts = {"pictures": f"{len(splits.train.examples)}, {len(splits.held_out)} held out", **given}
     return write_report(
         recipe.output_dir,
-        title=f"{recipe.mode} on {recipe.train_data_dir.name}",
+        title=f"{recipe.mode} on {Path(recipe.train_data_dir).name}",
         facts={name: str(value) for name, value in facts.items()},
         prompts=recipe.validation_prompts,
         outputs=mode.outputs(recipe.output_dir / "export"),

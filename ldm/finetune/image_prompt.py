@@ -63,7 +63,7 @@ class ImagePromptTask(FinetuneTask):
         """[B, E] of whole pictures, on the CPU; each is read once."""
         for example in {sample.example for sample in samples}:
             if example.digest not in self._known:
-                pixels = self.encoder.prepared([open_picture(example.path)]).to(self.device)
+                pixels = self.encoder.prepared([example.open()]).to(self.device)
                 network = self.encoder.network(self.device, torch.float32)
                 self._known[example.digest] = network(pixel_values=pixels).image_embeds[0].cpu()
         return torch.stack([self._known[sample.example.digest] for sample in samples])

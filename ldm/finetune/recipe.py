@@ -17,6 +17,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from ldm.errors import UserError
+from ldm.files import is_url
 from ldm.train.recipe import (
     Fixed,
     Free,
@@ -52,8 +53,9 @@ class ModelSection(Section):
 class FolderSection(Section):
     """The pictures, and how they are shown."""
 
-    train_data_dir: Path
-    """the folder of pictures; `ldm folder DIR` tells what is wrong with it. It is never changed"""
+    train_data_dir: Path | str
+    """the folder of pictures; `ldm folder DIR` tells what is wrong with it. It is never changed. Or
+    WebDataset shards: a folder of .tar files, or their URLs, such as https://host/cats-{000..099}.tar"""
     instance_prompt: str | None = None
     """one caption for all pictures; captions in the folder are not read"""
     missing_caption: Literal["error", "empty", "skip"] = "error"
@@ -197,6 +199,12 @@ class FinetuneRecipe(
     def run(self) -> RunSection:
         return self
 
+    @field_validator("train_data_dir", mode="before")
+    @classmethod
+    def _place(cls, value: object) -> object:
+        """A Path but for a URL, whose // it would shorten."""
+        return Path(value) if isinstance(value, str) and not is_url(value) else value
+
     @field_validator(
         "validation_prompts", "lora_targets", "class_prompt", "preprocess_options", mode="before"
     )
@@ -247,6 +255,7 @@ _ONLY: dict[str, tuple[Mode, ...]] = {
         ("rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_conv", "use_dora"), ("lora",)
     ),
     **dict.fromkeys(("placeholder_token", "initializer_token", "num_vectors"), ("textual_inversion",)),
+    "distributed": ("lora", "full"),
     **dict.fromkeys(("class_prompt", "class_data_dir"), ("lora", "full", "textual_inversion")),
     **dict.fromkeys(ControlSection.model_fields, ("controlnet",)),
     **dict.fromkeys(ImagePromptSection.model_fields, ("image_prompt",)),

@@ -64,6 +64,7 @@ class FinetuneTask(Task):
         self.examples = [*splits.train.examples, *(splits.prior.examples if splits.prior else ())]
         self.number = {example: i for i, example in enumerate(self.examples)}
         self.facts = {"pictures": _fingerprint(self.examples)}
+        self.shards = recipe.mode in ("lora", "full")
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         groups: list[dict[str, Any]] = [

@@ -1,8 +1,8 @@
 """The one training loop: VAE, CLIP, U-Net and the others differ only in their `Task`.
 
-All randomness of a batch follows from (seed, step, micro, rank), so a run that is stopped and started again
-goes on as if nothing had happened, and no loader has state to save. An optimisation step is the unit: one
-that is interrupted, inside its accumulation too, is made again from its beginning.
+All randomness of a batch follows from (seed, step, its number in the step), so a run that is stopped and
+started again goes on as if nothing had happened, and no loader has state to save. An optimisation step is
+the unit: one that is interrupted, inside its accumulation too, is made again from its beginning.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ def train(task: Task, recipe: Trainable, run_dir: Path) -> bool:
         UserError: if another run is in run_dir, if its states are damaged or of another recipe, if the disk
             is full, or if the loss is NaN or Inf. The message names the last state, which is whole.
     """
+    check_sharding(recipe)
+    if recipe.run.distributed == "fsdp" and not task.shards:
+        raise UserError("distributed fsdp is for fine-tuning in modes full and lora: take ddp")
     accelerator = _accelerator(recipe, run_dir)
     with freed_memory_kept() if accelerator.device.type == "cpu" else nullcontext():
         return _train(task, recipe, run_dir, accelerator)
@@ -85,6 +88,19 @@ def check_precision(mixed_precision: str, device: torch.device) -> None:
         raise UserError("mixed_precision fp16 needs a GPU: give bf16 or no, or leave it out")
     if mixed_precision == "bf16" and device.type == "cuda" and not has_bf16(device):
         raise UserError("mixed_precision bf16 needs a GPU that has it, unlike this one: give fp16 or no")
+
+
+def check_sharding(recipe: Trainable) -> None:
+    """Raise UserError for what cannot be done with weights of which each process has its share."""
+    faults = {
+        "use_muon": recipe.optimiser.use_muon and "Muon wants whole matrices",
+        "use_8bit_adam": recipe.optimiser.use_8bit_adam and "bitsandbytes wants whole weights",
+        "mixed_precision": recipe.run.mixed_precision == "fp16" and "fp16 scales its gradients; give bf16",
+        "compile": recipe.run.compile and "torch.compile would gather all weights at once",
+    }
+    for name, fault in faults.items():
+        if recipe.run.distributed == "fsdp" and fault:
+            raise UserError(f"distributed fsdp does not go with {name}: {fault}; leave it out, or take ddp")
 
 
 def _accelerator(recipe: Trainable, run_dir: Path) -> Accelerator:

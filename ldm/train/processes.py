@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import signal
+import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
+
+from ldm.errors import UserError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
@@ -32,6 +36,29 @@ def partial_state() -> PartialState:
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=LONGEST_WAIT)
 
 
+class Processes(Protocol):
+    """What is asked here of accelerate's Accelerator, its PartialState, or the only process."""
+
+    @property
+    def num_processes(self) -> int: ...
+    @property
+    def process_index(self) -> int: ...
+    @property
+    def is_main_process(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class OneProcess:
+    """The processes of a run that has one."""
+
+    num_processes: int = 1
+    process_index: int = 0
+    is_main_process: bool = True
+
+
+ONE_PROCESS = OneProcess()
+
+
 def mean(accelerator: Accelerator, *values: float) -> list[float]:
     """Means over the processes, the same in each: what they decide by, or they would part."""
     if accelerator.num_processes == 1:
@@ -41,22 +68,59 @@ def mean(accelerator: Accelerator, *values: float) -> list[float]:
     return means
 
 
-def alone(accelerator: Accelerator, action: Callable[[], T]) -> T:
+def alone(processes: Processes, action: Callable[[], T]) -> T:
     """What the main process gets from `action`, in all of them. If it fails there, the others exit with 2."""
-    if accelerator.num_processes == 1:
+    if processes.num_processes == 1:
         return action()
     from accelerate.utils import broadcast_object_list
 
     result: list[Any] = [None, "failed"]
     try:
-        if accelerator.is_main_process:
+        if processes.is_main_process:
             result = [action(), None]
     finally:
         broadcast_object_list(result)
-        if result[1] and not accelerator.is_main_process:
+        if result[1] and not processes.is_main_process:
             sys.exit(2)
     got: T = result[0]
     return got
+
+
+def together(processes: Processes, action: Callable[[], T]) -> list[T]:
+    """What each process gets from `action`, in all of them. If it fails in one, all end as in `alone`."""
+    if processes.num_processes == 1:
+        return [action()]
+    from accelerate.utils import gather_object
+
+    result: T | None = None
+    fault: Exception | None = None
+    try:
+        result = action()
+    except (UserError, OSError) as error:
+        fault = error
+    told: list[tuple[T, str | None]] = gather_object([(result, None if fault is None else str(fault))])
+    for rank, (_, text) in enumerate(told):
+        if text is not None:
+            if not processes.is_main_process:
+                sys.exit(2)
+            raise fault or UserError(f"process {rank}: {text}")
+    return [got for got, _ in told]
+
+
+def check_same(processes: Processes, facts: Mapping[str, object]) -> None:
+    """Raise UserError naming the process of which a fact is another one than of the main process."""
+
+    def differing() -> None:
+        for rank, (host, theirs) in enumerate(told):
+            for name, value in facts.items():
+                if theirs[name] != value:
+                    raise UserError(
+                        f"process {rank} on {host} has another {name} than process 0: {theirs[name]}, not "
+                        f"{value}: give all processes the same files and the same command"
+                    )
+
+    told = together(processes, lambda: (socket.gethostname(), facts))
+    alone(processes, differing)
 
 
 @contextmanager

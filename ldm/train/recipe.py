@@ -225,6 +225,8 @@ class RunSection(Section):
     """what networks compute in; what is trained is kept in fp32"""
     compile: bool = False
     """torch.compile"""
+    distributed: Literal["ddp", "fsdp"] = "ddp"
+    """what several processes do: ddp, each has all that is trained; fsdp, its share of it (docs/many.md)"""
     logging_steps: int = Field(50, ge=1)
     """steps between rows of metrics.jsonl"""
     validation_steps: int = Field(500, ge=1)

@@ -16,26 +16,28 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ldm.checkpoint.io import read_json
 from ldm.errors import UserError, abbreviate
 from ldm.files import whole_file
 from ldm.images.formats import encode
 from ldm.images.provenance import COMPOSITE, TRAINED, Marks
 from ldm.runtime import is_out_of_memory, memory_format
+from ldm.train.changes import BATCHES, PROCESSES, batches_a_step, check_recipe, flat
 from ldm.train.optimiser import lr_factor, make_optimiser
 from ldm.train.prefetch import Place, Prefetcher
-from ldm.train.processes import alone, mean
+from ldm.train.processes import alone, check_same, mean
 from ldm.train.progress import Progress
 from ldm.train.recipe import Trainable
+from ldm.train.sharding import Sharded, full_tensor
 from ldm.train.state import (
     Position,
     State,
-    check_recipe,
     find_state,
-    flat,
     load_state,
     newest_state,
     save_state,
 )
+from ldm.version import __version__
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -53,17 +55,21 @@ class Run:
     def __init__(self, task: Task, recipe: Trainable, run_dir: Path, accelerator: Accelerator) -> None:
         self.task, self.recipe, self.run_dir, self.accelerator = task, recipe, run_dir, accelerator
         opt = recipe.optimiser
+        self.values = dict(flat(recipe.model_dump(mode="json"))) | dict(task.facts)
+        if accelerator.num_processes > 1:
+            check_same(accelerator, self.values | {"ldm": __version__, "weights": _digest(task)})
         task.to(accelerator.device)
         task.to(memory_format=memory_format(accelerator.device))  # type: ignore[call-overload]
         task.train()
+        shards = recipe.run.distributed == "fsdp" and accelerator.num_processes > 1
+        self.sharded = Sharded(task, accelerator.device, accelerator.num_processes) if shards else None
         optimiser = make_optimiser(task.parameter_groups(opt.learning_rate), opt)
         self.rates = [group["lr"] for group in optimiser.param_groups]
         self.trained = {name: p for name, p in task.named_parameters() if p.requires_grad}
         averaged = self.trained if opt.ema_decay else {}
         self.ema = {name: p.detach().clone() for name, p in averaged.items()}
         self.state = State(self.trained | _buffers(task), self.ema, optimiser)
-        own = {"optimiser.kind": type(optimiser).__name__, "run.processes": accelerator.num_processes}
-        self.values = dict(flat(recipe.model_dump(mode="json"))) | own | dict(task.facts)
+        self.values |= {"optimiser.kind": type(optimiser).__name__, PROCESSES: accelerator.num_processes}
         self.progress = Progress(
             run_dir,
             accelerator.device,
@@ -74,11 +80,14 @@ class Run:
         self.position, self.saved_step = Position(), -1
         self._resume()
         model = torch.compile(task) if recipe.run.compile else task
-        self.model, self.optimiser = accelerator.prepare(model, optimiser)
+        # What is sharded is wrapped no further: DDP would want all weights.
+        self.model = accelerator.prepare_model(model, device_placement=False, evaluation_mode=shards)
+        self.optimiser = accelerator.prepare_optimizer(optimiser, device_placement=False)
         self.batches = Prefetcher(self._batch, accelerator.device)
 
     def _resume(self) -> None:
-        found, window = alone(self.accelerator, self._find), None
+        (found, self.batches_a_step), window = alone(self.accelerator, self._find), None
+        self.values[BATCHES] = self.batches_a_step
         if found is not None:
             self.log(f"going on from {found}")
             self.position, extra = load_state(found, self.state)
@@ -89,12 +98,20 @@ class Run:
                 self.accelerator.scaler.load_state_dict(extra["scaler"])
         self.progress.resume(self.position, self.fraction, window)
 
-    def _find(self) -> Path | None:
-        run = self.recipe.run
+    def _find(self) -> tuple[Path | None, int]:
+        """The state to go on from, and how many batches make a step."""
+        run, accumulation = self.recipe.run, self.recipe.optimiser.gradient_accumulation_steps
         found = find_state(self.run_dir, run.resume_from_checkpoint, run.force)
+        before = {} if found is None else read_json(found / "recipe.json")
+        batches = batches_a_step(before, accumulation, self.accelerator.num_processes)
         if found is not None:
-            check_recipe(found, self.values, self.recipe.changes(), run.force)
-        return found
+            check_recipe(found, self.values | {BATCHES: batches}, self.recipe.changes(), run.force)
+        return found, batches
+
+    @property
+    def parts(self) -> int:
+        """Batches of this process whose gradients make one step."""
+        return self.batches_a_step // int(self.accelerator.num_processes)
 
     @property
     def fraction(self) -> float:
@@ -127,7 +144,7 @@ class Run:
         values = self._gradients(stopped)
         if values is None:
             return False
-        norm = float(accelerator.clip_grad_norm_(self.trained.values(), opt.max_grad_norm))
+        norm = float(full_tensor(accelerator.clip_grad_norm_(self.trained.values(), opt.max_grad_norm)))
         values["grad_norm"] = norm
         (values["loss"],) = mean(accelerator, values["loss"])
         finite = math.isfinite(values["loss"]) and math.isfinite(norm)
@@ -138,7 +155,7 @@ class Run:
         self.optimiser.zero_grad()
         if finite:
             self._average(position.step)
-        samples = opt.train_batch_size * opt.gradient_accumulation_steps * accelerator.num_processes
+        samples = opt.train_batch_size * self.batches_a_step
         (seconds,) = mean(accelerator, time.perf_counter() - began)
         self.position = Position(
             position.step + 1,
@@ -160,7 +177,7 @@ class Run:
 
     def _gradients(self, stopped: list[int]) -> dict[str, float] | None:
         """Add up the gradients of one step. Returns the means of what to log; None if it is to stop."""
-        parts, totals = self.recipe.optimiser.gradient_accumulation_steps, dict[str, Tensor]()
+        parts, totals = self.parts, dict[str, Tensor]()
         step = self.position.step
         for micro in range(parts):
             if any(mean(self.accelerator, len(stopped))):
@@ -179,14 +196,20 @@ class Run:
     def _batch(self, place: Place) -> Batch:
         """A pure function of the place, as it may be made ahead."""
         rng = torch.Generator().manual_seed(self._seed("batch", place))
-        opt, accelerator, (step, micro) = self.recipe.optimiser, self.accelerator, place
-        part = step * opt.gradient_accumulation_steps + micro
-        number = part * accelerator.num_processes + accelerator.process_index
-        return self.task.batch(rng, opt.train_batch_size, number)
+        number = place[0] * self.batches_a_step + self._of_step(place)
+        return self.task.batch(rng, self.recipe.optimiser.train_batch_size, number)
+
+    def _of_step(self, place: Place) -> int:
+        """Which of a step's batches this process's is: they are dealt out in turn."""
+        micro, accelerator = place[1], self.accelerator
+        return int(micro * accelerator.num_processes + accelerator.process_index)
 
     def _seed(self, what: str, place: Place) -> int:
-        """8 bytes of a hash: torch's CPU generator takes in the lower 32 bits, so packing would lose some."""
-        parts = (what, self.recipe.run.seed, *place, self.accelerator.process_index)
+        """Of the batch, whichever process has it.
+
+        8 bytes of a hash: torch's CPU generator takes in the lower 32 bits, so packing would lose some.
+        """
+        parts = (what, self.recipe.run.seed, place[0], self._of_step(place), 0)
         return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big")
 
     def _not_finite(self, loss: float) -> None:
@@ -211,10 +234,10 @@ class Run:
         """The files that the step's batches were made of, drawn once more."""
         from accelerate.utils import gather_object
 
-        parts, step = self.recipe.optimiser.gradient_accumulation_steps, self.position.step
+        step = self.position.step
         self.batches.settle()
         names = gather_object(
-            [name for micro in range(parts) for name in self.task.names(self._batch((step, micro)))]
+            [name for micro in range(self.parts) for name in self.task.names(self._batch((step, micro)))]
         )
         return f", of {abbreviate(names, 8)}" if names else ""
 
@@ -227,38 +250,32 @@ class Run:
         scaler = self.accelerator.scaler
         extra = {"window": self.progress.window, "scaler": scaler.state_dict() if scaler else None}
         keep = self.recipe.run.checkpoints_total_limit
-        alone(
-            self.accelerator,
-            lambda: save_state(self.run_dir, self.position, self.state, self.values, extra, keep),
-        )
+        save_state(self.run_dir, self.position, self.state, self.values, extra, keep, self.accelerator)
         self.saved_step = self.position.step
 
     def validate(self) -> None:
         """Held-out figures, a grid, and the weights as they are now, unless this step has them."""
-        alone(self.accelerator, self._validate)
+        with self._averaged():
+            alone(self.accelerator, self._validate)
 
     def export(self) -> None:
         """The weights as they are now."""
-        alone(self.accelerator, self._export)
+        with self._averaged():
+            alone(self.accelerator, lambda: self.task.export(self.run_dir / "export"))
 
     def _validate(self) -> None:
         if self.progress.evaluated == self.position.step:
             return
-        with self._averaged():
-            figures = self.task.evaluate()
-            if self.task.draws_from_export:
-                self.task.export(self.run_dir / "export")
-            picture = self.task.picture(self.run_dir / "export")
+        figures = self.task.evaluate()
+        if self.task.draws_from_export:
+            self.task.export(self.run_dir / "export")
+        picture = self.task.picture(self.run_dir / "export")
         if picture is not None:
             marks = Marks(self.recipe.run.provenance, COMPOSITE if self.task.shows_originals else TRAINED)
             name = f"{self.position.step:08d}.png"
             with whole_file(self.run_dir / "grids" / name) as aside, aside.open("wb") as file:
                 encode(picture, file, {}, origin=marks.origin(picture, None))
         self.progress.evaluation(self.position, figures)
-
-    def _export(self) -> None:
-        with self._averaged():
-            self.task.export(self.run_dir / "export")
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
@@ -278,7 +295,10 @@ class Run:
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
-        """Inside the block the task holds the EMA weights, where there are any, ready to be looked at."""
+        """Inside the block the task holds the EMA weights, where there are any, ready to be looked at.
+
+        Of what is sharded, the main process's task holds all.
+        """
         self.batches.settle()
         self.task.eval()
         kept = {name: self.trained[name].detach().clone() for name in self.ema}
@@ -286,11 +306,21 @@ class Run:
             for name, average in self.ema.items():
                 self.trained[name].copy_(average)
             try:
-                yield
+                with self.sharded.whole(self.accelerator.is_main_process) if self.sharded else nullcontext():
+                    yield
             finally:
                 for name, value in kept.items():
                     self.trained[name].copy_(value)
                 self.task.train()
+
+
+def _digest(task: Task) -> str:
+    """SHA-256 of the weights and buffers that a task begins with."""
+    found = hashlib.sha256()
+    for name, tensor in task.state_dict().items():
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def _fail(message: str) -> NoReturn:

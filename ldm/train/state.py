@@ -9,16 +9,19 @@
     recipe.json            the recipe, flat: {"optimiser.learning_rate": 0.001, ...}
     manifest.json          size and SHA-256 of each of these
 
+Where tensors are sharded (`ldm.train.sharding`), each process writes its own rows of them, all at once:
+`weights-00002-of-00004.safetensors`. A tensor is what the files have of it, one below the other, so any
+number of processes goes on from it.
+
 It is written aside, flushed, and renamed; older ones go only after that. No file of it is a pickle.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +33,9 @@ from torch import Tensor
 from ldm.checkpoint.io import read_json, read_tensors, write_json, write_tensors
 from ldm.errors import UserError
 from ldm.files import read_sha256, whole_folder
-from ldm.train.recipe import Change
+from ldm.train.changes import digest
+from ldm.train.processes import ONE_PROCESS, Processes, alone, together
+from ldm.train.sharding import is_sharded, like, own_rows, rows
 
 
 @dataclass(frozen=True)
@@ -63,40 +68,81 @@ def save_state(
     recipe: Mapping[str, Any],
     extra: Mapping[str, Any],
     keep: int = 1,
+    processes: Processes = ONE_PROCESS,
 ) -> Path:
     """Write run_dir/state-<step>; then remove all but the `keep` newest, and any of a later step.
 
     Args:
         recipe: flat, as `flat` gives it. extra: plain values for run.json.
+        processes: those of the run, which are all to call it.
 
     Raises:
         UserError: if it cannot be written, or would hold NaN or Inf. What was there before is as it was.
     """
     final = run_dir / f"state-{position.step:08d}"
     moments, numbers = _moments(state.optimiser)
-    with whole_folder(final) as aside:
-        for name, tensors in (("weights", state.weights), ("ema", state.ema), ("optimiser", moments)):
-            _write_finite(aside / f"{name}.safetensors", tensors)
-        write_json(
-            aside / "run.json", {"position": asdict(position), "optimiser": numbers, "extra": dict(extra)}
+    run = {"position": asdict(position), "optimiser": numbers, "extra": dict(extra)}
+    with ExitStack() as stack:  # of the main process
+        aside = alone(processes, lambda: stack.enter_context(whole_folder(final)))
+        files: dict[str, Any] = {}
+        for own in together(processes, lambda: _write_own(aside, state, moments, processes)):
+            files |= own
+
+        def finish() -> None:
+            _write_rest(aside, files, run, recipe)
+            stack.close()  # the folder has its name
+            _remove_others(run_dir, final, position.step, keep)
+
+        alone(processes, finish)
+    return final
+
+
+def _write_own(
+    aside: Path, state: State, moments: Mapping[str, Tensor], processes: Processes
+) -> dict[str, Any]:
+    """Write this process's rows, and in the main one all that is whole. What the manifest says of it."""
+    if not aside.is_dir():
+        raise UserError(
+            f"{aside.parent} is not the folder of process 0: it must be one that all processes share"
         )
-        write_json(aside / "recipe.json", recipe)
-        write_json(aside / "manifest.json", _manifest(aside, recipe))
-        _sync(aside)
+    rank, count, main = processes.process_index, processes.num_processes, processes.is_main_process
+    sharded = any(is_sharded(tensor) for tensor in state.weights.values())
+    if not (sharded or main):
+        return {}
+    ending, written = f"-{rank + 1:05d}-of-{count:05d}" if sharded else "", {}
+    for kind, tensors in (("weights", state.weights), ("ema", state.ema), ("optimiser", moments)):
+        own = {name: own_rows(tensor) for name, tensor in tensors.items() if main or is_sharded(tensor)}
+        path = aside / f"{kind}{ending}.safetensors"
+        _write_finite(path, kind, own)
+        _flush(path)
+        written[path.name] = _described(path)
+    return written
+
+
+def _write_rest(aside: Path, files: dict[str, Any], run: dict[str, Any], recipe: Mapping[str, Any]) -> None:
+    """Write what is no tensor, and the manifest of everything."""
+    for name, value in (("run.json", run), ("recipe.json", recipe)):
+        write_json(aside / name, value)
+        files[name] = _described(aside / name)
+    write_json(aside / "manifest.json", {"recipe": digest(recipe), "files": dict(sorted(files.items()))})
+    _sync(aside)
+
+
+def _remove_others(run_dir: Path, final: Path, step: int, keep: int) -> None:
+    """All but the `keep` newest, and any of a later step, now that the new one is there."""
     _sync(run_dir)
-    before = [folder for folder in _states(run_dir) if step_of(folder) < position.step]
+    before = [folder for folder in _states(run_dir) if step_of(folder) < step]
     for folder in _states(run_dir):
         if folder != final and folder not in before[len(before) - keep + 1 :]:
             # Renamed first: a removal that is cut short leaves nothing that looks like a state.
             shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}-old")))
-    return final
 
 
-def _write_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def _write_finite(path: Path, kind: str, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise UserError(
-                f"{path.stem} {name} is NaN or Inf, so no state was saved: go on from the last one "
+                f"{kind} {name} is NaN or Inf, so no state was saved: go on from the last one "
                 "with a lower learning rate"
             )
     try:
@@ -113,29 +159,25 @@ def _moments(optimiser: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[
     return tensors, {name: value for name, value in entries.items() if name not in tensors}
 
 
-def _manifest(folder: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
-    files = sorted(path for path in folder.iterdir() if path.name != "manifest.json")
-    return {
-        "recipe": digest(recipe),
-        "files": {path.name: {"size": path.stat().st_size, "sha256": read_sha256(path)} for path in files},
-    }
-
-
-def digest(recipe: Mapping[str, Any]) -> str:
-    """SHA-256 of a flat recipe, as 64 hex digits."""
-    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+def _described(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file."""
+    return {"size": path.stat().st_size, "sha256": read_sha256(path)}
 
 
 def _sync(folder: Path) -> None:
     """The folder's files and their names are on the disk, or OSError says why not."""
     for path in (*(path for path in folder.iterdir() if path.is_file()), folder):
-        if path.is_dir() and os.name == "nt":  # which has no such thing
-            continue
-        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        _flush(path)
+
+
+def _flush(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":  # which has no such thing
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 # --- finding ---------------------------------------------------------------------------------------------
@@ -241,17 +283,15 @@ def load_state(folder: Path, state: State) -> tuple[Position, dict[str, Any]]:
 
     Raises UserError naming the tensor if the folder is another model's.
     """
-    _fill(folder / "weights.safetensors", state.weights)
-    _fill(folder / "ema.safetensors", state.ema)
+    _fill(folder, "weights", state.weights)
+    _fill(folder, "ema", state.ema)
     run = read_json(folder / "run.json")
     params = [p for group in state.optimiser.param_groups for p in group["params"]]
     moments: dict[int, dict[str, Any]] = {}
-    for name, value in (read_tensors(folder / "optimiser.safetensors") | run["optimiser"]).items():
+    for name, value in (_read(folder, "optimiser") | run["optimiser"]).items():
         i, key = name.split(".")
-        if isinstance(value, Tensor):
-            # A copy in memory, laid out as its parameter: the mapped file is removed with the next save.
-            like = params[int(i)] if value.shape == params[int(i)].shape else value
-            value = torch.empty_like(like, dtype=value.dtype, device="cpu").copy_(value)
+        if isinstance(value, list):
+            value = _moment(value, params[int(i)])
         moments.setdefault(int(i), {})[key] = value
     state.optimiser.load_state_dict(
         {"state": moments, "param_groups": state.optimiser.state_dict()["param_groups"]}
@@ -259,71 +299,49 @@ def load_state(folder: Path, state: State) -> tuple[Position, dict[str, Any]]:
     return Position(**run["position"]), run["extra"]
 
 
+def _read(folder: Path, kind: str) -> dict[str, list[Tensor]]:
+    """The pieces of each tensor of a kind, mapped from its files: rows, and the rows that follow them."""
+    pieces: dict[str, list[Tensor]] = {}
+    for path in sorted(folder.glob(f"{kind}*.safetensors")):
+        for name, tensor in read_tensors(path).items():
+            pieces.setdefault(name, []).append(tensor)
+    return pieces
+
+
+def _rows_of(pieces: Sequence[Tensor], wanted: range) -> Tensor:
+    """Some rows of the tensor whose pieces these are."""
+    found, first = [], 0
+    for piece in pieces:
+        found.append(piece[max(0, wanted.start - first) : max(0, wanted.stop - first)])
+        first += len(piece)
+    return torch.cat(found) if len(found) > 1 else found[0]
+
+
+def _moment(pieces: Sequence[Tensor], p: Tensor) -> Tensor:
+    """A moment of a parameter, laid out as it is: a copy, as the mapped file goes with the next save."""
+    if not pieces[0].ndim:  # the number of steps
+        return pieces[0].clone()
+    if pieces[0].shape[1:] != p.shape[1:] or sum(map(len, pieces)) != len(p):  # of 8 bits, in blocks
+        return _rows_of(pieces, range(sum(map(len, pieces)))).clone()
+    own = torch.empty_like(own_rows(p), dtype=pieces[0].dtype, device="cpu")
+    return like(p, own.copy_(_rows_of(pieces, rows(p))).to(p.device))
+
+
 @torch.no_grad()
-def _fill(path: Path, into: Mapping[str, Tensor]) -> None:
-    found = read_tensors(path)
+def _fill(folder: Path, kind: str, into: Mapping[str, Tensor]) -> None:
+    path, found = folder / f"{kind}.safetensors", _read(folder, kind)
     for name in sorted(found.keys() ^ into.keys()):
         where = "is in it, but not in the model" if name in found else "is in the model, but not in it"
         raise UserError(
             f"{path}: {name} {where}: another model's state, or another mode of training: choose another "
             "folder"
         )
-    for name, value in found.items():
-        if value.shape != into[name].shape:
+    for name, pieces in found.items():
+        shape, wanted = list(pieces[0].shape), into[name]
+        if shape:
+            shape[0] = sum(map(len, pieces))
+        if shape != list(wanted.shape):
             raise UserError(
-                f"{path}: {name} is {list(value.shape)}, and {list(into[name].shape)} in the model: "
-                "choose another folder"
+                f"{path}: {name} is {shape}, and {list(wanted.shape)} in the model: choose another folder"
             )
-        into[name].copy_(value)
-
-
-def check_recipe(
-    folder: Path,
-    recipe: Mapping[str, Any],
-    changes: Mapping[str, Change],
-    force: bool = False,
-    log: Callable[[str], object] = print,
-) -> None:
-    """Compare a state's recipe with the one to go on with, and say in one line what has changed.
-
-    Args:
-        recipe: flat, and with it what is so of the run without being in a recipe, such as its processes.
-        changes: what a change of each key of a recipe means; of what is in no recipe, FIXED.
-
-    Raises:
-        UserError: naming the key if one that is SHAPE has changed, or one that is FIXED without `force`.
-    """
-    before = read_json(folder / "recipe.json")
-    kinds = {
-        key: kind
-        for key in sorted(before.keys() | recipe.keys())
-        if before.get(key) != recipe.get(key) and (kind := _kind(key, changes)) is not Change.FREE
-    }
-    changed = {key: f"{key} {before.get(key, 'unset')} -> {recipe.get(key, 'unset')}" for key in kinds}
-    shapes = [changed[key] for key, kind in kinds.items() if kind is Change.SHAPE]
-    shapes = [changed["mode"]] if "mode" in changed else shapes  # others follow from it
-    fixed = [changed[key] for key, kind in kinds.items() if kind is Change.FIXED]
-    if shapes or (fixed and not force):
-        advice = "or choose another folder" if shapes else "choose another folder, or add --force"
-        raise UserError(
-            f"{folder} was trained with another recipe: {', '.join(shapes + fixed)}; take the old values, "
-            f"{advice}"
-        )
-    if changed:
-        log(f"the recipe has changed since {folder.name}: {', '.join(changed.values())}")
-
-
-def _kind(key: str, changes: Mapping[str, Change]) -> Change:
-    """Of a dotted key, or of the mapping that it lies in."""
-    while key not in changes and "." in key:
-        key = key.rpartition(".")[0]
-    return changes.get(key, Change.FIXED)
-
-
-def flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """A recipe's plain values by dotted names: {"run": {"seed": 1}} gives ("run.seed", 1)."""
-    for key, value in nested.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+        own_rows(wanted).copy_(_rows_of(pieces, rows(wanted)) if shape else pieces[0])

@@ -20,6 +20,7 @@ class Task(nn.Module, ABC):
     facts: Mapping[str, Any] = {}  # beside the recipe, what a run that is gone on with should have kept
     validates_first = False  # before the first step too: for weights that are not random
     shows_originals = False  # beside what is drawn, in its grids
+    shards = False  # its networks are called as wholes only, as FSDP needs it
     draws_from_export = True  # so each validation writes it; else only the end of the run does
 
     @abstractmethod

@@ -176,9 +176,12 @@ def test_two_processes_stopped_inside_accumulation_go_on_bit_for_bit(tmp_path):
     assert both(tmp_path / "parts", **options) == [0, 0]
     assert result(tmp_path / "parts") == result(tmp_path / "whole")
 
-    # Another number of processes is another training.
-    assert ended(tmp_path / "parts", rank=3, **options) == 2
-    assert "another recipe: run.processes 2 -> 1;" in (tmp_path / "parts" / "output-3.txt").read_text()
+    # One process takes all six batches of a step; seven would be another training.
+    assert ended(tmp_path / "parts", rank=3, **options | {"steps": 7}) == 0
+    assert "run.processes 2 -> 1" in (tmp_path / "parts" / "output-3.txt").read_text()
+    assert ended(tmp_path / "parts", rank=3, **options | {"steps": 8, "parts": 7}) == 2
+    said = (tmp_path / "parts" / "output-3.txt").read_text()
+    assert "another recipe: optimiser.gradient_accumulation_steps 3 -> 7;" in said
 
 
 def test_a_fault_of_the_main_process_ends_both_and_is_said_once(tmp_path):

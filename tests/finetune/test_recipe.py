@@ -63,6 +63,7 @@ VALUES: dict[str, tuple[list[str], Any]] = {
     "variance": (["hybrid"], "hybrid"),
     "mixed_precision": (["bf16"], "bf16"),
     "on_nan": (["skip"], "skip"),
+    "distributed": (["fsdp"], "fsdp"),
     "report_to": (["tensorboard"], "tensorboard"),
     "preprocess_options": (["low=50", "high=90"], ("low=50", "high=90")),
     "max_timestep": (["900"], 900),

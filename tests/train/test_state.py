@@ -16,6 +16,7 @@ from ldm.finetune.recipe import FinetuneRecipe
 from ldm.pretrain.recipe import Recipe
 from ldm.train import lock, progress
 from ldm.train import state as states
+from ldm.train.changes import check_recipe, digest
 from ldm.train.loop import train
 from ldm.train.state import Position, State, damage, find_state, load_state, newest_state, save_state
 
@@ -51,7 +52,7 @@ def test_a_state_is_safetensors_and_json_and_comes_back_bit_for_bit(tmp_path, st
     assert {path.suffix for path in folder.iterdir()} == {".safetensors", ".json"}
     manifest = json.loads((folder / "manifest.json").read_text())
     assert sorted(manifest["files"]) == [name for name in names(folder) if name != "manifest.json"]
-    assert manifest["recipe"] == states.digest(RECIPE)
+    assert manifest["recipe"] == digest(RECIPE)
 
     blank = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(4, 2))
     blank.to(memory_format=torch.channels_last)
@@ -251,11 +252,9 @@ def test_model_processes_and_the_kind_of_optimiser_matter_too(tmp_path, state):
     folder = save_state(tmp_path, Position(), state, before, {})
     for key in ("model.width", "run.processes", "optimiser.kind"):
         with pytest.raises(UserError, match=f"another recipe: {key} {before[key]} -> other;"):
-            states.check_recipe(folder, before | {key: "other"}, Recipe.changes())
+            check_recipe(folder, before | {key: "other"}, Recipe.changes())
     with pytest.raises(UserError, match=r"model.width 4 -> unset"):
-        states.check_recipe(
-            folder, {key: before[key] for key in before if key != "model.width"}, Recipe.changes()
-        )
+        check_recipe(folder, {key: before[key] for key in before if key != "model.width"}, Recipe.changes())
 
 
 # What was so in the list of names that the marks have replaced.
@@ -274,25 +273,25 @@ def test_what_fine_tuning_cannot_change_on_the_way(tmp_path, state, key):
     before = {"mode": "lora", "learning_rate": 0.1, key: "before"}
     folder, changes = save_state(tmp_path, Position(), state, before, {}), FinetuneRecipe.changes()
     with pytest.raises(UserError, match=f"another recipe: {key} before -> other;"):
-        states.check_recipe(folder, before | {key: "other"}, changes)
+        check_recipe(folder, before | {key: "other"}, changes)
     if key not in SHAPES:
-        states.check_recipe(folder, before | {key: "other"}, changes, force=True)
+        check_recipe(folder, before | {key: "other"}, changes, force=True)
         return
     with pytest.raises(UserError, match=f"another recipe: {key} before -> other;"):
-        states.check_recipe(folder, before | {key: "other"}, changes, force=True)
+        check_recipe(folder, before | {key: "other"}, changes, force=True)
 
 
 def test_postcards_of_another_size_are_another_run(tmp_path, state):
     folder = save_state(tmp_path, Position(), state, {"data.size": 64, "data.captions": 4}, {})
     with pytest.raises(UserError, match=r"another recipe: data\.size 64 -> 128;"):
-        states.check_recipe(folder, {"data.size": 128, "data.captions": 4}, Recipe.changes())
+        check_recipe(folder, {"data.size": 128, "data.captions": 4}, Recipe.changes())
 
 
 def test_what_is_free_is_not_said(tmp_path, state, capsys):
     folder = save_state(tmp_path, Position(), state, {"run.force": False}, {})
-    states.check_recipe(folder, {"run.force": True}, Recipe.changes())
+    check_recipe(folder, {"run.force": True}, Recipe.changes())
     folder = save_state(tmp_path, Position(), state, {"force": False}, {})
-    states.check_recipe(folder, {"force": True}, FinetuneRecipe.changes())
+    check_recipe(folder, {"force": True}, FinetuneRecipe.changes())
     assert capsys.readouterr().out == ""
 
 
