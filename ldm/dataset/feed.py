@@ -16,7 +16,7 @@ from ldm.models import VAE
 from ldm.models.conditioning import Conditioning
 from ldm.pipeline.networks import encode
 from ldm.prompts.text_encoder import TextEncoder
-from ldm.train.recipe import MaskSection
+from ldm.train.loss_recipe import MaskSection
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,7 +28,7 @@ from ldm.train.loss import (
     timesteps_at,
     training_target,
 )
-from ldm.train.recipe import LossSection
+from ldm.train.loss_recipe import LossSection
 from ldm.train.task import Batch
 
 KEPT = 10  # losses of each timestep

@@ -12,13 +12,8 @@ import yaml
 from ldm.cli import main
 from ldm.cli.parser import Parser, dashes
 from ldm.errors import UserError
-from ldm.finetune.recipe import (
-    FinetuneRecipe,
-    add_recipe_flags,
-    find_recipe,
-    read_finetune_recipe,
-    shipped_recipes,
-)
+from ldm.finetune.flags import add_recipe_flags, find_recipe, read_finetune_recipe, shipped_recipes
+from ldm.finetune.recipe import FinetuneRecipe
 
 ROOT = Path(__file__).parents[2]
 NEEDED = ["--train_data_dir", "pictures", "--output_dir", "run", "--max_train_steps", "5"]
