@@ -42,6 +42,7 @@ from ldm.pipeline.deciding.resolve import native_size
 from ldm.runtime import Runtime, choose
 from ldm.train.loop import check_precision, check_tracker, train
 from ldm.train.memory import checkpoint_blocks
+from ldm.train.optimiser import check_optimiser
 from ldm.train.processes import partial_state
 from ldm.train.state import check_recipe, damage, flat, newest_state
 
@@ -105,6 +106,7 @@ def _check(recipe: FinetuneRecipe, device: torch.device) -> None:
         raise UserError(f"output_dir {recipe.output_dir} is a file: name a folder")
     check_precision(recipe.mixed_precision or "no", device)
     check_tracker(recipe.report_to)
+    check_optimiser(recipe)
 
 
 def _check_state(recipe: FinetuneRecipe) -> None:

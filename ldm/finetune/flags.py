@@ -39,6 +39,7 @@ ALIASES = {
     "control_data_dir": ("--conditioning-data-dir",),
     "rank": ("--lora-rank", "--network-dim"),
     "lora_alpha": ("--network-alpha",),
+    "optimizer": ("--optimizer-type",),
 }
 GROUPS = (
     ModelSection,

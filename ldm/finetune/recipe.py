@@ -222,6 +222,8 @@ class FinetuneRecipe(
             raise ValueError(
                 f"inpainting and variance change the U-Net, which mode {self.mode} leaves as it is"
             )
+        if self.chosen_optimizer == "prodigy" and self.text_encoder_lr is not None:
+            raise ValueError("text_encoder_lr is not prodigy's, which finds one rate for all: leave it out")
         if self.mode == "image_prompt" and self.image_encoder is None:
             raise ValueError("an IP-Adapter needs image_encoder: the folder of what reads the pictures")
         if self.mode == "controlnet" and (self.control_data_dir is None) == (self.preprocess is None):

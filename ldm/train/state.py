@@ -77,9 +77,8 @@ def save_state(
     with whole_folder(final) as aside:
         for name, tensors in (("weights", state.weights), ("ema", state.ema), ("optimiser", moments)):
             _write_finite(aside / f"{name}.safetensors", tensors)
-        write_json(
-            aside / "run.json", {"position": asdict(position), "optimiser": numbers, "extra": dict(extra)}
-        )
+        own = {"position": asdict(position), "optimiser": numbers, "groups": _groups(state.optimiser)}
+        write_json(aside / "run.json", own | {"extra": dict(extra)})
         write_json(aside / "recipe.json", recipe)
         write_json(aside / "manifest.json", _manifest(aside, recipe))
         _sync(aside)
@@ -111,6 +110,18 @@ def _moments(optimiser: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[
     entries = {f"{i}.{name}": value for i, entry in state.items() for name, value in entry.items()}
     tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
     return tensors, {name: value for name, value in entries.items() if name not in tensors}
+
+
+def _groups(optimiser: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What steps have changed of each group's settings: counts, Prodigy's estimate, sums of weights.
+
+    Not learning rates, which follow from the step, nor what the recipe says, which may change on the way.
+    """
+    fresh, given = optimiser.defaults, ("params", "lr", "muon")
+    return [
+        {key: value for key, value in group.items() if key not in given and fresh.get(key, ...) != value}
+        for group in optimiser.param_groups
+    ]
 
 
 def _manifest(folder: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -253,9 +264,10 @@ def load_state(folder: Path, state: State) -> tuple[Position, dict[str, Any]]:
             like = params[int(i)] if value.shape == params[int(i)].shape else value
             value = torch.empty_like(like, dtype=value.dtype, device="cpu").copy_(value)
         moments.setdefault(int(i), {})[key] = value
-    state.optimiser.load_state_dict(
-        {"state": moments, "param_groups": state.optimiser.state_dict()["param_groups"]}
-    )
+    groups = state.optimiser.state_dict()["param_groups"]
+    changed = run.get("groups", [{}] * len(groups))  # states of older versions have none
+    groups = [group | own for group, own in zip(groups, changed, strict=True)]
+    state.optimiser.load_state_dict({"state": moments, "param_groups": groups})
     return Position(**run["position"]), run["extra"]
 
 
