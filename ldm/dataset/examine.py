@@ -30,7 +30,7 @@ from ldm.dataset.captions import (
 )
 from ldm.dataset.duplicates import find_near_duplicates
 from ldm.dataset.findings import EFFECTS, Effect, Examined, Example, Finding
-from ldm.dataset.picture import Fault, PictureInfo, inspect_picture
+from ldm.dataset.picture import Fault, PictureInfo, inspect_picture, masks_beside
 from ldm.errors import UserError
 from ldm.runtime import local_cores
 
@@ -75,7 +75,7 @@ def examine(
         raise UserError(f"{folder} is not a folder: give one that holds pictures")
     if missing_caption not in MISSING:
         raise UserError(f"missing_caption {missing_caption!r} is not one of {', '.join(MISSING)}")
-    listing = list_files(folder)
+    listing = _without_masks(list_files(folder))
     columns = Columns(image_column or COLUMNS[0], caption_column or COLUMNS[1])
     tables = {} if instance_prompt is not None else read_tables(listing, columns)
     inspected = _inspect_all(listing.pictures, on_progress)
@@ -100,6 +100,15 @@ def examine(
         findings.append(Finding(None, "no pictures", f"no picture to train on in {folder}", "stops"))
     findings.sort(key=lambda found: (EFFECTS.index(found.effect), found.kind, str(found.path), found.text))
     return Examined(folder, captioner.layout(examples), tuple(examples), tuple(findings))
+
+
+def _without_masks(listing: Listing) -> Listing:
+    """Masks of pictures are no pictures themselves."""
+    if masks := set(masks_beside(listing.pictures).values()):
+        listing.pictures = [path for path in listing.pictures if path not in masks]
+        text = f"{len(masks)} masks beside pictures, such as {min(masks).name}: read with --masked_loss"
+        listing.findings.append(Finding(None, "masks", text, "note"))
+    return listing
 
 
 def _inspect_all(pictures: Sequence[Path], on_progress: Progress | None) -> dict[Path, PictureInfo | Fault]:

@@ -26,6 +26,7 @@ from ldm.dataset.controls import Controls
 from ldm.dataset.examine import examine
 from ldm.dataset.feed import Feed
 from ldm.dataset.findings import Example, report
+from ldm.dataset.weights import Weights, weights_beside, weights_in
 from ldm.errors import UserError, abbreviate
 from ldm.finetune.control import ControlTask, controls_of
 from ldm.finetune.image_prompt import ImagePromptTask
@@ -67,6 +68,7 @@ def finetune(recipe: FinetuneRecipe) -> None:
     _check(recipe, processes.device)
     trained, held_out = _pictures(recipe, log)
     controls = controls_of(recipe, [*trained, *held_out]) if recipe.mode == "controlnet" else None
+    weights = _weights(recipe, [*trained, *held_out])
     mode = make_mode(recipe, [example.caption or "" for example in trained])
     parts = _load(recipe)
     recipe = _complete(recipe, parts, trained, held_out, processes)
@@ -83,7 +85,7 @@ def finetune(recipe: FinetuneRecipe) -> None:
     if recipe.gradient_checkpointing:
         for module in (parts.unet, *mode.beside):
             checkpoint_blocks(module)
-    feed = _feed(recipe, parts, controls)
+    feed = _feed(recipe, parts, controls, weights)
     _fill(feed, splits, processes, log)
     kinds: dict[str, type[FinetuneTask]] = {"controlnet": ControlTask, "image_prompt": ImagePromptTask}
     kind = kinds.get(recipe.mode, FinetuneTask)
@@ -98,7 +100,7 @@ def _silent(*_: object, **__: object) -> None:
 
 def _check(recipe: FinetuneRecipe, device: torch.device) -> None:
     """Raise UserError for what can be told before any file is read."""
-    for name in ("output_dir", "cache_dir", "class_data_dir", "control_data_dir"):
+    for name in ("output_dir", "cache_dir", "class_data_dir", "control_data_dir", "mask_data_dir"):
         place = getattr(recipe, name)
         if place is not None and place.resolve().is_relative_to(recipe.train_data_dir.resolve()):
             raise UserError(f"{name} {place} lies in the folder of pictures, and would be trained on")
@@ -256,7 +258,18 @@ def _complete(
     return recipe
 
 
-def _feed(recipe: FinetuneRecipe, parts: Parts, controls: Controls | None) -> Feed:
+def _weights(recipe: FinetuneRecipe, examples: Sequence[Example]) -> Weights | None:
+    """How much places of pictures count, all masks found. Raises UserError for what is wrong with them."""
+    if not recipe.masks_loss:
+        return None
+    if recipe.alpha_mask:
+        return Weights(recipe.unmasked_weight, alpha=True)
+    if recipe.mask_data_dir is None:
+        return weights_beside(examples, recipe.unmasked_weight)
+    return weights_in(recipe.mask_data_dir, examples, recipe.train_data_dir, recipe.unmasked_weight)
+
+
+def _feed(recipe: FinetuneRecipe, parts: Parts, controls: Controls | None, weights: Weights | None) -> Feed:
     text, cache = Pipeline.from_parts(parts).text, recipe.cache_dir or Path()
     trains_text = any(p.requires_grad for clip in text.clips for p in clip.model.parameters())
     return Feed(
@@ -269,6 +282,7 @@ def _feed(recipe: FinetuneRecipe, parts: Parts, controls: Controls | None) -> Fe
         trains_text=trains_text,
         masks=recipe.masks if recipe.inpainting else None,
         controls=controls,
+        weights=weights,
     )
 
 

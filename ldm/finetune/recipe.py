@@ -117,6 +117,24 @@ class ModeSection(Section):
     """compute the U-Net's layers twice, in less memory"""
 
 
+class MaskedSection(Section):
+    """Which places of a picture are trained on."""
+
+    masked_loss: bool = False
+    """the loss counts within masks alone: 7.mask.png beside 7.png, white where it counts"""
+    mask_data_dir: Path | None = None
+    """or the masks of this folder, each by the name of its picture"""
+    alpha_mask: bool = False
+    """or the alpha of each picture"""
+    unmasked_weight: float = Field(0.0, ge=0, le=1)
+    """how much the loss counts outside of masks"""
+
+    @property
+    def masks_loss(self) -> bool:
+        """Whether not all places count alike."""
+        return self.masked_loss or self.alpha_mask or self.mask_data_dir is not None
+
+
 class ControlSection(Section):
     """What a ControlNet is told: pictures of a second folder, or what a preprocessor makes of the first."""
 
@@ -154,6 +172,7 @@ class FinetuneRecipe(
     ModelSection,
     FolderSection,
     ModeSection,
+    MaskedSection,
     ControlSection,
     ImagePromptSection,
     LookSection,
@@ -224,6 +243,12 @@ class FinetuneRecipe(
             )
         if self.chosen_optimizer == "prodigy" and self.text_encoder_lr is not None:
             raise ValueError("text_encoder_lr is not prodigy's, which finds one rate for all: leave it out")
+        if self.alpha_mask and self.mask_data_dir is not None:
+            raise ValueError("alpha_mask and mask_data_dir: choose one")
+        if self.unmasked_weight and not self.masks_loss:
+            raise ValueError("unmasked_weight needs masked_loss, mask_data_dir or alpha_mask")
+        if self.masks_loss and self.variance != "none":
+            raise ValueError("masked_loss does not go with variance, whose bound is of whole pictures")
         if self.mode == "image_prompt" and self.image_encoder is None:
             raise ValueError("an IP-Adapter needs image_encoder: the folder of what reads the pictures")
         if self.mode == "controlnet" and (self.control_data_dir is None) == (self.preprocess is None):

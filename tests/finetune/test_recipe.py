@@ -78,6 +78,7 @@ BESIDE = {  # what else must be given
         "cat",
     ],
     "inpainting": ["--mode", "full"],
+    "unmasked_weight": ["--masked_loss"],
     "control_data_dir": ["--mode", "controlnet"],
     "preprocess": ["--mode", "controlnet"],
     "preprocess_options": ["--mode", "controlnet", "--preprocess", "canny"],
