@@ -23,19 +23,25 @@ def main() -> None:
         "--particular", action="store_true", help="always the one with red bands and blue sails"
     )
     parser.add_argument("--noun", default="windmill", help='what captions call it, such as "sks windmill"')
+    parser.add_argument("--cut-out", action="store_true", help="transparent all around, to learn by masks")
     parser.add_argument("--size", type=int, default=128, help="pixels; default: %(default)s")
     with reported():
         _render(parser.parse_args())
 
 
 def _render(args: argparse.Namespace) -> None:
+    import numpy as np
+
     from ldm.postcards.folder import write_folder
     from ldm.postcards.scoring.windmill import PARTICULAR, sample_postcard
 
     def make(k: int) -> tuple[Any, str]:
         rng = random.Random(f"windmill {args.seed} {k}")
         postcard = sample_postcard(rng, PARTICULAR if args.particular else None)
-        return postcard.render(args.size), postcard.caption(rng, args.noun)
+        picture = postcard.render(args.size)
+        if args.cut_out:
+            picture = np.dstack([picture, postcard.mask(args.size).astype(np.uint8) * 255])
+        return picture, postcard.caption(rng, args.noun)
 
     write_folder(args.folder, args.count, make)
 

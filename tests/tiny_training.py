@@ -65,12 +65,18 @@ def exported(run_dir: Path) -> dict[str, torch.Tensor]:
 
 
 def tiny_recipe(
-    steps: int, parts: int = 1, batch_size: int = 16, lr: float = 0.02, muon: bool = False, **run
+    steps: int,
+    parts: int = 1,
+    batch_size: int = 16,
+    lr: float = 0.02,
+    muon: bool = False,
+    other: dict | None = None,
+    **run,
 ) -> Recipe:
-    """`parts` are the micro-steps of an optimisation step; the rest is of the run or the optimiser."""
+    """`parts` are the micro-steps of an optimisation step; `other` are more settings of the optimiser."""
     optimiser = {"learning_rate": lr, "adam_beta2": 0.99, "ema_decay": 0.999, "train_batch_size": batch_size}
     optimiser |= {"gradient_accumulation_steps": parts, "lr_warmup_steps": 5, "use_muon": muon}
-    optimiser |= {"lr_scheduler": "warmup_stable_decay"}
+    optimiser |= {"lr_scheduler": "warmup_stable_decay", **(other or {})}
     optimiser |= {name: run.pop(name) for name in run.keys() & OptimiserSection.model_fields.keys()}
     every = {"logging_steps": 5, "validation_steps": 20, "checkpointing_steps": 10}
     run = {"max_train_steps": steps, "mixed_precision": "no"} | every | run

@@ -16,7 +16,7 @@ IMAGE_PROMPT: Mode = "image_prompt"
 
 
 def add_flags(parser: argparse.ArgumentParser, mode: Mode | None = None) -> None:
-    from ldm.finetune.recipe import add_recipe_flags
+    from ldm.finetune.flags import add_recipe_flags
 
     add_recipe_flags(parser, mode)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -32,7 +32,7 @@ def add_image_prompt_flags(parser: argparse.ArgumentParser) -> None:
 
 def finetune(args: argparse.Namespace, mode: Mode | None = None, precompute: bool = False) -> int:
     """Fine-tune; the same command again goes on where it stopped."""
-    from ldm.finetune.recipe import read_finetune_recipe
+    from ldm.finetune.flags import read_finetune_recipe
 
     recipe = read_finetune_recipe(args, mode)
     try:

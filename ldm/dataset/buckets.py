@@ -117,6 +117,11 @@ def apply_crop(image: Image.Image, crop: Crop) -> Tensor:
     Only what is shown is computed, so a long strip costs no more than a square. Raises UserError if the
     picture is not of the size that the crop was made for.
     """
+    return to_tensor(cut(image, crop, Image.Resampling.LANCZOS))[0] * 2 - 1
+
+
+def cut(image: Image.Image, crop: Crop, how: Image.Resampling) -> Image.Image:
+    """What `crop` shows of a picture, or of a mask of its size. Raises UserError as `apply_crop` does."""
     if (image.height, image.width) != crop.original:
         examined = "{1} x {0}".format(*crop.original)
         raise UserError(
@@ -127,10 +132,8 @@ def apply_crop(image: Image.Image, crop: Crop) -> Tensor:
     x, y = image.width / resized_width, image.height / resized_height
     box = (left * x, crop.top * y, (left + width) * x, (crop.top + height) * y)
     box = (*box[:2], min(box[2], image.width), min(box[3], image.height))  # rounding may lead out of it
-    shown = image.resize((width, height), Image.Resampling.LANCZOS, box)
-    if crop.flipped:
-        shown = shown.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return to_tensor(shown)[0] * 2 - 1
+    shown = image.resize((width, height), how, box)
+    return shown.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if crop.flipped else shown
 
 
 # --- batches ---------------------------------------------------------------------------------------------

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ldm.dataset.buckets import Crop, apply_crop
@@ -37,16 +38,7 @@ class Controls:
         if self.preprocess is not None:
             shown = source_of(to_pil(picture[None] / 2 + 0.5)[0])
             return torch.from_numpy(control_values(preprocess(shown, self.preprocess, **self.options)))
-        path = self.files[example.path]
-        image, (height, width) = open_picture(path), crop.original
-        if not same_shape((image.height, image.width), (height, width)):
-            raise UserError(
-                f"{path} is {image.width} x {image.height} pixels, but {example.path} {width} x {height}: "
-                "give them one shape"
-            )
-        if image.size != (width, height):
-            image = image.resize((width, height))
-        return apply_crop(image, crop) / 2 + 0.5
+        return apply_crop(open_beside(self.files[example.path], example), crop) / 2 + 0.5
 
     @property
     def fingerprint(self) -> str:
@@ -55,10 +47,28 @@ class Controls:
             return ":".join(
                 [self.preprocess, *(f"{name}={each}" for name, each in sorted(self.options.items()))]
             )
-        digest = hashlib.sha256()
-        for picture in sorted(self.files):
-            digest.update(self.files[picture].read_bytes())
-        return f"{len(self.files)} {digest.hexdigest()[:12]}"
+        return fingerprint(self.files)
+
+
+def open_beside(
+    path: Path, example: Example, convert: Callable[[Image.Image], Image.Image] | None = None
+) -> Image.Image:
+    """The picture that goes with an example's, in its size. Raises UserError if it has another shape."""
+    image, (height, width) = open_picture(path, convert=convert), example.size
+    if not same_shape((image.height, image.width), (height, width)):
+        raise UserError(
+            f"{path} is {image.width} x {image.height} pixels, but {example.path} {width} x {height}: "
+            "give them one shape"
+        )
+    return image if image.size == (width, height) else image.resize((width, height))
+
+
+def fingerprint(files: Mapping[Path, Path]) -> str:
+    """Of how many files there are, and of their bytes, in the order of what they go with."""
+    digest = hashlib.sha256()
+    for picture in sorted(files):
+        digest.update(files[picture].read_bytes())
+    return f"{len(files)} {digest.hexdigest()[:12]}"
 
 
 def made_by(name: str, options: Sequence[str]) -> Controls:
@@ -84,8 +94,19 @@ def files_in(folder: Path, examples: Sequence[Example], root: Path) -> Controls:
     cats/7.jpg goes with cats/7.png, or with cats/7_canny.png as `ldm preprocess` names it. Raises UserError
     where one is missing.
     """
+    endings = ("", *(f"_{name}" for name in PREPROCESSORS))
+    return Controls(files=find_files(folder, examples, root, endings, "control_data_dir", "control picture"))
+
+
+def find_files(
+    folder: Path, examples: Sequence[Example], root: Path, endings: Sequence[str], key: str, what: str
+) -> dict[Path, Path]:
+    """The picture in `folder` for each example, by its place below `root` and its name with one of `endings`.
+
+    Raises UserError where one is missing, or where `folder`, the value of `key`, is none.
+    """
     if not folder.is_dir():
-        raise UserError(f"control_data_dir {folder} is no folder: give the one of control pictures")
+        raise UserError(f"{key} {folder} is no folder: give the one of {what}s")
     there = {
         path.relative_to(folder).with_suffix(""): path
         for path in sorted(folder.rglob("*"))
@@ -94,14 +115,11 @@ def files_in(folder: Path, examples: Sequence[Example], root: Path) -> Controls:
     files, missing = {}, []
     for example in examples:
         stem = example.path.relative_to(root).with_suffix("")
-        names = (stem, *(stem.with_name(f"{stem.name}_{name}") for name in PREPROCESSORS))
-        found = next((there[name] for name in names if name in there), None)
-        if found is None:
+        found = (there.get(stem.with_name(stem.name + ending)) for ending in endings)
+        if (path := next((each for each in found if each is not None), None)) is None:
             missing.append(str(example.path.relative_to(root)))
         else:
-            files[example.path] = found
+            files[example.path] = path
     if missing:
-        raise UserError(
-            f"{folder} has no control picture for {abbreviate(missing)}: give each one of its name"
-        )
-    return Controls(files=files)
+        raise UserError(f"{folder} has no {what} for {abbreviate(missing)}: give each one of its name")
+    return files

@@ -31,7 +31,7 @@ from ldm.dataset.captions import (
 )
 from ldm.dataset.duplicates import find_near_duplicates
 from ldm.dataset.findings import EFFECTS, Effect, Examined, Example, Finding
-from ldm.dataset.picture import Fault, PictureInfo, inspect_picture
+from ldm.dataset.picture import Fault, PictureInfo, inspect_picture, masks_beside
 from ldm.dataset.shards import Member, find_shards, read_index
 from ldm.errors import UserError
 from ldm.runtime import local_cores
@@ -118,7 +118,7 @@ def _in_folder(
 ) -> _Found:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give one that holds pictures")
-    listing = list_files(folder)
+    listing = _without_masks(list_files(folder))
     tables = {} if instance_prompt is not None else read_tables(listing, columns)
     inspected = _inspect_all(listing.pictures, on_progress)
     findings = listing.findings
@@ -167,6 +167,15 @@ def _layout(examples: Sequence[Example], sources: Mapping[Path, str]) -> str:
     without = counts.pop("", 0)
     parts = [f"{number} from {source}" for source, number in counts.most_common()]
     return ", ".join(parts + ([f"{without} without"] if without else [])) or "none"
+
+
+def _without_masks(listing: Listing) -> Listing:
+    """Masks of pictures are no pictures themselves."""
+    if masks := set(masks_beside(listing.pictures).values()):
+        listing.pictures = [path for path in listing.pictures if path not in masks]
+        text = f"{len(masks)} masks beside pictures, such as {min(masks).name}: read with --masked_loss"
+        listing.findings.append(Finding(None, "masks", text, "note"))
+    return listing
 
 
 def _inspect_all(pictures: Sequence[Path], on_progress: Progress | None) -> dict[Path, PictureInfo | Fault]:

@@ -12,11 +12,12 @@ from ldm.dataset.buckets import Sample
 from ldm.dataset.cache import LatentCache, TextCache, open_and_crop
 from ldm.dataset.controls import Controls
 from ldm.dataset.masks import masked_pictures, random_masks
+from ldm.dataset.weights import Weights
 from ldm.models import VAE
 from ldm.models.conditioning import Conditioning
 from ldm.pipeline.networks import encode
 from ldm.prompts.text_encoder import TextEncoder
-from ldm.train.recipe import MaskSection
+from ldm.train.loss_recipe import MaskSection
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +28,7 @@ class Feed:
     zeros_for_empty: an empty caption is zeros, as SDXL is drawn with.
     masks: of inpainting; None for other models.
     controls: of a ControlNet; None without one.
+    weights: of places of pictures in the loss; None where all count alike.
     """
 
     vae: VAE
@@ -38,13 +40,14 @@ class Feed:
     trains_text: bool = False
     masks: MaskSection | None = None
     controls: Controls | None = None
+    weights: Weights | None = None
 
     def tensors(self, rows: Sequence[Sample], rng: torch.Generator) -> dict[str, Tensor]:
         """What B rows of one size give, on the CPU in fp32; noise is drawn from `rng`.
 
         x0 [B, c, h, w]: latents, scaled as the U-Net has them; tokens [B, N, D] or ids.<i> [B * windows, N];
         where the model takes them pooled [B, P], time_ids [B, 6], mask [B, 1, H, W] and masked [B, c, h, w];
-        kept [B]: 0 where the text is to be zeros; control [B, 3, H, W] in 0..1.
+        kept [B]: 0 where the text is to be zeros; control [B, 3, H, W] in 0..1; weight [B, h, w].
         """
         shown = [(row.example, row.crop) for row in rows]
         whole = self.latents is None or self.masks is not None or self.controls is not None
@@ -62,6 +65,8 @@ class Feed:
         if self.controls is not None:
             told = [self.controls.of(*each, picture) for each, picture in zip(shown, pictures, strict=True)]
             batch["control"] = torch.stack(told)
+        if self.weights is not None:
+            batch["weight"] = torch.stack([self.weights.of(*each, self.vae.downscale) for each in shown])
         return batch
 
     def _text(self, captions: Sequence[str]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ldm.train.recipe import MaskSection
+from ldm.train.loss_recipe import MaskSection
 
 
 def random_masks(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from io import BufferedReader, BytesIO
 from pathlib import Path
@@ -17,6 +18,7 @@ from ldm.errors import reason
 from ldm.images.opening import TURNS, formats, orientation, to_rgb
 
 SUFFIX = re.compile(r"\.(png|jpe?g|jpe|jfif|webp|bmp|gif|tiff?|avif|jp2|p[gnp]m)", re.IGNORECASE)
+MASKS = (".mask", "-masklabel")  # ends of the names of masks beside pictures: ours, and OneTrainer's
 THUMB = (9, 8)  # width, height: 8 differences in each of 8 rows make 64 bits
 
 FaultKind = Literal["not an image", "truncated", "unreadable", "too large"]
@@ -38,6 +40,18 @@ class Fault:
 
     kind: FaultKind
     text: str
+
+
+def masks_beside(pictures: Iterable[Path]) -> dict[Path, Path]:
+    """Of files of pictures, those that are masks of others: picture -> mask, each by its name."""
+    by_stem = {path.with_suffix(""): path for path in pictures}
+    found: dict[Path, Path] = {}
+    for stem, path in by_stem.items():
+        for ending in MASKS:
+            mask = by_stem.get(stem.with_name(stem.name + ending))
+            if mask is not None:
+                found.setdefault(path, mask)
+    return found
 
 
 def inspect_picture(path: Path) -> PictureInfo | Fault:

@@ -27,6 +27,7 @@ from ldm.dataset.examine import examine
 from ldm.dataset.feed import Feed
 from ldm.dataset.findings import Example, report
 from ldm.dataset.shards import find_shards, read_index
+from ldm.dataset.weights import Weights, weights_beside, weights_in
 from ldm.errors import UserError, abbreviate
 from ldm.finetune.control import ControlTask, controls_of
 from ldm.finetune.image_prompt import ImagePromptTask
@@ -44,6 +45,7 @@ from ldm.runtime import Runtime, choose
 from ldm.train.changes import BATCHES, batches_a_step, compare, flat
 from ldm.train.loop import check_precision, check_sharding, check_tracker, train
 from ldm.train.memory import checkpoint_blocks
+from ldm.train.optimiser import check_optimiser
 from ldm.train.processes import alone, partial_state, together
 from ldm.train.state import damage, newest_state
 
@@ -71,6 +73,7 @@ def finetune(recipe: FinetuneRecipe, precompute: bool = False) -> None:
     _check(recipe, processes.device, precompute)
     trained, held_out = _pictures(recipe, processes, log)
     controls = controls_of(recipe, [*trained, *held_out]) if recipe.mode == "controlnet" else None
+    weights = _weights(recipe, [*trained, *held_out])
     mode = make_mode(recipe, [example.caption or "" for example in trained])
     parts = _load(recipe)
     before = _before(recipe)
@@ -89,7 +92,7 @@ def finetune(recipe: FinetuneRecipe, precompute: bool = False) -> None:
     if recipe.gradient_checkpointing:
         for module in (parts.unet, *mode.beside):
             checkpoint_blocks(module)
-    feed = _feed(recipe, parts, controls)
+    feed = _feed(recipe, parts, controls, weights)
     _fill(feed, splits, processes, log)
     if precompute:
         alone(processes, lambda: _pack(feed, log))
@@ -108,12 +111,14 @@ def _silent(*_: object, **__: object) -> None:
 def _check(recipe: FinetuneRecipe, device: torch.device, precompute: bool) -> None:
     """Raise UserError for what can be told before any file is read."""
     data = recipe.train_data_dir
-    for name in ("output_dir", "cache_dir", "class_data_dir", "control_data_dir"):
+    for name in ("output_dir", "cache_dir", "class_data_dir", "control_data_dir", "mask_data_dir"):
         place = getattr(recipe, name)
         if place is not None and isinstance(data, Path) and place.resolve().is_relative_to(data.resolve()):
             raise UserError(f"{name} {place} lies in the folder of pictures, and would be trained on")
     if recipe.control_data_dir is not None and find_shards(data):
         raise UserError("control_data_dir goes with a folder of pictures, not with shards: give preprocess")
+    if recipe.masks_loss and find_shards(data):
+        raise UserError("masks of the loss go with a folder of pictures, not with shards")
     if recipe.output_dir.exists() and not recipe.output_dir.is_dir():
         raise UserError(f"output_dir {recipe.output_dir} is a file: name a folder")
     if precompute and not recipe.center_crop:
@@ -121,6 +126,7 @@ def _check(recipe: FinetuneRecipe, device: torch.device, precompute: bool) -> No
     check_precision(recipe.mixed_precision or "no", device)
     check_tracker(recipe.report_to)
     check_sharding(recipe)
+    check_optimiser(recipe)
 
 
 def _before(recipe: FinetuneRecipe) -> dict[str, Any]:
@@ -282,7 +288,18 @@ def _complete(
     return recipe
 
 
-def _feed(recipe: FinetuneRecipe, parts: Parts, controls: Controls | None) -> Feed:
+def _weights(recipe: FinetuneRecipe, examples: Sequence[Example]) -> Weights | None:
+    """How much places of pictures count, all masks found. Raises UserError for what is wrong with them."""
+    if not recipe.masks_loss:
+        return None
+    if recipe.alpha_mask:
+        return Weights(recipe.unmasked_weight, alpha=True)
+    if recipe.mask_data_dir is None:
+        return weights_beside(examples, recipe.unmasked_weight)
+    return weights_in(recipe.mask_data_dir, examples, Path(recipe.train_data_dir), recipe.unmasked_weight)
+
+
+def _feed(recipe: FinetuneRecipe, parts: Parts, controls: Controls | None, weights: Weights | None) -> Feed:
     text, cache = Pipeline.from_parts(parts).text, recipe.cache_dir or Path()
     trains_text = any(p.requires_grad for clip in text.clips for p in clip.model.parameters())
     return Feed(
@@ -295,6 +312,7 @@ def _feed(recipe: FinetuneRecipe, parts: Parts, controls: Controls | None) -> Fe
         trains_text=trains_text,
         masks=recipe.masks if recipe.inpainting else None,
         controls=controls,
+        weights=weights,
     )
 
 

@@ -7,28 +7,20 @@ Names are those of diffusers' training scripts where they have the option. No to
 
 from __future__ import annotations
 
-import argparse
-import importlib.resources
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Literal, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
-from pydantic.fields import FieldInfo
 
-from ldm.errors import UserError
 from ldm.files import is_url
+from ldm.train.loss_recipe import LossSection, MaskSection
 from ldm.train.recipe import (
     Fixed,
     Free,
-    LossSection,
-    MaskSection,
     OptimiserSection,
     RunSection,
     Section,
     Shape,
-    read_yaml,
-    validate,
 )
 
 Mode = Literal["lora", "full", "textual_inversion", "controlnet", "image_prompt"]
@@ -127,6 +119,24 @@ class ModeSection(Section):
     """compute the U-Net's layers twice, in less memory"""
 
 
+class MaskedSection(Section):
+    """Which places of a picture are trained on."""
+
+    masked_loss: bool = False
+    """the loss counts within masks alone: 7.mask.png beside 7.png, white where it counts"""
+    mask_data_dir: Path | None = None
+    """or the masks of this folder, each by the name of its picture"""
+    alpha_mask: bool = False
+    """or the alpha of each picture"""
+    unmasked_weight: float = Field(0.0, ge=0, le=1)
+    """how much the loss counts outside of masks"""
+
+    @property
+    def masks_loss(self) -> bool:
+        """Whether not all places count alike."""
+        return self.masked_loss or self.alpha_mask or self.mask_data_dir is not None
+
+
 class ControlSection(Section):
     """What a ControlNet is told: pictures of a second folder, or what a preprocessor makes of the first."""
 
@@ -164,6 +174,7 @@ class FinetuneRecipe(
     ModelSection,
     FolderSection,
     ModeSection,
+    MaskedSection,
     ControlSection,
     ImagePromptSection,
     LookSection,
@@ -224,9 +235,9 @@ class FinetuneRecipe(
             raise ValueError("textual_inversion needs placeholder_token: the new word, such as <my-cat>")
         if inversion and self.initializer_token is None:
             raise ValueError("textual_inversion needs initializer_token: the words it begins as, such as cat")
-        for name in self.model_fields_set & _ONLY.keys():
-            if self.mode not in _ONLY[name] and getattr(self, name) != type(self).model_fields[name].default:
-                modes = " and ".join(_ONLY[name])
+        for name in self.model_fields_set & ONLY.keys():
+            if self.mode not in ONLY[name] and getattr(self, name) != type(self).model_fields[name].default:
+                modes = " and ".join(ONLY[name])
                 raise ValueError(f"{name} is not allowed in mode {self.mode}: only {modes} can use it")
         if self.class_data_dir is not None and not self.class_prompt:
             raise ValueError("class_data_dir needs class_prompt: what the pictures in it show")
@@ -238,6 +249,14 @@ class FinetuneRecipe(
             raise ValueError(
                 f"inpainting and variance change the U-Net, which mode {self.mode} leaves as it is"
             )
+        if self.chosen_optimizer == "prodigy" and self.text_encoder_lr is not None:
+            raise ValueError("text_encoder_lr is not prodigy's, which finds one rate for all: leave it out")
+        if self.alpha_mask and self.mask_data_dir is not None:
+            raise ValueError("alpha_mask and mask_data_dir: choose one")
+        if self.unmasked_weight and not self.masks_loss:
+            raise ValueError("unmasked_weight needs masked_loss, mask_data_dir or alpha_mask")
+        if self.masks_loss and self.variance != "none":
+            raise ValueError("masked_loss does not go with variance, whose bound is of whole pictures")
         if self.mode == "image_prompt" and self.image_encoder is None:
             raise ValueError("an IP-Adapter needs image_encoder: the folder of what reads the pictures")
         if self.mode == "controlnet" and (self.control_data_dir is None) == (self.preprocess is None):
@@ -248,7 +267,7 @@ class FinetuneRecipe(
         return self
 
 
-_ONLY: dict[str, tuple[Mode, ...]] = {
+ONLY: dict[str, tuple[Mode, ...]] = {
     "train_text_encoder": ("lora", "full"),
     "text_encoder_lr": ("lora", "full"),
     **dict.fromkeys(
@@ -260,119 +279,3 @@ _ONLY: dict[str, tuple[Mode, ...]] = {
     **dict.fromkeys(ControlSection.model_fields, ("controlnet",)),
     **dict.fromkeys(ImagePromptSection.model_fields, ("image_prompt",)),
 }
-# Other names of the same options: those of diffusers' scripts for other modes, and short ones.
-ALIASES = {
-    "model": ("-m", "--pretrained-model-name-or-path"),
-    "vae": ("--pretrained-vae-model-name-or-path",),
-    "train_data_dir": ("--instance-data-dir",),
-    "output_dir": ("-o",),
-    "validation_prompts": ("--validation-prompt",),
-    "num_vectors": ("--num-vectors-per-token",),
-    "control_data_dir": ("--conditioning-data-dir",),
-    "rank": ("--lora-rank", "--network-dim"),
-    "lora_alpha": ("--network-alpha",),
-}
-GROUPS = (
-    ModelSection,
-    FolderSection,
-    ControlSection,
-    ImagePromptSection,
-    ModeSection,
-    LookSection,
-    LossSection,
-    OptimiserSection,
-    RunSection,
-)
-
-
-# --- the command line ------------------------------------------------------------------------------------
-
-
-def add_recipe_flags(parser: argparse.ArgumentParser, mode: Mode | None = None) -> None:
-    """A flag for each key of the recipe but `masks`, in groups; what is not given is not in the namespace.
-
-    With a `mode`, those of it alone.
-    """
-    parser.usage = "%(prog)s --train-data-dir DIR --output-dir DIR [--config RECIPE] [flags]"
-    parser.add_argument(
-        "--config",
-        metavar="RECIPE",
-        help=f"a YAML file, or one that comes with the package: {', '.join(shipped_recipes())}",
-    )
-    own = FinetuneRecipe.model_fields
-    groups = [(group.__doc__ or "", list(group.model_fields)) for group in GROUPS]
-    listed = {name for _, names in groups for name in names}
-    groups.append(("The run.", [name for name in own if name not in listed]))
-    for title, names in groups:
-        group = parser.add_argument_group(title.partition("\n")[0].rstrip(".").lower())
-        for name in names:
-            if name != "masks" and (mode is None or (name != "mode" and mode in _ONLY.get(name, (mode,)))):
-                flags = (f"--{name.replace('_', '-')}", *ALIASES.get(name, ()))
-                group.add_argument(*flags, dest=name, default=argparse.SUPPRESS, **_options(own[name]))
-
-
-def _options(field: FieldInfo) -> dict[str, Any]:
-    """How argparse is to read a field. Values stay text: the recipe checks them in one place."""
-    kind: Any = field.annotation
-    choices = [value for part in (kind, *get_args(kind)) for value in _literals(part)]
-    default = (
-        ""
-        if field.is_required() or field.default in (None, (), "")
-        else f" (default: {_spell(field.default)})"
-    )
-    options: dict[str, Any] = {"help": f"{field.description}{default}".replace("%", "%%")}
-    if kind is bool:
-        return options | {"action": argparse.BooleanOptionalAction}
-    if choices:
-        return options | {"choices": choices}
-    if isinstance(field.default, tuple):
-        return options | {"nargs": "+", "metavar": "TEXT"}
-    return options | {"metavar": "VALUE"}
-
-
-def _literals(kind: Any) -> tuple[str, ...]:
-    values = get_args(kind)
-    return values if values and all(isinstance(value, str) for value in values) else ()
-
-
-def _spell(default: object) -> str:
-    if isinstance(default, bool):
-        return "on" if default else "off"
-    return " ".join(default) if isinstance(default, tuple) else f"{default}"
-
-
-def read_finetune_recipe(args: argparse.Namespace, mode: Mode | None = None) -> FinetuneRecipe:
-    """The recipe of a parsed command line, in `mode` where a command has but one.
-
-    Raises UserError naming the flag or the key.
-    """
-    raw = {} if args.config is None else read_yaml(find_recipe(args.config))
-    if mode is not None and raw.setdefault("mode", mode) != mode:
-        raise UserError(f"{args.config} is a recipe of mode {raw['mode']}: give it to `ldm finetune`")
-    given = {name: value for name, value in vars(args).items() if name in FinetuneRecipe.model_fields}
-    if "num_train_epochs" in given:  # else the recipe's steps would go before it
-        raw.pop("max_train_steps", None)
-    return validate(FinetuneRecipe, raw | given, str(args.config or "the command line"), given)
-
-
-def shipped_recipes() -> list[str]:
-    """Names of the recipes that come with the package, in order."""
-    return sorted(path.name.removesuffix(".yaml") for path in _shipped())
-
-
-def find_recipe(name: str) -> Path:
-    """The file of a recipe: a path, or the name of one that comes with the package. Raises UserError."""
-    if Path(name).is_file():
-        return Path(name)
-    for path in _shipped():
-        if path.name in (name, f"{name}.yaml", f"finetune_{name}.yaml"):
-            return path
-    raise UserError(f"--config {name}: no such file, nor one of {', '.join(shipped_recipes())}")
-
-
-def _shipped() -> Iterator[Path]:
-    try:
-        folder = Path(str(importlib.resources.files("ldm.configs")))
-    except ModuleNotFoundError:  # a checkout that is not installed
-        folder = Path(__file__).parents[2] / "configs"
-    return folder.glob("finetune_*.yaml")

@@ -65,6 +65,8 @@ class FinetuneTask(Task):
         self.number = {example: i for i, example in enumerate(self.examples)}
         self.facts = {"pictures": _fingerprint(self.examples)}
         self.shards = recipe.mode in ("lora", "full")
+        if feed.weights is not None:
+            self.facts["mask_files"] = feed.weights.fingerprint
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         groups: list[dict[str, Any]] = [
@@ -142,7 +144,7 @@ class FinetuneTask(Task):
     def evaluate(self) -> dict[str, float]:
         """The plain loss of held-out pictures, each at the same noise and noise levels every time.
 
-        Plain, so that runs can be compared whatever they are trained with.
+        Plain, so that runs can be compared whatever they are trained with; of what masks show, if they do.
         """
         if not self.splits.held_out:
             return {}

@@ -127,6 +127,11 @@ def to_mask(image: Image.Image) -> Image.Image:
     return to_rgb(image).convert("L")
 
 
+def to_alpha(image: Image.Image) -> Image.Image:
+    """How opaque each pixel is, grey of 8 bits: white all over where a picture has no alpha."""
+    return _alpha(image) if image.has_transparency_data else Image.new("L", image.size, "white")
+
+
 def _alpha(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # of 16 bits, with one level that is transparent
         painted = np.asarray(image) != image.info["transparency"]

@@ -53,7 +53,8 @@ from ldm.train.loss import (
     draw_timesteps,
     timestep_probabilities,
 )
-from ldm.train.recipe import LossSection, loss_settings
+from ldm.train.loss_recipe import LossSection
+from ldm.train.recipe import loss_settings
 from ldm.train.task import Batch, Task
 
 

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from ldm.diffusion.prediction import Prediction
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
-from ldm.train.recipe import LossSection
+from ldm.train.loss_recipe import LossSection
 
 # Uniform timesteps, unit noise, square error: L_simple of Ho et al. 2020 (arXiv 2006.11239), eq. 14.
 PLAIN_LOSS = LossSection()

@@ -1,4 +1,4 @@
-"""AdamW, in 8 bits where that is possible, Muon, and learning rates as functions of the step."""
+"""Optimisers by name, Muon, and learning rates as functions of the step."""
 
 from __future__ import annotations
 
@@ -13,26 +13,85 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm.errors import UserError, reason
 from ldm.train.recipe import OptimiserSection
+
+PRODIGYS_LEAST = 0.1  # below it, learning_rate was meant for another optimiser
+
+
+def check_optimiser(options: OptimiserSection) -> None:
+    """Raise UserError where `make_optimiser` would, before anything else is done."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they come again
+        make_optimiser([torch.zeros(1, requires_grad=True)], options)
 
 
 def make_optimiser(
     params: Iterable[Tensor] | Iterable[dict[str, Any]], options: OptimiserSection
 ) -> torch.optim.Optimizer:
-    """AdamW over parameters, or over groups of them with their own ``lr``; or Muon where the recipe says so.
+    """The recipe's optimiser over parameters, or over groups of them with their own ``lr``.
 
-    With `use_8bit_adam` its moments take 2 bytes a parameter instead of 8 (bitsandbytes; Dettmers et al.
-    2022, arXiv 2110.02861); without bitsandbytes or CUDA it warns and is torch's.
+    Raises:
+        UserError: where its library is missing, or does not take what `optimizer_args` say.
+    """
+    name = options.chosen_optimizer
+    try:
+        return _made(name, params, options)
+    except ModuleNotFoundError as error:
+        raise UserError(f"optimizer {name} needs {error.name}: pip install 'ldm[optimisers]'") from None
+    except (TypeError, ValueError, AssertionError) as error:
+        given = " ".join(options.optimizer_args) or f"learning_rate={options.learning_rate:g}"
+        raise UserError(f"optimizer {name} does not take {given}: {reason(error)}") from None
+
+
+def _made(name: str, params: Any, options: OptimiserSection) -> torch.optim.Optimizer:
+    lr: dict[str, Any] = {"lr": options.learning_rate}
+    made: torch.optim.Optimizer
+    match name:
+        case "prodigy":
+            from prodigyopt import Prodigy
+
+            if options.learning_rate < PRODIGYS_LEAST:
+                text = (
+                    f"prodigy multiplies what it finds by learning_rate {options.learning_rate:g}: 1 is usual"
+                )
+                warnings.warn(text, stacklevel=4)
+            made = Prodigy(params, **lr | options.optimizer_settings)
+        case "adafactor":
+            from transformers.optimization import Adafactor
+
+            # By default it would go by rates of its own, whatever `learning_rate` says.
+            made = Adafactor(
+                params, **lr | {"scale_parameter": False, "relative_step": False} | options.optimizer_settings
+            )
+        case "lion":
+            from lion_pytorch import Lion
+
+            made = Lion(params, **lr | options.optimizer_settings)
+        case "schedulefree_adamw":
+            from schedulefree import AdamWScheduleFree
+
+            made = AdamWScheduleFree(params, **lr | options.optimizer_settings)
+        case _:
+            made = _adamw(name, params, options)
+    return made
+
+
+def _adamw(name: str, params: Any, options: OptimiserSection) -> torch.optim.Optimizer:
+    """AdamW, Muon beside it, or AdamW whose moments take 2 bytes a parameter instead of 8.
+
+    That is of bitsandbytes (Dettmers et al. 2022, arXiv 2110.02861); without it or CUDA it warns, and is
+    torch's.
     """
     settings: dict[str, Any] = {
         "lr": options.learning_rate,
         "betas": (options.adam_beta1, options.adam_beta2),
         "weight_decay": options.adam_weight_decay,
         "eps": options.adam_epsilon,
-    }
-    if options.use_muon:
+    } | options.optimizer_settings
+    if name == "muon":
         return Muon(params, **settings)
-    if options.use_8bit_adam:
+    if name == "adamw8bit":
         try:
             import bitsandbytes
         except ModuleNotFoundError:
@@ -44,8 +103,8 @@ def make_optimiser(
                 made: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(params, **settings)
                 return made
             missing = "there is no CUDA device"
-        warnings.warn(f"use_8bit_adam: {missing}, so AdamW keeps its moments in 32 bits", stacklevel=2)
-    return torch.optim.AdamW(params, **settings, fused=True)
+        warnings.warn(f"adamw8bit: {missing}, so AdamW keeps its moments in 32 bits", stacklevel=4)
+    return torch.optim.AdamW(params, **{"fused": True} | settings)
 
 
 class Muon(torch.optim.AdamW):

@@ -7,9 +7,10 @@ option, else sd-scripts'. No torch here, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import ast
 import difflib
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol, Self, TypeVar
@@ -30,6 +31,8 @@ LrScheduler = Literal[
     "warmup_stable_decay",
 ]
 
+
+Optimizer = Literal["adamw", "adamw8bit", "muon", "prodigy", "adafactor", "lion", "schedulefree_adamw"]
 
 T = TypeVar("T")
 
@@ -70,110 +73,21 @@ def _changes(section: type[Section], prefix: str = "") -> Iterator[tuple[str, Ch
             yield f"{prefix}{name}", next(marks, Change.TOLD)
 
 
-class LossSection(Section):
-    """How the loss is made; the defaults are the plain one of Ho et al. 2020, equation 14.
-
-    What the U-Net predicts is the model's own: `load_parts` takes another `prediction_type`, and it is saved
-    with it.
-    """
-
-    timestep_sampling: Literal["uniform", "logit_normal", "importance", "loss_second_moment"] = "uniform"
-    """how often each noise level is trained on; loss_second_moment, for variance bound: by its last losses"""
-    logit_mean: Finite = 0.0
-    """logit_normal: mean of logit(t / T); above 0, more noise"""
-    logit_std: Finite = Field(1.0, gt=0)
-    """logit_normal: its standard deviation"""
-    timestep_histogram: tuple[Annotated[Finite, Field(gt=0)], ...] = ()
-    """importance: how often, in equal bins over 0..T"""
-    min_timestep: int = Field(0, ge=0)
-    """train from this timestep"""
-    max_timestep: int | None = Field(None, ge=1)
-    """to the one before this; by default all"""
-
-    noise_offset: Finite = Field(0.0, ge=0)
-    """0.05 to 0.1 teaches an eps model dark and bright pictures"""
-    multires_noise_discount: Finite = Field(0.0, ge=0, lt=1)
-    """pyramid noise: the weight of each coarser level"""
-    input_perturbation: Finite = Field(0.0, ge=0)
-    """more noise in the input than in the target; 0.1 is recommended"""
-
-    loss_type: Literal["l2", "huber"] = "l2"
-    """huber: a broken picture weighs less"""
-    huber_c: Finite = Field(0.1, gt=0)
-    """huber: errors above it count linearly"""
-    snr_gamma: Finite | None = Field(None, gt=0)
-    """min-SNR weighting of noise levels; 5 is recommended"""
-
-    variance: Shape[Literal["none", "hybrid", "bound"]] = "none"
-    """the U-Net learns the variance of DDPM's steps too, by the variational bound; hybrid: all else by the
-    loss above; bound: all else by the bound too"""
-    variance_weight: Finite = Field(0.001, ge=0)
-    """hybrid: how much the bound counts"""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if (self.timestep_sampling == "importance") != bool(self.timestep_histogram):
-            raise ValueError("timestep_sampling: importance and timestep_histogram go together: give both")
-        if self.max_timestep is not None and self.max_timestep <= self.min_timestep:
-            raise ValueError(
-                f"max_timestep {self.max_timestep} must be above min_timestep {self.min_timestep}"
-            )
-        if self.timestep_sampling == "loss_second_moment" and self.variance != "bound":
-            raise ValueError("timestep_sampling: loss_second_moment is for variance: bound")
-        return self
-
-    @model_validator(mode="after")
-    def _has_a_bound(self) -> Self:
-        """The bound is of unit noise, measures errors in its own way, and needs each timestep at times."""
-        fixed = {
-            "noise_offset": 0.0,
-            "multires_noise_discount": 0.0,
-            "input_perturbation": 0.0,
-            **({"loss_type": "l2", "snr_gamma": None} if self.variance == "bound" else {}),
-        }
-        if self.variance != "none":
-            for name, value in fixed.items():
-                if getattr(self, name) != value:
-                    raise ValueError(f"variance: {self.variance} does not go with {name}: leave it out")
-            if self.timestep_sampling == "logit_normal":
-                raise ValueError(f"variance: {self.variance} does not go with logit_normal: take uniform")
-        return self
-
-
-class MaskSection(Section):
-    """Which share of the masks of inpainting is of each kind.
-
-    A quarter cover the whole picture, as in the training of stable-diffusion-inpainting (its model card): the
-    model goes on drawing from the prompt alone.
-    """
-
-    rectangles: float = Field(0.35, ge=0)  # one to three
-    strokes: float = Field(0.35, ge=0)  # one to three, of a round brush
-    whole: float = Field(0.25, ge=0)  # all is drawn anew
-    none: float = Field(0.05, ge=0)  # nothing is
-
-    @model_validator(mode="after")
-    def _sums_to_one(self) -> Self:
-        total = math.fsum(self.shares)
-        if not math.isclose(total, 1, abs_tol=1e-6):
-            raise ValueError(f"rectangles, strokes, whole and none sum to {total:g}: they are shares of 1")
-        return self
-
-    @property
-    def shares(self) -> tuple[float, float, float, float]:
-        """Of rectangles, strokes, whole, none."""
-        return self.rectangles, self.strokes, self.whole, self.none
-
-
 class OptimiserSection(Section):
-    """How weights follow gradients: AdamW, its learning rate, and batches.
+    """How weights follow gradients: an optimiser, its learning rate, and batches.
 
     In diffusers' scripts `lr_warmup_steps` is 500 and ignored by the default schedule; here it is 0, and no
     schedule ignores it.
     """
 
+    optimizer: Free[Optimizer] = "adamw"  # of a run that goes on, its kind may not change
+    """adamw8bit needs bitsandbytes and CUDA; muon: orthogonal momentum for matrices and convolutions from 32
+    rows and columns; prodigy finds its learning rate; adafactor keeps less; lion; schedulefree_adamw
+    averages, and needs no schedule"""
+    optimizer_args: tuple[str, ...] = ()
+    """more of its settings, such as d_coef=2 betas=0.9,0.99"""
     learning_rate: float = Field(1e-4, gt=0)
-    """of AdamW and of Muon"""
+    """of the optimiser; by default 1 of prodigy, which multiplies it"""
     lr_scheduler: LrScheduler = "constant"
     """how the learning rate changes; all begin with the warm-up"""
     lr_warmup_steps: int = Field(0, ge=0)
@@ -185,17 +99,17 @@ class OptimiserSection(Section):
     lr_decay_from: float = Field(0.6, ge=0, lt=1)
     """warmup_stable_decay: the part of the run after which the rate falls, by a cosine, to 2 %"""
     use_8bit_adam: bool = False
-    """keep moments in 8 bits (bitsandbytes, CUDA)"""
+    """the same as optimizer adamw8bit"""
     use_muon: bool = False
-    """orthogonal momentum for matrices and convolutions from 32 rows and columns, AdamW for the rest"""
+    """the same as optimizer muon"""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
-    """decay of the mean of gradients"""
+    """adamw, adamw8bit, muon: decay of the mean of gradients"""
     adam_beta2: float = Field(0.999, ge=0, lt=1)
-    """decay of the mean of their squares"""
+    """adamw, adamw8bit, muon: decay of the mean of their squares"""
     adam_weight_decay: float = Field(1e-2, ge=0)
-    """how fast weights shrink"""
+    """adamw, adamw8bit, muon: how fast weights shrink"""
     adam_epsilon: float = Field(1e-8, gt=0)
-    """added to the root of the squares' mean"""
+    """adamw, adamw8bit, muon: added to the root of the squares' mean"""
     max_grad_norm: float = Field(1.0, gt=0)
     """longer gradients are shortened to it"""
     ema_decay: float = Field(0.0, ge=0, lt=1)
@@ -205,11 +119,72 @@ class OptimiserSection(Section):
     gradient_accumulation_steps: Fixed[int] = Field(1, ge=1)
     """batches whose gradients make one step"""
 
+    @property
+    def chosen_optimizer(self) -> Optimizer:
+        """The optimiser, whichever of its names was given."""
+        return "muon" if self.use_muon else "adamw8bit" if self.use_8bit_adam else self.optimizer
+
+    @property
+    def optimizer_settings(self) -> dict[str, Any]:
+        """`optimizer_args` as values: {"betas": (0.9, 0.99)}."""
+        return _settings(self.optimizer_args)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _prodigys_rate(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and given.get("optimizer") == "prodigy":
+            return {"learning_rate": 1.0} | dict(given)
+        return given
+
+    @field_validator("optimizer_args", mode="before")
+    @classmethod
+    def _one_setting(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("optimizer_args")
+    @classmethod
+    def _are_settings(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if "lr" in _settings(value):
+            raise ValueError("lr is learning_rate: give it there")
+        return value
+
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
         if self.use_muon and self.use_8bit_adam:
             raise ValueError("use_muon and use_8bit_adam exclude each other: Muon keeps 32 bits")
+        if self.optimizer not in ("adamw", self.chosen_optimizer):
+            raise ValueError(
+                f"optimizer {self.optimizer} and use_{'muon' if self.use_muon else '8bit_adam'}: choose one"
+            )
+        if self.chosen_optimizer not in ("adamw", "adamw8bit", "muon"):
+            for name in ("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon"):
+                if getattr(self, name) != OptimiserSection.model_fields[name].default:
+                    raise ValueError(
+                        f"{name} is not {self.chosen_optimizer}'s: give its own settings as optimizer_args, "
+                        "such as weight_decay=0.01"
+                    )
+        if self.chosen_optimizer == "schedulefree_adamw":
+            if not self.lr_scheduler.startswith("constant"):
+                raise ValueError(
+                    f"schedulefree_adamw goes without {self.lr_scheduler}: take lr_scheduler constant"
+                )
+            if self.ema_decay:
+                raise ValueError("schedulefree_adamw averages the weights itself: leave ema_decay out")
         return self
+
+
+def _settings(args: Iterable[str]) -> dict[str, Any]:
+    """Of sd-scripts' `k=v`, v as Python writes it. Raises ValueError."""
+    made: dict[str, Any] = {}
+    for each in args:
+        name, equals, value = each.partition("=")
+        if not (equals and name.isidentifier()) or name in made:
+            raise ValueError(f"{each}: write each setting once, as name=value")
+        try:
+            made[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            raise ValueError(f"{each}: {value} is no number, True, False, None or list of these") from None
+    return made
 
 
 class RunSection(Section):

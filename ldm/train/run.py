@@ -83,6 +83,7 @@ class Run:
         # What is sharded is wrapped no further: DDP would want all weights.
         self.model = accelerator.prepare_model(model, device_placement=False, evaluation_mode=shards)
         self.optimiser = accelerator.prepare_optimizer(optimiser, device_placement=False)
+        self.optimiser.train()  # of those that know another way to look at their weights
         self.batches = Prefetcher(self._batch, accelerator.device)
 
     def _resume(self) -> None:
@@ -151,10 +152,13 @@ class Run:
         if not finite:
             self._not_finite(values["loss"])
             self.optimiser.zero_grad()  # so that the step changes nothing but the scale of fp16's gradients
-        self.optimiser.step()
+        if finite or accelerator.scaler is not None:
+            self.optimiser.step()
         self.optimiser.zero_grad()
         if finite:
             self._average(position.step)
+        if "d" in self.optimiser.param_groups[0]:  # the rate that Prodigy has found
+            values["d"] = self.optimiser.param_groups[0]["d"]
         samples = opt.train_batch_size * self.batches_a_step
         (seconds,) = mean(accelerator, time.perf_counter() - began)
         self.position = Position(
@@ -295,20 +299,24 @@ class Run:
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
-        """Inside the block the task holds the EMA weights, where there are any, ready to be looked at.
+        """Inside the block the task holds averaged weights, where there are any, ready to be looked at.
 
-        Of what is sharded, the main process's task holds all.
+        They are the EMA, or what a schedule-free optimiser averages. Of what is sharded, the main process's
+        task holds all. Afterwards all is as before, to the bit.
         """
         self.batches.settle()
         self.task.eval()
-        kept = {name: self.trained[name].detach().clone() for name in self.ema}
+        averages = self.trained if hasattr(self.state.optimiser, "eval") else self.ema
+        kept = {name: self.trained[name].detach().clone() for name in averages}
         with torch.no_grad():
+            self.optimiser.eval()
             for name, average in self.ema.items():
                 self.trained[name].copy_(average)
             try:
                 with self.sharded.whole(self.accelerator.is_main_process) if self.sharded else nullcontext():
                     yield
             finally:
+                self.optimiser.train()
                 for name, value in kept.items():
                     self.trained[name].copy_(value)
                 self.task.train()

@@ -81,7 +81,8 @@ def save_state(
     """
     final = run_dir / f"state-{position.step:08d}"
     moments, numbers = _moments(state.optimiser)
-    run = {"position": asdict(position), "optimiser": numbers, "extra": dict(extra)}
+    run = {"position": asdict(position), "optimiser": numbers, "groups": _groups(state.optimiser)}
+    run |= {"extra": dict(extra)}
     with ExitStack() as stack:  # of the main process
         aside = alone(processes, lambda: stack.enter_context(whole_folder(final)))
         files: dict[str, Any] = {}
@@ -162,6 +163,18 @@ def _moments(optimiser: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[
 def _described(path: Path) -> dict[str, Any]:
     """What a manifest says of a file."""
     return {"size": path.stat().st_size, "sha256": read_sha256(path)}
+
+
+def _groups(optimiser: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What steps have changed of each group's settings: counts, Prodigy's estimate, sums of weights.
+
+    Not learning rates, which follow from the step, nor what the recipe says, which may change on the way.
+    """
+    fresh, given = optimiser.defaults, ("params", "lr", "muon")
+    return [
+        {key: value for key, value in group.items() if key not in given and fresh.get(key, ...) != value}
+        for group in optimiser.param_groups
+    ]
 
 
 def _sync(folder: Path) -> None:
@@ -293,9 +306,10 @@ def load_state(folder: Path, state: State) -> tuple[Position, dict[str, Any]]:
         if isinstance(value, list):
             value = _moment(value, params[int(i)])
         moments.setdefault(int(i), {})[key] = value
-    state.optimiser.load_state_dict(
-        {"state": moments, "param_groups": state.optimiser.state_dict()["param_groups"]}
-    )
+    groups = state.optimiser.state_dict()["param_groups"]
+    changed = run.get("groups", [{}] * len(groups))  # states of older versions have none
+    groups = [group | own for group, own in zip(groups, changed, strict=True)]
+    state.optimiser.load_state_dict({"state": moments, "param_groups": groups})
     return Position(**run["position"]), run["extra"]
 
 

@@ -28,7 +28,7 @@ from ldm.train.loss import (
     timesteps_at,
     training_target,
 )
-from ldm.train.recipe import LossSection
+from ldm.train.loss_recipe import LossSection
 from ldm.train.task import Batch
 
 KEPT = 10  # losses of each timestep
@@ -84,10 +84,13 @@ class Objective(nn.Module):
         return simple + self.options.variance_weight * vlb, said
 
     def plain(self, output: Tensor, batch: Batch, options: LossSection = PLAIN_LOSS) -> Tensor:
-        """The loss of each picture's mean, unweighted: [B]. Shapes as in `forward`."""
+        """The loss of each picture's mean, whatever its noise level: [B]. Shapes as in `forward`.
+
+        Where the batch has a `weight` [B, H, W], each place counts so much.
+        """
         x0, noise, t = batch["x0"], batch["noise"], batch["t"]
-        target = training_target(x0, noise, t, self.levels)
-        return pixel_losses(output[:, : x0.shape[1]], target, options).mean((1, 2))
+        losses = pixel_losses(output[:, : x0.shape[1]], training_target(x0, noise, t, self.levels), options)
+        return (losses * batch["weight"] if "weight" in batch else losses).mean((1, 2))
 
     def _x0(self, mean: Tensor, batch: Batch) -> Tensor:
         """The guess of x_0 that the mean's channels speak of."""

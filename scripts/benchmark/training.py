@@ -29,8 +29,9 @@ def ours(lora: bool, bf16: bool, batch: int) -> Callable[[], None]:
         timestep_probabilities,
         training_target,
     )
+    from ldm.train.loss_recipe import LossSection
     from ldm.train.optimiser import make_optimiser
-    from ldm.train.recipe import LossSection, OptimiserSection
+    from ldm.train.recipe import OptimiserSection
 
     dtype = torch.bfloat16 if lora and bf16 else torch.float32
     unet: Any = filled(lambda: UNet(UNetConfig(cross_attention_dim=768)), dtype)

@@ -12,7 +12,7 @@ from ldm.dataset.feed import Feed
 from ldm.dataset.masks import masked_pictures
 from ldm.models.kind import Kind
 from ldm.prompts.text_encoder import Clip, TextEncoder
-from ldm.train.recipe import MaskSection
+from ldm.train.loss_recipe import MaskSection
 
 SIZE = (64, 64)
 

@@ -7,7 +7,7 @@ from scipy import ndimage, stats
 
 from ldm.dataset.masks import masked_pictures, random_masks
 from ldm.finetune.inpainting import inpainting_input
-from ldm.train.recipe import MaskSection
+from ldm.train.loss_recipe import MaskSection
 
 NOTHING = {"rectangles": 0, "strokes": 0, "whole": 0, "none": 0}
 

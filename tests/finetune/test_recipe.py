@@ -12,13 +12,8 @@ import yaml
 from ldm.cli import main
 from ldm.cli.parser import Parser, dashes
 from ldm.errors import UserError
-from ldm.finetune.recipe import (
-    FinetuneRecipe,
-    add_recipe_flags,
-    find_recipe,
-    read_finetune_recipe,
-    shipped_recipes,
-)
+from ldm.finetune.flags import add_recipe_flags, find_recipe, read_finetune_recipe, shipped_recipes
+from ldm.finetune.recipe import FinetuneRecipe
 
 ROOT = Path(__file__).parents[2]
 NEEDED = ["--train_data_dir", "pictures", "--output_dir", "run", "--max_train_steps", "5"]
@@ -67,6 +62,8 @@ VALUES: dict[str, tuple[list[str], Any]] = {
     "report_to": (["tensorboard"], "tensorboard"),
     "preprocess_options": (["low=50", "high=90"], ("low=50", "high=90")),
     "max_timestep": (["900"], 900),
+    "optimizer": (["lion"], "lion"),
+    "optimizer_args": (["d_coef=2", "betas=0.9,0.99"], ("d_coef=2", "betas=0.9,0.99")),
 }
 BESIDE = {  # what else must be given
     "timestep_histogram": ["--timestep_sampling", "importance"],
@@ -82,6 +79,7 @@ BESIDE = {  # what else must be given
         "cat",
     ],
     "inpainting": ["--mode", "full"],
+    "unmasked_weight": ["--masked_loss"],
     "control_data_dir": ["--mode", "controlnet"],
     "preprocess": ["--mode", "controlnet"],
     "preprocess_options": ["--mode", "controlnet", "--preprocess", "canny"],
@@ -135,10 +133,11 @@ def test_masks_are_set_in_yaml(tmp_path):
         ("-o", "output_dir", Path("some")),
         ("--num_vectors_per_token", "num_vectors", 3),
         ("--lora_rank", "rank", 3),
+        ("--optimizer_type", "optimizer", "lion"),
     ],
 )
 def test_names_of_other_scripts_are_understood(flag, name, value):
-    words = "3" if value == 3 else "some"
+    words = "some" if value in ("some", ("some",), Path("some")) else str(value)
     recipe = parse(*NEEDED, *BESIDE.get(name, []), flag, words)
     assert getattr(recipe, name) == value
 

@@ -21,9 +21,10 @@ from ldm.train.loss import (
     pixel_losses,
     training_target,
 )
+from ldm.train.loss_recipe import LossSection
 from ldm.train.memory import checkpoint_blocks
 from ldm.train.optimiser import make_optimiser
-from ldm.train.recipe import LossSection, OptimiserSection
+from ldm.train.recipe import OptimiserSection
 
 WIDTHS = {"sd1": NARROW, "inpaint": NARROW, "zero_terminal": NARROW, "sd2_v": WIDE, "sdxl": NARROW + WIDE}
 TIMESTEPS = torch.tensor([3, 250, 600, 999])

@@ -26,7 +26,7 @@ from ldm.train.loss import (
     timestep_probabilities,
     training_target,
 )
-from ldm.train.recipe import LossSection
+from ldm.train.loss_recipe import LossSection
 
 CONFIG = {
     "_class_name": "DDPMScheduler",

@@ -1,4 +1,7 @@
-"""AdamW and Muon against torch's, a stand-in for bitsandbytes; learning rates against transformers."""
+"""AdamW and Muon against torch's, a stand-in for bitsandbytes; learning rates against transformers.
+
+Optimisers of other libraries are in test_optimisers.py.
+"""
 
 import math
 import sys

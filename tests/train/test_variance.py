@@ -11,7 +11,7 @@ from ldm.diffusion.forward import interpolated_log_variance, sigma_log_variances
 from ldm.diffusion.schedule import Schedule
 from ldm.diffusion.solvers import Denoised
 from ldm.train.loss import noisy_latents, timesteps_at
-from ldm.train.recipe import LossSection
+from ldm.train.loss_recipe import LossSection
 from ldm.train.variance import ANY, KEPT, BoundTerms, LossHistory, Objective
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

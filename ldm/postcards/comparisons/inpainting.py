@@ -32,7 +32,7 @@ from ldm.postcards.scoring.following import judge
 from ldm.postcards.scoring.prompts import Prompt, evaluation_prompts
 from ldm.postcards.scoring.scorer import Scorer
 from ldm.postcards.scoring.sources import Settings, filled, rendered
-from ldm.train.recipe import MaskSection
+from ldm.train.loss_recipe import MaskSection
 
 Masks = NDArray[np.bool_]  # [N, H, W], true where it is drawn anew
 KINDS = ("box", "strokes", "half")
