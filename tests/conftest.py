@@ -1,5 +1,6 @@
 """What all tests share: no network, at most two threads, tiny random models of the reference classes."""
 
+import gc
 import os
 import shutil
 import signal
@@ -18,6 +19,14 @@ import torch
 # A background job ignores SIGINT, and so would the processes that tests start and then interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# What is imported stays: it need not be looked through, again and again, for what can go.
+gc.disable()
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
@@ -43,16 +52,9 @@ def tiny_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def families(tmp_path_factory):
     """name -> (a tiny random folder of that family, diffusers' pipeline), made once, not to be changed."""
-    from tiny_families import make_family
+    from tiny_families import made_once
 
-    root, made = tmp_path_factory.mktemp("families"), {}
-
-    def get(name):
-        if name not in made:
-            made[name] = root / name, make_family(name, root / name)
-        return made[name]
-
-    return get
+    return made_once(tmp_path_factory.mktemp("families"))
 
 
 @pytest.fixture

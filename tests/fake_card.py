@@ -65,7 +65,7 @@ class Card(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        given = list(_tensors((args, kwargs)))
+        given = _tensors((args, kwargs))
         known = {id(each.own): each for each in given if isinstance(each, OnCard)}
         device = kwargs.get("device")
         here = bool(known) if device is None else torch.device(device).type == "cuda"
@@ -121,15 +121,15 @@ class Calls(TorchFunctionMode):
 # torch's own pytree does the same in several times the time, and here it is done for each operator.
 
 
-def _tensors(given: Any) -> Iterator[Tensor]:
+def _tensors(given: Any) -> list[Tensor]:
     """The tensors of a call's arguments."""
     if isinstance(given, Tensor):
-        yield given
-    elif isinstance(given, tuple | list):
-        for each in given:
-            yield from _tensors(each)
-    elif isinstance(given, dict):
-        yield from _tensors(tuple(given.values()))
+        return [given]
+    if isinstance(given, dict):
+        given = given.values()
+    elif not isinstance(given, tuple | list):
+        return []
+    return [tensor for each in given for tensor in _tensors(each)]
 
 
 def _each(change: Callable[[Tensor], Tensor], given: Any) -> Any:

@@ -59,12 +59,12 @@ V = SCHEDULER | {"prediction_type": "v_prediction"}
 TRAILING = BETAS | {"timestep_spacing": "trailing"}
 PNDM = BETAS | {"skip_prk_steps": True, "steps_offset": 1}
 EULER = BETAS | {"timestep_spacing": "leading", "steps_offset": 1}
-F4 = {
+BY_4 = {  # a latent is a square of 4 x 4 pixels, and else of 2 x 2
     "block_out_channels": (8, 16, 16),
     "down_block_types": ("DownEncoderBlock2D",) * 3,
     "up_block_types": ("UpDecoderBlock2D",) * 3,
-    "scaling_factor": 0.08333,
 }
+F4 = BY_4 | {"scaling_factor": 0.08333}
 XL_VAE = {"scaling_factor": 0.13025}
 LCM_STEPS = BETAS | {"original_inference_steps": 50}
 XL_V = TRAILING | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
@@ -118,12 +118,15 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def make_family(name, folder):
-    """A diffusers pipeline of the family `name`, saved to `folder` (not yet there); returns it."""
+def make_family(name, folder, vae=None):
+    """A diffusers pipeline of the family `name`, saved to `folder` (not yet there); returns it.
+
+    `vae`: what its VAE has else than the family's, such as `BY_4`.
+    """
     family = FAMILIES[name]
     parts = _text(family.text, folder.parent / f"{folder.name}-vocabulary")
     parts["unet"] = randomise(_unet(family.unet))
-    parts["vae"] = randomise(_vae(family.vae))
+    parts["vae"] = randomise(_vae(family.vae | (vae or {})))
     parts["scheduler"] = getattr(diffusers, family.scheduler)(**family.schedule)
     if family.pipeline == "StableDiffusionUpscalePipeline":
         parts["low_res_scheduler"] = diffusers.DDPMScheduler(**BETAS)
@@ -135,6 +138,18 @@ def make_family(name, folder):
     pipe.set_progress_bar_config(disable=True)
     pipe.save_pretrained(folder)
     return pipe
+
+
+def made_once(root, **changes):
+    """name -> (a folder below `root`, diffusers' pipeline), made when first asked for, not to be changed."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            made[name] = root / name, make_family(name, root / name, **changes)
+        return made[name]
+
+    return get
 
 
 def _unet(changes):

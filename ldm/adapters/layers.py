@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 from ldm.adapters.deltas import Delta
 from ldm.memory.residence import awake
 from ldm.models.convolution import Conv2d
+from ldm.models.copying import copy_network
 from ldm.runtime import memory_format
 
 M = TypeVar("M", bound=nn.Module)
@@ -73,7 +73,7 @@ class AdaptedConv2d(Conv2d):
 def share(module: M) -> M:
     """A new tree of modules with the very same parameters and buffers."""
     tensors = [*module.parameters(), *module.buffers()]
-    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+    return copy_network(module, {id(tensor): tensor for tensor in tensors})
 
 
 def adapt_module(module: M, changes: Mapping[str, Sequence[Weighted]], fused: bool) -> M:

@@ -7,7 +7,6 @@ kernels take for themselves while they run cannot be seen; `scratch` states it.
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -19,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ldm.models.convolution import is_imitated
+from ldm.models.copying import copy_network
 from ldm.runtime import resident_memory
 
 M = TypeVar("M", bound=nn.Module)
@@ -58,7 +58,7 @@ def on_meta(module: M) -> M:
     if all(each.is_meta for each in tensors):
         return module
     memo: dict[int, Any] = {id(each): _without_numbers(each) for each in tensors}
-    copied = copy.deepcopy(module, memo)
+    copied = copy_network(module, memo)
     for each in copied.modules():  # which would fetch weights
         each._forward_pre_hooks.clear()
         each._forward_hooks.clear()

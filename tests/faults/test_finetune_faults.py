@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from tiny_families import BY_4, made_once
 from tiny_finetune import WORD, hashes, result, run, write_pictures
 from tiny_training import largest_file
 
@@ -20,9 +21,10 @@ def data(tmp_path):
     return write_pictures(tmp_path / "data", 6)
 
 
-@pytest.fixture
-def sd1(families):
-    return families("sd1")[0]
+@pytest.fixture(scope="module")
+def sd1(tmp_path_factory):
+    """Of small latents, as what is trained on has 64 x 64 pixels at least; not to be changed."""
+    return made_once(tmp_path_factory.mktemp("models"), vae=BY_4)("sd1")[0]
 
 
 @pytest.fixture(autouse=True)

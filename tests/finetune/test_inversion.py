@@ -22,7 +22,7 @@ from ldm.pipeline import Pipeline
 from ldm.runtime import choose
 
 PROMPT = "the <cat> boat, <cat>"
-DRAW = {"num_inference_steps": 2, "output_type": "latent", "height": 16, "width": 16}
+DRAW = {"num_inference_steps": 2, "output_type": "latent", "height": 32, "width": 32}
 FP32 = choose("cpu", "fp32")
 
 

@@ -1,6 +1,8 @@
 """Adapters against diffusers' load_lora_weights and load_textual_inversion, and peft's layers, in fp32."""
 
-import diffusers
+import copy
+import functools
+
 import pytest
 import torch
 from conftest import relative_error
@@ -16,7 +18,7 @@ from tiny_adapters import (
     save_lycoris,
     to_kohya,
 )
-from tiny_families import FAMILIES, NARROW, WIDE, make_family
+from tiny_families import NARROW, WIDE
 
 import ldm
 
@@ -24,29 +26,28 @@ PROMPT, NEGATIVE = "the red boat", "sea"
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    made = {}
-    for family in ("sd1", "sdxl"):
-        made[family] = tmp_path_factory.mktemp("families") / family
-        make_family(family, made[family])
-    return made
-
-
-@pytest.fixture(scope="module")
-def pipes(folders):
-    return {family: ldm.load(folder, dtype="fp32", device="cpu") for family, folder in folders.items()}
+def pipes(families):
+    return {family: ldm.load(families(family)[0], dtype="fp32", device="cpu") for family in ("sd1", "sdxl")}
 
 
 @pytest.fixture
-def peers(folders):
-    """A fresh pipeline of diffusers, since loading an adapter changes it."""
+def peers(families):
+    """A fresh pipeline of diffusers, since loading an adapter changes all of it but the VAE."""
 
     def fresh(family):
-        peer = getattr(diffusers, FAMILIES[family].pipeline).from_pretrained(folders[family])
-        peer.set_progress_bar_config(disable=True)
-        return peer
+        peer = families(family)[1]
+        return copy.deepcopy(peer, {id(peer.vae): peer.vae})
 
     return fresh
+
+
+@pytest.fixture(scope="module")
+def saved(families, tmp_path_factory):
+    """The file of a LoRA of all parts of a family, not to be changed."""
+    folder = tmp_path_factory.mktemp("loras")
+    return functools.cache(
+        lambda family: save_diffusers(families(family)[1], folder / f"{family}.safetensors")
+    )
 
 
 def compare(pipe, peer, prompt=PROMPT):
@@ -79,34 +80,33 @@ def differs(pipe, peer):
     return relative_error(pipe(**common).images, pipe.base(**common).images) > 1e-2
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
-@pytest.mark.parametrize("kind", ["lora", "patterns", "rslora"])
-def test_lora_of_diffusers(pipes, peers, tmp_path, family, kind):
+@pytest.mark.parametrize(
+    ("kind", "family"), [("lora", "sd1"), ("lora", "sdxl"), ("patterns", "sdxl"), ("rslora", "sd1")]
+)
+def test_lora_of_diffusers(pipes, peers, saved, tmp_path, family, kind):
     peer = peers(family)
-    file = save_diffusers(peer, tmp_path / "style.safetensors", kind)
+    file = saved(family) if kind == "lora" else save_diffusers(peer, tmp_path / "style.safetensors", kind)
     peer.load_lora_weights(file, adapter_name="style")
     pipe = pipes[family].with_lora(file)
     compare(pipe, peer)
     assert differs(pipe, peer)
 
 
-def test_weights_of_unet_and_text(pipes, peers, tmp_path):
-    peer = peers("sdxl")
-    file = save_diffusers(peer, tmp_path / "style.safetensors")
+def test_weights_of_unet_and_text(pipes, peers, saved):
+    peer, file = peers("sdxl"), saved("sdxl")
     peer.load_lora_weights(file, adapter_name="style")
     peer.set_adapters("style", {"unet": 0.7, "text_encoder": 0.4, "text_encoder_2": 0.4})
     compare(pipes["sdxl"].with_lora(file, 0.7, 0.4), peer)
 
 
-def test_several_at_once(pipes, peers, tmp_path):
-    peer = peers("sd1")
-    one = save_diffusers(peer, tmp_path / "one.safetensors")
+def test_several_at_once(pipes, peers, saved, tmp_path):
+    peer, one = peers("sd1"), saved("sd1")
     two = save_diffusers(
         peer, tmp_path / "two.safetensors", "rslora", unet=["to_q", "conv1"], text=["out_proj", "fc1"]
     )
     for file in (one, two):
         peer.load_lora_weights(file, adapter_name=file.stem)
-    peer.set_adapters(["one", "two"], [0.7, -0.4])
+    peer.set_adapters([one.stem, two.stem], [0.7, -0.4])
     pipe = pipes["sd1"].with_lora(one, 0.7).with_lora(two, -0.4)
     compare(pipe, peer)
     compare(pipe.fuse(), peer)
@@ -238,8 +238,12 @@ def vectors(count, width, seed=1):
     return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize("layout", ["diffusers", "diffusers_bin", "a1111", "parameter_dict", "emb_params"])
+LAYOUTS = ["diffusers", "diffusers_bin", "a1111", "parameter_dict", "emb_params"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "count"), [*((each, 3) for each in LAYOUTS), ("diffusers", 1), ("a1111", 1)]
+)
 def test_textual_inversion(pipes, peers, tmp_path, layout, count):
     rows, peer = vectors(count, NARROW), peers("sd1")
     match layout:
@@ -272,10 +276,9 @@ def test_textual_inversion_of_xl(pipes, peers, tmp_path):
     compare(pipe, peer, "the <cat> boat")
 
 
-def test_both_kinds_of_adapters(pipes, peers, tmp_path):
-    rows, peer = vectors(2, NARROW), peers("sd1")
+def test_both_kinds_of_adapters(pipes, peers, saved, tmp_path):
+    rows, peer, file = vectors(2, NARROW), peers("sd1"), saved("sd1")
     save_file({"<cat>": rows}, tmp_path / "cat.safetensors")
-    file = save_diffusers(peer, tmp_path / "style.safetensors")
     peer.load_textual_inversion({"<cat>": rows})
     peer.load_lora_weights(file)
     pipe = pipes["sd1"]

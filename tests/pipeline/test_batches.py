@@ -20,8 +20,8 @@ def test_a_batch_equals_its_pictures_drawn_alone(models, family):
     """By a sampler that draws noise in its steps too; test_pipeline.py has the others."""
     pipe = models(family)
     common = {**INPUTS[family], "sampler": "dpmpp_sde"}
-    batch = latents(pipe, num_images_per_prompt=3, seed=1, **common)
-    alone = torch.cat([latents(pipe, seed=seed, **common) for seed in (1, 2, 3)])
+    batch = latents(pipe, num_images_per_prompt=2, seed=1, **common)
+    alone = torch.cat([latents(pipe, seed=seed, **common) for seed in (1, 2)])
     assert error(batch, alone) < 1e-5
     assert error(batch[:1], batch[1:2]) > 1e-2
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from ldm.checkpoint import Parts
 from ldm.checkpoint.parts import NETWORKS
 from ldm.errors import UserError
+from ldm.models.copying import copy_network
 from ldm.runtime import Runtime, memory_format
 
 M = TypeVar("M", bound=nn.Module)
@@ -57,4 +57,4 @@ def move(module: M, device: torch.device, dtype: torch.dtype | None) -> M:
         return nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
 
     memo = {id(tensor): convert(tensor) for tensor in (*module.parameters(), *module.buffers())}
-    return copy.deepcopy(module, memo)
+    return copy_network(module, memo)

