@@ -40,13 +40,13 @@ class Store:
 class Deaths:
     """Of processes: each lives for a time of exponential distribution with this mean, and is replaced.
 
-    replaced: from its death to the begin of another. together: one death ends all, as in torchrun, which
-    starts every rank anew; else the others go on.
+    replaced: from its death to the begin of another. together: so many neighbours that one death ends them
+    all, as in torchrun, which starts every rank anew.
     """
 
     mean_life: float = math.inf
     replaced: float = 0.0
-    together: bool = False
+    together: int = 1
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,9 @@ class Fleet:
 
     def __post_init__(self) -> None:
         """Raise UserError for what cannot be."""
-        positive = (self.workers, self.part, self.store.connections, self.store.rate, self.slowness)
+        positive = (self.workers, self.part, self.slowness, self.store.connections, self.store.rate)
         times = (*self.service, *self.store.latency, self.start, self.apart, self.dispatch)
-        if min(positive) <= 0 or self.deaths.mean_life <= 0 or self.writes < 0:
+        if min(*positive, self.deaths.mean_life, self.deaths.together) <= 0 or self.writes < 0:
             raise UserError("workers, parts, connections, rates and lives are above 0, writes 0 or more")
         if not self.service or not self.store.latency or not all(0 <= time < math.inf for time in times):
             raise UserError("times are finite, 0 or more, and one of a batch and one of a write are needed")
@@ -128,7 +128,7 @@ def simulate(fleet: Fleet, batches: int, seed: int = 0) -> Outcome:
 
     if batches < 1:
         raise UserError(f"simulates 1 batch or more, not {batches}")
-    life = fleet.deaths.mean_life / (fleet.workers if fleet.deaths.together else 1)
+    life = fleet.deaths.mean_life / min(fleet.deaths.together, fleet.workers)
     if fleet.start + fleet.part * min(fleet.service) > 10 * life:  # one life in 22,000 lasts so long
         raise UserError(
             "start and one part of the manifest take 10 times as long as a process lives: give smaller parts"
@@ -159,7 +159,11 @@ class _Drawing:
         counts = [len(range(share, batches, shares)) for share in range(shares)]
         self.queues: list[Container] = [simpy.Container(environment, init=count) for count in counts]
         self.engine, self.door = _Turns(environment), _Turns(environment)
-        self.ends = _Ends(random.Random(f"{seed} all"), fleet.deaths.mean_life / fleet.workers)
+        size = min(fleet.deaths.together, fleet.workers)
+        self.ends = [
+            _Ends(random.Random(f"{seed} group {group}"), fleet.deaths.mean_life / size)
+            for group in range(-(-fleet.workers // size))
+        ]
 
     def done(self, batches: int) -> None:
         """So many more stand in a manifest."""
@@ -182,7 +186,7 @@ class _Turns:
 
 
 class _Ends:
-    """When everything dies together."""
+    """When neighbours die together."""
 
     def __init__(self, chance: random.Random, mean: float) -> None:
         self.chance, self.mean = chance, mean
@@ -191,12 +195,8 @@ class _Ends:
     def after(self, now: float) -> float:
         """The first after now, which never goes back."""
         while self.next <= now:
-            self.next += _lifetime(self.chance, self.mean)
+            self.next += math.inf if math.isinf(self.mean) else self.chance.expovariate(1 / self.mean)
         return self.next
-
-
-def _lifetime(chance: random.Random, mean: float) -> float:
-    return math.inf if math.isinf(mean) else chance.expovariate(1 / mean)
 
 
 # --- a worker --------------------------------------------------------------------------------------------
@@ -214,6 +214,7 @@ class _Worker:
         self.chance = random.Random(f"{drawing.seed} {number}")
         self.factor = self.fleet.slowness if self.chance.random() < self.fleet.slow else 1.0
         self.queue = drawing.queues[number % len(drawing.queues)]
+        self.ends = drawing.ends[number // drawing.fleet.deaths.together]
         self.dies = math.inf
         self.held, self.worked = 0, 0.0  # batches since the last part of the manifest, and seconds of drawing
 
@@ -222,9 +223,7 @@ class _Worker:
         environment, deaths = self.drawing.environment, self.fleet.deaths
         yield environment.timeout(self.number * self.fleet.apart)
         while True:
-            now = environment.now
-            alone = now + _lifetime(self.chance, deaths.mean_life)
-            self.dies = self.drawing.ends.after(now) if deaths.together else alone
+            self.dies = self.ends.after(environment.now)
             try:
                 yield from self.spend(self.fleet.start)
                 while True:

@@ -43,12 +43,16 @@ def test_deaths_cost_what_renewal_says(life, part, start, replaced):
 
 def test_where_one_death_ends_all_lives_are_shorter_by_the_number_of_workers():
     workers, rounds, life = 5, 4_000, 20.0
-    fleet = Fleet(workers, (1.0,), shared=False, deaths=Deaths(life, 2.0, together=True))
+    fleet = Fleet(workers, (1.0,), shared=False, deaths=Deaths(life, 2.0, together=workers))
     outcome = simulate(fleet, rounds * workers, seed=1)
     alone = simulate(Fleet(1, (1.0,), deaths=Deaths(life / workers, 2.0)), rounds, seed=2)
     assert outcome.seconds == pytest.approx(rounds * (4.0 + 2.0) * (math.exp(1 / 4.0) - 1), rel=0.05)
     assert outcome.seconds == pytest.approx(alone.seconds, rel=0.06)
     assert outcome.deaths % workers == 0
+    pairs = simulate(Fleet(4, (1.0,), shared=False, deaths=Deaths(life, 2.0, together=2)), 4 * rounds, seed=3)
+    # The later of two groups of two: a little more than the mean of either.
+    assert pairs.seconds == pytest.approx(rounds * (10.0 + 2.0) * (math.exp(1 / 10.0) - 1), rel=0.03)
+    assert pairs.deaths % 2 == 0
 
 
 def test_the_best_part_of_the_manifest_is_youngs():
@@ -120,7 +124,9 @@ def test_whatever_happens_all_is_drawn_once_and_the_seed_says_when(seed):
         shared=chance.random() < 0.5,
         dispatch=chance.choice([0.0, 0.01]),
         store=Store((0.0, 0.1), chance.randint(1, 4), chance.choice([50.0, math.inf])),
-        deaths=Deaths(chance.choice([8.0, 30.0]) * 12, chance.choice([0.0, 4.0]), chance.random() < 0.5),
+        deaths=Deaths(
+            chance.choice([8.0, 30.0]) * 12, chance.choice([0.0, 4.0]), chance.choice([1, 1, 3, 20])
+        ),
     )
     batches = chance.randint(1, 300)
     outcome = simulate(fleet, batches, seed)
