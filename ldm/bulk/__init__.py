@@ -5,4 +5,7 @@ plan.py      rows -> batches, by the table alone -> pieces, which workers share 
 mapper.py    rows of a batch -> pictures, or why there is none
 worker.py    pieces -> files (`storage.py`, `shards.py`) -> records in a log of its own (`records.py`)
 finish.py    logs -> manifest.parquet and failed.parquet
+on_ray.py    workers that are actors of Ray Data; on_slurm.py: jobs of Slurm
+
+simulation.py, capacity.py: how long that takes on many workers, as a model
 """

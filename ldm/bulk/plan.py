@@ -7,7 +7,7 @@ sums in a network are rounded by how many rows it sees. What is done already cha
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ldm.bulk.rows import Row, Rows
@@ -56,6 +56,11 @@ class Plan:
     def share(self, rank: int, world: int) -> tuple[Piece, ...]:
         """The pieces of one of `world` workers."""
         return self.pieces[rank::world]
+
+    def left(self, pieces: Iterable[Piece], done: Container[str]) -> list[Piece]:
+        """The pieces of which a row is not done, by its id."""
+        ids = self.rows.ids
+        return [piece for piece in pieces if any(ids[i] not in done for i in piece.rows)]
 
     def rows_of(self, batch: Batch) -> list[Row]:
         return [self.rows[i] for i in batch]

@@ -17,7 +17,7 @@ import torch
 from ldm.adapters.adapted import find_lora
 from ldm.bulk.mapper import Mapper, Models
 from ldm.bulk.plan import Piece, Plan
-from ldm.bulk.records import proven, read_logs
+from ldm.bulk.records import Record, proven, read_logs
 from ldm.bulk.rows import read_rows
 from ldm.bulk.storage import Storage, open_storage
 from ldm.bulk.worker import Worker
@@ -98,12 +98,24 @@ def hire(
         UserError: if the run was begun with anything that gives other bits.
     """
     begin(storage, noted(order, plan, models))
+    done = known(order, plan, storage, share, on_progress)
+    return Worker(plan, storage, Mapper(models), done, order.encoding, order.marks)
+
+
+def known(
+    order: Order,
+    plan: Plan,
+    storage: Storage,
+    share: Sequence[Piece],
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Record]:
+    """By id, records of rows of a share that need no drawing: their files are there, or they failed."""
     ids = {plan.rows.ids[i] for piece in share for i in piece.rows}
     records = read_logs(storage, ids)
     done = proven(storage, records.values(), order.trust_sizes, on_progress)
     if not order.retry_failed:
         done |= {row: record for row, record in records.items() if record.error}
-    return Worker(plan, storage, Mapper(models), done, order.encoding, order.marks)
+    return done
 
 
 def noted(order: Order, plan: Plan, models: Models) -> dict[str, Any]:

@@ -49,8 +49,7 @@ class Worker:
 
     def left(self, pieces: Iterable[Piece]) -> list[Piece]:
         """The pieces of which a row is not done."""
-        ids = self.plan.rows.ids
-        return [piece for piece in pieces if any(ids[i] not in self.done for i in piece.rows)]
+        return self.plan.left(pieces, self.done)
 
     def draw(self, pieces: Iterable[Piece]) -> list[Record]:
         """Draw what is not done; gives the new records, which are in the log too."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 Point = tuple[float, float]  # step, value
@@ -12,7 +12,8 @@ WIDTH, HEIGHT = 560, 230
 LEFT, RIGHT, TOP, BOTTOM = 62, 536, 10, 190  # of the area that values are drawn in
 NAMES, ROW = 276, 24  # of bars: where they begin, to the right of their names; their height
 MOST_BINS = 30
-COLOUR = "#3b82f6"  # reads on white and on black
+COLOURS = ("#3b82f6", "#d97706", "#059669", "#c026d3")  # read on white and on black
+COLOUR = COLOURS[0]
 
 
 def chart(points: Sequence[Point], dots: bool, label: str) -> str:
@@ -35,6 +36,26 @@ def chart(points: Sequence[Point], dots: bool, label: str) -> str:
     else:
         drawn.append(_line(spots(values), 'stroke-width="1" stroke-opacity="0.4"'))
         drawn.append(_line(spots(smooth(values)), 'stroke-width="2"'))
+    return _svg(drawn, label)
+
+
+def curves(series: Mapping[str, Sequence[Point]], along: str, label: str) -> str:
+    """A line with dots for each name, up to four; either axis is logarithmic where its values are far apart.
+
+    Args:
+        series: finite, each with at least one; its names: HTML.
+        along: HTML, what the first number of a point is.
+        label: HTML, for those who cannot see the picture.
+    """
+    points = [point for line in series.values() for point in line]
+    across, up = value_axis([x for x, _ in points]), value_axis([y for _, y in points])
+    drawn = [*_grid(across, up, along)]
+    for k, (name, line) in enumerate(series.items()):
+        colour = COLOURS[k]
+        spots = [(_x(across, x), _y(up, y)) for x, y in line]
+        drawn.append(_line(spots, 'stroke-width="2"', colour))
+        drawn += [f'<circle cx="{x:.2f}" cy="{y:.2f}" r="3.5" fill="{colour}"/>' for x, y in spots]
+        drawn.append(_text(LEFT + 8, TOP + 14 * (k + 1), "start", name, colour))
     return _svg(drawn, label)
 
 
@@ -187,9 +208,9 @@ def _y(up: Axis, value: float) -> float:
     return BOTTOM - (BOTTOM - TOP) * up.place(value)
 
 
-def _line(spots: Sequence[Point], style: str) -> str:
+def _line(spots: Sequence[Point], style: str, colour: str = COLOUR) -> str:
     points = " ".join(f"{x:.2f},{y:.2f}" for x, y in spots)
-    return f'<polyline points="{points}" fill="none" stroke="{COLOUR}" {style}/>'
+    return f'<polyline points="{points}" fill="none" stroke="{colour}" {style}/>'
 
 
 def _box(x: float, y: float, width: float, height: float) -> str:
@@ -210,5 +231,5 @@ def _grid(across: Axis, up: Axis, along: str) -> Iterator[str]:
     yield _text((LEFT + RIGHT) / 2, BOTTOM + 36, "middle", along)
 
 
-def _text(x: float, y: float, anchor: str, text: str) -> str:
-    return f'<text x="{x:.2f}" y="{y:.2f}" text-anchor="{anchor}" fill="currentColor">{text}</text>'
+def _text(x: float, y: float, anchor: str, text: str, colour: str = "currentColor") -> str:
+    return f'<text x="{x:.2f}" y="{y:.2f}" text-anchor="{anchor}" fill="{colour}">{text}</text>'

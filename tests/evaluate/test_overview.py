@@ -10,7 +10,19 @@ from broken_pictures import scene
 from PIL import Image
 from read_page import SVG, Page
 
-from ldm.evaluate.chart import BOTTOM, LEFT, NAMES, RIGHT, TOP, Bar, histogram, ratios, shares
+from ldm.evaluate.chart import (
+    BOTTOM,
+    COLOURS,
+    LEFT,
+    NAMES,
+    RIGHT,
+    TOP,
+    Bar,
+    curves,
+    histogram,
+    ratios,
+    shares,
+)
 from ldm.evaluate.figures import Figure, Found, rate_figure
 from ldm.evaluate.overview import SHOWN, write_overview
 from ldm.evaluate.report import rate
@@ -49,6 +61,21 @@ def test_ratios_may_be_above_one_where_a_line_is():
     assert [width for _, _, width, _ in boxes(svg)] == pytest.approx([1.5 * wide, 0.5 * wide], abs=0.01)
     (line,) = (p.get("d") for p in svg.iter(f"{SVG}path") if len(p.attrib) == 2)
     assert line.startswith(f"M{NAMES + wide:.2f},")
+
+
+def test_curves_have_a_colour_each_and_logarithmic_axes_where_they_are_wide():
+    series = {"a": [(1, 0.0), (10, 1.0), (100, 2.0)], "b": [(10, 2.0)]}
+    svg = ElementTree.fromstring(curves(series, "workers", "x"))
+    dots = [(c.get("fill"), float(c.get("cx")), float(c.get("cy"))) for c in svg.iter(f"{SVG}circle")]
+    middle, centre = (LEFT + RIGHT) / 2, (TOP + BOTTOM) / 2
+    assert dots == [
+        (COLOURS[0], LEFT, BOTTOM),
+        (COLOURS[0], middle, centre),
+        (COLOURS[0], RIGHT, TOP),
+        (COLOURS[1], middle, TOP),
+    ]
+    texts = {text.text: text.get("fill") for text in svg.iter(f"{SVG}text")}
+    assert (texts["a"], texts["b"], texts["workers"]) == (COLOURS[0], COLOURS[1], "currentColor")
 
 
 def test_the_page_shows_figures_charts_and_the_pictures_at_both_ends(tmp_path):
