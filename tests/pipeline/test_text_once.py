@@ -5,6 +5,7 @@ import torch
 
 import ldm
 from ldm.models.attention import Attention
+from ldm.models.clip import CLIPTextModel
 from ldm.pipeline import networks
 
 STEPS = {"num_inference_steps": 4, "sampler": "euler", "seed": 5, "width": 64, "height": 64}
@@ -30,7 +31,7 @@ def read(monkeypatch):
 
 
 def drawn(pipe, prompt, **fields):
-    return torch.from_numpy(pipe(prompt, output_type="np", **STEPS, **fields).images)
+    return torch.from_numpy(pipe(prompt, output_type="np", **{**STEPS, **fields}).images)
 
 
 def attentions(pipe):
@@ -59,3 +60,17 @@ def test_two_drawings_share_nothing(pipe, read):
     drawn(pipe, "a red boat")
     drawn(pipe, "a red boat")
     assert len(read) == 2 * attentions(pipe)
+
+
+def test_prompts_of_a_call_read_their_negative_prompt_once(pipe, monkeypatch):
+    rows, plain = [], CLIPTextModel.forward
+
+    def counted(encoder, input_ids, *given, **named):
+        rows.append(len(input_ids))
+        return plain(encoder, input_ids, *given, **named)
+
+    monkeypatch.setattr(CLIPTextModel, "forward", counted)
+    prompts, given = ["a red boat", "a house", "a red boat", "the sea"], {"negative_prompt": "snow"}
+    together = drawn(pipe, prompts, **given)
+    assert sum(rows) == len({*prompts, "snow"})
+    assert torch.equal(together[1], drawn(pipe, "a house", **given, seed=STEPS["seed"] + 1)[0])
