@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ldm.bulk.on_ray import BLOCKS
 from ldm.bulk.simulation import Deaths, Fleet, Outcome, Store, simulate
 from ldm.errors import UserError, printable, reason
 
@@ -37,9 +38,9 @@ class Assumed:
     """What one machine cannot tell, in seconds.
 
     life: of a process, the mean. replaced: until another begins. slow: the share of workers that take
-    `slowness` times as long. apart: between two workers' begins. part: batches to a part of the manifest.
-    latency: what the store adds to a write. connections: writes of a worker at once. rate: writes a second
-    that the store takes.
+    `slowness` times as long. apart: between two workers' begins. noting: of drawing, between a rank's notes.
+    latency: what the store adds to a write. connections: writes of a worker at once. rate: writes a
+    second that the store takes.
     """
 
     life: float = 24 * HOUR
@@ -47,7 +48,7 @@ class Assumed:
     slow: float = 0.02
     slowness: float = 2.0
     apart: float = 0.05
-    part: int = 1
+    noting: float = 30.0
     latency: float = 0.05
     connections: int = 8
     rate: float = 3500.0
@@ -59,13 +60,14 @@ class Way:
     together."""
 
     shared: bool
-    dispatches: bool
     together: int
 
-    def fleet(self, workers: int, measured: Measured, assumed: Assumed) -> Fleet:
+    def fleet(self, workers: int, batches: int, measured: Measured, assumed: Assumed) -> Fleet:
         store = Store(
             tuple(time + assumed.latency for time in measured.write), assumed.connections, assumed.rate
         )
+        mean = sum(measured.service) / len(measured.service)
+        noted = max(1, round(assumed.noting / mean))
         return Fleet(
             workers,
             measured.service,
@@ -74,18 +76,18 @@ class Way:
             slowness=assumed.slowness,
             start=measured.start,
             apart=assumed.apart,
-            part=assumed.part,
+            part=-(-batches // (BLOCKS * workers)) if self.shared else noted,
             shared=self.shared,
-            dispatch=measured.dispatch if self.dispatches else 0.0,
+            dispatch=measured.dispatch if self.shared else 0.0,
             store=store,
             deaths=Deaths(assumed.life, assumed.replaced, self.together),
         )
 
 
 WAYS = {
-    "Ray Data": Way(shared=True, dispatches=True, together=1),
-    "Slurm array": Way(shared=False, dispatches=False, together=1),
-    f"torchrun, {NODE} a node": Way(shared=False, dispatches=False, together=NODE),
+    "Ray Data": Way(shared=True, together=1),
+    "Slurm array": Way(shared=False, together=1),
+    f"torchrun, {NODE} a node": Way(shared=False, together=NODE),
 }
 HEADER = """| workers | engine | pictures/s | of perfect | hours | drawn in vain | deaths |
 |--:|---|--:|--:|--:|--:|--:|"""
@@ -132,7 +134,7 @@ def sweep(
     """What comes of so many pictures, for each way, for each number of workers."""
     batches = -(-pictures // measured.batch)
     return {
-        name: [simulate(way.fleet(n, measured, assumed), batches, seed) for n in workers]
+        name: [simulate(way.fleet(n, batches, measured, assumed), batches, seed) for n in workers]
         for name, way in WAYS.items()
     }
 

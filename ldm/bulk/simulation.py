@@ -1,9 +1,9 @@
 """Bulk drawing on more workers than there are here: how long it takes, and how much is drawn twice.
 
-A discrete-event model. Workers start, take a batch from the engine, draw it and save its pictures, as the
-mapper does; after some batches a worker writes a part of the manifest, and only what stands in a manifest is
-done. A worker that dies loses what it has drawn since its last part: that goes back to where it was taken
-from, and another process begins after a while. All times are seconds, and measured ones go in.
+A discrete-event model. Workers start, take batches from the engine, draw them and save their pictures, as the
+mapper does; then they note them, and only what is noted is done. A worker that dies loses what it has not
+noted: that goes back to where it was taken from, and another process begins after a while. All times are
+seconds, and measured ones go in. Saving is on the slow side: a real worker draws the next batch meanwhile.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Waiting = Generator[Any, Any, None]  # what a process of simpy waits for, event 
 
 @dataclass(frozen=True)
 class Store:
-    """Where pictures and manifests go.
+    """Where pictures and notes go.
 
     latency: of one write; each takes one of these, drawn at random. connections: writes of one worker that
     are under way at once. rate: writes a second that it takes from all workers together; Amazon S3 says
@@ -55,9 +55,9 @@ class Fleet:
 
     service: drawing one batch; each takes one of these, drawn at random. writes: of a batch's pictures.
     slow: the share of workers that take `slowness` times as long. start: from a process's begin to its first
-    batch. apart: between the begins of two workers. part: batches from one part of the manifest to the next.
-    shared: workers take from one queue, as Ray Data's do; else each has its own share from the beginning, as
-    ranks have. dispatch: what the engine needs to hand out one batch; it hands out one at a time.
+    batch. apart: between the begins of two workers. part: batches that a worker takes at once, notes at once
+    and loses at once. shared: workers take from one queue, as Ray Data's do; else each has its own share from
+    the beginning, as ranks have. dispatch: what the engine needs to hand out a part, one after another.
     """
 
     workers: int
@@ -89,8 +89,8 @@ class Fleet:
 class Outcome:
     """What came of it.
 
-    seconds: to the last part of the manifest. drawn: batches, those that were lost included. useful, lost:
-    what workers spent on drawing batches that stand in a manifest, and on those that were lost with a
+    seconds: to the last note. drawn: batches, those that were lost included. useful, lost:
+    what workers spent on drawing batches that are noted, and on those that were lost with a
     process, whole or not. deaths: of processes.
     """
 
@@ -122,7 +122,7 @@ class Outcome:
 def simulate(fleet: Fleet, batches: int, seed: int = 0) -> Outcome:
     """Draw that many batches. The same seed gives the same outcome.
 
-    Raises UserError where a process never lives long enough for a part of the manifest.
+    Raises UserError where a process never lives long enough for a part.
     """
     import simpy
 
@@ -130,9 +130,7 @@ def simulate(fleet: Fleet, batches: int, seed: int = 0) -> Outcome:
         raise UserError(f"simulates 1 batch or more, not {batches}")
     life = fleet.deaths.mean_life / min(fleet.deaths.together, fleet.workers)
     if fleet.start + fleet.part * min(fleet.service) > 10 * life:  # one life in 22,000 lasts so long
-        raise UserError(
-            "start and one part of the manifest take 10 times as long as a process lives: give smaller parts"
-        )
+        raise UserError("start and one part take 10 times as long as a process lives: give smaller parts")
     environment = simpy.Environment()
     drawing = _Drawing(environment, fleet, batches, seed)
     for number in range(fleet.workers):
@@ -166,7 +164,7 @@ class _Drawing:
         ]
 
     def done(self, batches: int) -> None:
-        """So many more stand in a manifest."""
+        """So many more are noted."""
         self.left -= batches
         if not self.left:
             self.finished.succeed()
@@ -216,7 +214,7 @@ class _Worker:
         self.queue = drawing.queues[number % len(drawing.queues)]
         self.ends = drawing.ends[number // drawing.fleet.deaths.together]
         self.dies = math.inf
-        self.held, self.worked = 0, 0.0  # batches since the last part of the manifest, and seconds of drawing
+        self.held, self.worked = 0, 0.0  # batches that are not noted yet, and seconds of drawing
 
     def live(self) -> Waiting:
         """Start and draw, and again after each death."""
@@ -233,24 +231,24 @@ class _Worker:
             yield environment.timeout(deaths.replaced)
 
     def draw(self) -> Waiting:
-        """One batch; then a part of the manifest, where it is time or nothing is left to take."""
-        outcome = self.drawing.outcome
-        yield self.queue.get(1)
-        self.held += 1
+        """Take batches and draw them, then note them."""
+        environment, outcome = self.drawing.environment, self.drawing.outcome
+        taken = max(1, min(self.fleet.part, int(self.queue.level)))
+        yield self.queue.get(taken)
+        self.held = taken
         yield from self.spend(self.drawing.engine.take(self.fleet.dispatch))
-        seconds = self.factor * self.chance.choice(self.fleet.service)
-        begun = self.drawing.environment.now
-        try:
-            yield from self.spend(seconds)
-        finally:
-            self.worked += self.drawing.environment.now - begun
-        outcome.drawn += 1
-        yield from self.save(self.fleet.writes)
-        if self.held >= self.fleet.part or not self.queue.level:
-            yield from self.save(1)
-            outcome.useful += self.worked
-            self.drawing.done(self.held)
-            self.held, self.worked = 0, 0.0
+        for _ in range(taken):
+            began = environment.now
+            try:
+                yield from self.spend(self.factor * self.chance.choice(self.fleet.service))
+            finally:
+                self.worked += environment.now - began
+            outcome.drawn += 1
+            yield from self.save(self.fleet.writes)
+        yield from self.save(1)
+        outcome.useful += self.worked
+        self.drawing.done(taken)
+        self.held, self.worked = 0, 0.0
 
     def save(self, writes: int) -> Waiting:
         """Wait for the store: for its door, and for the writes of one connection, one after another."""
@@ -269,7 +267,7 @@ class _Worker:
             yield environment.timeout(seconds)
 
     def give_back(self) -> Waiting:
-        """What this process had drawn without a part of the manifest is to be drawn again."""
+        """What this process had taken and not noted is to be drawn again."""
         outcome = self.drawing.outcome
         outcome.deaths += 1
         outcome.lost += self.worked

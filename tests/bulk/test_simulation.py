@@ -14,7 +14,7 @@ from ldm.errors import UserError
 def test_without_deaths_the_time_is_that_of_the_fullest_worker(batches, workers, shared):
     store = Store(latency=(0.25,), connections=4)
     fleet = Fleet(workers, (2.0,), writes=10, start=7.0, shared=shared, store=store)
-    each = 2.0 + 3 * 0.25 + 0.25  # 10 pictures by 4 connections, then the manifest
+    each = 2.0 + 3 * 0.25 + 0.25  # 10 pictures by 4 connections, then the note
     outcome = simulate(fleet, batches)
     assert outcome.seconds == pytest.approx(7 + math.ceil(batches / workers) * each)
     assert (outcome.drawn, outcome.useful, outcome.lost, outcome.deaths) == (batches, 2.0 * batches, 0, 0)
@@ -55,7 +55,7 @@ def test_where_one_death_ends_all_lives_are_shorter_by_the_number_of_workers():
     assert pairs.deaths % 2 == 0
 
 
-def test_the_best_part_of_the_manifest_is_youngs():
+def test_the_best_part_is_youngs():
     """Seconds between parts sqrt(2 c / l): c of writing one, l the rate of deaths (Young 1974)."""
     life, write = 1000.0, 2.0
     best = round(math.sqrt(2 * write * life))  # 63 batches of one second
