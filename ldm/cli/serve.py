@@ -54,6 +54,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="of texts that requests may name (default: styles.csv, where there is one)",
     )
+    add(
+        "--controlnet-dir",
+        type=Path,
+        metavar="FOLDER",
+        help="ControlNets and IP-Adapters that requests may name, safetensors only; what encodes pictures "
+        "in its image_encoder/",
+    )
     add("--max-models", type=count, default=2, metavar="N", help="in memory at once (default: 2)")
     group = parser.add_argument_group("who may ask")
     add = group.add_argument
@@ -144,8 +151,9 @@ def make_service(args: argparse.Namespace) -> Service:
     from ldm.serve.service import Service
     from ldm.serve.store import Store
 
-    if args.models is not None and not args.models.is_dir():
-        raise UserError(f"--models {args.models} is no folder")
+    for flag, folder in (("models", args.models), ("controlnet-dir", args.controlnet_dir)):
+        if folder is not None and not folder.is_dir():
+            raise UserError(f"--{flag} {folder} is no folder")
     store = Store(args.outdir, marks(args))
     limits = Limits(
         side=args.max_side,
@@ -171,4 +179,4 @@ def make_shelf(args: argparse.Namespace, device: str | None) -> Shelf:
         return pipe if args.safety_checker is None else pipe.with_safety_checker(args.safety_checker or None)
 
     default = load(argparse.Namespace(**{**vars(args), "device": device}))
-    return Shelf(default, read, args.models, args.max_models)
+    return Shelf(default, read, args.models, args.max_models, args.controlnet_dir)

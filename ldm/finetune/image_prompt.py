@@ -36,7 +36,7 @@ class ImagePromptTask(FinetuneTask):
         super().__init__(parts, mode, recipe, feed, splits)
         assert isinstance(mode, ImagePromptMode)
         self.adapter, self.encoder = mode.network, mode.encoder
-        self.facts = {**self.facts, "image_encoder": mode.encoder.sha256}
+        self.facts = {**self.facts, "image_encoder_sha256": mode.encoder.sha256}
         self._known: dict[str, Tensor] = {}  # by a picture's digest: what the encoder makes of it, [E]
 
     def _noised(self, samples: Sequence[Sample], rng: torch.Generator) -> Batch:

@@ -27,9 +27,12 @@ from ldm.serve.openai_api import openai_router
 from ldm.serve.openai_orders import NAMES
 from ldm.serve.queue import Closed, Full
 from ldm.serve.sdapi.api import sdapi_router
+from ldm.serve.sdapi.controlnet import controlnet_router
 from ldm.serve.service import Service
 from ldm.serve.ticket import internal_error
 from ldm.version import __version__
+
+A1111 = ("/sdapi/", "/controlnet/")
 
 
 def create_app(service: Service, rules: Rules | None = None) -> App:
@@ -47,6 +50,8 @@ def create_app(service: Service, rules: Rules | None = None) -> App:
     )
     for make in (jobs_router, pictures_router, uploads_router, openai_router, sdapi_router):
         app.include_router(make(service))
+    if service.shelf.control_dir is not None:
+        app.include_router(controlnet_router(service))
     app.include_router(page_router())
     add_plain_routes(app, service, answers)
     add_errors(app)
@@ -94,7 +99,7 @@ def add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(UserError)
     async def users(asked: Asked, error: UserError) -> JSONResponse:
-        if asked.url.path.startswith("/sdapi/"):
+        if asked.url.path.startswith(A1111):
             absent = isinstance(error, NoSuchModel) or str(error).startswith("unknown sampler")
             return JSONResponse({"detail": str(error), "error": type(error).__name__}, 404 if absent else 422)
         if isinstance(error, NoSuchModel):
@@ -123,7 +128,7 @@ def add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def plain(asked: Asked, error: HTTPException) -> JSONResponse:
-        if asked.url.path.startswith("/sdapi/"):
+        if asked.url.path.startswith(A1111):
             return JSONResponse({"detail": error.detail}, error.status_code, headers=error.headers)
         body = error_body(str(error.detail), error.status_code)
         return JSONResponse(body, error.status_code, headers=error.headers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,10 +17,12 @@ from ldm.pipeline.deciding.prepare import prepare
 from ldm.pipeline.job import Batch, Job, Picture
 from ldm.pipeline.sample import draw_batch
 from ldm.request import IMAGES, Request
+from ldm.request.uses import DEPTH
 from ldm.runtime import is_out_of_memory
 from ldm.serve.limits import Limits
-from ldm.serve.models import Loaded, Preview
+from ldm.serve.models import Loaded, Preview, Shelf
 from ldm.serve.ticket import State, Ticket, internal_error
+from ldm.spelling import unknown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -40,14 +42,14 @@ class Drawing:
     """Draws tickets that are alike. Raises nothing for what goes wrong with one: that ends the ticket.
 
     Args:
-        model: the model of a name that the server has; raises UserError.
+        model: gives the model of a name that the server has, and says where networks lie; raises UserError.
         root: the folder beneath which the images of requests lie.
         keep: is given each finished picture with the request that draws it alone.
         most: pictures of a batch; memory may make it fewer.
         saver: keeps pictures in a thread of its own, while the next ones are drawn.
     """
 
-    model: Callable[[str], Loaded]
+    model: Shelf
     root: Path
     keep: Keep
     limits: Limits
@@ -64,8 +66,11 @@ class Drawing:
         self._draw(model, tickets)
 
     def _draw(self, model: Loaded, tickets: Sequence[Ticket]) -> None:
-        requests = [self._with_places(ticket.request) for ticket in tickets]
+        networks: Mapping[str, Path] = self.model.networks
+        if model.pipe.controls.takes_depth:
+            networks = {**networks, DEPTH: Path(DEPTH)}  # no file: an input of the model
         try:
+            requests = [located(ticket.request, self.root, networks) for ticket in tickets]
             job = prepare(model.pipe, requests, batch_size=self.most)
             self.limits.check_bounds(job.request)
         except Exception as error:
@@ -107,16 +112,56 @@ class Drawing:
     def _keep(self, ticket: Ticket, image: Image, picture: Picture) -> None:
         if ticket.is_over:
             return
-        places = {name: getattr(ticket.request, name) for name in IMAGES}
         try:
-            ticket.add(self.keep(ticket, image, picture.request.replace(**places)), bool(picture.flagged))
+            request = as_asked(picture.request, ticket.request)
+            ticket.add(self.keep(ticket, image, request), bool(picture.flagged))
         except Exception as error:  # a full disk, most often: it fails this ticket only
             fail(ticket, error)
 
-    def _with_places(self, request: Request) -> Request:
-        """The request with the whole paths of its images, of which the pictures say the end only."""
-        named = {name: getattr(request, name) for name in IMAGES}
-        return request.replace(**{n: str(self.root / place) for n, place in named.items() if place})
+
+def located(request: Request, root: Path, networks: Mapping[str, Path]) -> Request:
+    """A request with whole paths in place of what pictures say: the ends of their images', networks' names.
+
+    Raises UserError for a network that is gone.
+    """
+
+    def here(place: str | None) -> str | None:
+        return None if place is None else str(root / place)
+
+    def path(name: str) -> str:
+        if name not in networks:
+            raise unknown("network", name, list(networks))
+        return str(networks[name])
+
+    fields: dict[str, object] = {name: here(getattr(request, name)) for name in IMAGES}
+    if request.control:
+        fields["control"] = tuple(
+            use.replace(model=path(use.model), image=here(use.image), mask=here(use.mask))
+            for use in request.control
+        )
+    if request.image_prompts:
+        fields["image_prompts"] = tuple(
+            use.replace(
+                adapter=path(use.adapter),
+                images=tuple(str(root / place) for place in use.images),
+                masks=tuple(str(root / place) for place in use.masks),
+            )
+            for use in request.image_prompts
+        )
+    return request.replace(**fields)
+
+
+def as_asked(drawn: Request, asked: Request) -> Request:
+    """What was drawn, which notes the digests of its files, with the names that these were asked by."""
+    fields: dict[str, object] = {name: getattr(asked, name) for name in IMAGES}
+    for name, own in (
+        ("control", ("model", "image", "mask")),
+        ("image_prompts", ("adapter", "images", "masks")),
+    ):
+        if uses := getattr(asked, name):
+            pairs = zip(getattr(drawn, name), uses, strict=True)
+            fields[name] = tuple(use.replace(**{key: getattr(by, key) for key in own}) for use, by in pairs)
+    return drawn.replace(**fields)
 
 
 class Saver:

@@ -173,7 +173,7 @@ def uploads_router(service: Service) -> APIRouter:
             return missing("upload")
         return FileResponse(place, media_type=f"image/{KINDS[place.suffix[1:]]}")
 
-    @router.get("/models", summary="Models and LoRAs that requests may name")
+    @router.get("/models", summary="Models, LoRAs and networks that requests may name")
     def models() -> dict[str, Any]:
         shelf = service.shelf
         return {
@@ -181,6 +181,7 @@ def uploads_router(service: Service) -> APIRouter:
             "models": list(shelf.places),
             "loaded": list(shelf.loaded),
             "loras": list(shelf.loras),
+            "networks": list(shelf.networks),
             "vaes": list(shelf.vaes),
             "styles": list(service.styles),
         }

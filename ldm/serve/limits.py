@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterator
+from collections.abc import Collection, Container, Iterator
 from dataclasses import dataclass
 
 from ldm.errors import UserError
@@ -12,6 +12,7 @@ from ldm.request import PROMPTS, Request
 from ldm.request.fields import short
 from ldm.request.named_files import passes_of
 from ldm.request.passes import HIRES_SCALE
+from ldm.request.uses import DEPTH
 
 # Fields that the server notes of its own files, or that name files of its machine.
 NOT_ASKED = (
@@ -43,18 +44,18 @@ class Limits:
             raise UserError(f"{name} {short(asked)} is not allowed: it must be from 1 to {self.pictures}")
         return asked
 
-    def check(self, request: Request, loras: Container[str]) -> None:
-        """Raise UserError, naming the field, for more than is allowed. `loras` are those that are there."""
+    def check(self, request: Request, loras: Container[str], networks: Collection[str] = ()) -> None:
+        """Raise UserError, naming the field, for more than is allowed.
+
+        `loras` are those that are there, `networks` the ControlNets and IP-Adapters.
+        """
         self.check_bounds(request)
         self._check_texts(request)
         nested = passes_of(request)
-        if any(each.image_prompts for each in nested):
-            raise UserError("image_prompts is not allowed here: this server has no IP-Adapters")
+        self._check_networks(request, networks)
         for name in NOT_ASKED:
             if getattr(request, name):
                 raise UserError(f"{name} is not allowed here: the server notes it of its own files")
-        if any(each.control for each in nested):
-            raise UserError("control is not allowed here: it names files of the server's machine")
         for use in request.loras or ():
             if use.name not in loras:
                 raise UserError(
@@ -76,6 +77,25 @@ class Limits:
             raise UserError(
                 f"tile_overlap {request.tile_overlap} is not allowed: here at most 3/4 of tile_size"
             )
+
+    def _check_networks(self, request: Request, networks: Collection[str]) -> None:
+        """Pictures of these are the server's own by now: `Service.read` has placed them."""
+        for each in passes_of(request):
+            controls, prompts = each.control or (), each.image_prompts or ()
+            named = {"control": [use.model for use in controls]}
+            named["image_prompts"] = [use.adapter for use in prompts]
+            for field, names in named.items():
+                if len(names) > self.parts:
+                    raise UserError(f"{field} has too many: this server takes at most {self.parts}")
+                for name in names:
+                    if name not in networks and not (field == "control" and name == DEPTH):
+                        raise UserError(f"{field} {short(name)} is not allowed: {_those(networks)}")
+                if names and each is not request:
+                    raise UserError(f"{field} is not allowed in a second pass here: it has the first one's")
+            if sum(len(use.images) for use in prompts) > self.pictures:
+                raise UserError(f"image_prompts has too many pictures: here at most {self.pictures}")
+            if any(use.image_encoder or use.weight_name for use in prompts):
+                raise UserError("image_prompts is not allowed a file of the server's: give adapter alone")
 
     def check_bounds(self, request: Request) -> None:
         """Raise UserError for too much of anything; of a resolved request also by a model's own defaults."""
@@ -121,3 +141,9 @@ class Limits:
                     raise UserError(f"regions are too many or too long: this server takes at most {most}")
             if each is not request and (each.hires or each.refining or each.upscaling):
                 raise UserError("hires is not allowed to hold another request within")
+
+
+def _those(networks: Collection[str]) -> str:
+    if not networks:
+        return "this server has no IP-Adapters and no ControlNets (ldm serve --controlnet-dir)"
+    return f"the server has {', '.join(networks)}"

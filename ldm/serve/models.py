@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ldm.adapters.lora import name_of
+from ldm.checkpoint.hub import IMAGE_ENCODER
 from ldm.errors import UserError
 from ldm.images.pixels import to_pil
 from ldm.pipeline.preview import decoder
@@ -68,12 +69,19 @@ class Shelf:
     Args:
         read: of a path the pipeline, on this shelf's device. Raises UserError.
         most: models in memory at once, the default among them.
+        control_dir: the folder of ControlNets and IP-Adapters that requests may name.
     """
 
     def __init__(
-        self, default: Pipeline, read: Callable[[Path], Pipeline], folder: Path | None = None, most: int = 2
+        self,
+        default: Pipeline,
+        read: Callable[[Path], Pipeline],
+        folder: Path | None = None,
+        most: int = 2,
+        control_dir: Path | None = None,
     ) -> None:
         self.default, self.folder, self.most, self._read = default.name, folder, most, read
+        self.control_dir = control_dir
         self._lora_dir, self._lock = default.lora_dir, threading.RLock()
         # Never changed in place: other threads look at it.
         self._held = {default.name: Loaded(default.name, default, Preview(default))}
@@ -94,7 +102,13 @@ class Shelf:
     def vaes(self) -> dict[str, Path]:
         """The VAEs that a model may have in place of its own: of `vae` or `VAE` in the folder of models."""
         folders = [] if self.folder is None else [self.folder / name for name in ("VAE", "vae")]
-        return {name: path for folder in folders for name, path in vaes_in(folder)}
+        return {name: path for folder in folders for name, path in parts_in(folder)}
+
+    @property
+    def networks(self) -> dict[str, Path]:
+        """The ControlNets, T2I-Adapters and IP-Adapters that requests may name."""
+        found = {} if self.control_dir is None else dict(parts_in(self.control_dir))
+        return {name: path for name, path in found.items() if name != IMAGE_ENCODER}
 
     @property
     def loaded(self) -> tuple[str, ...]:
@@ -170,8 +184,8 @@ def models_in(folder: Path) -> Iterator[tuple[str, Path]]:
                 yield path.name, path
 
 
-def vaes_in(folder: Path) -> Iterator[tuple[str, Path]]:
-    """VAEs of safetensors, files and folders of their own; nothing linked elsewhere."""
+def parts_in(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Networks of safetensors, files and folders of their own; nothing linked elsewhere."""
     for path in sorted(folder.iterdir() if folder.is_dir() else ()):
         if not _is_inside(path, folder):
             continue

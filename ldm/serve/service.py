@@ -26,6 +26,8 @@ from ldm.serve.store import Store
 from ldm.serve.ticket import State, Ticket, as_json
 from ldm.serve.uploads import Uploads, decode_base64, is_data
 
+# The pictures of a request beside its own two: those that networks are shown.
+SHOWN = {"control": ("image", "mask"), "image_prompts": ("images", "masks")}
 RECENT = 1000  # tickets that are over and still in memory
 log = logging.getLogger("ldm.serve")
 
@@ -96,11 +98,28 @@ class Service:
         for name in IMAGES:
             if (value := fields.get(name)) is not None:
                 fields[name] = self.place(value, name)
+        for name, own in SHOWN.items():
+            fields |= self._placed(name, fields.get(name), own)
         for noted in ("model_hash", "safety_checker_sha256", "nsfw_content_detected"):
             fields.pop(noted, None)
         if fields.pop("version", None) not in (None, 3):
             raise UserError("version is not allowed here: the server draws by the rules of today")
         return Request(**fields), self.shelf.name_of(asked)
+
+    def _placed(self, name: str, given: Any, own: tuple[str, ...]) -> dict[str, Any]:
+        """The controls or image prompts of a request, with pictures of ours. Raises UserError."""
+        uses = [given] if isinstance(given, Mapping) else given
+        if not isinstance(uses, list) or not all(isinstance(use, Mapping) for use in uses):
+            return {}  # a Request says what is wrong
+
+        def place(value: Any, what: str) -> Any:
+            if isinstance(value, list):
+                return [self.place(each, what) for each in value]
+            return self.place(value, what)
+
+        shown = [{key: use[key] for key in own if use.get(key) is not None} for use in uses]
+        placed = [{key: place(value, f"{name} {key}") for key, value in each.items()} for each in shown]
+        return {name: [{**use, **each} for use, each in zip(uses, placed, strict=True)]}
 
     def dressed(self, fields: dict[str, Any]) -> dict[str, Any]:
         """The fields of a request with its `styles` around their prompts. Raises UserError."""
@@ -131,7 +150,7 @@ class Service:
 
     def submit(self, request: Request, model: str, source: str = "jobs") -> Ticket:
         """Let a request wait to be drawn. Raises UserError, and the queue's Full."""
-        self.limits.check(request, self.shelf.loras)
+        self.limits.check(request, self.shelf.loras, self.shelf.networks)
         if request.resize_mode == "latent" and request.image is not None:
             self._check_size(request.image)
         key = f"{model}\n{request.settings!r}"

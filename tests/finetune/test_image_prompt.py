@@ -1,6 +1,7 @@
 """`ldm train-image-prompt`: begins with the keys and values of the text, learns beside the U-Net alone."""
 
 import json
+import shutil
 
 import diffusers
 import pytest
@@ -8,7 +9,7 @@ import torch
 from conftest import relative_error
 from PIL import Image
 from tiny_families import FAMILIES
-from tiny_finetune import QUICK, arguments, write_pictures
+from tiny_finetune import QUICK, arguments, interrupted, result, write_pictures
 from tiny_image_prompts import make_encoder
 
 import ldm
@@ -113,6 +114,30 @@ def test_from_the_command_to_a_file_that_diffusers_draws_with(families, data, en
     common = {"num_inference_steps": 2, "output_type": "latent", "prompt": "sea", "ip_adapter_image": shown}
     common |= {"height": 32, "width": 32, "latents": torch.randn(1, 4, 8, 8)}
     assert relative_error(pipe(**common).images, peer(**common).images) < 1e-4
+
+
+def test_stopped_it_goes_on_bit_for_bit(families, data, encoder, tmp_path, monkeypatch, capsys):
+    """Also what is left out at random; and not with another image encoder at the same place."""
+    model = families("sd1")[0]
+    options = {"train_batch_size": 2, "max_train_steps": 3, "caption_dropout": 0.3, "image_dropout": 0.3}
+    options |= {"checkpointing_steps": 2, "held_out": 0, "ema_decay": 0.9, "num_validation_images": 0}
+
+    own = shutil.copytree(encoder, tmp_path / "encoder")
+
+    def train(output):
+        argv = arguments(model, data, output, **options, image_encoder=own)
+        return main(["train-image-prompt", *argv[1:]])
+
+    assert train(tmp_path / "whole" / "run") == 0
+    forward = FinetuneTask.forward
+    for call in (2, 0):
+        monkeypatch.setattr(FinetuneTask, "forward", interrupted(forward, call))
+        assert train(tmp_path / "parts" / "run") == 0
+    assert result(tmp_path / "parts" / "run") == result(tmp_path / "whole" / "run")
+    make_encoder(own, num_hidden_layers=2)
+    options["max_train_steps"] = 4
+    assert train(tmp_path / "parts" / "run") == 2
+    assert "image_encoder_sha256" in capsys.readouterr().err
 
 
 def test_what_is_told_before_anything_is_read(data, tmp_path, families, encoder):

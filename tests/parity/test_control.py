@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_pipeline import randomise
 
 import ldm
@@ -227,6 +229,13 @@ def test_a_depth_model(sd1, tmp_path):
     use = {"model": "depth", "image": str(tmp_path / "depth.png")}
     assert error(ours(own, control=[use], **shared), expected) < 1e-4
     assert error(ours(own, control=[use | {"image": depth}], **shared), expected) < 1e-4
+    own.save(tmp_path / "one.safetensors")
+    with safe_open(tmp_path / "one.safetensors", "pt") as file:
+        header = file.metadata()
+    estimator = {"depth_model.model.pretrained.cls_token": torch.zeros(1)}  # which published files hold
+    save_file(load_file(tmp_path / "one.safetensors") | estimator, tmp_path / "one.safetensors", header)
+    single = ldm.load(tmp_path / "one.safetensors", device="cpu", dtype="fp32")
+    assert error(ours(single, control=[use], **shared), expected) < 1e-4
     own.save(tmp_path / "saved")
     nothing = {"depth_estimator": None, "feature_extractor": None}  # which none is saved with
     again = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "saved", **nothing)

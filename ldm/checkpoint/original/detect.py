@@ -21,7 +21,11 @@ from ldm.models.kind import Kind
 
 Config = Mapping[str, Any]
 
-TITLES = {Kind.INPAINT: " inpainting", Kind.PIX2PIX: " instruct-pix2pix"}  # after the family's name
+TITLES = {
+    Kind.INPAINT: " inpainting",
+    Kind.PIX2PIX: " instruct-pix2pix",
+    Kind.DEPTH: " depth",
+}  # after the family's name
 PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 ARCHITECTURES = {"stable-diffusion-v2-512": "epsilon", "stable-diffusion-v2-768-v": "v_prediction"}
 OPTIONS = ("force_zeros_for_empty_prompt", "requires_aesthetics_score", "max_noise_level")

@@ -30,7 +30,7 @@ Log = Callable[[str], object]
 # left.
 UNUSED = re.compile(
     r"(sqrt_|log_)?(one_minus_|recip_|recipm1_)?(alphas_cumprod(_prev)?|betas)|posterior_\w+|lvlb_weights|"
-    r"logvar|scale_factor|denoiser\.(log_)?sigmas|(low_scale_model|model_ema|embedding_manager)\..*|"
+    r"logvar|scale_factor|denoiser\.(log_)?sigmas|(low_scale_model|depth_model|model_ema|embedding_manager)\..*|"
     r"(cond_stage_model|conditioner\.embedders\.\d)\.(logit_scale|text_projection(\.weight)?)"
 )
 MARKS = ("v_pred", "ztsnr")

@@ -94,6 +94,22 @@ def controlled(
     return _in_batches(draw, prompts, 1, on_progress)  # one control picture is of all of a call
 
 
+def prompted(
+    pipe: Pipeline,
+    prompts: Sequence[Prompt],
+    pictures: Images,
+    settings: Settings,
+    on_progress: OnProgress,
+) -> Images:
+    """Pictures, one for each prompt, with one picture each that the pipeline's IP-Adapter reads."""
+
+    def draw(start: int, part: Sequence[Prompt]) -> Images:
+        more = {"ip_adapter_image": Image.fromarray(pictures[start]), "num_inference_steps": settings.steps}
+        return _call(pipe, part, _seeds(settings, start, part), settings, **more)
+
+    return _in_batches(draw, prompts, 1, on_progress)  # image prompts are of all of a call
+
+
 def denoised_from(
     pipe: Pipeline, timestep: int, prompts: Sequence[Prompt], settings: Settings, on_progress: OnProgress
 ) -> Images:

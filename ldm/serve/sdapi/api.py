@@ -55,10 +55,11 @@ class Sdapi:
         kept = self.service.store.get(ticket.pictures[0]) if paths else None
         request = Request(**kept.request) if kept is not None and kept.request else drawing.request
         images = [base64.b64encode(path.read_bytes()).decode() for path in paths]
-        heavy = ("init_images", "mask")
+        # What holds pictures is not said back.
+        heavy: dict[str, Any] = {"init_images": None, "mask": None, "alwayson_scripts": {}}
         return {
             "images": images if drawing.sends_images else [],
-            "parameters": {name: None if name in heavy else value for name, value in given.items()},
+            "parameters": {name: heavy.get(name, value) for name, value in given.items()},
             "info": json.dumps(info_of(request, ticket, texts, drawing.batch_size, drawing.styles)),
         }
 
@@ -212,7 +213,7 @@ def add_lists(router: APIRouter, service: Service) -> None:
         "upscalers": lists.upscalers,
         "latent-upscale-modes": lists.latent_upscale_modes,
         "embeddings": lambda: {"loaded": {}, "skipped": {}},
-        "scripts": lambda: {"txt2img": [], "img2img": []},
+        "scripts": lambda: lists.scripts(service),
         "cmd-flags": empty,
         "memory": lambda: {"ram": {"used": resident_memory()}, "cuda": {}},
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from ldm.images.parameters import parse_parameters
 from ldm.request import Request
 from ldm.request.fields import consecutive_seeds, short
 from ldm.serve.sdapi.lists import model_named
+from ldm.serve.sdapi.units import fields_of_units
 from ldm.serve.service import Service
 from ldm.serve.uploads import decode_base64
 
@@ -65,7 +66,8 @@ def read_drawing(
 
     Raises UserError, naming the field.
     """
-    check_known(given)
+    has_networks = service.shelf.control_dir is not None
+    check_known(given, ("controlnet",) if has_networks else ())
     options = {**options, **(given.get("override_settings") or {})}
     batch_size, n_iter = (whole(given.get(name) or 1, name) for name in ("batch_size", "n_iter"))
     count = service.limits.count(batch_size * n_iter, "batch_size x n_iter")
@@ -79,6 +81,8 @@ def read_drawing(
         fields["hires"] = read.hires.replace(negative_prompt=given["hr_negative_prompt"]).filled_in()
     if is_img2img:
         fields |= images_of(service, given, read)
+    if has_networks:
+        fields |= fields_of_units(service, given, read.size, read.hires is not None)
     model = model_named(service, options)
     for name in ("version", "model", "model_hash"):
         fields.pop(name, None)
@@ -86,12 +90,13 @@ def read_drawing(
     return Drawing(Request(**fields), model, batch_size, sends_images, styles)
 
 
-def check_known(given: Mapping[str, Any]) -> None:
-    """Raise UserError for what cannot be done; say in the log what is ignored."""
+def check_known(given: Mapping[str, Any], scripts: Collection[str] = ()) -> None:
+    """Raise UserError for what cannot be done; say in the log what is ignored. `scripts` can be done."""
     for name in CANNOT:
         value = given.get(name)
         if name == "alwayson_scripts" and isinstance(value, dict):
-            value = {key: each for key, each in value.items() if any((each or {}).get("args") or [])}
+            others = {key: each for key, each in value.items() if key.lower() not in scripts}
+            value = {key: each for key, each in others.items() if any((each or {}).get("args") or [])}
         if value and value != "None":
             raise UserError(f"{name} {short(value)} is not allowed: this server cannot do that")
     if given.get("initial_noise_multiplier") not in (None, 1, 1.0):

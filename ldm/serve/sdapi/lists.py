@@ -53,6 +53,12 @@ def vaes(service: Service) -> list[dict[str, Any]]:
     return [{"model_name": name, "filename": f"{name}.safetensors"} for name in service.shelf.vaes]
 
 
+def scripts(service: Service) -> dict[str, list[str]]:
+    """Programs look here for ControlNet, by the names of its two scripts."""
+    found = [] if service.shelf.control_dir is None else ["controlnet", "controlnet m2m"]
+    return {"txt2img": found, "img2img": found}
+
+
 def styles(service: Service) -> list[dict[str, Any]]:
     return [
         {"name": name, "prompt": style.prompt, "negative_prompt": style.negative_prompt}

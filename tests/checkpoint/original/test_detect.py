@@ -53,6 +53,7 @@ KINDS = {
     "Stable Diffusion 1 instruct-pix2pix": lambda: small({"in_channels": 8}),
     "Stable Diffusion 2": lambda: small(OPEN, "cond_stage_model.model"),
     "Stable Diffusion 2 inpainting": lambda: small(OPEN | {"in_channels": 9}, "cond_stage_model.model"),
+    "Stable Diffusion 2 depth": lambda: small(OPEN | {"in_channels": 5}, "cond_stage_model.model"),
     "Stable Diffusion x4 upscaler": lambda: small(
         OPEN | {"in_channels": 7, "classes": 10}, "cond_stage_model.model"
     ),
@@ -113,6 +114,8 @@ def test_schedulers_of_kinds(tmp_path):
     upscaler = detected(tmp_path, KINDS["Stable Diffusion x4 upscaler"]())
     assert upscaler.configs["low_res_scheduler"]["beta_end"] == 0.02
     assert upscaler.configs["scheduler"]["prediction_type"] == "v_prediction"
+    depth = detected(tmp_path, KINDS["Stable Diffusion 2 depth"]()).configs
+    assert (depth["scheduler"]["prediction_type"], depth["unet"]["sample_size"]) == ("epsilon", 64)
 
 
 # --- the prediction type ---------------------------------------------------------------------------------
@@ -203,9 +206,8 @@ def test_given_configs_are_believed(tmp_path):
 
 
 def test_faults_name_the_tensor(tmp_path):
-    depth = small({"in_channels": 5})
-    with pytest.raises(UserError, match="5 input channels"):
-        detected(tmp_path, depth)
+    with pytest.raises(UserError, match="6 input channels"):
+        detected(tmp_path, small({"in_channels": 6}))
     tensors = small()
     del tensors["model.diffusion_model.input_blocks.1.0.out_layers.3.weight"]
     with pytest.raises(UserError, match=r"model\.diffusion_model\.input_blocks\.1\.0.* is missing"):
