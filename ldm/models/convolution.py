@@ -151,7 +151,7 @@ def drawn(
     if weight.shape[2:] == (1, 1) and pixels <= PRODUCT_PIXELS:
         return as_product(x, weight, bias) if stride == (1, 1) and padding == (0, 0) else None
     if stride != (1, 1) and pixels <= STRIDED_PIXELS:
-        return as_product_of_patches(x, weight, bias, stride, padding)
+        return _as_torchs(as_product_of_patches(x, weight, bias, stride, padding), x, weight)
     unstrided = weight.shape[2:] == (3, 3) and stride == (1, 1) and padding in ((0, 0), (1, 1))
     enough = pixels >= WINOGRAD_PIXELS and channels >= WINOGRAD_CHANNELS
     if not (unstrided and enough and native.fits(x, weight)):
@@ -161,12 +161,19 @@ def drawn(
         out = native.convolve(x, ready, bias, len(weight), padding[0])
     else:
         out = native.convolve_unpacked(x, weight, bias, padding[0])
-    return out if is_channels_last(x) or is_channels_last(weight) else out.contiguous()  # as torch's is
+    return _as_torchs(out, x, weight)
+
+
+def _as_torchs(out: Tensor | None, x: Tensor, weight: Tensor) -> Tensor | None:
+    """What is drawn in channels_last, laid out as torch's convolution lays it out."""
+    if out is None or is_channels_last(x) or is_channels_last(weight):
+        return out
+    return out.contiguous()
 
 
 def as_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """A 1 x 1 convolution in fp32 on a CPU, without gradients, of x in channels_last; else None."""
-    if not _is_plain_fp32(x, weight):
+    if not (_is_plain_fp32(x, weight) and is_channels_last(x)):
         return None
     return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
 
@@ -174,7 +181,7 @@ def as_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
 def as_product_of_patches(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int]
 ) -> Tensor | None:
-    """As `as_product`, of any convolution."""
+    """Any convolution in fp32 on a CPU, without gradients, in channels_last; else None."""
     if not _is_plain_fp32(x, weight):
         return None
     sides = zip(x.shape[2:], weight.shape[2:], stride, padding, strict=True)
@@ -184,8 +191,7 @@ def as_product_of_patches(
 
 
 def _is_plain_fp32(x: Tensor, weight: Tensor) -> bool:
-    same = x.dtype is torch.float32 and weight.dtype is x.dtype
-    return same and native.plain(x, weight) and is_channels_last(x)
+    return x.dtype is torch.float32 and weight.dtype is x.dtype and native.plain(x, weight)
 
 
 def is_channels_last(tensor: Tensor) -> bool:

@@ -157,7 +157,7 @@ def test_shipped_recipes_are_valid_and_found_by_name(path):
 
 def test_there_are_recipes_of_every_mode():
     modes = {yaml.safe_load(find_recipe(name).read_text())["mode"] for name in shipped_recipes()}
-    assert modes == {"lora", "full", "textual_inversion", "controlnet"}
+    assert modes == {"lora", "full", "textual_inversion", "controlnet", "image_prompt"}
 
 
 def test_yaml_reads_a_bare_no_as_false(tmp_path):

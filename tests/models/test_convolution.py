@@ -202,3 +202,18 @@ def test_what_is_drawn_lies_as_torchs_does(of_x, of_weight):
     layer = Conv2d(128, 128, 3, padding=1).to(memory_format=of_weight).requires_grad_(False)
     x = torch.randn(2, 128, 32, 32).to(memory_format=of_x)
     assert layer(x).stride() == nn.Conv2d._conv_forward(layer, x, layer.weight, layer.bias).stride()
+
+
+@pytest.mark.parametrize(
+    "shape", [(3, 6, 10, 8, 8, 3, 2, 1), (1, 6, 10, 7, 5, 3, 2, 1), (2, 6, 10, 4, 6, 3, 2, 0)]
+)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_strided_ones_of_few_pixels_are_as_exact_and_lie_as_torchs(shape, layout):
+    x, conv = drawn(shape)
+    x, conv = x.to(memory_format=layout), conv.to(memory_format=layout)
+    with torch.inference_mode():
+        ours, theirs = conv(x), nn.Conv2d._conv_forward(conv, x, conv.weight, conv.bias)
+        exact = F.conv2d(x.double(), conv.weight.double(), conv.bias.double(), conv.stride, conv.padding)
+        assert relative_error(ours, exact) < 1e-6
+        assert ours.stride() == theirs.stride()
+        assert torch.equal(ours, torch.cat([conv(each) for each in torch.split(x, 1)]))
