@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.models.convolution import Conv2d
-from ldm.models.layers import FeedForward, GroupNorm, row_by_row
+from ldm.models.layers import FeedForward, GroupNorm, by_rows
 from ldm.models.merging import merged
 
 T = TypeVar("T")
@@ -338,7 +338,7 @@ class AttentionPooling(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         mean = tokens.mean(dim=1, keepdim=True) + self.positional_embedding.to(tokens.dtype)
         tokens = torch.cat([mean, tokens], dim=1)
-        q, k, v = row_by_row(self.q_proj, mean), self.k_proj(tokens), self.v_proj(tokens)
+        q, k, v = by_rows(self.q_proj, mean), self.k_proj(tokens), self.v_proj(tokens)
         q, k, v = (split_heads(a, self.heads) for a in (q, k, v))
         return merge_heads(attend(q, k, v))[:, 0]
 
@@ -354,5 +354,5 @@ class TextTimeEmbedding(nn.Module):
         self.norm2 = nn.LayerNorm(time_dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        out: Tensor = self.norm2(row_by_row(self.proj, self.pool(self.norm1(tokens))))
+        out: Tensor = self.norm2(by_rows(self.proj, self.pool(self.norm1(tokens))))
         return out

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ldm.errors import UserError
 from ldm.models.attention import merge_heads, split_heads
 from ldm.models.config import read_config, write_config
-from ldm.models.layers import row_by_row
+from ldm.models.layers import by_rows
 
 PLAIN, PROJECTING = CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection")
 HIGHEST = 2  # an eos_token_id that no CLIP has: configs from before transformers' pull request 24773 say it
@@ -157,7 +157,7 @@ class CLIPTextModel(nn.Module):
         end = self.config.eos_token_id
         at = (input_ids if end == HIGHEST else (input_ids == end).int()).argmax(-1)  # the first one
         pooled = last[torch.arange(len(last), device=last.device), at]
-        projected = None if self.text_projection is None else row_by_row(self.text_projection, pooled)
+        projected = None if self.text_projection is None else by_rows(self.text_projection, pooled)
         return EncodedText(last, pooled, hidden, projected)
 
 

@@ -173,7 +173,9 @@ def _as_torchs(out: Tensor | None, x: Tensor, weight: Tensor) -> Tensor | None:
 
 def as_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """A 1 x 1 convolution in fp32 on a CPU, without gradients, of x in channels_last; else None."""
-    if not (_is_plain_fp32(x, weight) and is_channels_last(x)):
+    if x.dtype is not torch.float32 or weight.dtype is not x.dtype or not native.plain(x, weight):
+        return None
+    if not is_channels_last(x):
         return None
     return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
 
@@ -181,17 +183,15 @@ def as_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
 def as_product_of_patches(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int]
 ) -> Tensor | None:
-    """Any convolution in fp32 on a CPU, without gradients, in channels_last; else None."""
-    if not _is_plain_fp32(x, weight):
+    """Any convolution in fp32 on a CPU, in channels_last, with its gradients; else None."""
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or x.device.type != "cpu":
+        return None
+    if x.dtype is not torch.float32 or weight.dtype is not x.dtype:
         return None
     sides = zip(x.shape[2:], weight.shape[2:], stride, padding, strict=True)
     size = torch.Size((side + 2 * pad - kernel) // step + 1 for side, kernel, step, pad in sides)
     patches = seen_patches(x, size, weight.shape[2:], stride, padding)
     return F.linear(patches, weight.permute(0, 2, 3, 1).flatten(1), bias).permute(0, 3, 1, 2)
-
-
-def _is_plain_fp32(x: Tensor, weight: Tensor) -> bool:
-    return x.dtype is torch.float32 and weight.dtype is x.dtype and native.plain(x, weight)
 
 
 def is_channels_last(tensor: Tensor) -> bool:

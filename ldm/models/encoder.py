@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ldm.models.attention import AnyText, Context, TextTimeEmbedding
 from ldm.models.config import UNetConfig
 from ldm.models.convolution import Conv2d
-from ldm.models.layers import TimeEmbedding, row_by_row, timestep_features
+from ldm.models.layers import TimeEmbedding, by_rows, timestep_features
 from ldm.models.unet_blocks import DownBlock, down_blocks, mid_block
 
 
@@ -119,7 +119,7 @@ class Encoder(nn.Module):
                 labels = labels.long()
             elif config.class_embed_type == "timestep":
                 labels = self._features(labels).to(dtype)
-            embedding = embedding + row_by_row(self.class_embedding, labels)
+            embedding = embedding + by_rows(self.class_embedding, labels)
         if self.add_embedding is not None:
             if config.addition_embed_type == "text_time":
                 sizes = self._features(extra["time_ids"], config.addition_time_embed_dim).flatten(1)

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from ldm.pipeline.image_prompts import ImagePrompts
 
 
+TOLD = 64  # texts of prompts that are kept as embeddings: more than a batch has, whose steps all ask for them
+
+
 @dataclass(frozen=True)
 class Texts:
     """What a first text encoder reads in one step of a drawing, and what a second does."""
@@ -116,8 +119,8 @@ class Telling:
         self.model, self.requests, self.inputs, self.steps = model, requests, inputs, steps
         self.pictures = pictures
         self._read = model.text.encode if len(requests) == 1 else Reading(model.text)
-        self._encode = lru_cache(maxsize=8)(self._encoded)
-        self._without = lru_cache(maxsize=8)(
+        self._encode = lru_cache(maxsize=TOLD)(self._encoded)
+        self._without = lru_cache(maxsize=TOLD)(
             lambda p, texts: without_words(model, requests[p], self._encode(p, texts, False)[1])
         )
         self._windows = cache(lambda p: windows_of(model, requests[p], steps))
