@@ -106,6 +106,9 @@ def check_whole(out, whole):
 @pytest.mark.parametrize("shards", KINDS)
 @pytest.mark.parametrize(("kills", "times"), [(3, 2), pytest.param(20, 20, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(command, tmp_path, shards, kills, times):
+    first = context().Process(target=int)  # from here on they start at once
+    first.start()
+    first.join()
     began = time.monotonic()
     assert ended(command("whole", *shards, times=times)) == 0
     longest, moments = (time.monotonic() - began) * 3 / kills, random.Random(0)
