@@ -107,6 +107,9 @@ class Store:
                     tar.add(path, path.name, recursive=False, filter=_of_nobody)
             for path in group:
                 path.unlink()
+            for folder in {path.parent for path in group}:
+                with contextlib.suppress(OSError):  # it is not empty yet
+                    folder.rmdir()
         self.__dict__.pop("packed", None)
         return len(files)
 

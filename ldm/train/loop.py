@@ -95,6 +95,7 @@ def check_sharding(recipe: Trainable) -> None:
     faults = {
         "use_muon": recipe.optimiser.use_muon and "Muon wants whole matrices",
         "use_8bit_adam": recipe.optimiser.use_8bit_adam and "bitsandbytes wants whole weights",
+        "optimizer": recipe.optimiser.chosen_optimizer != "adamw" and "only adamw has been tried on rows",
         "mixed_precision": recipe.run.mixed_precision == "fp16" and "fp16 scales its gradients; give bf16",
         "compile": recipe.run.compile and "torch.compile would gather all weights at once",
     }

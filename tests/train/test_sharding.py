@@ -173,9 +173,9 @@ def test_processes_that_cannot_share_the_batches_are_refused():
 # --- refused ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["use_muon", "use_8bit_adam", "compile"])
+@pytest.mark.parametrize("name", ["use_muon", "use_8bit_adam", "compile", "optimizer"])
 def test_what_wants_whole_weights_is_refused(tmp_path, name):
-    options = {"muon": True} if name == "use_muon" else {name: True}
+    options = {"muon": True} if name == "use_muon" else {name: "muon" if name == "optimizer" else True}
     with pytest.raises(UserError, match=f"distributed fsdp does not go with {name}: "):
         train(Line(), tiny_recipe(1, distributed="fsdp", **options), tmp_path)
 
