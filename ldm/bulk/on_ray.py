@@ -10,14 +10,17 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ldm.bulk.plan import Piece
-from ldm.bulk.worker import Worker
 from ldm.errors import UserError, printable
 
+if TYPE_CHECKING:
+    from ldm.bulk.plan import Piece
+    from ldm.bulk.worker import Worker
+
+    Hire = Callable[[str], AbstractContextManager[Worker]]
+
 BLOCKS = 50  # for each actor, of pieces: what Ray hands out, and what an actor's death costs
-Hire = Callable[[str], AbstractContextManager[Worker]]
 
 
 class Actor:
