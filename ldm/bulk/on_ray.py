@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ldm.errors import UserError, printable
+from ldm.errors import UserError, printable, reason
 
 if TYPE_CHECKING:
     from ldm.bulk.plan import Piece
@@ -92,8 +92,8 @@ def connected(workers: int) -> Iterator[bool]:
     place = here | {"include_dashboard": False} if address is None else {"address": address}
     try:
         ray.init(**place, logging_level=logging.ERROR, log_to_driver=False)
-    except (ConnectionError, ValueError) as error:
-        raise UserError(f"no cluster of Ray: {printable(str(error).partition(chr(10))[0])}") from None
+    except Exception as error:  # of many kinds, and of none
+        raise UserError(f"no cluster of Ray: {printable(reason(error))}") from None
     try:
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         context = DataContext.get_current()
