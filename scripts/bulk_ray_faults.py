@@ -48,11 +48,11 @@ def main() -> None:
         for actor in moments.sample(actors(driver), 1) if driver.poll() is None else ():
             actor.kill()
         time.sleep(moments.uniform(0, 20))
-        left = psutil.Process(driver.pid).children(recursive=True) if driver.poll() is None else []
+        left = actors(driver) if driver.poll() is None else []
         driver.kill()
         code = driver.wait()
-        _, alive = psutil.wait_procs(left, timeout=60)
-        assert not alive, f"the driver has left processes behind: {alive}"
+        _, alive = psutil.wait_procs(left, timeout=120)
+        assert not alive, f"the driver has left actors behind: {alive}"
         there = files(killed)
         assert [name for name, data in there.items() if data != right[name]] == [], "a file is not whole"
         print(

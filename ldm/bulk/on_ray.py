@@ -10,14 +10,17 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ldm.bulk.plan import Piece
-from ldm.bulk.worker import Worker
-from ldm.errors import UserError, printable
+from ldm.errors import UserError, printable, reason
+
+if TYPE_CHECKING:
+    from ldm.bulk.plan import Piece
+    from ldm.bulk.worker import Worker
+
+    Hire = Callable[[str], AbstractContextManager[Worker]]
 
 BLOCKS = 50  # for each actor, of pieces: what Ray hands out, and what an actor's death costs
-Hire = Callable[[str], AbstractContextManager[Worker]]
 
 
 class Actor:
@@ -89,8 +92,8 @@ def connected(workers: int) -> Iterator[bool]:
     place = here | {"include_dashboard": False} if address is None else {"address": address}
     try:
         ray.init(**place, logging_level=logging.ERROR, log_to_driver=False)
-    except (ConnectionError, ValueError) as error:
-        raise UserError(f"no cluster of Ray: {printable(str(error).partition(chr(10))[0])}") from None
+    except Exception as error:  # of many kinds, and of none
+        raise UserError(f"no cluster of Ray: {printable(reason(error))}") from None
     try:
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         context = DataContext.get_current()
