@@ -18,6 +18,7 @@ from ldm.dataset.cache import open_and_crop
 from ldm.dataset.feed import Feed
 from ldm.dataset.findings import Example
 from ldm.diffusion.schedule import Schedule
+from ldm.finetune.blocks import block_of, check_blocks
 from ldm.finetune.inpainting import inpainting_input
 from ldm.finetune.modes import TEXT_ENCODERS, Mode
 from ldm.finetune.recipe import FinetuneRecipe
@@ -69,17 +70,27 @@ class FinetuneTask(Task):
             self.facts["mask_files"] = feed.weights.fingerprint
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
+        blocks = self.recipe.block_lrs
+        trained = {name: getattr(self, name) for name in ("unet", *TEXT_ENCODERS) if self._trains(name)}
+        check_blocks("block_lr", blocks, trained)
         groups: list[dict[str, Any]] = [
             {"params": list(module.parameters()), "lr": lr, "muon": True} for module in self.mode.beside
         ]
         for name in ("unet", *TEXT_ENCODERS):
             module = getattr(self, name)
-            params = [] if module is None else [p for p in module.parameters() if p.requires_grad]
-            if params:
-                own = lr if name == "unet" else self.recipe.text_encoder_lr or lr
-                # Rows of an embedding are rarely seen: Muon would pull them as hard as the others.
-                groups.append({"params": params, "lr": own, "muon": name == "unet"})
+            own = lr if name == "unet" else self.recipe.text_encoder_lr or lr
+            rates: dict[float, list[Tensor]] = {}
+            for path, p in () if module is None else module.named_parameters():
+                if p.requires_grad:
+                    block = block_of(path, blocks) if name == "unet" else name
+                    rates.setdefault(blocks.get(block or "", own), []).append(p)
+            # Rows of an embedding are rarely seen: Muon would pull them as hard as the others.
+            groups += [{"params": some, "lr": rate, "muon": name == "unet"} for rate, some in rates.items()]
         return groups
+
+    def _trains(self, name: str) -> bool:
+        module = getattr(self, name)
+        return module is not None and (name == "unet" or any(p.requires_grad for p in module.parameters()))
 
     def batch(self, rng: torch.Generator, size: int, number: int) -> Batch:
         batch = self._noised(self.splits.train.at(number), rng)
