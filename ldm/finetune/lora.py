@@ -10,7 +10,8 @@ one still draws as before.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -213,3 +214,19 @@ def adapter_layers(module: nn.Module) -> Iterator[tuple[str, Any]]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return ((path, layer) for path, layer in module.named_modules() if isinstance(layer, BaseTunerLayer))
+
+
+@contextmanager
+def scaled(modules: Iterable[nn.Module | None], weight: float) -> Iterator[None]:
+    """Within, what is beside the layers of `modules` counts `weight` times; without any nothing changes."""
+    trained = (
+        [] if weight == 1 else [layer for module in modules if module for _, layer in adapter_layers(module)]
+    )
+    before = [layer.scaling[ADAPTER] for layer in trained]
+    try:
+        for layer, scale in zip(trained, before, strict=True):
+            layer.scaling[ADAPTER] = weight * scale
+        yield
+    finally:
+        for layer, scale in zip(trained, before, strict=True):
+            layer.scaling[ADAPTER] = scale

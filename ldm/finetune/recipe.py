@@ -8,7 +8,7 @@ Names are those of diffusers' training scripts where they have the option. No to
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
@@ -177,6 +177,8 @@ class LookSection(Section):
     """pictures of each, of the seeds from 0; 0 draws none"""
     validation_inference_steps: int | None = Field(None, ge=1)
     """steps of the sampler; by default the model's"""
+    validation_lora_scales: tuple[Annotated[float, Field(allow_inf_nan=False)], ...] = (1.0,)
+    """lora: drawn at each of these weights of what is learnt, such as 0.5 0.75 1"""
 
 
 class FinetuneRecipe(
@@ -268,6 +270,8 @@ class FinetuneRecipe(
             if self.mode not in ONLY[name] and getattr(self, name) != type(self).model_fields[name].default:
                 modes = " and ".join(ONLY[name])
                 raise ValueError(f"{name} is not allowed in mode {self.mode}: only {modes} can use it")
+        if self.early_stop_patience and not self.held_out:
+            raise ValueError("early_stop_patience goes by the held-out loss: give held_out a share")
         if self.class_data_dir is not None and not self.class_prompt:
             raise ValueError("class_data_dir needs class_prompt: what the pictures in it show")
         if inversion and self.inpainting:
@@ -302,7 +306,7 @@ ONLY: dict[str, tuple[Mode, ...]] = {
     "train_text_encoder": ("lora", "full"),
     "text_encoder_lr": ("lora", "full"),
     "block_lr": ("lora", "full"),
-    **dict.fromkeys(("adapter_type", "block_rank"), ("lora",)),
+    **dict.fromkeys(("adapter_type", "block_rank", "validation_lora_scales"), ("lora",)),
     **dict.fromkeys(
         ("rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_conv", "use_dora"), ("lora",)
     ),

@@ -20,6 +20,7 @@ from ldm.dataset.findings import Example
 from ldm.diffusion.schedule import Schedule
 from ldm.finetune.blocks import block_of, check_blocks
 from ldm.finetune.inpainting import inpainting_input
+from ldm.finetune.lora import scaled
 from ldm.finetune.modes import TEXT_ENCODERS, Mode
 from ldm.finetune.recipe import FinetuneRecipe
 from ldm.images.pixels import contact_sheet, to_pil
@@ -49,6 +50,7 @@ class FinetuneTask(Task):
     """Trains what of `parts` has gradients."""
 
     validates_first, draws_from_export = True, False
+    judged_by = "held_out_loss"
 
     def __init__(self, parts: Parts, mode: Mode, recipe: FinetuneRecipe, feed: Feed, splits: Splits) -> None:
         super().__init__()
@@ -180,7 +182,10 @@ class FinetuneTask(Task):
         return batch | {"t": t, "noise": noise, "input_noise": noise}
 
     def picture(self, folder: Path) -> Image.Image | None:
-        """The validation prompts, a row for each, drawn with the modules as they are."""
+        """The validation prompts, a row for each, drawn with the modules as they are.
+
+        Of a LoRA at each of its weights, one after the other.
+        """
         pipe = Pipeline.from_parts(self.parts, Runtime(self.device, self.dtype))
         count, drawn = self.recipe.num_validation_images, list[Image.Image]()
         if not count:
@@ -188,14 +193,15 @@ class FinetuneTask(Task):
         for i, prompt in enumerate(self.recipe.validation_prompts):
             more, beside = self._drawn_from(i, folder)
             drawn += beside
-            with self._autocast():
-                drawn += pipe(
-                    prompt,
-                    seed=list(range(count)),
-                    num_images_per_prompt=count,
-                    num_inference_steps=self.recipe.validation_inference_steps,
-                    **more,
-                ).images
+            for scale in self.recipe.validation_lora_scales:
+                with self._autocast(), scaled((self.unet, self.text_encoder, self.text_encoder_2), scale):
+                    drawn += pipe(
+                        prompt,
+                        seed=list(range(count)),
+                        num_images_per_prompt=count,
+                        num_inference_steps=self.recipe.validation_inference_steps,
+                        **more,
+                    ).images
         columns = len(drawn) // max(1, len(self.recipe.validation_prompts))
         return contact_sheet(drawn, columns) if drawn else None
 

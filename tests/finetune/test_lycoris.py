@@ -4,6 +4,7 @@ import os
 import re
 from collections import defaultdict
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -16,7 +17,7 @@ from ldm.adapters.deltas import make_delta
 from ldm.errors import UserError
 from ldm.finetune import finetune as module
 from ldm.finetune.finetune import finetune
-from ldm.finetune.lora import add_lora
+from ldm.finetune.lora import adapter_layers, add_lora
 from ldm.finetune.lora_files import save_lora
 from ldm.finetune.recipe import FinetuneRecipe
 from ldm.finetune.task import FinetuneTask
@@ -205,3 +206,39 @@ def test_a_block_that_is_not_there_is_told_with_those_that_are(pipes, task_of):
     with pytest.raises(UserError, match="no layer of the U-Net is trained"):
         add_lora(pipes("sd1").parts, rank=2, alpha=2, ranks=dict.fromkeys(("down", "mid", "up"), 0))
     assert isinstance(pipes("sd1").parts.unet, nn.Module)
+
+
+# --- looks -----------------------------------------------------------------------------------------------
+
+
+def test_a_look_is_drawn_at_each_weight_and_leaves_them_as_they_were(task_of, tmp_path):
+    task = task_of(validation_lora_scales=(0.0, 0.5, 1.0), rank=2).eval()
+    layers = [layer for _, layer in adapter_layers(task.unet)]
+    with torch.no_grad():
+        for layer in layers:
+            nn.init.normal_(layer.lora_B["default"].weight, std=0.5)
+    before = [dict(layer.scaling) for layer in layers]
+    with torch.no_grad():
+        sheet = np.asarray(task.picture(tmp_path))
+        assert [dict(layer.scaling) for layer in layers] == before
+        alone = []
+        for weight in (0.0, 0.5, 1.0):  # B times the weight, drawn plainly
+            kept = [layer.lora_B["default"].weight.clone() for layer in layers]
+            for layer in layers:
+                layer.lora_B["default"].weight.mul_(weight)
+            task.recipe = task.recipe.model_copy(update={"validation_lora_scales": (1.0,)})
+            alone.append(np.asarray(task.picture(tmp_path)))
+            for layer, value in zip(layers, kept, strict=True):
+                layer.lora_B["default"].weight.copy_(value)
+    width = alone[0].shape[1] - 2
+    for i, one in enumerate(alone):
+        shown = sheet[:, i * width : i * width + one.shape[1]]
+        assert np.abs(shown.astype(int) - one).max() <= 1
+    assert np.abs(alone[0].astype(int) - alone[2]).max() > 8
+
+
+def test_early_stop_needs_pictures_that_are_held_out(task_of):
+    with pytest.raises(ValueError, match="early_stop_patience goes by the held-out loss"):
+        task_of(early_stop_patience=2, held_out=0)
+    with pytest.raises(UserError, match="early_stop_patience: no picture is held out"):
+        task_of(early_stop_patience=2, held_out=0.01)
