@@ -16,11 +16,11 @@ import torch
 from ldm.errors import UserError
 from ldm.kernels.malloc import freed_memory_kept
 from ldm.runtime import has_bf16
+from ldm.train.changes import flat
 from ldm.train.lock import only_run
 from ldm.train.processes import alone, partial_state, stop_signals
 from ldm.train.recipe import Trainable
 from ldm.train.run import Run
-from ldm.train.state import flat
 from ldm.train.task import Task
 
 if TYPE_CHECKING:
