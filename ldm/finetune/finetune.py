@@ -80,6 +80,8 @@ def finetune(recipe: FinetuneRecipe, precompute: bool = False) -> None:
     a_step = batches_a_step(before, recipe.gradient_accumulation_steps, processes.num_processes)
     recipe = _complete(recipe, parts, trained, held_out, processes.device, a_step)
     _check_state(recipe, before, a_step)
+    if recipe.early_stop_patience and not held_out:
+        raise UserError("early_stop_patience: no picture is held out: raise held_out, or leave it out")
     splits = _splits(recipe, trained, held_out)
     runtime = Runtime(processes.device, DTYPES[recipe.mixed_precision or "no"])
     parts = mode.prepare(parts, runtime)
@@ -281,7 +283,7 @@ def _complete(
         "cache_dir": recipe.cache_dir or recipe.output_dir / "cache",
     }
     recipe = recipe.model_copy(update=changes)
-    if recipe.max_train_steps is None and recipe.max_minutes is None:
+    if recipe.max_train_steps is None and recipe.minutes is None:
         batches = len(_splits(recipe, trained, ()).train)
         steps = math.ceil(batches / a_step) * recipe.num_train_epochs
         recipe = recipe.model_copy(update={"max_train_steps": steps})
@@ -362,7 +364,7 @@ def _plan(
         yield f"{batches.filled} showings in each epoch only fill a bucket's last batch"
     shown = recipe.train_batch_size * a_step
     if recipe.max_train_steps is None:
-        yield f"run: {recipe.max_minutes:g} minutes, {shown} pictures a step"
+        yield f"run: {recipe.minutes:g} minutes, {shown} pictures a step"
     else:
         times = recipe.max_train_steps * shown / len(batches.examples)
         yield f"run: {recipe.max_train_steps} steps of {shown} pictures: each {times:.0f} times"

@@ -109,7 +109,7 @@ def _literals(kind: Any) -> tuple[str, ...]:
 def _spell(default: object) -> str:
     if isinstance(default, bool):
         return "on" if default else "off"
-    return " ".join(default) if isinstance(default, tuple) else f"{default}"
+    return " ".join(str(each) for each in default) if isinstance(default, tuple) else f"{default}"
 
 
 def read_finetune_recipe(args: argparse.Namespace, mode: Mode | None = None) -> FinetuneRecipe:

@@ -1,33 +1,30 @@
-"""LoRA: a low-rank change is trained beside a frozen model, and saved for every program that draws with it.
+"""LoRA and its kin: a small change is trained beside a frozen model.
 
     h = W x + alpha / rank * B A x        Hu et al. 2021, https://arxiv.org/abs/2106.09685, equation 3
 
-The layers are peft's. Each trained part becomes a new tree of modules which shares all frozen tensors with
-the old one, so that the old one still draws as before.
+or with LoHa's and LoKr's products in place of B A (`ldm.adapters.deltas`). The layers are peft's. Each
+trained part becomes a new tree of modules which shares all frozen tensors with the old one, so that the old
+one still draws as before.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ldm.adapters.layers import share
-from ldm.adapters.lora import FOLDER_FILES
-from ldm.adapters.names import ADAPTABLE, ENCODERS, UNDERSCORED, UNET, Layer
+from ldm.adapters.names import ADAPTABLE, ENCODERS, UNET
 from ldm.checkpoint import Parts
-from ldm.checkpoint.io import write_tensors
-from ldm.checkpoint.keymap import unet_keys
-from ldm.checkpoint.save import family_of_parts
 from ldm.diffusion.noise import torch_seed
-from ldm.diffusion.schedule import Schedule
-from ldm.errors import UserError
-from ldm.files import whole_folder
+from ldm.errors import UserError, reason
+from ldm.finetune.blocks import block_of, check_blocks
+from ldm.finetune.recipe import AdapterType
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -45,10 +42,6 @@ LOCON = (
     "upsamplers.0.conv",
 )
 ADAPTER = "default"  # peft's name for a model's only adapter
-DIFFUSERS_FILE = FOLDER_FILES[0]
-DIFFUSERS_ROLES = {"down": ".lora_A.weight", "up": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"}
-KOHYA_ROLES = {"down": ".lora_down.weight", "up": ".lora_up.weight", "magnitude": ".dora_scale"}
-KOHYA_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
 
 
 # --- layers ----------------------------------------------------------------------------------------------
@@ -63,14 +56,16 @@ def add_lora(
     conv: bool = False,
     dropout: float = 0.0,
     use_dora: bool = False,
+    kind: AdapterType = "lora",
+    ranks: Mapping[str, int] | None = None,
     text: bool = False,
     seed: int = 0,
 ) -> Parts:
-    """Parts with LoRA layers in new modules that share all tensors of the given ones.
+    """Parts with LoRA layers, or LoHa's or LoKr's, in new modules that share all tensors of the given ones.
 
     The new tensors are fp32 and want a gradient; all others, which the given parts have too, want none. A
-    begins as a normal of deviation 1 / rank and B as 0, as in diffusers' train_text_to_image_lora.py: what is
-    drawn is the same at first.
+    begins as a normal of deviation 1 / rank and B as 0, as in diffusers' train_text_to_image_lora.py, LoHa
+    and LoKr as in peft: what is drawn is the same at first.
 
     Args:
         rank: r of A [r, in] and B [out, r].
@@ -83,34 +78,62 @@ def add_lora(
             LoCon's in LyCORIS (Yeh et al. 2023, arXiv 2309.14859).
         dropout: probability by which inputs of A are dropped in training.
         use_dora: learn each weight's magnitude apart from its direction (Liu et al. 2024, arXiv 2402.09353).
+        kind: what is beside a layer: LoRA, LoHa or LoKr.
+        ranks: of blocks (`ldm.finetune.blocks`) that have another; 0: none. Alpha changes with them.
         text: train the text encoders too.
-        seed: of A.
+        seed: of what is random at first.
 
     Raises:
-        UserError: for a target that no trained part has, or that is no linear layer or convolution.
+        UserError: for a target or block that no trained part has, or a target that is no linear layer or
+            convolution.
         ModuleNotFoundError: if peft is not installed.
     """
-    from peft import LoraConfig
-
+    ranks = ranks or {}
     trained = [UNET, *(part for part in ENCODERS if text and getattr(parts, part) is not None)]
     for part in (UNET, "vae", *ENCODERS):
         if getattr(parts, part) is not None:
             getattr(parts, part).requires_grad_(False)
-    chosen = _choose_targets({part: getattr(parts, part) for part in trained}, targets, conv)
+    whole = {part: getattr(parts, part) for part in trained}
+    check_blocks("block_rank", ranks, whole)
+    chosen = _choose_targets(whole, targets, conv)
     modules: dict[str, Any] = {}
     with torch.random.fork_rng(devices=[]):  # peft draws on the CPU
         torch.default_generator.manual_seed(torch_seed(seed))
         for part in trained:
-            config = LoraConfig(
-                r=rank,
-                lora_alpha=alpha,  # type: ignore[arg-type]  # says int, divides it
-                target_modules=chosen[part],
-                lora_dropout=dropout,
-                use_dora=use_dora,
-                init_lora_weights="gaussian",
-            )
-            modules[part] = _inject(getattr(parts, part), config)
+            own = ranks.get(part, rank)
+            if own:
+                config = _config(kind, own, alpha if own == rank else alpha * own / rank, dropout, use_dora)
+                config.target_modules = set(chosen[part])
+                if part == UNET and ranks:
+                    _give_ranks(config, whole[part], ranks, alpha / rank)
+                modules[part] = _inject(whole[part], config)
     return replace(parts, **modules)
+
+
+def _config(kind: AdapterType, rank: int, alpha: Any, dropout: float, use_dora: bool) -> Any:
+    """peft's, which calls alpha a whole number and divides it."""
+    from peft import LoHaConfig, LoKrConfig, LoraConfig
+
+    if kind != "lora":
+        return {"loha": LoHaConfig, "lokr": LoKrConfig}[kind](r=rank, alpha=alpha)
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        use_dora=use_dora,
+        init_lora_weights="gaussian",
+    )
+
+
+def _give_ranks(config: Any, unet: nn.Module, ranks: Mapping[str, int], scale: float) -> None:
+    """Their own ranks to layers of some blocks, and none where it is 0."""
+    layers = (
+        path for path, _ in unet.named_modules() if any(_ends(path, each) for each in config.target_modules)
+    )
+    own = {path: ranks[block] for path in layers if (block := block_of(path, ranks)) is not None}
+    config.exclude_modules = sorted(path for path, rank in own.items() if not rank) or None
+    config.rank_pattern = {re.escape(path): rank for path, rank in own.items() if rank}
+    config.alpha_pattern = {pattern: scale * rank for pattern, rank in config.rank_pattern.items()}
 
 
 def _choose_targets(
@@ -132,7 +155,11 @@ def _choose_targets(
 
 def _named(module: nn.Module, target: str) -> list[nn.Module]:
     """What peft takes for a target: modules whose names end with it."""
-    return [each for path, each in module.named_modules() if path and f".{path}".endswith(f".{target}")]
+    return [each for path, each in module.named_modules() if path and _ends(path, target)]
+
+
+def _ends(path: str, target: str) -> bool:
+    return f".{path}".endswith(f".{target}")
 
 
 def _layer_names(modules: Mapping[str, nn.Module]) -> list[str]:
@@ -150,12 +177,16 @@ def _inject(module: nn.Module, config: Any) -> nn.Module:
     from peft import inject_adapter_in_model
 
     adapted = share(module)
-    inject_adapter_in_model(config, adapted, ADAPTER)
-    for _, layer in _lora_layers(adapted):
+    try:
+        inject_adapter_in_model(config, adapted, ADAPTER)
+    except ValueError as error:  # peft's, where nothing is left
+        raise UserError(f"no layer of the U-Net is trained: {reason(error)}") from None
+    for _, layer in adapter_layers(adapted):
         # peft gives its tensors the dtype of the layer below.
-        layer.lora_A.float()
-        layer.lora_B.float()
-        if config.use_dora:
+        for p in layer.parameters():
+            if p.requires_grad:
+                p.data = p.data.float()
+        if getattr(config, "use_dora", False):
             _measure(layer)
         elif hasattr(layer, "_cast_input_dtype"):  # private to peft: without it the same, but slower
             layer._cast_input_dtype = _cast
@@ -178,114 +209,24 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if torch.is_autocast_enabled(x.device.type) else x.to(dtype)
 
 
-def _lora_layers(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    from peft.tuners.lora import LoraLayer
+def adapter_layers(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """peft's layers in a module, by path."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return ((path, layer) for path, layer in module.named_modules() if isinstance(layer, LoraLayer))
-
-
-# --- files -----------------------------------------------------------------------------------------------
+    return ((path, layer) for path, layer in module.named_modules() if isinstance(layer, BaseTunerLayer))
 
 
-def save_lora(parts: Parts, folder: Path, name: str, dtype: torch.dtype | None = None) -> None:
-    """Write what `add_lora` added and training changed, in two files of a new `folder`; all or nothing.
-
-    `pytorch_lora_weights.safetensors` has the names of diffusers, `<name>.safetensors` those of kohya's
-    sd-scripts, which other programs read: of the original U-Net for SDXL, with alpha beside each layer.
-
-    Args:
-        folder: replaced as a whole.
-        dtype: of A and B, by default fp32. Alphas and DoRA's magnitudes scale whole weights: they stay fp32.
-
-    Raises:
-        UserError: if there is NaN or Inf, if `name` cannot be a file's, or if `folder` cannot be written to.
-    """
-    if name in ("", Path(DIFFUSERS_FILE).stem) or name != Path(name).name:
-        raise UserError(f"a LoRA cannot be called {name!r}: give it the name of a file, without a folder")
-    layers = _tensors(parts, dtype)
-    with whole_folder(folder) as aside:
-        write_tensors(aside / DIFFUSERS_FILE, _to_diffusers(layers), metadata=_diffusers_metadata(parts))
-        write_tensors(
-            aside / f"{name}.safetensors", _to_kohya(parts, layers), metadata=_kohya_metadata(parts, name)
-        )
-
-
-def _tensors(parts: Parts, dtype: torch.dtype | None) -> dict[Layer, dict[str, Tensor]]:
-    """The trained tensors of each layer by role, and its alpha."""
-    found = {}
-    for part in (UNET, *ENCODERS):
-        for path, layer in _lora_layers(getattr(parts, part) or nn.Module()):
-            tensors = {
-                "down": layer.lora_A[ADAPTER].weight.to(dtype),
-                "up": layer.lora_B[ADAPTER].weight.to(dtype),
-                "alpha": torch.tensor(float(layer.lora_alpha[ADAPTER])),
-            }
-            if layer.use_dora[ADAPTER]:
-                tensors["magnitude"] = layer.lora_magnitude_vector[ADAPTER].weight
-            if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-                raise UserError(
-                    f"the LoRA of {part}.{path} has NaN or Inf, so nothing is saved: "
-                    "train with a lower learning rate"
-                )
-            found[Layer(part, path)] = tensors
-    return found
-
-
-def _to_diffusers(layers: Mapping[Layer, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for layer, roles in layers.items():
-        stem = f"{layer.part}.{layer.path}"
-        for role, ending in DIFFUSERS_ROLES.items():
-            if role in roles:
-                # transformers, by which diffusers 0.42 reads these parts, leaves out magnitudes without it.
-                weight = ".weight" if role == "magnitude" and layer.part in ENCODERS else ""
-                tensors[f"{stem}{ending}{weight}"] = roles[role]
-    return tensors
-
-
-def _to_kohya(parts: Parts, layers: Mapping[Layer, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    xl = parts.text_encoder_2 is not None
-    tensors: dict[str, Tensor] = {}
-    for layer, roles in layers.items():
-        path = layer.path
-        if layer.part == UNET and xl:
-            (key,) = unet_keys(parts.unet.config, [f"{path}.weight"])
-            path = key.original.removesuffix(".weight")
-        stem = UNDERSCORED[layer.part][-1 if xl else 0] + path.replace(".", "_")
-        tensors |= {stem + KOHYA_ROLES.get(role, f".{role}"): tensor for role, tensor in roles.items()}
-        if "magnitude" in roles:  # one for each output, in the shape of the weight, as in LyCORIS
-            ones = [1] * (roles["down"].ndim - 1)
-            tensors[f"{stem}.dora_scale"] = roles["magnitude"].reshape(-1, *ones)
-    return tensors
-
-
-def _configs(parts: Parts) -> dict[str, dict[str, Any]]:
-    """peft's config of each part that is trained."""
-    modules = {part: getattr(parts, part) for part in (UNET, *ENCODERS)}
-    return {
-        part: module.peft_config[ADAPTER].to_dict()
-        for part, module in modules.items()
-        if hasattr(module, "peft_config")
-    }
-
-
-def _diffusers_metadata(parts: Parts) -> dict[str, str]:
-    """As `save_lora_weights` of diffusers writes it: peft's configs, each key after its part's name."""
-    settings = {f"{part}.{key}": v for part, config in _configs(parts).items() for key, v in config.items()}
-    return {"lora_adapter_metadata": json.dumps(settings, indent=2, sort_keys=True, default=sorted)}
-
-
-def _kohya_metadata(parts: Parts, name: str) -> dict[str, str]:
-    """What other programs tell the family by, and show."""
-    config, family = _configs(parts)[UNET], family_of_parts(parts)
-    version = KOHYA_VERSIONS.get(family, family)
-    if family in ("sd1", "sd2") and Schedule.from_config(dict(parts.scheduler)).prediction.value[0] == "v":
-        version += "_v"
-    return {
-        "ss_output_name": name,
-        "ss_base_model_version": version,
-        "ss_v2": str(family == "sd2"),
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(config["r"]),
-        "ss_network_alpha": str(config["lora_alpha"]),
-    }
+@contextmanager
+def scaled(modules: Iterable[nn.Module | None], weight: float) -> Iterator[None]:
+    """Within, what is beside the layers of `modules` counts `weight` times; without any nothing changes."""
+    trained = (
+        [] if weight == 1 else [layer for module in modules if module for _, layer in adapter_layers(module)]
+    )
+    before = [layer.scaling[ADAPTER] for layer in trained]
+    try:
+        for layer, scale in zip(trained, before, strict=True):
+            layer.scaling[ADAPTER] = weight * scale
+        yield
+    finally:
+        for layer, scale in zip(trained, before, strict=True):
+            layer.scaling[ADAPTER] = scale

@@ -26,7 +26,8 @@ from ldm.checkpoint.original.component import dtype_of
 from ldm.errors import UserError
 from ldm.files import whole_folder
 from ldm.finetune.inversion import add_word, save_word
-from ldm.finetune.lora import add_lora, save_lora
+from ldm.finetune.lora import add_lora
+from ldm.finetune.lora_files import save_lora
 from ldm.finetune.recipe import FinetuneRecipe
 from ldm.models.control import ControlNet
 from ldm.runtime import Runtime
@@ -104,7 +105,7 @@ class FullMode(Mode):
 
 
 class LoraMode(Mode):
-    """Low-rank matrices beside the layers of the U-Net, and of the text encoders if they are trained."""
+    """LoRA, LoHa or LoKr beside the layers of the U-Net, and of the text encoders if they are trained."""
 
     def __init__(self, recipe: FinetuneRecipe) -> None:
         name = recipe.output_dir.resolve().name  # which other programs call the LoRA by
@@ -121,6 +122,8 @@ class LoraMode(Mode):
             conv=recipe.lora_conv,
             dropout=recipe.lora_dropout,
             use_dora=recipe.use_dora,
+            kind=recipe.adapter_type,
+            ranks=recipe.block_ranks,
             text=recipe.train_text_encoder,
             seed=recipe.seed,
         )
@@ -132,6 +135,10 @@ class LoraMode(Mode):
 
     def outputs(self, folder: Path) -> list[tuple[Path, str]]:
         ours, kohya = folder / "pytorch_lora_weights.safetensors", folder / f"{self.name}.safetensors"
+        if self.recipe.adapter_type != "lora":
+            return [
+                (kohya, f'txt2img --lora {kohya} -p "..."; in the names of LyCORIS, for other programs too')
+            ]
         return [
             (ours, f'txt2img --lora {folder} -p "..."; in diffusers pipe.load_lora_weights("{folder}")'),
             (kohya, "the same in kohya's names, for other programs"),

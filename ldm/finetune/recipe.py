@@ -8,11 +8,12 @@ Names are those of diffusers' training scripts where they have the option. No to
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from ldm.files import is_url
+from ldm.finetune.blocks import read_blocks
 from ldm.train.loss_recipe import LossSection, MaskSection
 from ldm.train.recipe import (
     Fixed,
@@ -24,6 +25,7 @@ from ldm.train.recipe import (
 )
 
 Mode = Literal["lora", "full", "textual_inversion", "controlnet", "image_prompt"]
+AdapterType = Literal["lora", "loha", "lokr"]
 BESIDE: tuple[Mode, ...] = ("controlnet", "image_prompt")  # that leave the U-Net as it is
 
 
@@ -97,6 +99,13 @@ class ModeSection(Section):
     """lora: all other layers get them too: convolutions, feed-forward, projections (LoCon)"""
     use_dora: Shape[bool] = False
     """lora: learn magnitudes apart (DoRA)"""
+    adapter_type: Shape[AdapterType] = "lora"
+    """lora: what is beside a layer: a product of two matrices, of two such products (loha), or a Kronecker
+    product (lokr)"""
+    block_rank: Shape[tuple[str, ...]] = ()
+    """lora: other ranks of some blocks, such as down.0=4 mid=16 up.2=0 text_encoder=8; 0: none"""
+    block_lr: Shape[tuple[str, ...]] = ()
+    """lora, full: other learning rates of some blocks, such as down.0=1e-5 mid=1e-4; 0: they stay"""
     placeholder_token: Shape[str | None] = None
     """textual_inversion: the new word, as it stands in the captions"""
     initializer_token: Fixed[str | None] = None
@@ -168,6 +177,8 @@ class LookSection(Section):
     """pictures of each, of the seeds from 0; 0 draws none"""
     validation_inference_steps: int | None = Field(None, ge=1)
     """steps of the sampler; by default the model's"""
+    validation_lora_scales: tuple[Annotated[float, Field(allow_inf_nan=False)], ...] = (1.0,)
+    """lora: drawn at each of these weights of what is learnt, such as 0.5 0.75 1"""
 
 
 class FinetuneRecipe(
@@ -203,6 +214,24 @@ class FinetuneRecipe(
     """steps between states"""
 
     @property
+    def block_ranks(self) -> dict[str, int]:
+        """`block_rank` by block."""
+        return {block: int(rank) for block, rank in read_blocks(self.block_rank).items()}
+
+    @property
+    def block_lrs(self) -> dict[str, float]:
+        """`block_lr` by block."""
+        return read_blocks(self.block_lr)
+
+    @field_validator("block_rank", "block_lr")
+    @classmethod
+    def _of_blocks(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        numbers = read_blocks(value).values()
+        if info.field_name == "block_rank" and any(number % 1 for number in numbers):
+            raise ValueError("ranks are whole numbers")
+        return value
+
+    @property
     def optimiser(self) -> OptimiserSection:
         return self
 
@@ -217,7 +246,9 @@ class FinetuneRecipe(
         return Path(value) if isinstance(value, str) and not is_url(value) else value
 
     @field_validator(
-        "validation_prompts", "lora_targets", "class_prompt", "preprocess_options", mode="before"
+        *("validation_prompts", "lora_targets", "class_prompt", "preprocess_options"),
+        *("block_rank", "block_lr"),
+        mode="before",
     )
     @classmethod
     def _one(cls, value: object) -> object:
@@ -239,6 +270,8 @@ class FinetuneRecipe(
             if self.mode not in ONLY[name] and getattr(self, name) != type(self).model_fields[name].default:
                 modes = " and ".join(ONLY[name])
                 raise ValueError(f"{name} is not allowed in mode {self.mode}: only {modes} can use it")
+        if self.early_stop_patience and not self.held_out:
+            raise ValueError("early_stop_patience goes by the held-out loss: give held_out a share")
         if self.class_data_dir is not None and not self.class_prompt:
             raise ValueError("class_data_dir needs class_prompt: what the pictures in it show")
         if inversion and self.inpainting:
@@ -249,8 +282,10 @@ class FinetuneRecipe(
             raise ValueError(
                 f"inpainting and variance change the U-Net, which mode {self.mode} leaves as it is"
             )
-        if self.chosen_optimizer == "prodigy" and self.text_encoder_lr is not None:
-            raise ValueError("text_encoder_lr is not prodigy's, which finds one rate for all: leave it out")
+        if self.chosen_optimizer == "prodigy" and (self.text_encoder_lr is not None or self.block_lr):
+            raise ValueError("prodigy finds one rate for all: leave text_encoder_lr and block_lr out")
+        if self.adapter_type != "lora" and (self.use_dora or self.lora_dropout):
+            raise ValueError(f"adapter_type {self.adapter_type} goes without use_dora and lora_dropout")
         if self.alpha_mask and self.mask_data_dir is not None:
             raise ValueError("alpha_mask and mask_data_dir: choose one")
         if self.unmasked_weight and not self.masks_loss:
@@ -270,6 +305,8 @@ class FinetuneRecipe(
 ONLY: dict[str, tuple[Mode, ...]] = {
     "train_text_encoder": ("lora", "full"),
     "text_encoder_lr": ("lora", "full"),
+    "block_lr": ("lora", "full"),
+    **dict.fromkeys(("adapter_type", "block_rank", "validation_lora_scales"), ("lora",)),
     **dict.fromkeys(
         ("rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_conv", "use_dora"), ("lora",)
     ),

@@ -18,7 +18,9 @@ from ldm.dataset.cache import open_and_crop
 from ldm.dataset.feed import Feed
 from ldm.dataset.findings import Example
 from ldm.diffusion.schedule import Schedule
+from ldm.finetune.blocks import block_of, check_blocks
 from ldm.finetune.inpainting import inpainting_input
+from ldm.finetune.lora import scaled
 from ldm.finetune.modes import TEXT_ENCODERS, Mode
 from ldm.finetune.recipe import FinetuneRecipe
 from ldm.images.pixels import contact_sheet, to_pil
@@ -48,6 +50,7 @@ class FinetuneTask(Task):
     """Trains what of `parts` has gradients."""
 
     validates_first, draws_from_export = True, False
+    judged_by = "held_out_loss"
 
     def __init__(self, parts: Parts, mode: Mode, recipe: FinetuneRecipe, feed: Feed, splits: Splits) -> None:
         super().__init__()
@@ -69,17 +72,27 @@ class FinetuneTask(Task):
             self.facts["mask_files"] = feed.weights.fingerprint
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
+        blocks = self.recipe.block_lrs
+        trained = {name: getattr(self, name) for name in ("unet", *TEXT_ENCODERS) if self._trains(name)}
+        check_blocks("block_lr", blocks, trained)
         groups: list[dict[str, Any]] = [
             {"params": list(module.parameters()), "lr": lr, "muon": True} for module in self.mode.beside
         ]
         for name in ("unet", *TEXT_ENCODERS):
             module = getattr(self, name)
-            params = [] if module is None else [p for p in module.parameters() if p.requires_grad]
-            if params:
-                own = lr if name == "unet" else self.recipe.text_encoder_lr or lr
-                # Rows of an embedding are rarely seen: Muon would pull them as hard as the others.
-                groups.append({"params": params, "lr": own, "muon": name == "unet"})
+            own = lr if name == "unet" else self.recipe.text_encoder_lr or lr
+            rates: dict[float, list[Tensor]] = {}
+            for path, p in () if module is None else module.named_parameters():
+                if p.requires_grad:
+                    block = block_of(path, blocks) if name == "unet" else name
+                    rates.setdefault(blocks.get(block or "", own), []).append(p)
+            # Rows of an embedding are rarely seen: Muon would pull them as hard as the others.
+            groups += [{"params": some, "lr": rate, "muon": name == "unet"} for rate, some in rates.items()]
         return groups
+
+    def _trains(self, name: str) -> bool:
+        module = getattr(self, name)
+        return module is not None and (name == "unet" or any(p.requires_grad for p in module.parameters()))
 
     def batch(self, rng: torch.Generator, size: int, number: int) -> Batch:
         batch = self._noised(self.splits.train.at(number), rng)
@@ -169,7 +182,10 @@ class FinetuneTask(Task):
         return batch | {"t": t, "noise": noise, "input_noise": noise}
 
     def picture(self, folder: Path) -> Image.Image | None:
-        """The validation prompts, a row for each, drawn with the modules as they are."""
+        """The validation prompts, a row for each, drawn with the modules as they are.
+
+        Of a LoRA at each of its weights, one after the other.
+        """
         pipe = Pipeline.from_parts(self.parts, Runtime(self.device, self.dtype))
         count, drawn = self.recipe.num_validation_images, list[Image.Image]()
         if not count:
@@ -177,14 +193,15 @@ class FinetuneTask(Task):
         for i, prompt in enumerate(self.recipe.validation_prompts):
             more, beside = self._drawn_from(i, folder)
             drawn += beside
-            with self._autocast():
-                drawn += pipe(
-                    prompt,
-                    seed=list(range(count)),
-                    num_images_per_prompt=count,
-                    num_inference_steps=self.recipe.validation_inference_steps,
-                    **more,
-                ).images
+            for scale in self.recipe.validation_lora_scales:
+                with self._autocast(), scaled((self.unet, self.text_encoder, self.text_encoder_2), scale):
+                    drawn += pipe(
+                        prompt,
+                        seed=list(range(count)),
+                        num_images_per_prompt=count,
+                        num_inference_steps=self.recipe.validation_inference_steps,
+                        **more,
+                    ).images
         columns = len(drawn) // max(1, len(self.recipe.validation_prompts))
         return contact_sheet(drawn, columns) if drawn else None
 

@@ -16,6 +16,7 @@ import torch
 from ldm.errors import UserError
 from ldm.kernels.malloc import freed_memory_kept
 from ldm.runtime import has_bf16
+from ldm.train.changes import flat
 from ldm.train.lock import only_run
 from ldm.train.processes import alone, partial_state, stop_signals
 from ldm.train.recipe import Trainable
@@ -58,13 +59,15 @@ def _train(task: Task, recipe: Trainable, run_dir: Path, accelerator: Accelerato
             run.log(f"at its end already, step {run.position.step}: raise max_train_steps to go on")
         if run.due(recipe.run.validation_steps) and (run.position.step or task.validates_first):
             run.validate()  # at the beginning, or where the run ended before it could
-        while run.fraction < 1 and run.step(stopped):
+        early = run.ends_early()
+        while run.fraction < 1 and not early and run.step(stopped):
             if run.due(recipe.run.checkpointing_steps):
                 run.save()
             if run.due(recipe.run.validation_steps):
                 run.validate()
+                early = run.ends_early()
         run.save()
-        ended = run.fraction >= 1
+        ended = early or run.fraction >= 1
         if ended:
             run.validate()
         if not (ended and task.draws_from_export):
@@ -76,10 +79,10 @@ def _train(task: Task, recipe: Trainable, run_dir: Path, accelerator: Accelerato
 
 def check_tracker(name: str) -> None:
     """Raise UserError if what `report_to` names is not installed."""
-    from accelerate.utils import is_tensorboard_available
+    from accelerate import utils
 
-    if name == "tensorboard" and not is_tensorboard_available():
-        raise UserError("report_to is tensorboard, which is not installed: pip install tensorboard")
+    if name != "none" and not getattr(utils, f"is_{name}_available")():
+        raise UserError(f"report_to is {name}, which is not installed: pip install {name}")
 
 
 def check_precision(mixed_precision: str, device: torch.device) -> None:
@@ -115,6 +118,18 @@ def _accelerator(recipe: Trainable, run_dir: Path) -> Accelerator:
         log_with=None if tracker == "none" else tracker,
         project_dir=run_dir,
     )
-    if tracker != "none":
-        accelerator.init_trackers("tensorboard")
+    _begin_tracking(accelerator, recipe, run_dir)
     return accelerator
+
+
+def _begin_tracking(accelerator: Accelerator, recipe: Trainable, run_dir: Path) -> None:
+    """A run of the project ldm, called as its folder, with its recipe; tensorboard's lies in the folder."""
+    name = run_dir.resolve().name
+    values = {key: str(value) for key, value in flat(recipe.model_dump(mode="json")) if value is not None}
+    match recipe.run.report_to:
+        case "tensorboard":
+            accelerator.init_trackers("tensorboard")
+        case "wandb":
+            accelerator.init_trackers("ldm", values, {"wandb": {"name": name, "dir": str(run_dir)}})
+        case "mlflow":
+            accelerator.init_trackers("ldm", values, {"mlflow": {"run_name": name}})

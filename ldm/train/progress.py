@@ -39,7 +39,7 @@ class Progress:
         self.count = 0
         self.first = self.last = Position()
         self.first_fraction = 0.0
-        self.evaluated: int | None = None  # the step of the last row of held-out figures
+        self.looks: list[dict[str, Any]] = []  # rows of held-out figures
         self.bar = _Bar() if active and sys.stderr.isatty() else None
 
     def __enter__(self) -> Self:
@@ -69,7 +69,7 @@ class Progress:
         """Drop rows after `step`, and one that a killed run has not finished."""
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         rows = [row for line in lines if (row := _row(line)) is not None and row["step"] <= step]
-        self.evaluated = max((row["step"] for row in rows if "samples_per_s" not in row), default=None)
+        self.looks = [row for row in rows if "samples_per_s" not in row]
         if len(rows) < len(lines):
             with whole_file(self.path) as aside:
                 aside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -94,13 +94,23 @@ class Progress:
     def evaluation(self, position: Position, values: Mapping[str, float]) -> None:
         """Write a row of held-out figures."""
         self._write(position, values)
-        self.evaluated = position.step
+        self.looks.append(_place(position) | dict(values))
+
+    @property
+    def evaluated(self) -> int | None:
+        """The step of the last look."""
+        return max((look["step"] for look in self.looks), default=None)
+
+    def best(self, figure: str) -> tuple[dict[str, Any] | None, int]:
+        """The look of the lowest `figure`, the first of equals, and how many came after it."""
+        known = [look for look in self.looks if figure in look]
+        best = min(known, key=lambda look: float(look[figure]), default=None)
+        return best, 0 if best is None else len(known) - 1 - known.index(best)
 
     def _write(self, position: Position, values: Mapping[str, float], more: str = "") -> None:
         if not self.active:
             return
-        place = {"step": position.step, "samples": position.samples, "minutes": position.seconds / 60}
-        row = place | dict(values)
+        row = _place(position) | dict(values)
         _append(self.path, json.dumps(row))
         if self.track:
             self.track(dict(values), position.step)
@@ -117,6 +127,10 @@ class Progress:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**30
         return float(psutil.Process().memory_info().rss) / 2**30
+
+
+def _place(position: Position) -> dict[str, Any]:
+    return {"step": position.step, "samples": position.samples, "minutes": position.seconds / 60}
 
 
 def _append(path: Path, line: str) -> None:

@@ -34,6 +34,8 @@ LrScheduler = Literal[
 
 Optimizer = Literal["adamw", "adamw8bit", "muon", "prodigy", "adafactor", "lion", "schedulefree_adamw"]
 
+Tracker = Literal["none", "tensorboard", "wandb", "mlflow"]
+
 T = TypeVar("T")
 
 
@@ -196,6 +198,11 @@ class RunSection(Section):
     """steps of the optimiser"""
     max_minutes: float | None = Field(None, gt=0)
     """of training, over all resumed parts of the run"""
+    max_train_hours: float | None = Field(None, gt=0)
+    """or so many hours"""
+    early_stop_patience: int = Field(0, ge=0)
+    """end after so many looks without a better held-out loss than the best, whose weights are in best/; 0:
+    never"""
     mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
     """what networks compute in; what is trained is kept in fp32"""
     compile: bool = False
@@ -216,8 +223,8 @@ class RunSection(Section):
     """go on where a changed recipe, damage or states left behind speak against it"""
     on_nan: Literal["stop", "skip"] = "stop"
     """what to do with a batch whose loss is NaN or Inf"""
-    report_to: Literal["none", "tensorboard"] = "none"
-    """beside metrics.jsonl, which is always written"""
+    report_to: Tracker = "none"
+    """a tracker, by accelerate, beside metrics.jsonl, which is always written"""
     provenance: Free[bool] = True
     """pictures that a run draws say that a model drew them (docs/provenance.md)"""
 
@@ -227,9 +234,20 @@ class RunSection(Section):
         """YAML reads a bare `no` as false."""
         return "no" if value is False else value
 
+    @property
+    def minutes(self) -> float | None:
+        """After which the run ends, however it was said."""
+        return self.max_minutes if self.max_train_hours is None else 60 * self.max_train_hours
+
+    @model_validator(mode="after")
+    def _one_time(self) -> Self:
+        if self.max_minutes is not None and self.max_train_hours is not None:
+            raise ValueError("max_minutes and max_train_hours: give one of them")
+        return self
+
     @model_validator(mode="after")
     def _ends(self) -> Self:
-        if self.max_train_steps is None and self.max_minutes is None:
+        if self.max_train_steps is None and self.minutes is None:
             raise ValueError("set max_train_steps or max_minutes, or the run never ends")
         return self
 

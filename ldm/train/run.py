@@ -23,7 +23,7 @@ from ldm.images.formats import encode
 from ldm.images.provenance import COMPOSITE, TRAINED, Marks
 from ldm.runtime import is_out_of_memory, memory_format
 from ldm.train.changes import BATCHES, PROCESSES, batches_a_step, check_recipe, flat
-from ldm.train.optimiser import lr_factor, make_optimiser
+from ldm.train.optimiser import check_shards, lr_factor, make_optimiser
 from ldm.train.prefetch import Place, Prefetcher
 from ldm.train.processes import alone, check_same, mean
 from ldm.train.progress import Progress
@@ -55,6 +55,8 @@ class Run:
     def __init__(self, task: Task, recipe: Trainable, run_dir: Path, accelerator: Accelerator) -> None:
         self.task, self.recipe, self.run_dir, self.accelerator = task, recipe, run_dir, accelerator
         opt = recipe.optimiser
+        if recipe.run.early_stop_patience and not task.judged_by:
+            raise UserError("early_stop_patience: this training has no held-out loss to go by: leave it out")
         self.values = dict(flat(recipe.model_dump(mode="json"))) | dict(task.facts)
         if accelerator.num_processes > 1:
             check_same(accelerator, self.values | {"ldm": __version__, "weights": _digest(task)})
@@ -62,6 +64,8 @@ class Run:
         task.to(memory_format=memory_format(accelerator.device))  # type: ignore[call-overload]
         task.train()
         shards = recipe.run.distributed == "fsdp" and accelerator.num_processes > 1
+        if shards:
+            check_shards(opt)
         self.sharded = Sharded(task, accelerator.device, accelerator.num_processes) if shards else None
         optimiser = make_optimiser(task.parameter_groups(opt.learning_rate), opt)
         self.rates = [group["lr"] for group in optimiser.param_groups]
@@ -97,7 +101,21 @@ class Run:
             window = extra["window"]
             if self.accelerator.scaler is not None and extra["scaler"]:
                 self.accelerator.scaler.load_state_dict(extra["scaler"])
+            self._tell_rate(found)
         self.progress.resume(self.position, self.fraction, window)
+
+    def _tell_rate(self, found: Path) -> None:
+        """Of a longer or shorter run, a schedule goes over all of it: say how the rate jumps by that."""
+        opt, now, step = self.recipe.optimiser, self.recipe.run.max_train_steps, self.position.step
+        values = read_json(found / "recipe.json")
+        before = values.get("max_train_steps") or values.get("run.max_train_steps")
+        if now and before and now != before:
+            factors = [lr_factor(opt, step, total) for total in (before, now)]
+            if factors[0] != factors[1]:
+                self.log(
+                    f"{opt.lr_scheduler} now goes over {now} steps, not {before}: at step {step} the rate is "
+                    f"{factors[1]:.3g} of learning_rate, not {factors[0]:.3g}"
+                )
 
     def _find(self) -> tuple[Path | None, int]:
         """The state to go on from, and how many batches make a step."""
@@ -119,13 +137,27 @@ class Run:
         """How much of the run is done, 0 to 1: by steps or by minutes, whichever is further."""
         run = self.recipe.run
         by_steps = self.position.step / run.max_train_steps if run.max_train_steps else 0.0
-        by_time = self.position.seconds / 60 / run.max_minutes if run.max_minutes else 0.0
+        by_time = self.position.seconds / 60 / run.minutes if run.minutes else 0.0
         return max(by_steps, by_time)
 
     @property
     def _total_steps(self) -> float:
         """Steps of the whole run; for one that minutes end, as many as its speed so far makes likely."""
         return self.position.step / self.fraction if self.fraction else self.recipe.run.max_train_steps or 1
+
+    def ends_early(self) -> bool:
+        """Whether as many looks as the recipe has patience for were no better than one before them."""
+        patience, figure = self.recipe.run.early_stop_patience, self.task.judged_by
+        if not patience:
+            return False
+        best, waited = alone(self.accelerator, lambda: self.progress.best(figure))
+        if best is None or waited < patience:
+            return False
+        self.log(
+            f"ended early, at step {self.position.step}: {waited} looks without a better {figure} than "
+            f"{best[figure]:.5g} of step {best['step']}, which is in {self.run_dir / 'best'}"
+        )
+        return True
 
     def due(self, every: int) -> bool:
         return self.position.step % every == 0
@@ -274,6 +306,10 @@ class Run:
         if self.task.draws_from_export:
             self.task.export(self.run_dir / "export")
         picture = self.task.picture(self.run_dir / "export")
+        best, _ = self.progress.best(self.task.judged_by)
+        told = figures.get(self.task.judged_by, math.inf)
+        if self.recipe.run.early_stop_patience and (best is None or told < best[self.task.judged_by]):
+            self.task.export(self.run_dir / "best")
         if picture is not None:
             marks = Marks(self.recipe.run.provenance, COMPOSITE if self.task.shows_originals else TRAINED)
             name = f"{self.position.step:08d}.png"

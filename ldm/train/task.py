@@ -21,6 +21,7 @@ class Task(nn.Module, ABC):
     validates_first = False  # before the first step too: for weights that are not random
     shows_originals = False  # beside what is drawn, in its grids
     shards = False  # its networks are called as wholes only, as FSDP needs it
+    judged_by = ""  # the held-out figure by which a run ends early, the lower the better
     draws_from_export = True  # so each validation writes it; else only the end of the run does
 
     @abstractmethod

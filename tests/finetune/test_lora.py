@@ -14,7 +14,8 @@ from torch import nn
 import ldm
 from ldm.adapters.lora import read_lora
 from ldm.errors import UserError
-from ldm.finetune.lora import add_lora, save_lora
+from ldm.finetune.lora import add_lora
+from ldm.finetune.lora_files import save_lora
 from ldm.pipeline import Pipeline
 
 SMALL = {"rank": 2, "alpha": 3}

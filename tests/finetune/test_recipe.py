@@ -63,6 +63,11 @@ VALUES: dict[str, tuple[list[str], Any]] = {
     "preprocess_options": (["low=50", "high=90"], ("low=50", "high=90")),
     "max_timestep": (["900"], 900),
     "optimizer": (["lion"], "lion"),
+    "validation_lora_scales": (["0.5", "1"], (0.5, 1.0)),
+    "max_train_hours": (["0.5"], 0.5),
+    "adapter_type": (["loha"], "loha"),
+    "block_rank": (["down.0=4", "mid=8"], ("down.0=4", "mid=8")),
+    "block_lr": (["down.0=1e-4"], ("down.0=1e-4",)),
     "optimizer_args": (["d_coef=2", "betas=0.9,0.99"], ("d_coef=2", "betas=0.9,0.99")),
 }
 BESIDE = {  # what else must be given

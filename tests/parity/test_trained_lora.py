@@ -16,7 +16,8 @@ from tiny_families import NARROW, POOLED, WIDE
 
 import ldm
 from ldm.adapters.lora import Lora, match, read_lora
-from ldm.finetune.lora import ATTENTION, LOCON, TEXT_ATTENTION, add_lora, save_lora
+from ldm.finetune.lora import ATTENTION, LOCON, TEXT_ATTENTION, add_lora
+from ldm.finetune.lora_files import save_lora
 from ldm.pipeline import Pipeline
 
 NAMES = ["sd1", "sd2_v", "sdxl"]
