@@ -142,7 +142,7 @@ def _check_state(recipe: FinetuneRecipe, before: dict[str, Any], a_step: int) ->
     """Raise UserError at once where the output folder holds the state of another recipe."""
     if before:
         now = before | dict(flat(recipe.model_dump(mode="json"))) | {BATCHES: a_step}
-        compare(recipe.output_dir, before, now, recipe.changes(), recipe.force, log=_silent)
+        compare(recipe.output_dir, before, now, recipe.changes(), recipe.force, _silent, recipe.defaults())
 
 
 # --- pictures --------------------------------------------------------------------------------------------

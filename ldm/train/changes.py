@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ldm.checkpoint.io import read_json
@@ -13,6 +14,7 @@ from ldm.errors import UserError
 from ldm.train.recipe import Change
 
 ACCUMULATION = "gradient_accumulation_steps"
+NONE: Mapping[str, Any] = MappingProxyType({})
 PROCESSES, BATCHES = "run.processes", "run.batches_a_step"  # kept with a recipe
 
 
@@ -46,9 +48,10 @@ def check_recipe(
     changes: Mapping[str, Change],
     force: bool = False,
     log: Callable[[str], object] = print,
+    defaults: Mapping[str, Any] = NONE,
 ) -> None:
     """`compare` with the recipe of the state in `folder`."""
-    compare(folder, read_json(folder / "recipe.json"), recipe, changes, force, log)
+    compare(folder, read_json(folder / "recipe.json"), recipe, changes, force, log, defaults)
 
 
 def compare(
@@ -58,6 +61,7 @@ def compare(
     changes: Mapping[str, Change],
     force: bool = False,
     log: Callable[[str], object] = print,
+    defaults: Mapping[str, Any] = NONE,
 ) -> None:
     """Compare a state's recipe with the one to go on with, and say in one line what has changed.
 
@@ -68,6 +72,7 @@ def compare(
         before, recipe: flat, and with them what is so of the run without being in a recipe, such as its
             processes.
         changes: what a change of each key of a recipe means; of what is in no recipe, FIXED.
+        defaults: what a key is that the state's recipe does not have, as it is of an older version.
 
     Raises:
         UserError: naming the key if one that is SHAPE has changed, or one that is FIXED without `force`.
@@ -76,6 +81,7 @@ def compare(
         shared = {key: Change.TOLD for key in recipe if key.rpartition(".")[2] == ACCUMULATION}
         changes = {**changes, **shared, PROCESSES: Change.TOLD}
     changes = {**changes, BATCHES: Change.FREE}  # it follows from the two
+    before = {key: defaults[key] for key in recipe if key in defaults} | dict(before)
     kinds = {
         key: kind
         for key in sorted(before.keys() | recipe.keys())

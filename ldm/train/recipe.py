@@ -17,6 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import to_jsonable_python
 
 from ldm.errors import UserError
 
@@ -65,6 +66,11 @@ class Section(BaseModel):
         """What a change of each key means, by its dotted name: {"run.seed": Change.FIXED, ...}."""
         return dict(_changes(cls))
 
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """What keys are where they are not given, as JSON holds it, by their dotted names."""
+        return dict(_defaults(cls))
+
 
 def _changes(section: type[Section], prefix: str = "") -> Iterator[tuple[str, Change]]:
     for name, field in section.model_fields.items():
@@ -73,6 +79,14 @@ def _changes(section: type[Section], prefix: str = "") -> Iterator[tuple[str, Ch
         else:
             marks = (each for each in field.metadata if isinstance(each, Change))
             yield f"{prefix}{name}", next(marks, Change.TOLD)
+
+
+def _defaults(section: type[Section], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from _defaults(field.annotation, f"{prefix}{name}.")
+        elif not field.is_required():
+            yield f"{prefix}{name}", to_jsonable_python(field.get_default(call_default_factory=True))
 
 
 class OptimiserSection(Section):
@@ -262,6 +276,8 @@ class Trainable(Protocol):
     def run(self) -> RunSection: ...
 
     def changes(self) -> dict[str, Change]: ...
+
+    def defaults(self) -> dict[str, Any]: ...
 
     def model_dump(self, *, mode: str) -> dict[str, Any]: ...
 

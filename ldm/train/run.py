@@ -124,7 +124,8 @@ class Run:
         before = {} if found is None else read_json(found / "recipe.json")
         batches = batches_a_step(before, accumulation, self.accelerator.num_processes)
         if found is not None:
-            check_recipe(found, self.values | {BATCHES: batches}, self.recipe.changes(), run.force)
+            now, recipe = self.values | {BATCHES: batches}, self.recipe
+            check_recipe(found, now, recipe.changes(), run.force, defaults=recipe.defaults())
         return found, batches
 
     @property

@@ -1,5 +1,6 @@
 """States on disk: what is kept, what is passed over, what is refused; the lock; a full disk."""
 
+import hashlib
 import json
 import os
 import re
@@ -279,6 +280,38 @@ def test_what_fine_tuning_cannot_change_on_the_way(tmp_path, state, key):
         return
     with pytest.raises(UserError, match=f"another recipe: {key} before -> other;"):
         check_recipe(folder, before | {key: "other"}, changes, force=True)
+
+
+def test_keys_that_a_version_did_not_know_are_their_defaults(tmp_path, state, capsys):
+    """So a run goes on with a newer ldm, whatever a change of the new keys means."""
+    before = {"mode": "lora", "rank": 4}
+    folder = save_state(tmp_path, Position(), state, before, {})
+    now = before | {"block_rank": [], "lora_conv": False, "masked_loss": False, "optimizer_args": []}
+    changes, defaults = FinetuneRecipe.changes(), FinetuneRecipe.defaults()
+    check_recipe(folder, now, changes, defaults=defaults)
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UserError, match=r"another recipe: lora_conv False -> True;"):
+        check_recipe(folder, now | {"lora_conv": True}, changes, defaults=defaults)
+
+
+def test_a_run_of_an_older_version_goes_on(tmp_path, capsys):
+    train(Line(), tiny_recipe(10), tmp_path)
+    (state,) = tmp_path.glob("state-*")
+    values, manifest = (json.loads((state / name).read_text()) for name in ("recipe.json", "manifest.json"))
+    for key in ("optimiser.optimizer", "run.distributed"):
+        del values[key]
+    text = json.dumps(values).encode()
+    (state / "recipe.json").write_text(text)
+    manifest["recipe"] = digest(values)
+    manifest["files"]["recipe.json"] = {
+        "size": len(text),
+        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+    }
+    (state / "manifest.json").write_text(json.dumps(manifest))
+    capsys.readouterr()
+    train(Line(), tiny_recipe(12), tmp_path)
+    assert "optimizer" not in capsys.readouterr().out
+    assert newest_state(tmp_path).name == "state-00000012"
 
 
 def test_postcards_of_another_size_are_another_run(tmp_path, state):
