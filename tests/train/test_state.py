@@ -301,12 +301,9 @@ def test_a_run_of_an_older_version_goes_on(tmp_path, capsys):
     for key in ("optimiser.optimizer", "run.distributed"):
         del values[key]
     text = json.dumps(values).encode()
-    (state / "recipe.json").write_text(text)
+    (state / "recipe.json").write_bytes(text)
     manifest["recipe"] = digest(values)
-    manifest["files"]["recipe.json"] = {
-        "size": len(text),
-        "sha256": hashlib.sha256(text.encode()).hexdigest(),
-    }
+    manifest["files"]["recipe.json"] = {"size": len(text), "sha256": hashlib.sha256(text).hexdigest()}
     (state / "manifest.json").write_text(json.dumps(manifest))
     capsys.readouterr()
     train(Line(), tiny_recipe(12), tmp_path)
