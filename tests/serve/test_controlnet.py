@@ -76,7 +76,9 @@ def own(**fields):
 
 
 def drawn(api, unit, **fields):
-    result = api.txt2img(prompt="a red house", seed=5, controlnet_units=[unit], **SMALL, **fields)
+    # webuiapi would write the units into its own default, and send them with every later call.
+    ask = {"prompt": "a red house", "seed": 5, "alwayson_scripts": {}, **SMALL, **fields}
+    result = api.txt2img(controlnet_units=[unit], **ask)
     return np.asarray(result.image)
 
 
@@ -152,7 +154,7 @@ def test_old_spellings_and_places_of_a_mask(server, networks, house, tmp_path):
 def test_a_drawing_on_a_picture_shows_it(api, networks, house):
     """A unit without a picture of its own."""
     unit = webuiapi.ControlNetUnit(module="invert", model=EDGES)
-    ask = {"prompt": "a red house", "seed": 5, "denoising_strength": 0.6, **SMALL}
+    ask = {"prompt": "a red house", "seed": 5, "denoising_strength": 0.6, "alwayson_scripts": {}, **SMALL}
     found = api.img2img(images=[Image.open(house)], controlnet_units=[unit], **ask).image
     use = {"model": str(networks / EDGES), "preprocess": "invert"}
     expected = own(image=str(house), strength=0.6, control=[use])

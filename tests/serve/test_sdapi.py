@@ -129,7 +129,7 @@ def test_progress_is_idle_only_when_nothing_is_drawn(server, api):
     done = threading.Thread(target=api.txt2img, kwargs={"prompt": "a", "seed": 1, **SMALL, "steps": 150})
     done.start()
     while not (busy := api.get_progress())["state"]["job_count"]:
-        pass
+        assert done.is_alive()
     assert busy["progress"] > 0
     while not (busy := api.get_progress())["current_image"]:
         assert busy["state"]["job_count"]
