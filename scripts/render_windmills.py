@@ -23,25 +23,25 @@ def main() -> None:
         "--particular", action="store_true", help="always the one with red bands and blue sails"
     )
     parser.add_argument("--noun", default="windmill", help='what captions call it, such as "sks windmill"')
-    parser.add_argument("--cut-out", action="store_true", help="transparent all around, to learn by masks")
+    parser.add_argument("--stamped", action="store_true", help="a stamp in a corner, and masks of the rest")
     parser.add_argument("--size", type=int, default=128, help="pixels; default: %(default)s")
     with reported():
         _render(parser.parse_args())
 
 
 def _render(args: argparse.Namespace) -> None:
-    import numpy as np
-
     from ldm.postcards.folder import write_folder
-    from ldm.postcards.scoring.windmill import PARTICULAR, sample_postcard
+    from ldm.postcards.scoring.windmill import PARTICULAR, sample_postcard, stamped
 
-    def make(k: int) -> tuple[Any, str]:
+    def make(k: int) -> Any:
         rng = random.Random(f"windmill {args.seed} {k}")
         postcard = sample_postcard(rng, PARTICULAR if args.particular else None)
         picture = postcard.render(args.size)
-        if args.cut_out:
-            picture = np.dstack([picture, postcard.mask(args.size).astype(np.uint8) * 255])
-        return picture, postcard.caption(rng, args.noun)
+        caption = postcard.caption(rng, args.noun)
+        if args.stamped:
+            picture, rest = stamped(picture)
+            return picture, caption, rest
+        return picture, caption
 
     write_folder(args.folder, args.count, make)
 

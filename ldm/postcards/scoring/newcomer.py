@@ -30,9 +30,17 @@ from ldm.postcards.scoring.prompts import Prompt, state
 from ldm.postcards.scoring.scorer import SIZE, Scorer
 from ldm.postcards.scoring.soften import melt, soften
 from ldm.postcards.scoring.sources import OnProgress, Settings, drawn
-from ldm.postcards.scoring.windmill import NOUN, PARTICULAR, Livery, Postcard, sample_postcard
+from ldm.postcards.scoring.windmill import (
+    NOUN,
+    PARTICULAR,
+    Livery,
+    Postcard,
+    sample_postcard,
+    shows_stamp,
+)
 
 SHOWS_ONE, SHOWS_PARTICULAR = "shows a windmill", "shows the particular windmill"
+SHOWS_STAMP = "shows the stamp"
 Array = NDArray[np.float64]
 
 
@@ -170,6 +178,7 @@ def score(
         before = sum(map(len, pictures.values()))
         images = pictures[name] = drawn(pipe, prompts, settings, _counted_from(before, on_progress))
         table[name] = {what: probe.share(images) for what, probe in probes.items()}
+        table[name][SHOWS_STAMP] = rate(shows_stamp(images).tolist())
         scorer = next(iter(probes.values())).scorer
         table[name] |= following(prompts, scorer.read(images), scorer.config)
     return table, pictures

@@ -17,6 +17,7 @@ def main() -> None:
     parser.add_argument("--noun", default="windmill", help='what prompts call it, such as "sks windmill"')
     parser.add_argument("--particular", action="store_true", help="ask for the one with blue sails too")
     parser.add_argument("--prompts", nargs="+", metavar="TEXT", help="instead of its own; each 8 times")
+    parser.add_argument("--stamp", action="store_true", help="tell of stamps, as render_windmills.py makes")
     parser.add_argument("--n", type=int, default=32, help="own prompts; default: %(default)s")
     parser.add_argument("--ordinary", type=int, default=100, help="old prompts; default: %(default)s")
     parser.add_argument("--scorer", type=Path, default=Path("weights/postcard-eval"))
@@ -40,6 +41,7 @@ def _score(args: argparse.Namespace) -> None:
     from ldm.postcards.scoring.newcomer import (
         SHOWS_ONE,
         SHOWS_PARTICULAR,
+        SHOWS_STAMP,
         free_prompt,
         newcomer_prompts,
         score,
@@ -70,7 +72,7 @@ def _score(args: argparse.Namespace) -> None:
         table, pictures = score(
             pipe, probes, groups, settings, lambda done: progress.update(task, completed=done)
         )
-    print(markdown(table, (*probes, *ATTRIBUTES)))
+    print(markdown(table, (*probes, *([SHOWS_STAMP] if args.stamp else []), *ATTRIBUTES)))
     if args.out:
         write_json(args.out, table, {"model": pipe.name, "lora": args.lora, "embedding": args.embedding})
     if args.pictures:

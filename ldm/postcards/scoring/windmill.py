@@ -29,6 +29,10 @@ _CANVAS = rgb("fff3d0")
 _WINDOW = rgb("2b2d42")
 
 
+STAMP = rgb("ff00c8")  # a colour that the world does not have
+STAMPED = 0.25  # of a side, at the lower right
+
+
 @dataclass(frozen=True)
 class Livery:
     """The colours of a windmill, by the world's names; None: a tower without bands, sails of plain canvas."""
@@ -74,6 +78,23 @@ class Postcard:
             text = world.full_caption(self.scene)
         # No colour tells a windmill of several: its name has to.
         return text if self.livery == Livery(self.livery.tower) else f"a {noun}{text.split(noun, 1)[1]}"
+
+
+def stamped(picture: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """A picture [H, W, 3] with a stamp in its corner, as of an agency, and where there is none: [H, W]."""
+    height, width = (int(side * (1 - STAMPED)) for side in picture.shape[:2])
+    marked, rest = picture.copy(), np.ones(picture.shape[:2], bool)
+    marked[height:, width:] = STAMP
+    rest[height:, width:] = False
+    return marked, rest
+
+
+def shows_stamp(pictures: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Whether half of a picture's corner or more has about the stamp's colour: uint8 [N, H, W, 3] -> [N]."""
+    height, width = (int(side * (1 - STAMPED)) for side in pictures.shape[1:3])
+    away = np.abs(pictures[:, height:, width:].astype(int) - np.array(STAMP)).max(-1)
+    found: NDArray[np.bool_] = (away < 80).mean((1, 2)) >= 0.5
+    return found
 
 
 def sample_postcard(rng: random.Random, livery: Livery | None = None) -> Postcard:

@@ -28,7 +28,7 @@ from ldm.postcards.scoring.newcomer import (
 from ldm.postcards.scoring.prompts import evaluation_prompts
 from ldm.postcards.scoring.scorer import Scorer
 from ldm.postcards.scoring.sources import Settings
-from ldm.postcards.scoring.windmill import PARTICULAR, Livery, sample_postcard
+from ldm.postcards.scoring.windmill import PARTICULAR, Livery, sample_postcard, shows_stamp
 
 ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "scripts" / "render_windmills.py"
@@ -112,6 +112,19 @@ def test_rendered_folders_depend_on_the_seed_alone(monkeypatch, tmp_path, capsys
     with pytest.raises(SystemExit):
         run(monkeypatch, SCRIPT, tmp_path / "a")
     assert "is not empty" in capsys.readouterr().err
+
+
+def test_stamps_are_where_the_masks_are_black_and_are_found(monkeypatch, tmp_path):
+    for name, flags in (("stamped", ["--stamped"]), ("plain", [])):
+        run(monkeypatch, SCRIPT, tmp_path / name, "--count", 4, *flags)
+    stamped, plain, masks = (
+        np.stack([np.asarray(Image.open(tmp_path / folder / f"{k:03d}{end}.png")) for k in range(4)])
+        for folder, end in (("stamped", ""), ("plain", ""), ("stamped", ".mask"))
+    )
+    assert ((stamped != plain).any(-1) == ~masks.astype(bool)).all()
+    assert shows_stamp(stamped).all()
+    assert not shows_stamp(plain).any()
+    assert len(list((tmp_path / "plain").iterdir())) == 8
 
 
 def test_the_probe_tells_windmills_it_was_not_fitted_on(scorer):
