@@ -26,15 +26,6 @@ def check_optimiser(options: OptimiserSection) -> None:
         make_optimiser([torch.zeros(1, requires_grad=True)], options)
 
 
-def check_shards(options: OptimiserSection) -> None:
-    """Raise UserError for an optimiser that goes by sums over whole weights, of which FSDP leaves shares."""
-    if options.chosen_optimizer in ("prodigy", "adafactor"):
-        raise UserError(
-            f"optimizer {options.chosen_optimizer} goes by sums over whole weights, of which fsdp leaves "
-            "each process a share: take distributed ddp, or another optimizer"
-        )
-
-
 def make_optimiser(
     params: Iterable[Tensor] | Iterable[dict[str, Any]], options: OptimiserSection
 ) -> torch.optim.Optimizer:

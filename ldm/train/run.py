@@ -23,7 +23,7 @@ from ldm.images.formats import encode
 from ldm.images.provenance import COMPOSITE, TRAINED, Marks
 from ldm.runtime import is_out_of_memory, memory_format
 from ldm.train.changes import BATCHES, PROCESSES, batches_a_step, check_recipe, flat
-from ldm.train.optimiser import check_shards, lr_factor, make_optimiser
+from ldm.train.optimiser import lr_factor, make_optimiser
 from ldm.train.prefetch import Place, Prefetcher
 from ldm.train.processes import alone, check_same, mean
 from ldm.train.progress import Progress
@@ -64,8 +64,6 @@ class Run:
         task.to(memory_format=memory_format(accelerator.device))  # type: ignore[call-overload]
         task.train()
         shards = recipe.run.distributed == "fsdp" and accelerator.num_processes > 1
-        if shards:
-            check_shards(opt)
         self.sharded = Sharded(task, accelerator.device, accelerator.num_processes) if shards else None
         optimiser = make_optimiser(task.parameter_groups(opt.learning_rate), opt)
         self.rates = [group["lr"] for group in optimiser.param_groups]

@@ -15,7 +15,7 @@ from transformers.optimization import Adafactor
 from ldm.errors import UserError
 from ldm.pretrain.recipe import Recipe
 from ldm.train.loop import train
-from ldm.train.optimiser import Muon, check_optimiser, check_shards, lr_factor, make_optimiser
+from ldm.train.optimiser import Muon, check_optimiser, lr_factor, make_optimiser
 from ldm.train.recipe import OptimiserSection, validate
 from ldm.train.state import newest_state
 
@@ -193,14 +193,6 @@ def test_settings_that_make_no_sense_are_told(given, said):
 def test_what_an_optimiser_does_not_take_is_told_by_its_name(name, arg, said):
     with pytest.raises(UserError, match=said):
         check_optimiser(OptimiserSection(optimizer=name, optimizer_args=(arg,)))
-
-
-def test_what_goes_by_whole_weights_is_refused_where_they_are_sharded():
-    for name in ("prodigy", "adafactor"):
-        with pytest.raises(UserError, match=f"optimizer {name} goes by sums over whole weights"):
-            check_shards(OptimiserSection(optimizer=name))
-    for name in ("adamw", "lion", "schedulefree_adamw"):
-        check_shards(OptimiserSection(optimizer=name))
 
 
 @pytest.mark.parametrize(
