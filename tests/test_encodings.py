@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted(path for folder in ("ldm", "scripts") for path in (ROOT / folder).rglob("*.py"))
 # A child whose locale is not UTF-8.
 PLAIN_ASCII = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONPATH": str(ROOT)}
-OF_BYTES = ("os", "Image", "ImageSequence", "tarfile")  # whose `open` gives no text
+# Whose `open` gives no text: of modules, of storages of bulk drawing, of an example's picture.
+OF_BYTES = ("os", "Image", "ImageSequence", "tarfile", "self", "self.storage", "worker.storage", "example")
 TRAINER = """
 import sys
 from pathlib import Path
