@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from bulk_rows import ROWS, write_jsonl
+from killing import kill_before
 from pyarrow import parquet
 
 from ldm.bulk import storage, worker
@@ -54,27 +55,15 @@ def ended(argv, **options):
 
 def die_at(call):
     """SIGKILL this process before its `call`th change of the disk."""
-    calls = 0
-
-    def counted(function):
-        def wrapped(*args, **kwargs):
-            nonlocal calls
-            calls += 1
-            if calls == call:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
-
-        return wrapped
-
-    for owner, name in (
+    places = (
         (storage, "flush"),
         (os, "link"),
         (os, "fsync"),
         (Path, "replace"),
         (Path, "write_bytes"),
         (worker, "add_row"),
-    ):
-        setattr(owner, name, counted(getattr(owner, name)))
+    )
+    kill_before(call, places)
 
 
 @pytest.fixture

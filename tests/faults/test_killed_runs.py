@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from killing import kill_before
 from safetensors.torch import load_file
 from tiny_training import child, forked, two_processes
 
@@ -88,26 +89,13 @@ def test_killed_at_fifty_random_moments(tmp_path):
 
 def kill_at(call: int) -> None:
     """SIGKILL this process before its `call`th write, flush, renaming or removal of a file."""
-    calls = 0
-
-    def counted(function):
-        def wrapped(*args, **kwargs):
-            nonlocal calls
-            calls += 1
-            if calls == call:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
-
-        return wrapped
-
-    for module, names in (
-        (checkpoint, ("write_tensors", "write_json")),
-        (os, ("fsync", "unlink", "rmdir")),
-        (Path, ("rename",)),
-        (shutil, ("rmtree",)),
-    ):
-        for name in names:
-            setattr(module, name, counted(getattr(module, name)))
+    places = (
+        *((checkpoint, name) for name in ("write_tensors", "write_json")),
+        *((os, name) for name in ("fsync", "unlink", "rmdir")),
+        (Path, "rename"),
+        (shutil, "rmtree"),
+    )
+    kill_before(call, places)
 
 
 @pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.slow)])

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from tiny_families import NARROW
 from torch import nn
 
-import ldm
 from ldm.adapters.lora import read_lora
 from ldm.errors import UserError
 from ldm.finetune.lora import add_lora
@@ -19,18 +18,6 @@ from ldm.finetune.lora_files import save_lora
 from ldm.pipeline import Pipeline
 
 SMALL = {"rank": 2, "alpha": 3}
-
-
-@pytest.fixture(scope="module")
-def pipes(families):
-    made = {}
-
-    def get(name):
-        if name not in made:
-            made[name] = ldm.load(families(name)[0], dtype="fp32", device="cpu")
-        return made[name]
-
-    return get
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from tiny_finetune import QUICK, interrupted, result, run, write_pictures
 from torch import nn
 
-import ldm
 from ldm.adapters.deltas import make_delta
 from ldm.errors import UserError
 from ldm.finetune import finetune as module
@@ -25,18 +24,6 @@ from ldm.pipeline import Pipeline
 
 posix = pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM")
 KINDS = ("loha", "lokr")
-
-
-@pytest.fixture(scope="module")
-def pipes(families):
-    made = {}
-
-    def get(name):
-        if name not in made:
-            made[name] = ldm.load(families(name)[0], dtype="fp32", device="cpu")
-        return made[name]
-
-    return get
 
 
 def trained_by_hand(parts, **options):
