@@ -162,9 +162,9 @@ class Sample:
 class Batches:
     """The batches of a run, each of one bucket.
 
-    An epoch is a random order of batches in which every picture is shown `Example.repeats` times. Where the
-    pictures of a bucket do not fill its last batch, more of the same bucket, reshuffled, are shown once more
-    (`filled` of them in each epoch), so none is lost.
+    An epoch is a random order of batches in which every picture is shown `Example.repeats` times, and that at
+    each resolution. Where the pictures of a bucket do not fill its last batch, more of the same bucket,
+    reshuffled, are shown once more (`filled` of them in each epoch), so none is lost.
 
     The processes of a run take consecutive batches, so two processes see in one step what one sees in two.
     """
@@ -172,7 +172,7 @@ class Batches:
     def __init__(
         self,
         examples: Sequence[Example],
-        buckets: Sequence[Size],
+        buckets: Sequence[Sequence[Size]],  # of each resolution
         batch_size: int,
         seed: int,
         variation: Variation | None = None,
@@ -183,9 +183,10 @@ class Batches:
             )
         self.examples, self.batch_size, self.seed = tuple(examples), batch_size, seed
         self.variation = variation or Variation()
-        members: dict[Size, list[Example]] = {bucket: [] for bucket in buckets}
-        for example in examples:
-            members[nearest_bucket(example.size, buckets)] += [example] * example.repeats
+        members: dict[Size, list[Example]] = {bucket: [] for sizes in buckets for bucket in sizes}
+        for sizes in buckets:  # two of them may have a size in common: it is shown for both
+            for example in examples:
+                members[nearest_bucket(example.size, sizes)] += [example] * example.repeats
         self.members = {bucket: shown for bucket, shown in members.items() if shown}
         self._starts = [
             (bucket, first)

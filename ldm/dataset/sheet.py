@@ -28,7 +28,7 @@ def make_sheet(examples: Sequence[Example], resolution: int) -> Image.Image:
     buckets, or a picture has changed since it was examined.
     """
     shown = [replace(example, repeats=1) for example in examples]
-    crops = list(Batches(shown, make_buckets(resolution), 1, seed=0).crops())
+    crops = list(Batches(shown, [make_buckets(resolution)], 1, seed=0).crops())
     count = min(len(crops), MOST)
     chosen = [crops[i * len(crops) // count] for i in range(count)]
     width, height = CELL + GAP, CELL + 3 * LINE + GAP

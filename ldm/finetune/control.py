@@ -21,8 +21,9 @@ from ldm.dataset.controls import Controls, files_in, made_by
 from ldm.dataset.feed import Feed
 from ldm.dataset.findings import Example
 from ldm.finetune.modes import ControlMode, Mode
+from ldm.finetune.pictures import Splits
 from ldm.finetune.recipe import FinetuneRecipe
-from ldm.finetune.task import FinetuneTask, Splits
+from ldm.finetune.task import FinetuneTask
 from ldm.images.pixels import to_pil
 from ldm.models.encoder import Residuals
 from ldm.train.task import Batch
@@ -49,9 +50,8 @@ class ControlTask(FinetuneTask):
     def _drawn_from(self, i: int, folder: Path) -> tuple[dict[str, Any], list[Image.Image]]:
         """The control picture of the picture that goes with prompt i."""
         example = self._example(i)
-        crop = make_crop(
-            example.size, nearest_bucket(example.size, make_buckets(self.recipe.resolution or 0))
-        )
+        buckets = make_buckets(max(self.recipe.resolution))
+        crop = make_crop(example.size, nearest_bucket(example.size, buckets))
         control = to_pil(self.controls.of(example, crop, open_and_crop(example, crop))[None])
         height, width = crop.size
         use = {"model": str(folder), "image": control[0]}

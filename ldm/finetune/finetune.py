@@ -8,9 +8,8 @@ The loop, exact resume and states are those of training from scratch (`ldm.train
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,24 +18,23 @@ import torch
 
 from ldm.checkpoint import Parts, embedded, load_parts
 from ldm.checkpoint.io import read_json
-from ldm.dataset.buckets import Batches, Sample, Variation, make_buckets, make_crop, nearest_bucket
+from ldm.dataset.buckets import Batches, Variation, make_buckets
 from ldm.dataset.cache import LatentCache, TextCache
-from ldm.dataset.captions import clip_counter
 from ldm.dataset.controls import Controls
-from ldm.dataset.examine import examine
 from ldm.dataset.feed import Feed
-from ldm.dataset.findings import Example, report
-from ldm.dataset.shards import find_shards, read_index
-from ldm.dataset.weights import Weights, weights_beside, weights_in
+from ldm.dataset.findings import Example
+from ldm.dataset.shards import find_shards
+from ldm.dataset.weights import Weights
 from ldm.errors import UserError, abbreviate
 from ldm.finetune.control import ControlTask, controls_of
 from ldm.finetune.image_prompt import ImagePromptTask
 from ldm.finetune.inpainting import widen
 from ldm.finetune.modes import PARTS, Mode, make_mode
+from ldm.finetune.pictures import Log, Splits, find_pictures, find_weights, make_splits
 from ldm.finetune.prior import class_examples, draw_class
 from ldm.finetune.recipe import BESIDE, FinetuneRecipe
 from ldm.finetune.report import write_report
-from ldm.finetune.task import DTYPES, FinetuneTask, Splits
+from ldm.finetune.task import DTYPES, FinetuneTask
 from ldm.finetune.variance import widen_output
 from ldm.models.kind import Kind
 from ldm.pipeline import Pipeline
@@ -46,15 +44,12 @@ from ldm.train.changes import BATCHES, batches_a_step, compare, flat
 from ldm.train.loop import check_precision, check_sharding, check_tracker, train
 from ldm.train.memory import checkpoint_blocks
 from ldm.train.optimiser import check_optimiser
-from ldm.train.processes import alone, partial_state, together
+from ldm.train.processes import alone, partial_state
 from ldm.train.state import damage, newest_state
 
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-Log = Callable[[str], object]
-MOST_FINDINGS = 5  # of each kind that are listed
-MOST_HELD_OUT = 64  # pictures: the held-out loss is steady by then, and each validation takes its time
 MOST_PROMPTS = 4  # captions that are drawn where the recipe has no prompts
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -71,9 +66,9 @@ def finetune(recipe: FinetuneRecipe, precompute: bool = False) -> None:
     processes = partial_state()
     log = print if processes.is_main_process else _silent
     _check(recipe, processes.device, precompute)
-    trained, held_out = _pictures(recipe, processes, log)
+    trained, held_out = find_pictures(recipe, processes, log)
     controls = controls_of(recipe, [*trained, *held_out]) if recipe.mode == "controlnet" else None
-    weights = _weights(recipe, [*trained, *held_out])
+    weights = find_weights(recipe, [*trained, *held_out])
     mode = make_mode(recipe, [example.caption or "" for example in trained])
     parts = _load(recipe)
     before = _before(recipe)
@@ -82,7 +77,7 @@ def finetune(recipe: FinetuneRecipe, precompute: bool = False) -> None:
     _check_state(recipe, before, a_step)
     if recipe.early_stop_patience and not held_out:
         raise UserError("early_stop_patience: no picture is held out: raise held_out, or leave it out")
-    splits = _splits(recipe, trained, held_out)
+    splits = make_splits(recipe, trained, held_out)
     runtime = Runtime(processes.device, DTYPES[recipe.mixed_precision or "no"])
     parts = mode.prepare(parts, runtime)
     for line in _plan(recipe, parts, mode, splits, runtime, a_step):
@@ -145,71 +140,10 @@ def _check_state(recipe: FinetuneRecipe, before: dict[str, Any], a_step: int) ->
         compare(recipe.output_dir, before, now, recipe.changes(), recipe.force, _silent, recipe.defaults())
 
 
-# --- pictures --------------------------------------------------------------------------------------------
-
-
-def _pictures(
-    recipe: FinetuneRecipe, processes: PartialState, log: Log
-) -> tuple[list[Example], list[Example]]:
-    """To train on, and held out. Raises UserError, after the report, where training could not start."""
-    folder, index = recipe.train_data_dir, (recipe.cache_dir or recipe.output_dir / "cache") / "shards"
-    if shards := find_shards(folder):
-        mine = shards[processes.process_index :: processes.num_processes]
-        together(processes, lambda: len(read_index(mine, index)))  # so that each is read once
-        log(f"shards: {len(shards)}")
-    examined = examine(
-        folder,
-        instance_prompt=recipe.instance_prompt,
-        missing_caption=recipe.missing_caption,
-        image_column=recipe.image_column,
-        caption_column=recipe.caption_column,
-        count_tokens=clip_counter(),
-        resolution=recipe.resolution or 0,
-        index=index,
-    )
-    log("\n".join(report(examined, MOST_FINDINGS)))
-    if not examined.can_train:
-        raise UserError(f"{folder} cannot be trained on as it is: see above, and `ldm folder {folder} --all`")
-    return split(examined.examples, recipe.held_out, recipe.seed)
-
-
-def split(examples: Sequence[Example], share: float, seed: int = 0) -> tuple[list[Example], list[Example]]:
-    """(to train on, held out): `share` of the pictures, rounded down, at most 64; copies stay together.
-
-    Which ones follows from the bytes of each: a picture that is added moves at most one other.
-    """
-    order = sorted({each.digest for each in examples}, key=lambda digest: _hash(f"{seed} {digest}"))
-    chosen = set(order[: min(MOST_HELD_OUT, int(len(order) * share + 1e-9))])
-    trained = [each for each in examples if each.digest not in chosen]
-    return trained, [replace(each, repeats=1) for each in examples if each.digest in chosen]
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _splits(recipe: FinetuneRecipe, trained: Sequence[Example], held_out: Sequence[Example]) -> Splits:
-    buckets = make_buckets(recipe.resolution or 0)
-    variation = Variation(
-        random_crop=not recipe.center_crop,
-        random_flip=recipe.random_flip,
-        caption_dropout=recipe.caption_dropout,
-        shuffle_tags=recipe.shuffle_tags,
-        keep_tags=recipe.keep_tags,
-    )
-    samples = [
-        Sample(each, make_crop(each.size, nearest_bucket(each.size, buckets)), each.caption or "")
-        for each in held_out
-    ]
-    return Splits(
-        Batches(trained, buckets, recipe.train_batch_size, recipe.seed, variation), None, tuple(samples)
-    )
-
-
 def _prior(recipe: FinetuneRecipe, runtime: Runtime, processes: PartialState, log: Log) -> Batches:
     """The pictures of the class, drawn where they are not there."""
     folder, prompts = recipe.class_data_dir or recipe.output_dir / "class", recipe.class_prompt
-    size = recipe.resolution or 0
+    size = max(recipe.resolution)
 
     def load() -> Pipeline:
         place = embedded() if recipe.model is None else recipe.model
@@ -224,7 +158,8 @@ def _prior(recipe: FinetuneRecipe, runtime: Runtime, processes: PartialState, lo
     processes.wait_for_everyone()
     variation = Variation(random_crop=not recipe.center_crop, random_flip=recipe.random_flip)
     examples = class_examples(folder, prompts)
-    return Batches(examples, make_buckets(size), recipe.train_batch_size, recipe.seed + 1, variation)
+    buckets = [make_buckets(resolution) for resolution in recipe.resolution]
+    return Batches(examples, buckets, recipe.train_batch_size, recipe.seed + 1, variation)
 
 
 # --- the model -------------------------------------------------------------------------------------------
@@ -277,28 +212,17 @@ def _complete(
     told = (held_out if recipe.mode in BESIDE else ()) or trained  # where a control is new, too
     captions = list(dict.fromkeys(each.caption for each in told if each.caption))
     changes = {
-        "resolution": recipe.resolution or native,
+        "resolution": recipe.resolution or (native,),
         "mixed_precision": recipe.mixed_precision or NAMES[choose(device).dtype],
         "validation_prompts": recipe.validation_prompts or tuple(captions[:MOST_PROMPTS]),
         "cache_dir": recipe.cache_dir or recipe.output_dir / "cache",
     }
     recipe = recipe.model_copy(update=changes)
     if recipe.max_train_steps is None and recipe.minutes is None:
-        batches = len(_splits(recipe, trained, ()).train)
+        batches = len(make_splits(recipe, trained, ()).train)
         steps = math.ceil(batches / a_step) * recipe.num_train_epochs
         recipe = recipe.model_copy(update={"max_train_steps": steps})
     return recipe
-
-
-def _weights(recipe: FinetuneRecipe, examples: Sequence[Example]) -> Weights | None:
-    """How much places of pictures count, all masks found. Raises UserError for what is wrong with them."""
-    if not recipe.masks_loss:
-        return None
-    if recipe.alpha_mask:
-        return Weights(recipe.unmasked_weight, alpha=True)
-    if recipe.mask_data_dir is None:
-        return weights_beside(examples, recipe.unmasked_weight)
-    return weights_in(recipe.mask_data_dir, examples, Path(recipe.train_data_dir), recipe.unmasked_weight)
 
 
 def _feed(recipe: FinetuneRecipe, parts: Parts, controls: Controls | None, weights: Weights | None) -> Feed:
@@ -356,8 +280,8 @@ def _plan(
     computed = f"computed in {str(runtime.dtype)[6:]} on {runtime.device}"
     yield f"trains: {recipe.mode}, {trained:,} parameters, {computed}"
     sizes = ", ".join(f"{w} x {h} ({len(shown)})" for (h, w), shown in batches.members.items())
-    held_out = len(splits.held_out)
-    yield f"pictures: {len(batches.examples)} to train on, {held_out} held out; trained as {sizes}"
+    count, held_out = splits.counts
+    yield f"pictures: {count} to train on, {held_out} held out; trained as {sizes}"
     if not held_out:
         yield "no held-out loss: too few pictures for the share that is held out (--held-out)"
     if batches.filled:
@@ -366,18 +290,23 @@ def _plan(
     if recipe.max_train_steps is None:
         yield f"run: {recipe.minutes:g} minutes, {shown} pictures a step"
     else:
-        times = recipe.max_train_steps * shown / len(batches.examples)
-        yield f"run: {recipe.max_train_steps} steps of {shown} pictures: each {times:.0f} times"
+        times = recipe.max_train_steps * shown / (count * len(recipe.resolution))
+        each = f"each {times:.0f} times" + (" at each resolution" if len(recipe.resolution) > 1 else "")
+        yield f"run: {recipe.max_train_steps} steps of {shown} pictures: {each}"
     yield f"output: {recipe.output_dir}"
 
 
 def _report(recipe: FinetuneRecipe, mode: Mode, splits: Splits) -> Path:
     given = {name: getattr(recipe, name) for name in sorted(recipe.model_fields_set)}
-    facts = {"pictures": f"{len(splits.train.examples)}, {len(splits.held_out)} held out", **given}
+    facts = {"pictures": "{}, {} held out".format(*splits.counts), **given}
     return write_report(
         recipe.output_dir,
         title=f"{recipe.mode} on {Path(recipe.train_data_dir).name}",
-        facts={name: str(value) for name, value in facts.items()},
+        facts={name: _spell(value) for name, value in facts.items()},
         prompts=recipe.validation_prompts,
         outputs=mode.outputs(recipe.output_dir / "export"),
     )
+
+
+def _spell(value: object) -> str:
+    return " ".join(str(each) for each in value) if isinstance(value, tuple) else str(value)

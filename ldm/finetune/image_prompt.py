@@ -20,8 +20,9 @@ from ldm.checkpoint import Parts
 from ldm.dataset.buckets import Sample
 from ldm.dataset.feed import Feed
 from ldm.finetune.modes import ADAPTER, ImagePromptMode, Mode
+from ldm.finetune.pictures import Splits
 from ldm.finetune.recipe import FinetuneRecipe
-from ldm.finetune.task import FinetuneTask, Splits
+from ldm.finetune.task import FinetuneTask
 from ldm.images.opening import open_picture
 from ldm.models.attention import AnyText, Context, Site, attend
 from ldm.train.task import Batch
@@ -73,5 +74,5 @@ class ImagePromptTask(FinetuneTask):
         example = self._example(i)
         use = {"adapter": str(folder / ADAPTER), "images": [str(example.path)]}
         use["image_encoder"] = str(self.encoder.folder)
-        side = self.recipe.resolution
+        side = max(self.recipe.resolution)
         return {"image_prompts": [use], "height": side, "width": side}, [open_picture(example.path)]

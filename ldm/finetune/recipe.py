@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_serializer, field_validator, model_validator
 
 from ldm.files import is_url
 from ldm.finetune.blocks import read_blocks
@@ -26,6 +26,7 @@ from ldm.train.recipe import (
 
 Mode = Literal["lora", "full", "textual_inversion", "controlnet", "image_prompt"]
 AdapterType = Literal["lora", "loha", "lokr"]
+Pixels = Annotated[int, Field(ge=64, multiple_of=8)]
 BESIDE: tuple[Mode, ...] = ("controlnet", "image_prompt")  # that leave the U-Net as it is
 
 
@@ -58,8 +59,9 @@ class FolderSection(Section):
     """of a table of captions: the pictures' files; by default file_name"""
     caption_column: str | None = None
     """of a table of captions: the captions; by default text"""
-    resolution: Fixed[int | None] = Field(None, ge=64, multiple_of=8)
-    """pixels: the square whose area no picture exceeds; by default the model's own size"""
+    resolution: Fixed[tuple[Pixels, ...]] = ()
+    """pixels: the square whose area no picture exceeds; several, such as 512,768: each picture is shown at
+    each of them; by default the model's own size"""
     center_crop: bool = True
     """cut off what does not fit on both sides alike; else at random, and latents are not cached"""
     random_flip: bool = False
@@ -74,6 +76,25 @@ class FolderSection(Section):
     """share of the pictures that is not trained on, for the held-out loss"""
     cache_dir: Path | None = None
     """where latents and embeddings are kept; by default in the output folder"""
+
+    @field_validator("resolution", mode="before")
+    @classmethod
+    def _apart(cls, value: object) -> object:
+        """512, [512, 768], or "512,768" as OneTrainer has it."""
+        listed = value if isinstance(value, list | tuple) else () if value is None else (value,)
+        return [part for each in listed for part in (each.split(",") if isinstance(each, str) else (each,))]
+
+    @field_validator("resolution")
+    @classmethod
+    def _in_order(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError("give each resolution once")
+        return tuple(sorted(value))
+
+    @field_serializer("resolution")
+    def _one_is_a_number(self, value: tuple[int, ...]) -> int | list[int] | None:
+        """As states of versions that knew but one have it."""
+        return list(value) if len(value) > 1 else value[0] if value else None
 
 
 class ModeSection(Section):

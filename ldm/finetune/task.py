@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.checkpoint import Parts
-from ldm.dataset.buckets import Batches, Sample
+from ldm.dataset.buckets import Sample
 from ldm.dataset.cache import open_and_crop
 from ldm.dataset.feed import Feed
 from ldm.dataset.findings import Example
@@ -22,6 +21,7 @@ from ldm.finetune.blocks import block_of, check_blocks
 from ldm.finetune.inpainting import inpainting_input
 from ldm.finetune.lora import scaled
 from ldm.finetune.modes import TEXT_ENCODERS, Mode
+from ldm.finetune.pictures import Splits
 from ldm.finetune.recipe import FinetuneRecipe
 from ldm.images.pixels import contact_sheet, to_pil
 from ldm.models.attention import AnyText
@@ -35,15 +35,6 @@ from ldm.train.variance import Objective
 LEVELS = 8  # noise levels at which each held-out picture is tried
 PRIOR = "prior."  # before the names of what is of the class's pictures, in a batch
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Splits:
-    """The pictures of a run: to train on, of the class beside them, and held out."""
-
-    train: Batches
-    prior: Batches | None
-    held_out: tuple[Sample, ...]
 
 
 class FinetuneTask(Task):
@@ -211,7 +202,8 @@ class FinetuneTask(Task):
         A size, or a picture whose middle is drawn anew.
         """
         if self.feed.masks is None:
-            return {"height": self.recipe.resolution, "width": self.recipe.resolution}, []
+            side = max(self.recipe.resolution)
+            return {"height": side, "width": side}, []
         samples = self.splits.held_out or self.splits.train.at(0)
         sample = samples[i % len(samples)]
         image = to_pil(open_and_crop(sample.example, sample.crop)[None] / 2 + 0.5)[0]

@@ -329,7 +329,7 @@ def validate(kind: type[R], raw: Mapping[str, Any], source: str, flags: Collecti
         if missing and kind.flat:
             raise UserError(f"{' and '.join(missing)}: give a folder") from error
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = ".".join(part for part in first["loc"] if isinstance(part, str))  # no place in a list
         said, place = first["msg"].removeprefix("Value error, "), f"{source}: {where}: "
         if first["type"] == "extra_forbidden":
             near = difflib.get_close_matches(where, kind.model_fields, 1)

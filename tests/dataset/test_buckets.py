@@ -158,7 +158,7 @@ def names(rows):
 
 def test_an_epoch_shows_every_picture_as_often_as_it_says():
     examples = [*folder()[:-1], example("often", (64, 64), repeats=3)]
-    batches = Batches(examples, BUCKETS, 4, seed=1)  # 12 square ones and 5 upright ones
+    batches = Batches(examples, [BUCKETS], 4, seed=1)  # 12 square ones and 5 upright ones
     assert (len(batches), batches.filled) == (5, 3)
     for epoch in range(6):
         rows = [batches.at(epoch * 5 + i) for i in range(5)]
@@ -172,19 +172,19 @@ def test_an_epoch_shows_every_picture_as_often_as_it_says():
 
 def test_what_fills_a_batch_are_others_first():
     examples = [example(i) for i in range(6)]
-    batches = Batches(examples, BUCKETS, 4, seed=0)
+    batches = Batches(examples, [BUCKETS], 4, seed=0)
     assert all(len(set(names(batches.at(k)))) == 4 for k in range(20))
-    alone = Batches([example("one"), example("two")], BUCKETS, 5, seed=0)
+    alone = Batches([example("one"), example("two")], [BUCKETS], 5, seed=0)
     assert Counter(names(alone.at(0))).most_common()[0][1] == 3
 
 
 def test_processes_share_out_the_batches_of_one():
-    batches = Batches(folder(), BUCKETS, 2, seed=5)
+    batches = Batches(folder(), [BUCKETS], 2, seed=5)
     for world_size in (2, 3):
         for step in range(2 * len(batches)):
             for rank in range(world_size):
                 assert batches.at(step, rank, world_size) == batches.at(step * world_size + rank)
-    full = Batches([example(i) for i in range(16)], BUCKETS, 2, seed=5)
+    full = Batches([example(i) for i in range(16)], [BUCKETS], 2, seed=5)
     epoch = [name for step in range(4) for rank in (0, 1) for name in names(full.at(step, rank, 2))]
     assert sorted(epoch, key=int) == [str(i) for i in range(16)]
 
@@ -194,7 +194,7 @@ VARIED = Variation(True, True, 0.3, True, 1)
 
 def test_batches_depend_on_nothing_but_their_number():
     def make(seed=7):
-        return Batches(folder(), BUCKETS, 4, seed, VARIED)
+        return Batches(folder(), [BUCKETS], 4, seed, VARIED)
 
     inorder = [make().at(k) for k in range(30)]
     one = pickle.loads(pickle.dumps(make()))
@@ -208,7 +208,7 @@ def test_batches_depend_on_nothing_but_their_number():
 
 
 def test_any_step_is_at_hand_at_once():
-    batches = Batches([example(i) for i in range(20_000)], BUCKETS, 4, seed=0)
+    batches = Batches([example(i) for i in range(20_000)], [BUCKETS], 4, seed=0)
     began = time.process_time()
     assert len(batches.at(10**6 + 1)) == 4
     assert time.process_time() - began < 0.5
@@ -216,7 +216,7 @@ def test_any_step_is_at_hand_at_once():
 
 def test_variations_leave_each_other_alone():
     def rows(**variation):
-        batches = Batches(folder(), BUCKETS, 4, 3, Variation(**variation))
+        batches = Batches(folder(), [BUCKETS], 4, 3, Variation(**variation))
         return [row for k in range(40) for row in batches.at(k)]
 
     plain, everything = rows(), rows(random_crop=True, random_flip=True, caption_dropout=0.25)
@@ -238,20 +238,27 @@ def test_tags_are_shuffled_after_those_kept():
     assert len(orders) == 6
     assert all(tags.startswith("x, ") for tags in orders)
     assert min(orders.values()) > 60, "each order as often as another"
-    batches = Batches(folder(), BUCKETS, 4, 3, Variation(shuffle_tags=True, keep_tags=2))
+    batches = Batches(folder(), [BUCKETS], 4, 3, Variation(shuffle_tags=True, keep_tags=2))
     assert {row.caption for k in range(10) for row in batches.at(k)} == {"a, b, c, d", "a, b, d, c"}
 
 
 def test_all_crops_are_listed_bucket_by_bucket():
-    batches = Batches(folder(repeats=2), BUCKETS, 4, 0, Variation(random_flip=True))
+    batches = Batches(folder(repeats=2), [BUCKETS], 4, 0, Variation(random_flip=True))
     listed = list(batches.crops())
     assert len(listed) == len(set(listed)) == 2 * 15
     seen = {(row.example, row.crop) for k in range(300) for row in batches.at(k)}
     assert seen == set(listed)
     with pytest.raises(ValueError, match="random crops"):
-        list(Batches(folder(), BUCKETS, 4, 0, Variation(random_crop=True)).crops())
+        list(Batches(folder(), [BUCKETS], 4, 0, Variation(random_crop=True)).crops())
+
+
+def test_resolutions_that_have_a_size_in_common_show_it_for_each():
+    assert (768, 1344) in {*make_buckets(1016)} & {*make_buckets(1024)}
+    batches = Batches([example("wide", (768, 1344))], [make_buckets(1016), make_buckets(1024)], 1, 0)
+    assert [batches.at(k)[0].crop.size for k in range(2)] == [(768, 1344)] * 2
+    assert (len(batches), batches.filled, len(list(batches.crops()))) == (2, 0, 1)
 
 
 def test_nothing_to_show_is_told():
     with pytest.raises(UserError, match="0 pictures in batches of 4"):
-        Batches([], BUCKETS, 4, 0)
+        Batches([], [BUCKETS], 4, 0)

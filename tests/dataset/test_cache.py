@@ -43,7 +43,7 @@ def examples(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shown(examples):
-    batches = Batches(examples, make_buckets(32, unit=8), 2, 0, Variation(random_flip=True))
+    batches = Batches(examples, [make_buckets(32, unit=8)], 2, 0, Variation(random_flip=True))
     return list(batches.crops())
 
 

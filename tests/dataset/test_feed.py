@@ -100,7 +100,7 @@ def test_a_mirrored_picture_has_its_own_latents(make, examples):
 
 
 def test_both_sides_of_a_picture_are_shown(examples):
-    batches = Batches(examples, make_buckets(64), 2, 0, Variation(random_flip=True))
+    batches = Batches(examples, [make_buckets(64)], 2, 0, Variation(random_flip=True))
     shown = [row for step in range(40) for row in batches.at(step)]
     assert {row.crop.flipped for row in shown if row.example == examples[0]} == {False, True}
     assert 0.3 < sum(row.crop.flipped for row in shown) / len(shown) < 0.7
@@ -108,7 +108,7 @@ def test_both_sides_of_a_picture_are_shown(examples):
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_dropped_caption_is_the_empty_embedding(make, examples, cached):
-    batches = Batches(examples, [SIZE], 3, 0, Variation(caption_dropout=1.0))
+    batches = Batches(examples, [[SIZE]], 3, 0, Variation(caption_dropout=1.0))
     feed = make("sd1", cached)
     batch = feed.tensors(batches.at(0), rng())
     tokens, _ = told(feed, batch)
@@ -131,7 +131,7 @@ def test_an_empty_caption_is_zeros_where_sdxl_is_drawn_with_zeros(make, examples
 
 def test_shuffled_tags_are_read_anew(make, examples):
     """`finetune` gives no cache of texts then, so that each order is what the encoder reads."""
-    batches = Batches(examples, [SIZE], 1, 0, Variation(shuffle_tags=True, keep_tags=1))
+    batches = Batches(examples, [[SIZE]], 1, 0, Variation(shuffle_tags=True, keep_tags=1))
     feed, captions = make("sd1"), set()
     for step in range(30):
         (row,) = batches.at(step)
@@ -145,7 +145,7 @@ def test_shuffled_tags_are_read_anew(make, examples):
 
 
 def test_sizes_are_those_of_the_crop(make, examples):
-    batches = Batches(examples, make_buckets(64), 2, 0, Variation(random_crop=True, random_flip=True))
+    batches = Batches(examples, [make_buckets(64)], 2, 0, Variation(random_crop=True, random_flip=True))
     feed = make("sdxl")
     for step in range(6):
         rows = batches.at(step)

@@ -222,7 +222,7 @@ def test_what_does_not_go_with_shards_is_said_at_once(tars, tmp_path, capsys, op
 
 def test_entries_in_shards_are_the_same_and_damaged_ones_made_again(tiny_folder, data, tmp_path, monkeypatch):
     vae = ldm.load(tiny_folder, device="cpu", dtype="fp32").parts.vae
-    shown = list(Batches(examine(data).examples, make_buckets(64, unit=8), 1, 0).crops())
+    shown = list(Batches(examine(data).examples, [make_buckets(64, unit=8)], 1, 0).crops())
     kept = LatentCache(tmp_path, vae)
     assert kept.fill(shown) == 6
     one_size = [each for each in shown if each[1].size == shown[0][1].size]

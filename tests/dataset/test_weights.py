@@ -78,7 +78,7 @@ def test_each_picture_of_a_batch_has_its_own(tmp_path):
         example(tmp_path, size, str(i)) for i, size in enumerate([(64, 64), (96, 64), (64, 96), (80, 56)])
     ]
     made = weights_beside(shown, 0.1)
-    batches = Batches(shown, make_buckets(64), 1, 0, Variation(random_crop=True, random_flip=True))
+    batches = Batches(shown, [make_buckets(64)], 1, 0, Variation(random_crop=True, random_flip=True))
     flips = set()
     for step in range(16):
         (row,) = batches.at(step)

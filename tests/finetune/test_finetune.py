@@ -14,7 +14,8 @@ from tiny_finetune import QUICK, WORD, arguments, both, hashes, interrupted, res
 
 import ldm
 from ldm.dataset.findings import Example
-from ldm.finetune.finetune import finetune, split
+from ldm.finetune.finetune import finetune
+from ldm.finetune.pictures import split
 from ldm.finetune.recipe import FinetuneRecipe
 from ldm.finetune.task import FinetuneTask
 from ldm.train.state import newest_state

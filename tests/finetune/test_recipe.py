@@ -49,7 +49,7 @@ VALUES: dict[str, tuple[list[str], Any]] = {
     "lora_targets": (["to_k", "ff.net.2"], ("to_k", "ff.net.2")),
     "validation_prompts": (["a boat", "the sea"], ("a boat", "the sea")),
     "class_prompt": (["a dog", "a cat"], ("a dog", "a cat")),
-    "resolution": (["128"], 128),
+    "resolution": (["768,512"], (512, 768)),
     "mode": (["full"], "full"),
     "prediction_type": (["v_prediction"], "v_prediction"),
     "missing_caption": (["skip"], "skip"),
@@ -187,6 +187,9 @@ WORD = ["--mode", "textual_inversion", "--placeholder_token", "<it>", "--initial
         ([*NEEDED, "--learning_rate", "inf"], "learning_rate: "),
         ([*NEEDED, "--resolution", "100"], "resolution: Input should be a multiple of 8 (got '100')"),
         ([*NEEDED, "--resolution", "32"], "resolution: Input should be greater than or equal to 64"),
+        ([*NEEDED, "--resolution", "512,100"], "resolution: Input should be a multiple of 8 (got '100')"),
+        ([*NEEDED, "--resolution", "512,512"], "resolution: give each resolution once"),
+        ([*NEEDED, "--resolution", "512,"], "resolution: Input should be a valid integer"),
         ([*NEEDED, "--held_out", "1"], "held_out: Input should be less than 1"),
         ([*NEEDED, "--caption_dropout", "2"], "caption_dropout: "),
         ([*NEEDED, "--mode", "dreambooth"], "invalid choice: 'dreambooth'"),
@@ -245,6 +248,13 @@ def test_a_wrong_recipe_names_its_file_and_key(tmp_path, capsys, text, said):
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+def test_one_resolution_is_kept_as_states_have_it():
+    kept = {512: 512, "512": 512, "768,512": [512, 768], (512, 768): [512, 768], None: None}
+    for given, written in kept.items():
+        recipe = FinetuneRecipe(train_data_dir="a", output_dir="b", resolution=given)
+        assert recipe.model_dump(mode="json")["resolution"] == written
 
 
 def test_a_recipe_is_frozen_and_ends():
