@@ -5,6 +5,7 @@ import math
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -161,6 +162,31 @@ def test_a_tracker_hears_the_recipe_and_every_row(tmp_path, wandb):
     assert wandb.rows == rows
     assert [step for step, _ in rows] == [5, 10, 15, 20, 20]
     assert wandb.ended == 1
+
+
+def test_tensorboards_own_reader_finds_what_the_log_says(tmp_path):
+    """Every figure of every row, at its step, as fp32 holds it, after a run that was stopped too."""
+    events = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator",
+        reason="no tensorboard: pip install tensorboard",
+    )
+    from accelerate.state import AcceleratorState
+
+    for interrupt in (12, 0):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        train(Line(interrupt=interrupt), tiny_recipe(20, report_to="tensorboard"), tmp_path)
+    reader = events.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    found = {
+        (tag, event.step, event.value) for tag in reader.Tags()["scalars"] for event in reader.Scalars(tag)
+    }
+    expected = {
+        (name, row["step"], float(np.float32(value)))
+        for row in log(tmp_path)
+        for name, value in row.items()
+        if name not in ("step", "samples", "minutes")
+    }
+    assert {name for name, _, _ in expected} >= {"loss", "double", "grad_norm", "samples_per_s", "held_out"}
+    assert found == expected
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow", "tensorboard"])
