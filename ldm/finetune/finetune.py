@@ -32,6 +32,7 @@ from ldm.finetune.inpainting import widen
 from ldm.finetune.modes import PARTS, Mode, make_mode
 from ldm.finetune.pictures import Log, Splits, find_pictures, find_weights, make_splits
 from ldm.finetune.prior import class_examples, draw_class
+from ldm.finetune.quantise import check_quantising
 from ldm.finetune.recipe import BESIDE, FinetuneRecipe
 from ldm.finetune.report import write_report
 from ldm.finetune.task import DTYPES, FinetuneTask
@@ -124,6 +125,8 @@ def _check(recipe: FinetuneRecipe, device: torch.device, precompute: bool) -> No
     check_tracker(recipe.report_to)
     check_sharding(recipe)
     check_optimiser(recipe)
+    if recipe.base_model_precision != "no_change":
+        check_quantising(device)
 
 
 def _before(recipe: FinetuneRecipe) -> dict[str, Any]:
@@ -276,7 +279,8 @@ def _plan(
     yield ""
     modules = [*(module for name in PARTS if (module := getattr(parts, name)) is not None), *mode.beside]
     trained = sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad)
-    yield f"model: {recipe.model or 'the embedded one'}"
+    rounded = "" if recipe.base_model_precision == "no_change" else ", linear layers of its U-Net in 4 bits"
+    yield f"model: {recipe.model or 'the embedded one'}{rounded}"
     computed = f"computed in {str(runtime.dtype)[6:]} on {runtime.device}"
     yield f"trains: {recipe.mode}, {trained:,} parameters, {computed}"
     sizes = ", ".join(f"{w} x {h} ({len(shown)})" for (h, w), shown in batches.members.items())

@@ -28,6 +28,7 @@ from ldm.files import whole_folder
 from ldm.finetune.inversion import add_word, save_word
 from ldm.finetune.lora import add_lora
 from ldm.finetune.lora_files import save_lora
+from ldm.finetune.quantise import quantise
 from ldm.finetune.recipe import FinetuneRecipe
 from ldm.models.control import ControlNet
 from ldm.runtime import Runtime
@@ -113,6 +114,8 @@ class LoraMode(Mode):
 
     def prepare(self, parts: Parts, runtime: Runtime) -> Parts:
         recipe = self.recipe
+        if recipe.base_model_precision != "no_change":
+            parts = replace(parts, unet=quantise(parts.unet, runtime))
         freeze(parts, runtime)
         adapted = add_lora(
             parts,

@@ -123,6 +123,8 @@ class ModeSection(Section):
     adapter_type: Shape[AdapterType] = "lora"
     """lora: what is beside a layer: a product of two matrices, of two such products (loha), or a Kronecker
     product (lokr)"""
+    base_model_precision: Fixed[Literal["no_change", "nf4-bnb"]] = "no_change"
+    """lora: nf4-bnb keeps the U-Net's own linear layers in 4 bits (QLoRA), by bitsandbytes"""
     block_rank: Shape[tuple[str, ...]] = ()
     """lora: other ranks of some blocks, such as down.0=4 mid=16 up.2=0 text_encoder=8; 0: none"""
     block_lr: Shape[tuple[str, ...]] = ()
@@ -307,6 +309,11 @@ class FinetuneRecipe(
             raise ValueError("prodigy finds one rate for all: leave text_encoder_lr and block_lr out")
         if self.adapter_type != "lora" and (self.use_dora or self.lora_dropout):
             raise ValueError(f"adapter_type {self.adapter_type} goes without use_dora and lora_dropout")
+        if self.base_model_precision != "no_change":
+            wanted = {"adapter_type": "lora", "use_dora": False, "distributed": "ddp"}
+            for name, value in wanted.items():
+                if getattr(self, name) != value:
+                    raise ValueError(f"base_model_precision {self.base_model_precision} goes without {name}")
         if self.alpha_mask and self.mask_data_dir is not None:
             raise ValueError("alpha_mask and mask_data_dir: choose one")
         if self.unmasked_weight and not self.masks_loss:
@@ -328,6 +335,7 @@ ONLY: dict[str, tuple[Mode, ...]] = {
     "text_encoder_lr": ("lora", "full"),
     "block_lr": ("lora", "full"),
     **dict.fromkeys(("adapter_type", "block_rank", "validation_lora_scales"), ("lora",)),
+    "base_model_precision": ("lora",),
     **dict.fromkeys(
         ("rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_conv", "use_dora"), ("lora",)
     ),

@@ -371,6 +371,6 @@ def _fail(message: str) -> NoReturn:
 
 
 def _buffers(task: Task) -> dict[str, Tensor]:
-    """What of the task's state is no parameter."""
-    parameters = {name for name, _ in task.named_parameters(remove_duplicate=False)}
-    return {name: value for name, value in task.state_dict().items() if name not in parameters}
+    """What of the task's state is a buffer, and no parameter or how one is rounded."""
+    buffers = {name for name, _ in task.named_buffers(remove_duplicate=False)}
+    return {name: value for name, value in task.state_dict().items() if name in buffers}

@@ -69,6 +69,18 @@ def test_ten_steps_are_those_of_a_processor(
     assert max(abs(a - b) / b for a, b in zip(found, expected, strict=True)) < BOUNDS[precision]
 
 
+def test_ten_steps_beside_4_bits_are_those_of_a_processor(families, data, device, monkeypatch, tmp_path):
+    """Which rounds the same weights, but for scales whose 8 bits fall to the other side."""
+    pytest.importorskip("bitsandbytes", reason="no bitsandbytes: pip install 'ldm[bitsandbytes]'")
+    found = {}
+    for kind in ("cpu", device.type):
+        accelerate_on(kind, monkeypatch)
+        options = STEPS | {"base_model_precision": "nf4-bnb"}
+        assert run(families("sd1")[0], data, tmp_path / kind, **options) == 0
+        found[kind] = losses(tmp_path / kind)
+    assert found[device.type] == pytest.approx(found["cpu"], rel=1e-2)
+
+
 @posix
 @pytest.mark.parametrize(("mode", "precision"), [("lora", "bf16"), ("full", "no"), ("full", "bf16")])
 def test_stopped_it_goes_on_bit_for_bit(

@@ -1,6 +1,8 @@
 """Recipes of fine-tuning: defaults, then YAML, then flags; each option has a flag; faults are one line."""
 
 import argparse
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +65,7 @@ VALUES: dict[str, tuple[list[str], Any]] = {
     "preprocess_options": (["low=50", "high=90"], ("low=50", "high=90")),
     "max_timestep": (["900"], 900),
     "optimizer": (["lion"], "lion"),
+    "base_model_precision": (["nf4-bnb"], "nf4-bnb"),
     "validation_lora_scales": (["0.5", "1"], (0.5, 1.0)),
     "max_train_hours": (["0.5"], 0.5),
     "adapter_type": (["loha"], "loha"),
@@ -278,6 +281,20 @@ def test_help_tells_every_option_with_its_default(capsys):
             assert "".join(field.description.split()) in said
     assert "(default:0.0001)" in said
     assert "finetune_lora" in said
+
+
+def test_the_guide_names_every_flag_and_its_commands_are_understood():
+    said = (ROOT / "docs" / "finetune.md").read_text(encoding="utf-8")
+    named = {flag.replace("-", "_").removeprefix("no_") for flag in re.findall(r"--([a-z][a-z0-9_-]+)", said)}
+    assert FinetuneRecipe.model_fields.keys() - named == {"masks"}
+    parser = Parser("ldm finetune")
+    add_recipe_flags(parser)
+    blocks = re.findall(r"```\n(.*?)```", said, re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    commands = [shlex.split(line, comments=True) for line in lines if line.startswith("ldm finetune")]
+    assert len(commands) == 6
+    for command in commands:
+        parser.parse_args(dashes(command[2:]))
 
 
 def test_help_of_all_commands_is_instant():
