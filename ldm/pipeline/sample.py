@@ -274,7 +274,7 @@ def enlarge(job: Job, batch: Batch, images: Tensor) -> Tensor:
     for picture, image in zip(batch, (images * 255).round() / 255, strict=True):
         small = picture.request
         assert small.upscaling is not None
-        said = {"prompt": small.shown, "prompt_grammar": small.prompt_grammar}
+        said = {"prompt": small.shown, "prompt_grammar": small.prompt_grammar, "drawn_as": small.drawn_as}
         asked = small.upscaling.replace(**said, seeds=small.seeds)
         own = prepare(upscaler, asked, Inputs(image=image))
         large += [draw_batch(own, each).images for each in own.batches]
