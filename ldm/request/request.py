@@ -185,6 +185,7 @@ class Request(Spelled):
     denoising_end: Fraction | None = None  # latents begin, and at which it leaves them
     refiner_switch_at: Fraction | None = None  # the share at which a second model goes on
     watermark: Watermark = None  # by whose key the finished picture is marked (`ldm.images.watermark`)
+    transparent: bool | None = None  # without its plain background (`ldm.images.keying`)
     safety_checker_sha256: Digest | None = None  # what looked at the finished picture,
     nsfw_content_detected: bool | None = None  # and whether it was flagged, and so is black
     freeu: Factors | None = None  # b1, b2, s1, s2 (`ldm.pipeline.steering.freeu`)
@@ -215,15 +216,17 @@ class Request(Spelled):
     @property
     def texts(self) -> tuple[list[str], list[str]]:
         """Prompt, negative prompt, and an edit's target, as a first text encoder reads them, and a second."""
-        negative = self.told(self.negative_prompt or "")
-        target = [] if self.target_prompt is None else [self.told(self.target_prompt)]
-        first = [self.told(self.prompt), negative, *target]
-        second = [self.told(self.prompt_2 or ""), self.told(self.negative_prompt_2 or "")]
-        return first, [second[0] or first[0], second[1] or negative, *target]
+        negative = self.negative_prompt or ""
+        target = [] if self.target_prompt is None else [self.target_prompt]
+        first = [self.prompt, negative, *target]
+        second = [self.prompt_2 or self.prompt, self.negative_prompt_2 or negative, *target]
+        if self.drawn_as:
+            return [self.told(text) for text in first], [self.told(text) for text in second]
+        return first, second
 
     def told(self, text: str) -> str:
         """A text of its prompts as encoders read it: other words in the place of those in `drawn_as`."""
-        return as_drawn(text, self.drawn_as) if self.drawn_as else text
+        return as_drawn(text, self.drawn_as or ())
 
     @property
     def is_steered(self) -> bool:

@@ -93,6 +93,7 @@ WHOLE = Request(
     nsfw_content_detected=False,
     resize_mode="crop",
     drawn_as={"ark": "boat"},
+    transparent=True,
 )
 
 NOT_IN_WHOLE = {"timesteps", "sigmas", "loras", "embeddings"}

@@ -157,6 +157,12 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
         help="show each step in the terminal (kitty, iTerm2, sixel), or write it to a picture's file",
     )
     add("--no-preview", dest="preview", action="store_const", const=None, help="show none")
+    add(
+        "--transparent",
+        action="store_true",
+        default=None,
+        help="leave the plain background out: PNG, WebP or AVIF with alpha (ask for one in the prompt)",
+    )
     add_mark_flags(add)
     add(
         "--watermark",

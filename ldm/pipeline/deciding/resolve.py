@@ -32,7 +32,6 @@ from ldm.prompts.world import Words, World
 from ldm.request import Request
 from ldm.request.fast import fast_fields
 from ldm.request.fields import MAX_SIDE
-from ldm.request.named_files import passes_of
 from ldm.request.passes import HIRES_SCALE, SWITCH_AT, hires_of, hires_request, refining_of, refining_request
 from ldm.request.uses import DEPTH
 
@@ -71,6 +70,8 @@ def resolve(model: Model, request: Request, images: Images) -> Request:
     if request.watermark is not None:
         check_size(*request.size)
         key_named(request.watermark)  # raises
+        if request.transparent:
+            raise UserError("watermark is not allowed beside transparent: it would go with the background")
     if request.is_steered:
         request = prompt_to_prompt.resolved(request, images.image is not None)
     if request.regions:
@@ -247,7 +248,8 @@ def _drawn_as(world: World, parts: Parts, request: Request) -> Words:
     """The words in all prompts of a request that this model is to draw as things that it knows."""
     if request.loras:  # which may have taught it any
         return ()
-    texts = [text for each in passes_of(request) for column in each.texts for text in column]
+    passes = (request, *(each for each in (request.hires, request.refining) if each is not None))
+    texts = [text for each in passes for column in each.texts for text in column]
     texts += [region.prompt for region in request.regions or ()]
     return world.drawn_as(texts, parts.words | {use.name.lower() for use in request.embeddings or ()})
 
