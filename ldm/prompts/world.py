@@ -187,7 +187,7 @@ def read_world(path: Path) -> World | None:
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # a model may be one file
         return None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({reason(error)})") from None

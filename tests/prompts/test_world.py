@@ -99,6 +99,7 @@ def test_a_table_is_written_and_read(tmp_path):
     WORLD.write(tmp_path / "world.json")
     assert read_world(tmp_path / "world.json") == WORLD
     assert read_world(tmp_path / "other.json") is None
+    assert read_world(tmp_path / "world.json" / "world.json") is None
     assert list(WORLD.lines())[:2] == [
         "things (6): dog (hound), llama, polar bear, hourglass, jeans, wizard",
         "styles: flat, 3d",
