@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.resources
 import os
 import secrets
 import shutil
@@ -18,6 +19,14 @@ from ldm.errors import UserError, printable, reason
 def is_remote(path: str) -> bool:
     r"""Whether a name leads to another computer: \\host\share, //host/share and mixtures of them."""
     return len(path) > 1 and all(c in "/\\" for c in path[:2])
+
+
+def weights_folder(name: str) -> Path:
+    """Where a folder of weights/ lies, if it is installed."""
+    try:
+        return Path(str(importlib.resources.files("ldm.weights") / name))
+    except ModuleNotFoundError:  # a checkout that is not installed
+        return Path(__file__).parents[1] / "weights" / name
 
 
 def is_url(place: str | Path) -> bool:

@@ -10,6 +10,7 @@ from PIL import Image
 from ldm.images.pixels import to_tensor
 from ldm.pipeline.job import Job, Picture
 from ldm.pipeline.sample import Drawn
+from ldm.prompts.world import World
 from ldm.request import Request
 
 
@@ -56,8 +57,10 @@ class FakePipeline:
         shape = (request.height, request.width, 3)
         return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
 
+    world = World(things=((("castle", "castles"),), (("boat", "boats"),)), words={"bark": "boat"})
+
     def unknown_words(self, prompt):
-        return [word for word in prompt.split() if word in ("dragon", "castle")]
+        return [word for word in prompt.split() if word in ("dragon", "castel")]
 
 
 def files(folder):

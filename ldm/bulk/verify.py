@@ -56,7 +56,7 @@ def difference(there: bytes, drawn: bytes) -> str:
     if there == drawn:
         return ""
     try:
-        old, new = (np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), int) for data in (there, drawn))
+        old, new = (np.asarray(Image.open(io.BytesIO(data)).convert("RGBA"), int) for data in (there, drawn))
     except Exception:  # broken files make decoders raise anything
         return "its file is damaged"
     if old.shape != new.shape:

@@ -6,11 +6,11 @@ tokenizer/                  vocab.json, merges.txt, tokenizer_config.json
 scheduler/                  scheduler_config.json: the noise schedule the model was trained with
 ldm.json                    ours, optional: what to draw with by default (`Defaults`)
 words.txt                   ours, optional: the words the model has seen, one in a line
+world.json                  ours, optional: the things it can draw, by all their names (`ldm.prompts.world`)
 """
 
 from __future__ import annotations
 
-import importlib.resources
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -35,7 +35,9 @@ from ldm.checkpoint.weights import Stored, open_stored, warn
 from ldm.diffusion.schedule import Schedule
 from ldm.diffusion.scheduler_config import noise_levels
 from ldm.errors import UserError
+from ldm.files import weights_folder
 from ldm.models import AutoencoderKL, AutoencoderTiny, UNet
+from ldm.prompts.world import TABLE, read_world
 from ldm.runtime import Runtime
 
 # Of the classes that may be named, all that matters is in the configs.
@@ -82,14 +84,6 @@ def embedded(name: str = EMBEDDED[0]) -> Path:
     if not (path / "model_index.json").exists():
         raise UserError(f"this installation has no embedded model ({path}); give the path of a model folder")
     return path
-
-
-def weights_folder(name: str) -> Path:
-    """Where a folder of weights/ lies, if it is installed."""
-    try:
-        return Path(str(importlib.resources.files("ldm.weights") / name))
-    except ModuleNotFoundError:  # a checkout that is not installed
-        return Path(__file__).parents[2] / "weights" / name
 
 
 def load_folder(
@@ -155,6 +149,7 @@ def _load_small_parts(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
     parts: dict[str, Any] = {
         "defaults": read_defaults(folder / "ldm.json"),
         "words": read_words(folder / "words.txt"),
+        "world": read_world(folder / TABLE),
         "scheduler": _load_scheduler(folder / "scheduler", Schedule.from_config),
         "force_zeros_for_empty_prompt": index.get(
             "force_zeros_for_empty_prompt", "XL" in index["_class_name"]

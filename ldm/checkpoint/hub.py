@@ -13,8 +13,9 @@ from ldm.checkpoint.parts import STEMS, TEXT_STEM
 from ldm.checkpoint.weights import choose_weights
 from ldm.errors import UserError, abbreviate
 from ldm.files import whole_file
+from ldm.prompts.world import TABLE
 
-PIPELINE_FILES = ("model_index.json", "ldm.json", "words.txt")
+PIPELINE_FILES = ("model_index.json", "ldm.json", "words.txt", TABLE)
 MODEL_CONFIGS = ("model_index.json", "config.json")
 # What diffusers and peft call adapters.
 ADAPTER_FILES = (

@@ -11,6 +11,7 @@ from typing import Any
 from ldm.errors import UserError
 from ldm.models import VAE, UNet
 from ldm.models.kind import Kind
+from ldm.prompts.world import World
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
@@ -45,6 +46,7 @@ class Parts:
     scheduler: Mapping[str, Any]  # scheduler_config.json
     defaults: Defaults = field(default_factory=Defaults)
     words: frozenset[str] = frozenset()  # that the model has seen; empty if not known
+    world: World | None = None  # the things that it can draw, by all their names; None if not known
     weights: Path | None = None  # the U-Net's file, or the single file; None for parts made in memory
     # What was asked to be other than in the model: parts with the file of their weights, prediction type.
     changes: tuple[tuple[str, Path | None], ...] = ()

@@ -33,6 +33,7 @@ from ldm.models import Network
 from ldm.models.clip import CLIPTextModel
 from ldm.models.kind import Kind
 from ldm.prompts.tokenizer import CLIPTokenizer
+from ldm.prompts.world import TABLE
 
 State = Mapping[str, Tensor | Later]  # by the names in a module
 SCHEDULERS = ("scheduler", "low_res_scheduler")
@@ -110,6 +111,8 @@ def save_folder(
         write_json(aside / "ldm.json", _defaults(parts))
         if parts.words:
             _write_lines(aside / "words.txt", sorted(parts.words))
+        if parts.world is not None:
+            parts.world.write(aside / TABLE)
 
 
 def save_module(

@@ -21,6 +21,7 @@ FLAGS = {
     "image_prompts": "--image-prompt",
     "regions": "--region",
     "word_weights": "--word-weight",
+    "drawn_as": "--as-written",
 }
 
 

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from ldm.checkpoint.beside.clip_processor import clip_processor, has_processor
 from ldm.checkpoint.beside.image_encoder import clip_kind, read_clip
-from ldm.checkpoint.folder import weights_folder
 from ldm.errors import UserError, reason
-from ldm.files import sha256
+from ldm.files import sha256, weights_folder
 
 IMAGE_ENCODER = "image_encoder"  # a folder beside the scorer, in transformers' layout
 EVALUATION = "postcard-eval"  # the folder of the embedded ones

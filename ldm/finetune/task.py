@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +178,8 @@ class FinetuneTask(Task):
 
         Of a LoRA at each of its weights, one after the other.
         """
-        pipe = Pipeline.from_parts(self.parts, Runtime(self.device, self.dtype))
+        parts = replace(self.parts, world=None)  # words are told as they are learnt
+        pipe = Pipeline.from_parts(parts, Runtime(self.device, self.dtype))
         count, drawn = self.recipe.num_validation_images, list[Image.Image]()
         if not count:
             return None

@@ -122,6 +122,8 @@ def encode(
     if max(image.size) > MAX_SIDE[encoding.format]:
         width, height = image.size
         raise UserError(f"{encoding.format} cannot hold {width}x{height} pixels: give --format png")
+    if encoding.format == "jpeg" and image.has_transparency_data:
+        raise UserError("a JPEG cannot be transparent: give --format png or webp")
     carried = _carried(texts, said, SEGMENT if encoding.format == "jpeg" else None)
     # To memory first: Pillow's encoders do not all say that a disk is full.
     data = io.BytesIO()

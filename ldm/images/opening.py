@@ -109,7 +109,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         # Pillow's own conversion cuts everything above 255 off.
         return Image.fromarray(((levels.astype(np.uint32) + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
-        rgba = _to_rgba(image)
+        rgba = to_rgba(image)
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.convert("RGB")
 
@@ -136,9 +136,10 @@ def _alpha(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # of 16 bits, with one level that is transparent
         painted = np.asarray(image) != image.info["transparency"]
         return Image.fromarray(painted.astype(np.uint8) * 255)
-    return _to_rgba(image).getchannel("A")
+    return to_rgba(image).getchannel("A")
 
 
-def _to_rgba(image: Image.Image) -> Image.Image:
+def to_rgba(image: Image.Image) -> Image.Image:
+    """With how opaque each pixel is, colours not premultiplied."""
     # Pillow has no way from premultiplied grey to RGBA in one.
     return (image.convert("LA") if image.mode == "La" else image).convert("RGBA")

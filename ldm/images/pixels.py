@@ -13,7 +13,7 @@ GRID_GAP = 2  # pixels
 
 
 def to_numpy(images: torch.Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """[B, 3, H, W] in 0..1 -> float32 [B, H, W, 3] in 0..1. Raises ValueError on NaN and Inf."""
+    """[B, C, H, W] in 0..1 -> float32 [B, H, W, C] in 0..1. Raises ValueError on NaN and Inf."""
     array: np.ndarray[Any, np.dtype[np.float32]] = images.detach().float().cpu().permute(0, 2, 3, 1).numpy()
     if not np.isfinite(array).all():
         raise ValueError("the picture holds NaN or Inf, and is not written")
@@ -21,7 +21,9 @@ def to_numpy(images: torch.Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
 
 
 def to_pil(images: torch.Tensor) -> list[Image.Image]:
-    """[B, 3, H, W] in 0..1 -> B RGB images, rounded to the nearest of 256 levels, as diffusers does."""
+    """[B, 3, H, W] in 0..1 -> B RGB images, rounded to the nearest of 256 levels, as diffusers does; with
+    alpha [B, 4, H, W] RGBA.
+    """
     return [Image.fromarray(array) for array in (to_numpy(images) * 255).round().astype(np.uint8)]
 
 

@@ -53,7 +53,7 @@ class Texts:
 def texts_at(request: Request, step: int, steps: int) -> Texts:
     """What a resolved request says in step `step` (from 0) of `steps`."""
     prompts, negative, prompts_2, negative_2 = (script.at(step, steps) for script in request.scripts)
-    target = () if request.target_prompt is None else (request.target_prompt,)
+    target = () if request.target_prompt is None else (request.told(request.target_prompt),)
     regions = tuple(script.at(step, steps)[0] for script in request.region_scripts)
     return Texts(prompts, negative[0], prompts_2, negative_2[0], target, regions)
 

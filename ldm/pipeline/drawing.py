@@ -74,7 +74,9 @@ class Drawing(Model):
                 break
         requests = requests_of(job, pictures)
         if output_type == "latent":
-            requests = tuple(each.replace(upscaling=None, watermark=None) for each in requests)
+            requests = tuple(
+                each.replace(upscaling=None, watermark=None, transparent=None) for each in requests
+            )
         return Result(as_output(torch.cat(drawn), output_type), requests, found_in(pictures))
 
     def generate(

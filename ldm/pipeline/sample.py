@@ -6,12 +6,14 @@ U-Net is called (`ldm.pipeline.networks`).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Generator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,7 +60,9 @@ class Counted:
 
 
 class Drawn(NamedTuple):
-    """Finished pictures: images [B, 3, H, W] in 0..1, and the batch, with what a checker found in each."""
+    """Finished pictures: images [B, 3, H, W] in 0..1, those that are transparent [B, 4, H, W] with alpha, not
+    premultiplied; and the batch, with what a checker found in each.
+    """
 
     images: Tensor
     batch: Batch
@@ -73,7 +77,7 @@ def draw_batch(job: Job, batch: Batch, on_step: OnStep | None = None) -> Drawn:
     if (checker := job.model.safety_checker) is not None:
         images, batch = checked(checker, images, batch)
     images = images if job.request.watermark is None else watermarked(images, job.request.watermark)
-    return Drawn(images, batch)
+    return Drawn(without_background(images, batch) if job.request.transparent else images, batch)
 
 
 def checked(checker: SafetyChecker, images: Tensor, batch: Batch) -> Drawn:
@@ -89,6 +93,26 @@ def watermarked(images: Tensor, name: str) -> Tensor:
     pictures = images.detach().double().cpu().movedim(1, -1).numpy()
     marked = [torch.from_numpy(mark(picture, key_named(name))) for picture in pictures]
     return torch.stack(marked).movedim(-1, 1).to(images)
+
+
+def without_background(images: Tensor, batch: Batch) -> Tensor:
+    """Images [B, 3, H, W] in 0..1 with alpha [B, 4, H, W]: opaque where there is no plain background to leave
+    out, which is told, and where a checker made the picture black.
+    """
+    from ldm.images.keying import keyed
+
+    made = []
+    for picture, image in zip(batch, images.detach().double().cpu().movedim(1, -1).numpy(), strict=True):
+        found = None if picture.flagged else keyed(image)
+        if found is None and not picture.flagged:
+            warnings.warn(
+                f"seed {picture.seed}: the border of the picture is not plain, and it stays opaque: "
+                "ask for such as 'on a plain blue background'",
+                stacklevel=2,
+            )
+        opaque = np.concatenate([image, np.ones_like(image[..., :1])], -1) if found is None else found
+        made.append(torch.from_numpy(opaque))
+    return torch.stack(made).movedim(-1, 1).to(images)
 
 
 def draw_latents(job: Job, batch: Batch, on_step: OnStep | None = None) -> Tensor:
@@ -274,7 +298,7 @@ def enlarge(job: Job, batch: Batch, images: Tensor) -> Tensor:
     for picture, image in zip(batch, (images * 255).round() / 255, strict=True):
         small = picture.request
         assert small.upscaling is not None
-        said = {"prompt": small.shown, "prompt_grammar": small.prompt_grammar}
+        said = {"prompt": small.shown, "prompt_grammar": small.prompt_grammar, "drawn_as": small.drawn_as}
         asked = small.upscaling.replace(**said, seeds=small.seeds)
         own = prepare(upscaler, asked, Inputs(image=image))
         large += [draw_batch(own, each).images for each in own.batches]

@@ -22,11 +22,13 @@ from ldm.models.clip import CLIPTextModel
 from ldm.postcards.sprites import captions, mixture
 from ldm.postcards.sprites.labels import AnyScene, Labels, kind_number
 from ldm.postcards.sprites.scene import Scene
+from ldm.postcards.sprites.table import sprite_world
 from ldm.pretrain.clip import tokenise
 from ldm.pretrain.recipe import DataSection
 from ldm.pretrain.sprites import make_mixture, scene_of
 from ldm.pretrain.vocabulary import known_words, train_vocabulary
 from ldm.prompts.tokenizer import CLIPTokenizer
+from ldm.prompts.world import TABLE
 from ldm.train.recipe import loss_settings
 from ldm.train.task import Batch, Task
 
@@ -112,10 +114,12 @@ class NamingTask(Task):
         return None
 
     def export(self, folder: Path) -> None:
-        """text_encoder/, tokenizer/ and words.txt, for a pipeline."""
+        """text_encoder/, tokenizer/, words.txt and world.json, for a pipeline."""
         save_text_encoder(self.text_encoder, folder / "text_encoder")
         save_tokenizer(self.tokenizer, folder / "tokenizer")
         (folder / "words.txt").write_text("\n".join(known_words(survey(self.data))) + "\n", encoding="utf-8")
+        world = self.mixed.world
+        sprite_world(len(world.things), world.styles).write(folder / TABLE)
 
 
 def survey(data: DataSection) -> list[str]:

@@ -44,6 +44,7 @@ from ldm.pretrain.data import Pictures, cached, digest_of
 from ldm.pretrain.vae import load_vae
 from ldm.pretrain.widen import widen_latents
 from ldm.prompts.tokenizer import CLIPTokenizer
+from ldm.prompts.world import TABLE, read_world
 from ldm.runtime import half_dtype, memory_format
 from ldm.train.loss import (
     PLAIN_LOSS,
@@ -137,7 +138,7 @@ def make_parts(model: Mapping[str, Any], vae: Path, clip: Path, init_from: Path 
 
     Args:
         model: the recipe's section: unet, scheduler, defaults.
-        vae: a folder of a VAE, or of a model; clip: a folder of text_encoder/, tokenizer/ and words.txt.
+        vae: a folder of a VAE, or of a model; clip: a folder of text_encoder/, tokenizer/, words.txt.
         init_from: a model folder whose U-Net to go on from, on its own schedule, widened where the VAE is.
 
     Raises UserError where a folder holds another kind of module.
@@ -157,6 +158,7 @@ def make_parts(model: Mapping[str, Any], vae: Path, clip: Path, init_from: Path 
         scheduler=scheduler,
         defaults=Defaults(**model["defaults"]),
         words=read_words(clip / "words.txt"),
+        world=read_world(clip / TABLE),
     )
 
 

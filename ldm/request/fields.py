@@ -77,6 +77,12 @@ Marks = Annotated[Grammar, Field(description="a1111, comfy or plain")]
 Text = Annotated[
     str, AfterValidator(_writable), Field(description="valid Unicode text without NUL characters")
 ]
+_Name = Annotated[Text, Field(min_length=1, max_length=200)]
+DrawnAs = Annotated[
+    tuple[tuple[_Name, _Name], ...],
+    BeforeValidator(lambda given: given.items() if isinstance(given, Mapping) else given),
+    Field(max_length=1000, description="words, each with the one that is drawn in its place"),
+]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$", description="a SHA-256 in 64 hex digits")]
 Pixels = Annotated[int, Field(ge=0, le=2**20)]
 Size = Annotated[tuple[Pixels, Pixels], Field(description="two whole numbers of pixels, height first")]

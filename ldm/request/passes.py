@@ -35,7 +35,16 @@ FIRST_ONLY = (
 )
 # What a refiner draws as the first model does.
 REFINED = (
-    *("prompt", "negative_prompt", "prompt_grammar", "height", "width", "num_inference_steps", "timesteps"),
+    *(
+        "prompt",
+        "negative_prompt",
+        "prompt_grammar",
+        "drawn_as",
+        "height",
+        "width",
+        "num_inference_steps",
+        "timesteps",
+    ),
     *("sigmas", "sampler", "spacing", "eta", "guidance_scale", "guidance_rescale", "original_size"),
     *("crops_coords_top_left", "negative_original_size", "negative_crops_coords_top_left", "tiling"),
     *("tile_size", "tile_overlap", "sampler_options", "noise", "noise_seed_delta"),

@@ -17,12 +17,14 @@ from pydantic import Field, field_validator, model_validator
 from ldm.errors import UserError, abbreviate
 from ldm.prompts.grammar import Grammar
 from ldm.prompts.script import Script, Scripts, read_script, read_scripts
+from ldm.prompts.world import as_drawn
 from ldm.request.fields import (
     Axes,
     Branch,
     CacheInterval,
     Delta,
     Digest,
+    DrawnAs,
     Factor,
     Fraction,
     Growth,
@@ -50,11 +52,11 @@ from ldm.request.fields import (
     short,
 )
 from ldm.request.regions import Factors, Regions
-from ldm.request.spelled import Spelled
+from ldm.request.spelled import SHORT, Spelled
 from ldm.request.uses import ControlUse, EmbeddingUse, ImagePromptUse, LoraUse, controls_of
 from ldm.spelling import squash
 
-VERSION: Literal[3] = 3  # of the JSON form, and of the rules by which pictures are drawn
+VERSION: Literal[4] = 4  # of the JSON form, and of the rules by which pictures are drawn
 # Fields that a pipeline notes of itself and its files: no argument of a drawing.
 NOTED = (
     "image_sha256",
@@ -72,23 +74,6 @@ NOTED = (
     "not_kept",
     "version",
 )
-# Shorter names of fields, and those of flags.
-_SHORT = {
-    "seed": "seeds",
-    "steps": "num_inference_steps",
-    "ddimsteps": "num_inference_steps",
-    "cfg": "guidance_scale",
-    "cfgscale": "guidance_scale",
-    "scale": "guidance_scale",
-    "scheduler": "spacing",
-    "scheduletype": "spacing",
-    "denoising": "strength",
-    "initimage": "image",
-    "mask": "mask_image",
-    "to": "target_prompt",
-    "w": "width",
-    "h": "height",
-}
 PROMPTS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "target_prompt")
 NESTED = ("upscaling", "hires", "refining")  # requests within one
 
@@ -126,6 +111,9 @@ class Request(Spelled):
     negative_prompt_2: Text | None = None
     target_prompt: Text | None = None  # what an edit makes of the image, which `prompt` tells
     prompt_grammar: Marks | None = None  # what marks in prompts mean
+    drawn_as: DrawnAs | None = (
+        None  # words of prompts, with what is drawn for each; None: by the model's table
+    )
     height: Side | None = None  # pixels
     width: Side | None = None
     num_inference_steps: Steps | None = None
@@ -197,6 +185,7 @@ class Request(Spelled):
     denoising_end: Fraction | None = None  # latents begin, and at which it leaves them
     refiner_switch_at: Fraction | None = None  # the share at which a second model goes on
     watermark: Watermark = None  # by whose key the finished picture is marked (`ldm.images.watermark`)
+    transparent: bool | None = None  # without its plain background (`ldm.images.keying`)
     safety_checker_sha256: Digest | None = None  # what looked at the finished picture,
     nsfw_content_detected: bool | None = None  # and whether it was flagged, and so is black
     freeu: Factors | None = None  # b1, b2, s1, s2 (`ldm.pipeline.steering.freeu`)
@@ -206,7 +195,7 @@ class Request(Spelled):
     regions: Regions = None  # areas with prompts of their own; the rest of the picture shows `prompt`
     refining: Request | None = None  # by that; prompt, seed, sampler and steps are those of the picture
     not_kept: Annotated[tuple[Text, ...], Field(description="a list of names")] = ()
-    version: Literal[1, 2, 3] = VERSION  # 1: drawn by the rules of before, `ldm.pipeline.deciding.before`
+    version: Literal[1, 2, 3, 4] = VERSION  # 1: drawn by the rules of before, `ldm.pipeline.deciding.before`
 
     @property
     def is_old(self) -> bool:
@@ -230,7 +219,14 @@ class Request(Spelled):
         negative = self.negative_prompt or ""
         target = [] if self.target_prompt is None else [self.target_prompt]
         first = [self.prompt, negative, *target]
-        return first, [self.prompt_2 or self.prompt, self.negative_prompt_2 or negative, *target]
+        second = [self.prompt_2 or self.prompt, self.negative_prompt_2 or negative, *target]
+        if self.drawn_as:
+            return [self.told(text) for text in first], [self.told(text) for text in second]
+        return first, second
+
+    def told(self, text: str) -> str:
+        """A text of its prompts as encoders read it: other words in the place of those in `drawn_as`."""
+        return as_drawn(text, self.drawn_as or ())
 
     @property
     def is_steered(self) -> bool:
@@ -261,7 +257,7 @@ class Request(Spelled):
     @property
     def region_scripts(self) -> tuple[Script, ...]:
         """What regions say over the steps. Raises UserError for one that is composed."""
-        scripts = tuple(read_script(each.prompt, self.grammar) for each in self.regions or ())
+        scripts = tuple(read_script(self.told(each.prompt), self.grammar) for each in self.regions or ())
         for each in scripts:
             each.check(self.grammar)
             if each.shares != (1.0,):
@@ -386,10 +382,16 @@ STEERING = (
     "regions",
 )
 IMAGES = ("image", "mask_image")
-OWN = {*PROMPTS, "seeds", "embeddings", "variation_seed"}  # in which requests of one job may differ
+OWN = {
+    *PROMPTS,
+    "drawn_as",
+    "seeds",
+    "embeddings",
+    "variation_seed",
+}  # in which requests of one job may differ
 
 
 def field_named(name: str) -> str | None:
     """The field that a name means, as people spell it: "cfg scale", "steps"; None for no field."""
-    names = _SHORT | {squash(field): field for field in Request.model_fields}
+    names = SHORT | {squash(field): field for field in Request.model_fields}
     return names.get(squash(name))

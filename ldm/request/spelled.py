@@ -10,6 +10,24 @@ from ldm.errors import UserError
 from ldm.prompts.tags import take_tags
 from ldm.request.fields import Checked, short
 
+# Shorter names of fields, and those of flags.
+SHORT = {
+    "seed": "seeds",
+    "steps": "num_inference_steps",
+    "ddimsteps": "num_inference_steps",
+    "cfg": "guidance_scale",
+    "cfgscale": "guidance_scale",
+    "scale": "guidance_scale",
+    "scheduler": "spacing",
+    "scheduletype": "spacing",
+    "denoising": "strength",
+    "initimage": "image",
+    "mask": "mask_image",
+    "to": "target_prompt",
+    "w": "width",
+    "h": "height",
+}
+
 
 class Spelled(Checked):
     """Fields of a request, put into their one spelling before they are checked."""

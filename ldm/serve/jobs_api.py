@@ -180,6 +180,7 @@ def uploads_router(service: Service) -> APIRouter:
             "default": shelf.default,
             "models": list(shelf.places),
             "loaded": list(shelf.loaded),
+            "worlds": shelf.worlds,
             "loras": list(shelf.loras),
             "networks": list(shelf.networks),
             "vaes": list(shelf.vaes),

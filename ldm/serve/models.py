@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -114,6 +114,16 @@ class Shelf:
     def loaded(self) -> tuple[str, ...]:
         """Those in memory, the least recently used first."""
         return tuple(self._held)
+
+    @property
+    def worlds(self) -> dict[str, dict[str, Any]]:
+        """What those in memory can draw, of each that says so: things with all their names, places, ..."""
+        held = {name: each.pipe.world for name, each in self._held.items()}
+        return {
+            name: world.model_dump(mode="json", exclude={"words", "near"}, exclude_defaults=True)
+            for name, world in held.items()
+            if world is not None
+        }
 
     def name_of(self, asked: str | None, vae: str | None = None) -> str:
         """The name of a model as the server has it, with another VAE "model/vae".

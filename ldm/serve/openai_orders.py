@@ -56,7 +56,8 @@ class Order:
     @property
     def told(self) -> dict[str, Any]:
         """What answers and events say alike."""
-        return {"background": "opaque", "output_format": self.encoding.format, "quality": self.quality}
+        background = "transparent" if self.request.transparent else "opaque"
+        return {"background": background, "output_format": self.encoding.format, "quality": self.quality}
 
 
 def read_order(service: Service, given: Mapping[str, Any], own: Mapping[str, Any]) -> Order:
@@ -67,7 +68,7 @@ def read_order(service: Service, given: Mapping[str, Any], own: Mapping[str, Any
     left = {name: value for name, value in given.items() if value is not None and name not in UNHEARD}
     count = service.limits.count(_whole(left.pop("n", 1), "n"))
     quality = _one_of(left.pop("quality", "auto"), "quality", QUALITIES)
-    _one_of(left.pop("background", "auto"), "background", ("auto", "opaque"))
+    background = _one_of(left.pop("background", "auto"), "background", ("auto", "opaque", "transparent"))
     as_url = _one_of(left.pop("response_format", "b64_json"), "response_format", ("b64_json", "url")) == "url"
     encoding = _encoding(left.pop("output_format", "png"), left.pop("output_compression", None))
     stream = _one_of(str(left.pop("stream", "false")).lower(), "stream", ("true", "false")) == "true"
@@ -80,6 +81,12 @@ def read_order(service: Service, given: Mapping[str, Any], own: Mapping[str, Any
     fields["prompt"] = left.pop("prompt", "")
     if quality == "low":
         fields["fast"] = True
+    if background == "transparent":
+        if encoding.format == "jpeg":
+            raise UserError(
+                "background 'transparent' is not allowed for jpeg: output_format must be png or webp"
+            )
+        fields["transparent"] = True
     request, model = service.read(fields | _more(left), count)
     return Order(request, model, encoding, as_url, stream, partials, _answered(quality))
 

@@ -15,7 +15,7 @@ from PIL import Image
 from ldm.errors import UserError
 from ldm.files import whole_file
 from ldm.images.formats import Encoding, encode
-from ldm.images.opening import open_picture
+from ldm.images.opening import open_picture, to_rgb
 from ldm.images.png import read_request, request_of
 from ldm.images.provenance import Marks
 from ldm.images.texts import read_texts
@@ -88,7 +88,8 @@ def converted(path: Path, encoding: Encoding, marks: Marks) -> bytes:
     data, texts = io.BytesIO(), read_texts(path)
     request = written_request(texts)  # of one that says none, nothing is said
     with Image.open(path, formats=("PNG",)) as image:
-        encode(pixels := image.convert("RGB"), data, texts, encoding, marks.origin(pixels, request))
+        pixels = to_rgb(image) if encoding.format == "jpeg" else image
+        encode(pixels, data, texts, encoding, marks.origin(pixels, request))
     return data.getvalue()
 
 

@@ -108,3 +108,9 @@ def test_one_other_model_is_held_at_a_time(pipe):
     models = Models(pipe, lambda name: read.append(name) or name)
     assert [models(name) for name in (None, "tiny", "a", "a", "b", "a")] == [pipe, pipe, "a", "a", "b", "a"]
     assert read == ["a", "b", "a"]
+
+
+@pytest.mark.filterwarnings("ignore:seed")  # its border is not plain
+def test_transparent_rows_have_alpha(mapper):
+    found = drawn(mapper([row("a", transparent=True)]))
+    assert found["a"].shape == (16, 16, 4)

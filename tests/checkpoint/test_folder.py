@@ -13,6 +13,7 @@ from ldm.checkpoint import load_module, load_text_encoder, load_tokenizer, save_
 from ldm.checkpoint.folder import embedded
 from ldm.checkpoint.parts import Defaults
 from ldm.checkpoint.source import find
+from ldm.prompts.world import World
 
 TEXT, VAE = "text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors"
 
@@ -122,10 +123,12 @@ def test_modules_alone(tiny_folder, tmp_path):
 def test_words_and_defaults_travel(tiny_folder, folder):
     (folder / "words.txt").write_text("sea\nred\n")
     (folder / "ldm.json").write_text('{"sampler": "euler", "num_inference_steps": 9}')
+    (folder / "world.json").write_text('{"things": [[["boat", "boats"]]], "words": {"ark": "boat"}}')
     pipe = ldm.load(folder, device="cpu", dtype="fp32")
     pipe.save(folder)
     parts = ldm.load(folder, device="cpu", dtype="fp32").parts
     assert parts.words == {"red", "sea"}
+    assert parts.world == World(things=((("boat", "boats"),),), words={"ark": "boat"})
     assert parts.defaults == Defaults(num_inference_steps=9, sampler="euler")
 
 

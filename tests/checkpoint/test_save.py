@@ -16,7 +16,7 @@ from ldm.runtime import Runtime
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)
 MODULES = ("unet", "vae", "text_encoder", "text_encoder_2")
 FIELDS = (
-    "scheduler", "low_res_scheduler", "defaults", "words", "force_zeros_for_empty_prompt",
+    "scheduler", "low_res_scheduler", "defaults", "words", "world", "force_zeros_for_empty_prompt",
     "requires_aesthetics_score", "max_noise_level",
 )  # fmt: skip
 

@@ -74,7 +74,7 @@ def of_version_1(pipe, image, **fields):
     """Latents of a request that an old PNG holds."""
     asked = ldm.Request(prompt=COMMON["prompt"], seeds=(5,), image=str(image), **fields)
     request = pipe.resolve(asked)
-    old = ldm.Request.from_json(request.to_json().replace('"version": 3', '"version": 1'))
+    old = ldm.Request.from_json(request.to_json().replace('"version": 4', '"version": 1'))
     assert old.version == 1
     return pipe.generate(old, output_type="latent").images, pipe.prepare(old)
 

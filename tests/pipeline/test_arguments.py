@@ -64,7 +64,7 @@ def test_every_field_of_a_request_survives_the_json():
         "image_prompts": [{"adapter": "a.bin", "images": ["b.png"], "scale": {"up": {"block_0": [0, 1]}}}],
         "nsfw_content_detected": True, "resize_mode": "fill",
         "regions": ({"box": (0, 0, 8, 8), "prompt": "sea"},), "freeu": (1.3, 1.4, 0.9, 0.2),
-        "word_weights": {"sea": 2},
+        "word_weights": {"sea": 2}, "drawn_as": {"ark": "boat"}, "transparent": True,
     }  # fmt: skip
     values = {}
     for name, field in Request.model_fields.items():

@@ -92,6 +92,8 @@ WHOLE = Request(
     safety_checker_sha256="3" * 64,
     nsfw_content_detected=False,
     resize_mode="crop",
+    drawn_as={"ark": "boat"},
+    transparent=True,
 )
 
 NOT_IN_WHOLE = {"timesteps", "sigmas", "loras", "embeddings"}
@@ -102,12 +104,12 @@ def test_json_round_trip_keeps_every_field():
     assert {name for name in Request.model_fields if getattr(WHOLE, name) is None} == NOT_IN_WHOLE
     given = Request(timesteps=[999, 500.5, 1])
     assert Request.from_json(given.to_json()) == given
-    assert json.loads(WHOLE.to_json())["version"] == 3
+    assert json.loads(WHOLE.to_json())["version"] == 4
 
 
 def test_json_leaves_out_what_the_model_decides():
     assert json.loads(Request(prompt="a boat").to_json()) == {
-        "version": 3,
+        "version": 4,
         "prompt": "a boat",
         "guidance_rescale": 0.0,
         "seeds": [0],
@@ -238,7 +240,7 @@ def test_json_of_before_keeps_its_version():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "3", '{"version": 4}', '{"version": "2"}', '{"prompt": "no version"}']
+    "text", ["", "{", "[]", "3", '{"version": 5}', '{"version": "2"}', '{"prompt": "no version"}']
 )
 def test_damaged_and_newer_json_is_refused(text):
     with pytest.raises(UserError, match="this request"):

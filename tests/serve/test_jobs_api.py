@@ -54,6 +54,15 @@ def test_a_job_is_drawn_as_the_pipeline_draws_it(client, tmp_path):
         assert client.get(f"/api/pictures/{name}").json()["request"]["seeds"] == [7 + k]
 
 
+def test_a_models_world_is_told_and_its_words_are_kept(client):
+    world = client.get("/api/models").json()["worlds"]["postcard"]
+    assert world["things"][0][:2] == [["house", "houses"], ["cottage", "cottages"]]
+    assert "words" not in world
+    told = wait(client, ask(client, prompt="a limousine", steps=1)["id"])
+    request = client.get(f"/api/pictures/{told['pictures'][0]}").json()["request"]
+    assert (request["prompt"], request["drawn_as"]) == ("a limousine", [["limousine", "car"]])
+
+
 def test_requests_name_what_is_wrong_with_them(client):
     for given, param, words in (
         ({"height": 641}, "height", "multiple of 8"),

@@ -64,6 +64,13 @@ def test_pictures_are_those_of_the_pipeline(client, tmp_path):
         assert read_request(file).negative_prompt == "snow"
 
 
+def test_a_transparent_background_is_alpha(client):
+    ask = {"prompt": "a red house", "size": "64x64", "background": "transparent", "extra_body": MORE}
+    answer = client.images.generate(**ask)
+    assert answer.background == "transparent"
+    assert image_of(answer.data[0].b64_json).mode == "RGBA"
+
+
 @pytest.mark.parametrize("kind", ["jpeg", "webp"])
 def test_formats_keep_how_they_were_drawn(client, tmp_path, kind):
     ask = {"prompt": "a boat", "size": "64x64", "output_format": kind, "extra_body": MORE}
@@ -149,7 +156,7 @@ def test_models(client):
         ({"size": "large"}, "size"),
         ({"n": 11_000}, "n"),
         ({"quality": "nice"}, "quality"),
-        ({"background": "transparent"}, "background"),
+        ({"background": "transparent", "output_format": "jpeg"}, "background"),
         ({"output_format": "svg"}, "output_format"),
         ({"output_compression": 50}, "output_compression"),
         ({"partial_images": 2}, "partial_images"),

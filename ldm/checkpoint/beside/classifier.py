@@ -8,13 +8,12 @@ from pathlib import Path
 import torch
 
 from ldm.checkpoint.fill import fill
-from ldm.checkpoint.folder import weights_folder
 from ldm.checkpoint.io import weight_files
 from ldm.checkpoint.original.component import build_stored, named
 from ldm.checkpoint.parts import MODEL_STEM
 from ldm.checkpoint.weights import open_stored
 from ldm.errors import UserError
-from ldm.files import sha256
+from ldm.files import sha256, weights_folder
 from ldm.models import VAE, LatentClassifier
 from ldm.models.classifier import fingerprint, same_latents
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def given_by(args: argparse.Namespace) -> Request:
     """The request of --from-png, or an empty one, with what other flags say in place of its own."""
     from ldm.images.png import read_request
-    from ldm.request import Request
+    from ldm.request import PROMPTS, Request
     from ldm.request.named_files import check_here
 
     base = Request() if args.from_png is None else begun_like(read_request(args.from_png))
@@ -32,6 +32,8 @@ def given_by(args: argparse.Namespace) -> Request:
         "hires": hires_of(args),
     }
     fields = {name: value for name, value in fields.items() if value is not None}
+    if not fields.keys().isdisjoint(PROMPTS):  # and what is drawn for another's words need not fit it
+        fields.setdefault("drawn_as", None)
     if "sampler" in fields:  # the name may say the spacing too, and another's spacing need not fit it
         fields.setdefault("spacing", None)
     return base.replace(**fields)

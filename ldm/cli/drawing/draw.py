@@ -15,9 +15,10 @@ from ldm.cli.drawing.heat import HeatMaps
 from ldm.cli.drawing.output import Output
 from ldm.cli.drawing.plan import table, warn_of_memory
 from ldm.cli.drawing.requests import Asked, Faults, make_requests
+from ldm.cli.drawing.things import list_things
 from ldm.cli.models import load
 from ldm.cli.terminal import Preview, bar, check_preview, echo
-from ldm.errors import UserError
+from ldm.errors import UserError, printable
 from ldm.images.plot import read_plot
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ Drawing = tuple["Job", list[Asked]]  # a job, and where each of its requests com
 
 def draw(args: argparse.Namespace) -> int:
     """Parse -> Requests -> load -> prepare -> for each batch: draw -> save."""
+    if args.list_things:
+        return list_things(args)
     faults = Faults()
     plot = None if args.plot is None else read_plot(args.plot)
     asked = make_requests(args, plot, faults)
@@ -50,8 +53,8 @@ def draw(args: argparse.Namespace) -> int:
         tell_of_marks(args, requests)
     pipe = load(args)
     check_latents(pipe, args)
-    warn_of_unknown_words(pipe, args, requests)
     drawings = prepare_jobs(pipe, asked, args.n_samples, faults)
+    tell_of_words(pipe, args, [job for job, _ in drawings])
     print_loras(pipe, args, [job for job, _ in drawings])
     if args.explain:
         print(*(line for job, _ in drawings for line in explain(job)), sep="\n")
@@ -235,25 +238,38 @@ def tell_of_marks(args: argparse.Namespace, requests: Sequence[Request]) -> None
         echo(args, f"{found}: as in AUTOMATIC1111; --prompt-grammar plain takes marks for text")
 
 
-def warn_of_unknown_words(pipe: Pipeline, args: argparse.Namespace, requests: Sequence[Request]) -> None:
-    """The embedded model knows a small world: say which words lie outside it. Nothing on other models."""
-    from ldm.checkpoint.parts import EMBEDDED
+def tell_of_words(pipe: Pipeline, args: argparse.Namespace, jobs: Sequence[Job]) -> None:
+    """Say, once for each word, what is drawn as something else, and which words a model that knows a small
+    world has never seen. Nothing of other models.
+    """
+    if args.quiet or (world := pipe.world) is None:
+        return
+    requests = [request for job in jobs for request in job.requests]
+    for said, drawn in dict.fromkeys(pair for request in requests for pair in request.drawn_as or ()):
+        print(printable(f"{said}: drawn as {world.told(drawn)}"), file=sys.stderr)
+    unknown = dict.fromkeys(
+        word for text in dict.fromkeys(texts_of(requests)) for word in pipe.unknown_words(text)
+    )
+    if not unknown:
+        return
+    near = {word: world.nearest(word) for word in unknown}
+    told = (f"{word} (nearest: {', '.join(things)})" if things else word for word, things in near.items())
+    print(
+        f"{pipe.name} has never seen: {', '.join(told)}; txt2img --list-things tells what it has, "
+        "--model FOLDER draws with another one",
+        file=sys.stderr,
+    )
+
+
+def texts_of(requests: Sequence[Request]) -> list[str]:
+    """What pictures are to show, without marks, as their text encoders read it."""
     from ldm.prompts.script import all_words
 
-    if args.model not in (None, EMBEDDED[0]) or args.quiet:
-        return
-    texts = [
-        all_words(text, each.grammar)
-        for each in requests
-        for text in (each.prompt, each.shown, *(region.prompt for region in each.regions or ()))
+    return [
+        all_words(request.told(text), request.grammar)
+        for request in requests
+        for text in (request.prompt, request.shown, *(region.prompt for region in request.regions or ()))
     ]
-    unknown = dict.fromkeys(word for text in dict.fromkeys(texts) for word in pipe.unknown_words(text))
-    if unknown:
-        print(
-            f"the embedded model has never seen: {', '.join(unknown)} "
-            "(use --model FOLDER to draw with another one)",
-            file=sys.stderr,
-        )
 
 
 def print_peak_memory(pipe: Pipeline, args: argparse.Namespace) -> None:

@@ -51,6 +51,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="prompts are templates: {a|b} is one of several, __name__ a line of name.txt in the folder; "
         "each seed chooses",
     )
+    add(
+        "--as-written",
+        dest="drawn_as",
+        action="store_const",
+        const=(),
+        help="draw no word that the model does not know as a thing that it does",
+    )
+    add("--list-things", action="store_true", help="tell what a small model can draw, and draw nothing")
     add("--explain", action="store_true", help="tell what the text encoders read, and draw nothing")
     add("--plan", action="store_true", help="tell what memory it will take, and how it fits; draw nothing")
     add(
@@ -149,6 +157,12 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
         help="show each step in the terminal (kitty, iTerm2, sixel), or write it to a picture's file",
     )
     add("--no-preview", dest="preview", action="store_const", const=None, help="show none")
+    add(
+        "--transparent",
+        action="store_true",
+        default=None,
+        help="leave the plain background out: PNG, WebP or AVIF with alpha (ask for one in the prompt)",
+    )
     add_mark_flags(add)
     add(
         "--watermark",

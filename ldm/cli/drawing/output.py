@@ -42,6 +42,8 @@ class Output:
         edited = any(each.request.has_images for each in asked)
         self.sheet_marks = replace(self.marks, source=COMPOSITE if edited else TRAINED)
         self.encoding = encoding_of(args.output, args.format, args.quality, args.lossless)
+        if self.encoding.format == "jpeg" and any(each.request.transparent for each in asked):
+            raise UserError("--transparent: a JPEG cannot be transparent: give --format png or webp")
         self.pattern = None if args.name is None else Pattern(args.name)
         self.plot = plot
         self.several = len({each.request.shown for each in asked}) > 1
@@ -110,8 +112,10 @@ class Output:
         """Put a picture on its sheet."""
         if self.args.skip_grid:
             return
+        from ldm.images.opening import to_rgb
         from ldm.images.sheet import captioned, shrinking, shrunk
 
+        image = to_rgb(image)
         if self.plot is not None and asked.cell is not None:
             if asked.plot != self.current_plot:
                 self._save_plot()

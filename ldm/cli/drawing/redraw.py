@@ -80,11 +80,12 @@ def info(args: argparse.Namespace) -> int:
 def redraw(args: argparse.Namespace) -> int:
     """Draw a picture again from its own metadata; say whether the pixels are equal."""
     from ldm.images.formats import CHUNK, PNG, encoding_of
-    from ldm.images.opening import open_picture
+    from ldm.images.opening import open_picture, to_rgba
     from ldm.images.png import read_request, save_png
     from ldm.images.texts import read_texts
 
-    request, old = read_request(args.file), open_picture(args.file)
+    request = read_request(args.file)
+    old = open_picture(args.file, convert=to_rgba if request.transparent else None)
     encoding, marked = PNG if args.output is None else encoding_of(args.output), marks(args)
     if args.output is not None:
         check_file(args.output)

@@ -1,5 +1,8 @@
 """How pictures of earlier requests are drawn, so that they can be drawn again equal: the whole list.
 
+Since version 4 words that a model does not know are drawn as the things that its table names
+(`ldm.prompts.world`); before, as they are written (`ldm.pipeline.deciding.resolve`).
+
 Since version 3 prompts are read for weights, edits over the steps and composition; before, as text
 (`Request.grammar`).
 

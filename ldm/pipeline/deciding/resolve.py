@@ -28,6 +28,7 @@ from ldm.pipeline.deciding.passes import cannot_go_on, check_hires, hires_enlarg
 from ldm.pipeline.deciding.pictures import Images
 from ldm.pipeline.model import Model
 from ldm.pipeline.steering import prompt_to_prompt, regions
+from ldm.prompts.world import Words, World
 from ldm.request import Request
 from ldm.request.fast import fast_fields
 from ldm.request.fields import MAX_SIDE
@@ -49,6 +50,8 @@ def resolve(model: Model, request: Request, images: Images) -> Request:
     values = (
         _adapters(model, request) | _controls(model, request) | _classifier(model, request) | {"fast": None}
     )
+    if model.world is not None and request.drawn_as is None and request.version > 3:
+        values["drawn_as"] = _drawn_as(model.world, model.parts, request.replace(**values))
     values |= {"safety_checker_sha256": checker, "nsfw_content_detected": None}  # found when it is drawn
     if request.num_grid_steps is not None:  # a grid of its own counts for itself
         values["num_inference_steps"] = request.num_grid_steps
@@ -67,6 +70,8 @@ def resolve(model: Model, request: Request, images: Images) -> Request:
     if request.watermark is not None:
         check_size(*request.size)
         key_named(request.watermark)  # raises
+        if request.transparent:
+            raise UserError("watermark is not allowed beside transparent: it would go with the background")
     if request.is_steered:
         request = prompt_to_prompt.resolved(request, images.image is not None)
     if request.regions:
@@ -237,6 +242,16 @@ def _adapters(model: Model, request: Request) -> dict[str, Any]:
     if request.embeddings or adapted.embeddings:
         embeddings = used_embeddings(request, adapted.embeddings)
     return {"loras": adapted.uses or None, "embeddings": embeddings or None}
+
+
+def _drawn_as(world: World, parts: Parts, request: Request) -> Words:
+    """The words in all prompts of a request that this model is to draw as things that it knows."""
+    if request.loras:  # which may have taught it any
+        return ()
+    passes = (request, *(each for each in (request.hires, request.refining) if each is not None))
+    texts = [text for each in passes for column in each.texts for text in column]
+    texts += [region.prompt for region in request.regions or ()]
+    return world.drawn_as(texts, parts.words | {use.name.lower() for use in request.embeddings or ()})
 
 
 def _controls(model: Model, request: Request) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from ldm.checkpoint import Parts, load_parts
 from ldm.checkpoint.beside.classifier import ClassifierFile
 from ldm.checkpoint.beside.safety import SafetyChecker
 from ldm.checkpoint.io import weight_files
+from ldm.checkpoint.parts import TEXT_ENCODERS
 from ldm.checkpoint.save import pipeline_class
 from ldm.control import Shelf
 from ldm.diffusion.schedule import Schedule
@@ -25,6 +26,7 @@ from ldm.memory.residence import asleep
 from ldm.models import VAE, UNet
 from ldm.models.kind import Kind
 from ldm.prompts.text_encoder import Clip, TextEncoder
+from ldm.prompts.world import World
 from ldm.runtime import Runtime
 
 
@@ -130,6 +132,12 @@ class Loaded:
     def bytes_per_pixel(self) -> int:
         """Of the VAE's widest features at full size: memory says how many are drawn at once."""
         return self.vae.full_size_channels * next(self.vae.parameters()).element_size()
+
+    @property
+    def world(self) -> World | None:
+        """What it can draw; None if not known, and where weights from elsewhere may know more."""
+        changed = {name for name, _ in self.parts.changes}
+        return None if self.adapted.loras or changed & {"unet", *TEXT_ENCODERS} else self.parts.world
 
     def unknown_words(self, prompt: str) -> list[str]:
         """The prompt's words that the model has never seen; none where the model does not list its words."""

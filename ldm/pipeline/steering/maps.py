@@ -100,7 +100,7 @@ def record(job: Job, batch: Batch, draw: Draw, layers: Sequence[str] = ()) -> At
     recorder = Recorder((height, width), chosen)
     images, batch = draw(replace(job, attending=(*job.attending, recorder.attending)), batch)
     request = job.requests[batch[0].prompt]
-    found = words_of(job.model.text.clips[0], request.prompt, request.grammar)
+    found = words_of(job.model.text.clips[0], request.told(request.prompt), request.grammar)
     tokens = recorder.tokens
     words = torch.stack([tokens[:, list(word.places)].sum(1) for word in found], 1)
     maps = F.interpolate(words, images[0].size[::-1], mode="bilinear")
@@ -134,7 +134,7 @@ def check(job: Job) -> None:
             )
     if len({picture.prompt for picture in job.pictures}) > 1:
         raise UserError("attention maps are of one prompt: give the others to other calls")
-    if not words_of(job.model.text.clips[0], request.prompt, request.grammar):
+    if not words_of(job.model.text.clips[0], request.told(request.prompt), request.grammar):
         raise UserError("attention maps need a prompt with words")
 
 

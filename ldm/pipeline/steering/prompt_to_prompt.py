@@ -149,7 +149,8 @@ def swap_of(model: Model, requests: Sequence[Request], telling: Telling, grid: G
 
 def mapping_of(clip: Clip, request: Request, length: int) -> Matched:
     """From the prompt of a request to its target, of embeddings of that length."""
-    texts = [words_of(clip, text or "", request.grammar) for text in (request.prompt, request.target_prompt)]
+    said = (request.prompt, request.target_prompt or "")
+    texts = [words_of(clip, request.told(text), request.grammar) for text in said]
     matrix, takes = torch.zeros(length, length), torch.ones(length)
     ends = [[_end(words, begin, clip.window) for begin in range(0, length, clip.window)] for words in texts]
     for number, (end, target_end) in enumerate(zip(*ends, strict=True)):
@@ -165,7 +166,8 @@ def mapping_of(clip: Clip, request: Request, length: int) -> Matched:
             matrix[list(source.places), places] = 1
         else:
             matrix[torch.tensor(source.places)[:, None], places] = 1 / len(places)
-    return Matched(matrix, takes, _factors(texts[1], dict(request.word_weights or ()), length))
+    weights = {request.told(word): weight for word, weight in request.word_weights or ()}
+    return Matched(matrix, takes, _factors(texts[1], weights, length))
 
 
 def _end(words: Sequence[Word], begin: int, window: int) -> int:

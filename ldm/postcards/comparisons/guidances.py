@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.checkpoint.folder import weights_folder
 from ldm.diffusion.guidances.catalogue import GUIDANCES
 from ldm.errors import UserError, reported
 from ldm.evaluate.distances import frechet_distance
 from ldm.evaluate.features import EVALUATION
 from ldm.evaluate.reconstruction import Images, to_uint8
+from ldm.files import weights_folder
 from ldm.pipeline import Pipeline, load
 from ldm.postcards.scoring.fast import SHOWN, Figures, measure_seconds, name_of, price, sheet, write
 from ldm.postcards.scoring.following import judge

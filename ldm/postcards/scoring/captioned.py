@@ -10,13 +10,12 @@ import numpy as np
 from PIL import Image
 
 from ldm import postcards as world
-from ldm.checkpoint.folder import weights_folder
 from ldm.errors import UserError
 from ldm.evaluate.bias import Judge
 from ldm.evaluate.features import EVALUATION
 from ldm.evaluate.figures import Found, rate_figure
 from ldm.evaluate.pictures import Pictures
-from ldm.files import sha256, whole_folder
+from ldm.files import sha256, weights_folder, whole_folder
 from ldm.images.png import save_png
 from ldm.postcards.scoring.following import following
 from ldm.postcards.scoring.prompts import Prompt, evaluation_prompts, reference_prompts

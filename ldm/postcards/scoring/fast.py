@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ldm.checkpoint.folder import weights_folder
 from ldm.errors import reported
 from ldm.evaluate.distances import psnr
 from ldm.evaluate.features import EVALUATION
 from ldm.evaluate.reconstruction import Images, to_uint8
-from ldm.files import whole_file
+from ldm.files import weights_folder, whole_file
 from ldm.images.sheet import captioned, table
 from ldm.pipeline import Pipeline, load
 from ldm.postcards.scoring.following import judge

@@ -47,6 +47,34 @@ cock whore cracker tool orange pot crack plant crone dame drug cocaine crack cal
 clothing equipment system device instrument system works guard rider steps plate
 """
 
+# Words that prompts mostly say as adjectives or verbs, or of what the thing is only beside or part of.
+_ELSEWHERE = """
+adult, adult female, adventurer, ancient, applicator, arabian, arcade, arms, asphyxiator, balmoral, barrier,
+batman, batwing, bedrock, bedroom, belle, block, blond, bluestocking, bobbysoxer, born, bowl, brass, bubbly,
+butt, cafe, caffeine, capiz, cardboard, carpenter, chandlery, charger, chemist, chest, chilly, chin, chip,
+christ, clairvoyant, classicist, classroom, claw, cleaner, cleaners, climb, cob, colors, commuter, compact,
+compartment, composer, conductor, console, contestant, controller, coquette, cord, cozy, crack cocaine,
+creative person, cupper, cuticula, dam, dart, defender, demonstrator, diagnostician, director, dish,
+dominick, dominique, dress hat, drone, dun, dupe, eggbeater, electric, electronic device, electronic
+equipment, engine, equatorial, equestrian, exit, experimenter, extern, fighter, fille, filling, fisherman,
+flamboyant, flapper, flipper, floss, fluid, formulation, freshwater, garden, generic, gentleman, gimlet,
+governess, grinder, grownup, guardian, gyro, handyman, hard hat, headgear, heel, herb, herbal, hoop,
+housing, human, humankind, humans, imp, implement, impressionist, instrumentation, interceptor, invader,
+investigator, jigsaw, kamikaze, knee, knit, laboratory, lastex, lather, launch, laundry, leader, lever, lip,
+liquid, lock, lord, lounge, mac, machine, mankind, mantrap, marmite, marquee, master, matriarch, maze,
+mercenary, mike, mill, miniature, miss, missionary, missy, mistress, mount, movie theater, natural
+phenomenon, neck, noble, nourishment, nymphalid, obstruction, opening, opera hat, outlet, overachiever,
+packing, paul, physical phenomenon, pied piper, plush, polo, produce, professional, projectile, prostitute,
+psychic, purl, quack, railroad, railway system, recorder, red hot, reflector, relative, repercussion,
+representative, restaurant, rex, rod, roof, rotary, rubbish, runabout, rung, salsa, samba, scenery, scuba,
+sealing wax, semaphore, seminarian, senior, shell, shelter, silk hat, sinker, skilled worker, skyhook,
+slate, solid, someone, songwriter, sonny, sour, spiritual being, stablemate, starch, stinger, stole,
+strapless, stripe, structure, sub, sucker, sustenance, symbolist, tabletop, tapioca, teach, technical,
+thinker, thread, timber, tokay, tor, tower, trained worker, transport, trunk, tusk, underachiever, varietal,
+vintage, wake, walker, wax, weapon system, weapons system, wedgie, weft, widow, wife, woof, worker, wrap,
+wrist, young
+"""
+
 # What WordNet has no count of, or tells otherwise than most would.
 _BY_HAND = {
     "kind": """
@@ -61,16 +89,16 @@ _BY_HAND = {
         strawberry: raspberry; peach: apricot plum nectarine; lettuce: cabbage; wizard: witch
         sorcerer magician; royal guard: soldier knight; princess: queen; doctor: nurse surgeon;
         violin: cello viola; flute: clarinet oboe; t-shirt: shirt jumper sweater blouse; glasses:
-        monocle; mug of beer: cola mug; juice box: juice lemonade; bowl of noodles: bowl ramen; open
+        monocle; mug of beer: cola mug; juice box: juice lemonade; bowl of noodles: ramen; open
         book: book; ghost: monster; shoe: slipper; top hat: hat; baseball cap: cap; jeans: trousers
         pants; bear: teddy; hamburger: cheeseburger; hot dog: sausage; lizard: chameleon; crocodile:
         alligator; turtle: tortoise
     """,
     "any": """
         dog: animal pet creature; car: vehicle; castle: building; apple: fruit; carrot: vegetable;
-        bed: furniture; bee: insect bug; tulip: plant blossom; guitar: instrument; man: person someone people;
+        bed: furniture; bee: insect bug; tulip: plant blossom; guitar: instrument; man: person people;
         slice of pizza: food; hammer: tool; t-shirt: clothes garment; cup of coffee: drink; teddy bear: toy;
-        candle: lamp lantern; dinner plate: plate dish meal
+        candle: lamp lantern; dinner plate: plate meal
     """,
 }
 
@@ -105,16 +133,6 @@ def read_words(folder: Path = FOLDER) -> dict[str, tuple[str, str]]:
     """The table: of each word the thing's noun, and "same", "kind" or "any"."""
     rows = [line.split("\t") for line in (folder / TABLE).read_text(encoding="utf-8").splitlines()]
     return {word: (noun, how) for word, noun, how in rows}
-
-
-def look_up(word: str, table: Mapping[str, tuple[str, str]]) -> tuple[str, str] | None:
-    """The thing that a word or its plural is drawn as, and how sure that is; None for an unknown one."""
-    word = word.lower()
-    tries = [word, *(word.removesuffix(end) + new for end, new in _PLURALS if word.endswith(end))]
-    return next((table[each] for each in tries if each in table), None)
-
-
-_PLURALS = (("ies", "y"), ("es", ""), ("s", ""))
 
 
 def by_hand(things: Sequence[Thing]) -> dict[str, tuple[Thing, str]]:
@@ -164,7 +182,7 @@ def wordnet_words(
             if distance:
                 below[above].append(thing)
     table: dict[str, tuple[Thing, str]] = {}
-    stopped = set(_STOP.split())
+    stopped = _stopped()
     for word, all_of_it in senses.items():
         said = word.replace("_", " ")
         if said in names or said in stopped or not re.fullmatch(r"[a-z]{3,}( [a-z]+)?", said):
@@ -179,6 +197,10 @@ def wordnet_words(
         elif not found and word in usual and below.get(first):
             table[said] = (min(below[first], key=lambda thing: thing.number), "any")
     return table
+
+
+def _stopped() -> set[str]:
+    return {*_STOP.split(), *_ELSEWHERE.strip().replace("\n", " ").split(", ")}
 
 
 def concrete(word: str, senses: Mapping[str, list[str]], synsets: Mapping[str, _Synset]) -> bool:
@@ -201,14 +223,12 @@ def keyword_words(things: Sequence[Thing], keywords: Mapping[str, list[str]]) ->
         for word in words:
             counts[word.replace("_", " ")] += 1
     names = {name.lower() for thing in things for name in (thing.noun, thing.plural, *thing.also) if name}
+    stopped = _stopped()
     good = re.compile(r"[a-z]{3,}( [a-z]+)?")
     return {
         word: next(iter(its))
         for word, its in owners.items()
-        if len(its) == 1
-        and counts[word] == 1
-        and word not in names | set(_STOP.split())
-        and good.fullmatch(word)
+        if len(its) == 1 and counts[word] == 1 and word not in names | stopped and good.fullmatch(word)
     }
 
 

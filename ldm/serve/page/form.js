@@ -4,9 +4,9 @@ import { $ } from "./dom.js";
 
 const KEY = "ldm.form";
 const KEPT_KEY = "ldm.extra";
-// What pictures note of the server's own files, which no request may say again.
+// What pictures note of the server's own files, which no request may say again; and of words that change.
 const NOTED = ["version", "model_hash", "image_sha256", "mask_image_sha256", "classifier_sha256",
-  "hires_upscaler_sha256", "embeddings", "not_kept", "watermark"];
+  "hires_upscaler_sha256", "embeddings", "not_kept", "watermark", "drawn_as"];
 const OF_MASKS = ["mask_invert", "mask_grow", "soft_mask", "extend"];
 
 export const form = $("request");

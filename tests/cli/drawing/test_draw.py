@@ -123,17 +123,18 @@ def test_lines_of_prompts_end_at_newlines_only(fake, monkeypatch, source):
     assert [request.prompt for request in fake.requests] == prompts
 
 
-def test_unknown_words_are_told_once_for_the_embedded_model_only(fake, capsys):
-    Path("p").write_text("a dragon by a castle\na dragon\na boat\n", encoding="utf-8")
+def test_unknown_words_are_told_once_by_models_that_know_their_world_only(fake, capsys, monkeypatch):
+    Path("p").write_text("a dragon by a castel\na dragon\na boat\n", encoding="utf-8")
     assert cli.txt2img(["--from_file", "p"]) == 0
     told = [line for line in capsys.readouterr().err.splitlines() if "never seen" in line]
     assert told == [
-        "the embedded model has never seen: dragon, castle (use --model FOLDER to draw with another one)"
+        "fake has never seen: dragon, castel (nearest: castle); txt2img --list-things tells what it has, "
+        "--model FOLDER draws with another one"
     ]
-    assert cli.txt2img(["-p", "a dragon", "--model", "postcard"]) == 0
-    assert "never seen: dragon (" in capsys.readouterr().err
     assert cli.txt2img(["-p", "a boat"]) == 0
-    assert cli.txt2img(["-p", "a dragon", "--model", "mine"]) == 0
+    assert cli.txt2img(["-p", "a dragon", "-q"]) == 0
+    monkeypatch.setattr(type(fake), "world", None)
+    assert cli.txt2img(["-p", "a dragon"]) == 0
     assert "never seen" not in capsys.readouterr().err
 
 
@@ -145,15 +146,30 @@ def pixels(path):
         return np.asarray(image)
 
 
-def test_the_embedded_model_tells_words_it_has_never_seen(tiny, tiny_folder, monkeypatch, capsys):
-    folder = Path("embedded")
+def test_what_is_drawn_as_something_else_is_told_and_kept(tiny_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = Path("small")
     shutil.copytree(tiny_folder, folder)
     (folder / "words.txt").write_text("a\nred\nboat\n")
-    monkeypatch.setattr("ldm.pipeline.pipeline.embedded", lambda: folder)
-    assert cli.txt2img(["-p", "A red dragon, a boat", "--steps", "1", "-o", "a.png"]) == 0
-    assert "never seen: dragon (use --model" in capsys.readouterr().err
-    assert cli.txt2img(["-p", "A red boat", "--steps", "1", "-o", "a.png"]) == 0
-    assert "never seen" not in capsys.readouterr().err
+    (folder / "world.json").write_text('{"things": [[["boat", "boats"]]], "words": {"ark": "boat"}}')
+    quick = ["-m", str(folder), "--steps", "1", "--dtype", "fp32"]
+    assert cli.txt2img(["-p", "A red dragon, an (ark:1.2)", *quick, "-o", "a.png"]) == 0
+    err = capsys.readouterr().err
+    assert "ark: drawn as a boat\n" in err
+    assert "small has never seen: dragon; txt2img" in err
+    assert read_request("a.png").prompt == "A red dragon, an (ark:1.2)"
+    assert cli.txt2img(["-p", "A red dragon, a (boat:1.2)", *quick, "-o", "b.png"]) == 0
+    assert "drawn as" not in capsys.readouterr().err
+    np.testing.assert_array_equal(pixels("a.png"), pixels("b.png"))
+    (folder / "world.json").write_text(
+        '{"things": [[["boat", "boats"]], [["cat", null]]], "words": {"ark": "cat"}}'
+    )
+    assert cli.main(["redraw", "a.png", *quick[:2], "--dtype", "fp32"]) == 0  # by what it says, not the table
+    assert cli.txt2img(["--from-png", "a.png", "-p", "an ark", *quick[:2], "-o", "c.png"]) == 0
+    assert read_request("c.png").drawn_as == (("ark", "cat"),)
+    assert cli.txt2img(["-p", "A red dragon, an (ark:1.2)", *quick, "-o", "d.png", "--as-written"]) == 0
+    assert read_request("d.png").drawn_as == ()
+    assert (pixels("d.png") != pixels("a.png")).any()
 
 
 def test_the_same_command_twice_gives_the_same_pixels(tiny, capsys):

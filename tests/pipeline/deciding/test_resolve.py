@@ -14,6 +14,7 @@ from ldm.checkpoint import Defaults
 from ldm.models.kind import Kind
 from ldm.pipeline.deciding.resolve import size_from
 from ldm.pipeline.inputs import Inputs
+from ldm.prompts.world import World
 
 
 @pytest.mark.parametrize(
@@ -147,3 +148,76 @@ def test_flags_of_sdxl_mean_what_they_do_in_python(folder_of, models, tmp_path, 
         seed=3,
     ).images
     assert np.array_equal(np.asarray(Image.open("out.png")), np.asarray(drawn))
+
+
+# --- words that a model does not know ----------------------------------------------------------------------
+
+WORLD = World(things=((("boat", "boats"),), (("sea", None),)), words={"ark": "boat", "ocean": "sea"})
+
+
+@pytest.fixture
+def knowing(models):
+    """A model with a table, and that which it is without."""
+    plain = models("sd1")
+    return replace(plain, parts=replace(plain.parts, world=WORLD, words=frozenset({"a", "ocean"}))), plain
+
+
+def told(job):
+    """What the U-Net is told of a job's first prompt in its last step."""
+    cond, uncond = job.encode(0, len(job.grid.timesteps) - 1)
+    return torch.cat([cond.tokens, uncond.tokens])
+
+
+def test_words_are_drawn_as_the_things_that_the_model_knows(knowing):
+    model, plain = knowing
+    asked = ldm.Request(
+        prompt="an ark:a boat, [an (ark:1.2):two arks:0.5] AND the ocean",
+        negative_prompt="Arks",
+        regions=[{"box": (0, 0, 1, 1), "prompt": "an ark"}],
+        num_inference_steps=4,
+    )
+    job = model.prepare(asked)
+    assert job.request.prompt == asked.prompt
+    assert job.request.drawn_as == (("ark", "boat"), ("arks", "boats"))  # an ocean it has seen
+    same = asked.replace(
+        prompt="a boat:a boat, [a (boat:1.2):two boats:0.5] AND the ocean",
+        negative_prompt="boats",
+        regions=[{"box": (0, 0, 1, 1), "prompt": "a boat"}],
+    )
+    assert torch.equal(told(job), told(plain.prepare(same)))
+    assert not torch.equal(told(job), told(plain.prepare(asked)))
+    assert plain.prepare(asked).request.drawn_as is None
+    assert torch.equal(told(plain.prepare(job.request.replace(model=None, model_hash=None))), told(job))
+
+
+@pytest.mark.parametrize("fields", [{"drawn_as": ()}, {"version": 3}])
+def test_words_stay_as_they_are_written_where_that_is_asked_for_and_in_older_pictures(knowing, fields):
+    model, plain = knowing
+    asked = ldm.Request(prompt="an ark", num_inference_steps=2, **fields)
+    assert model.prepare(asked).request.drawn_as == fields.get("drawn_as")
+    assert torch.equal(told(model.prepare(asked)), told(plain.prepare(asked)))
+
+
+def test_a_second_pass_has_words_of_its_own_which_are_drawn_alike(knowing):
+    model, _ = knowing
+    asked = ldm.Request(prompt="a boat", hires=ldm.Request(prompt="an ark"), num_inference_steps=2)
+    job = model.prepare(asked)
+    assert job.request.drawn_as == (("ark", "boat"),)
+    assert torch.equal(told(job.then.job), told(job))
+    assert model.prepare(job.request.replace(model=None, model_hash=None)).request == job.request
+
+
+def test_an_edits_word_weights_are_of_the_words_that_are_drawn(knowing):
+    model, _ = knowing
+    asked = ldm.Request(
+        prompt="a sea", target_prompt="an ark", word_weights={"ark": 2}, num_inference_steps=2
+    )
+    assert model.prepare(asked).steering.swap is not None  # it raises for a word that is not there
+
+
+def test_weights_from_elsewhere_may_know_more_words(knowing):
+    model, _ = knowing
+    assert replace(model, parts=replace(model.parts, changes=(("vae", None),))).world == WORLD
+    assert replace(model, parts=replace(model.parts, changes=(("unet", None),))).world is None
+    with pytest.raises(ldm.UserError, match="drawn_as"):
+        ldm.Request(drawn_as={"": "boat"})

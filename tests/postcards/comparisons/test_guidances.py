@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ldm.checkpoint.folder import weights_folder
 from ldm.diffusion.guidances.catalogue import GUIDANCES, canonical_guidance
 from ldm.evaluate.features import EVALUATION
+from ldm.files import weights_folder
 from ldm.postcards.comparisons import guidances
 from ldm.postcards.comparisons.guidances import NAMES, SCALES, compare, markdown, seconds_of
 from ldm.postcards.scoring.prompts import evaluation_prompts, reference_prompts

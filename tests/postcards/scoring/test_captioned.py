@@ -6,8 +6,8 @@ import numpy as np
 from broken_pictures import scene
 from PIL import Image
 
-from ldm.checkpoint.folder import weights_folder
 from ldm.evaluate.pictures import read_pictures
+from ldm.files import weights_folder
 from ldm.postcards.scoring.captioned import caption_following, prompts_of, write_renders
 from ldm.postcards.scoring.following import following
 from ldm.postcards.scoring.prompts import evaluation_prompts, reference_prompts

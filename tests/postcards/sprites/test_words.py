@@ -7,7 +7,6 @@ from ldm.postcards.sprites.words import (
     TABLE,
     by_hand,
     keyword_words,
-    look_up,
     read_wordnet,
     read_words,
     wordnet_words,
@@ -43,19 +42,32 @@ def test_the_table_is_small_and_knows_only_things(table):
         *[
             ("vehicle", "car"),
             ("animal", "dog"),
-            ("hats", "top hat"),
-            ("ponies", "horse"),
-            ("Witch", "wizard"),
+            ("hat", "top hat"),
+            ("pony", "horse"),
+            ("witch", "wizard"),
         ],
     ],
 )
 def test_everyday_words(table, word, thing):
-    assert look_up(word, table)[0] == thing
+    assert table[word][0] == thing
 
 
 def test_what_nobody_wants_drawn_is_not_in_it(table):
-    for word in ("bitch", "cock", "bimbo", "chink", "hag", "crack", "day", "city", "light", "xylograph"):
-        assert look_up(word, table) is None
+    for word in (
+        "bitch",
+        "cock",
+        "bimbo",
+        "chink",
+        "hag",
+        "crack",
+        "day",
+        "city",
+        "light",
+        "garden",
+        "young",
+        "xylograph",
+    ):
+        assert word not in table
 
 
 INDEX = b"""  1 a licence line
@@ -94,8 +106,8 @@ def test_synonyms_kinds_and_what_is_above():
 
 def test_keywords_stand_by_one_thing():
     dog, cat = (thing for thing in load_things() if thing.noun in ("dog", "cat"))
-    words = {"\N{DOG}": ["woof", "pet", "x"], "\N{CAT}": ["pet", "meow"], "\N{TIGER}": ["meow"]}
-    assert keyword_words([dog, cat], words) == {"woof": dog}
+    words = {"\N{DOG}": ["wag", "pet", "x"], "\N{CAT}": ["pet", "meow"], "\N{TIGER}": ["meow"]}
+    assert keyword_words([dog, cat], words) == {"wag": dog}
 
 
 def test_words_by_hand_name_things():
