@@ -1,9 +1,9 @@
 """The detector: finds things one by one, then looks at each enlarged, and so tells hundreds apart.
 
-Like the scorer it learns from renders and their exact labels only. The scorer has a query for each kind, which
-must learn it in every place and size. Here one map says where anything is at all (Zhou et al. 2019, "Objects
-as Points"), and a second network names a square cut of the picture around each thing (Girshick et al. 2014,
-"Rich feature hierarchies"): always in the middle and of one size.
+Like the scorer it learns from renders and their exact labels only. The scorer has a query for each kind,
+which must learn it in every place and size. Here one map says where anything is at all (Zhou et al. 2019,
+"Objects as Points"), and a second network names a square cut of the picture around each thing (Girshick et
+al. 2014, "Rich feature hierarchies"): always in the middle and of one size.
 """
 
 from __future__ import annotations
