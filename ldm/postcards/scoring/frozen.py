@@ -79,17 +79,14 @@ def _postcard(rng: random.Random, *, held_out: bool) -> postcards.Scene:
 
 
 def _told(scenes: Sequence[tuple[AnyScene, Unseen | None]], rng: random.Random) -> list[Frozen]:
-    """Half in full captions, half in captions of many forms; shuffled."""
-    written = [(rounded(scene), unseen) for scene, unseen in scenes]
-    found = [
-        Frozen(state(full_caption(scene), scene) if k % 2 else tell(scene, rng), unseen)
-        for k, (scene, unseen) in enumerate(written)
-    ]
+    """About half in full captions, the others in captions of many forms; shuffled."""
+    found = []
+    for scene, unseen in scenes:
+        written = rounded(scene)
+        plain = rng.random() < 0.5
+        found.append(Frozen(state(full_caption(written), written) if plain else tell(written, rng), unseen))
     rng.shuffle(found)
     return found
-
-
-# --- seen --------------------------------------------------------------------------------------------------
 
 
 def rounded(scene: AnyScene) -> AnyScene:
@@ -101,6 +98,9 @@ def rounded(scene: AnyScene) -> AnyScene:
 
 def _rounded(boxes: Sequence[Box]) -> tuple[Box, ...]:
     return tuple(Box(*(round(side, 3) for side in astuple(box))) for box in boxes)
+
+
+# --- seen --------------------------------------------------------------------------------------------------
 
 
 def _singles(world: World, rng: random.Random) -> Iterator[Scene]:
