@@ -22,7 +22,7 @@ def main() -> None:
     args = parser.parse_args()
     with reported():
         import ldm
-        from ldm.postcards.scoring.gallery import draw_gallery
+        from ldm.postcards.gallery import draw_gallery
 
         prompts = args.prompts.read_text(encoding="utf-8-sig").splitlines()
         draw_gallery(ldm.load(args.model) if args.model else ldm.load(), prompts, args.out)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm.postcards.scoring.upscaling import main
+from ldm.postcards.comparisons.upscaling import main
 
 if __name__ == "__main__":
     main()

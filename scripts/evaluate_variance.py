@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm.postcards.scoring.variance import main
+from ldm.postcards.comparisons.variance import main
 
 if __name__ == "__main__":
     main()

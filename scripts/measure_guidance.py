@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm.postcards.scoring.guidance import main
+from ldm.postcards.comparisons.conditions import main
 
 if __name__ == "__main__":
     main()

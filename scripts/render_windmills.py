@@ -31,7 +31,7 @@ def main() -> None:
 
 def _render(args: argparse.Namespace) -> None:
     from ldm.postcards.folder import write_folder
-    from ldm.postcards.scoring.windmill import PARTICULAR, sample_postcard, stamped
+    from ldm.postcards.newcomer.windmill import PARTICULAR, sample_postcard, stamped
 
     def make(k: int) -> Any:
         rng = random.Random(f"windmill {args.seed} {k}")

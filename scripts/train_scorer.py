@@ -1,4 +1,8 @@
-"""Train the scorer: `python scripts/train_scorer.py --run_dir runs/scorer`, then copy runs/scorer/export."""
+"""Train what prompt following is measured with: the scorer of postcards, or the detector of sprites.
+
+python scripts/train_scorer.py --run_dir runs/scorer [--config configs/sprites_scorer.yaml]
+Then copy runs/scorer/export to weights/postcard-eval, or to weights/sprites-eval.
+"""
 
 import argparse
 import sys
@@ -14,12 +18,21 @@ from ldm.train.task import Task
 def make_task(recipe: Recipe, args: argparse.Namespace) -> Task:
     import torch
 
-    from ldm.postcards.scoring.agreement import names
-    from ldm.postcards.scoring.fit import ScorerTask
-    from ldm.postcards.scoring.scorer import Scorer
-
     torch.manual_seed(recipe.run.seed)
-    return ScorerTask(Scorer(names()), recipe.data.held_out, recipe.loss)
+    if recipe.data.sprites is None:
+        from ldm.postcards.scoring.agreement import names
+        from ldm.postcards.scoring.fit import ScorerTask
+        from ldm.postcards.scoring.scorer import Scorer
+
+        return ScorerTask(Scorer(names()), recipe.data.held_out, recipe.loss)
+    from ldm.postcards.scoring.detector import Detector, DetectorConfig
+    from ldm.postcards.scoring.detector_fit import DetectorTask
+    from ldm.postcards.scoring.names import sprite_names
+    from ldm.postcards.sprites.scene import make_world
+
+    seen = make_world(recipe.data.sprites.things, recipe.data.sprites.styles)
+    detector = Detector(DetectorConfig(**vars(sprite_names(seen))))
+    return DetectorTask(detector, seen, recipe.data.held_out, recipe.loss)
 
 
 if __name__ == "__main__":

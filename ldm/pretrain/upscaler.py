@@ -32,7 +32,7 @@ from ldm.evaluate.distances import psnr
 from ldm.evaluate.reconstruction import to_uint8
 from ldm.images.pixels import contact_sheet
 from ldm.models import AutoencoderKL, AutoencoderTiny, UNet, build
-from ldm.postcards.scoring.upscaling import bicubic
+from ldm.postcards.comparisons.upscaling import bicubic
 from ldm.pretrain.data import Pictures, cached, crop_squares, digest_of
 from ldm.prompts.tokenizer import CLIPTokenizer
 from ldm.runtime import half_dtype, memory_format

@@ -9,9 +9,9 @@ from diffusers import StableDiffusionPipeline, StableDiffusionUpscalePipeline
 from PIL import Image
 
 import ldm
+from ldm.postcards.comparisons.upscaling import measure_upscaler
 from ldm.postcards.scoring.prompts import evaluation_prompts
 from ldm.postcards.scoring.sources import rendered
-from ldm.postcards.scoring.upscaling import measure_upscaler
 
 WEIGHTS = Path(__file__).parents[2] / "weights"
 PROMPT = "a red sailboat on a calm sea at sunset"

@@ -14,7 +14,7 @@ import ldm
 from ldm.errors import UserError
 from ldm.evaluate.distances import psnr
 from ldm.models import build
-from ldm.postcards.scoring.upscaling import bicubic
+from ldm.postcards.comparisons.upscaling import bicubic
 from ldm.pretrain.data import Pictures
 from ldm.pretrain.upscaler import Pairs, UpscalerTask, make_pairs
 from ldm.pretrain.vae import VAETask, build_vae

@@ -18,7 +18,7 @@ from ldm.evaluate.features import EVALUATION
 from ldm.evaluate.reconstruction import Images, to_uint8
 from ldm.files import weights_folder
 from ldm.pipeline import Pipeline, load
-from ldm.postcards.scoring.fast import SHOWN, Figures, measure_seconds, name_of, price, sheet, write
+from ldm.postcards.comparisons.fast import SHOWN, Figures, measure_seconds, name_of, price, sheet, write
 from ldm.postcards.scoring.following import judge
 from ldm.postcards.scoring.prompts import Prompt, evaluation_prompts, reference_prompts
 from ldm.postcards.scoring.scorer import Scorer

@@ -19,7 +19,6 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
-from ldm import postcards as world
 from ldm.errors import UserError
 from ldm.evaluate.reconstruction import Images
 from ldm.evaluate.report import Rate, rate
@@ -38,7 +37,7 @@ from ldm.postcards.scoring.following import (
     WEATHER,
     judge,
 )
-from ldm.postcards.scoring.prompts import Prompt, evaluation_prompts, state
+from ldm.postcards.scoring.prompts import Named, Prompt, evaluation_prompts, full_caption, state
 from ldm.postcards.scoring.scorer import Scorer
 from ldm.postcards.scoring.sources import Settings, drawn, prompted, rendered
 
@@ -85,20 +84,20 @@ def make_case(count: int, size: int = 128) -> Case:
     prompts = evaluation_prompts()
     if not 2 <= count <= len(prompts):
         raise UserError(f"--n must be from 2 to {len(prompts)} (got {count})")
-    references = [state(world.full_caption(each.scene), each.scene) for each in prompts[:count]]
+    references = [state(full_caption(each.scene), each.scene) for each in prompts[:count]]
     texts = {
         NOTHING: [state("", each.scene) for each in references],
-        THINGS: [state(things_named(each.scene), each.scene) for each in references],
+        THINGS: [state(things_named(each.objects), each.scene) for each in references],
         ANOTHER: [*references[1:], references[0]],
     }
     return Case(references, rendered(references, size), texts)
 
 
-def things_named(scene: world.Scene) -> str:
-    """A text of a scene's things: "a house and a tree", "two cats"; empty where it has none."""
+def things_named(objects: Sequence[Named]) -> str:
+    """A text of things: "a house and a tree", "two cats"; empty where there are none."""
     counted = {1: "a", 2: "two", 3: "three"}
     return " and ".join(
-        f"{counted[group.count]} {phrases.NOUNS[group.kind][0][group.count > 1]}" for group in scene.groups
+        f"{counted[named.count]} {phrases.NOUNS[named.kind][0][named.count > 1]}" for named in objects
     )
 
 

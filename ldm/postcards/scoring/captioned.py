@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ldm import postcards as world
+from ldm.checkpoint.folder import weights_folder
 from ldm.errors import UserError
 from ldm.evaluate.bias import Judge
 from ldm.evaluate.features import EVALUATION
@@ -20,6 +20,7 @@ from ldm.images.png import save_png
 from ldm.postcards.scoring.following import following
 from ldm.postcards.scoring.prompts import Prompt, evaluation_prompts, reference_prompts
 from ldm.postcards.scoring.scorer import CONFIG, SIZE, WEIGHTS, Scorer
+from ldm.postcards.sprites.mixture import render
 
 NAMES = {"postcard": False, "postcard-held-out": True}  # of the two sets of prompts -> held out
 FOLLOWING = "prompt following"
@@ -106,5 +107,5 @@ def write_renders(folder: Path, name: str, count: int, size: tuple[int, int]) ->
     """
     with whole_folder(folder) as aside:
         for k, prompt in enumerate(reference_prompts(count, held_out=NAMES[name])):
-            path = save_png(Image.fromarray(world.render(prompt.scene, size[0])), aside / f"{k:05d}.png")
+            path = save_png(Image.fromarray(render(prompt.scene, size[0])), aside / f"{k:05d}.png")
             path.with_suffix(".txt").write_text(prompt.text + "\n", encoding="utf-8")

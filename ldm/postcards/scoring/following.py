@@ -9,22 +9,25 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from ldm.evaluate.report import Rate, rate
+from ldm.postcards.scoring.names import Names
 from ldm.postcards.scoring.prompts import Prompt
-from ldm.postcards.scoring.scorer import Reading, ScorerConfig
+from ldm.postcards.scoring.scorer import Reading
 
-PLACE, TIME, WEATHER = "place", "time of day", "weather"
+PLACE, TIME, WEATHER, STYLE = "place", "time of day", "weather", "style"
 KIND, COLOUR = "one object: right kind", "one object: right kind and colour"
+ITS_COLOUR = "one object: right colour, where the kind is"
 BOTH, BOTH_COLOURS = "two objects: both there", "two objects: both there, each in its colour"
 SIDE, ABOVE = "left or right of", "above or below"
 COUNTS = {2: "two of a kind", 3: "three of a kind"}
-ATTRIBUTES = (PLACE, TIME, WEATHER, KIND, COLOUR, BOTH, BOTH_COLOURS, SIDE, ABOVE, *COUNTS.values())
+_TWO = (BOTH, BOTH_COLOURS, SIDE, ABOVE)
+ATTRIBUTES = (PLACE, TIME, WEATHER, STYLE, KIND, COLOUR, ITS_COLOUR, *_TWO, *COUNTS.values())
 
 
-def judge(prompt: Prompt, read: Reading, i: int, names: ScorerConfig) -> Iterator[tuple[str, bool]]:
+def judge(prompt: Prompt, read: Reading, i: int, names: Names) -> Iterator[tuple[str, bool]]:
     """(attribute, fulfilled) for all that the prompt states, from picture i's reading.
 
     One object counts as right when it is there and is what the scorer sees most surely; two must both be
-    there, and their order is right only when they are.
+    there, and their order is right only when they are. The style is that of what is there, right or not.
     """
     for attribute, said, found, all_names in (
         (PLACE, prompt.place, read.place[i], names.places),
@@ -36,6 +39,10 @@ def judge(prompt: Prompt, read: Reading, i: int, names: ScorerConfig) -> Iterato
     kinds = [names.kinds.index(named.kind) for named in prompt.objects]
     if not kinds:
         return
+    if prompt.style is not None:
+        shown = any(read.count[i])
+        styles = [names.styles[read.style[i, k]] for k in kinds]
+        yield STYLE, shown and all(style == prompt.style for style in styles)
     there = all(read.count[i, k] > 0 for k in kinds)
     coloured = all(
         named.colour in (None, names.colours[read.colour[i, k]])
@@ -56,12 +63,14 @@ def judge(prompt: Prompt, read: Reading, i: int, names: ScorerConfig) -> Iterato
         yield KIND, right
         if colours_said:
             yield COLOUR, right and coloured
+            if right:
+                yield ITS_COLOUR, coloured
     else:
         count = prompt.objects[0].count
         yield COUNTS[count], bool(read.count[i, kinds[0]] == count)
 
 
-def following(prompts: Sequence[Prompt], read: Reading, names: ScorerConfig) -> dict[str, Rate]:
+def following(prompts: Sequence[Prompt], read: Reading, names: Names) -> dict[str, Rate]:
     """The share of prompts that each attribute is right for, with its interval.
 
     Raises ValueError unless there is one picture's reading for each prompt.

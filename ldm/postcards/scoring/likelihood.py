@@ -26,7 +26,8 @@ from ldm.pipeline import Pipeline
 from ldm.postcards.scoring.curves import draw_curves
 from ldm.postcards.scoring.prompts import evaluation_prompts
 from ldm.postcards.scoring.scorer import Scorer
-from ldm.postcards.sprites.picture import render as draw
+from ldm.postcards.sprites.labels import AnyScene
+from ldm.postcards.sprites.mixture import render as draw
 from ldm.postcards.sprites.retrieval import alone
 from ldm.postcards.sprites.scene import make_world
 
@@ -78,8 +79,8 @@ def interval(values: np.ndarray[Any, Any]) -> tuple[float, float]:
     return float(values.mean()), float(NORMAL_95 * values.std(ddof=1) / len(values) ** 0.5)
 
 
-def render(scene: world.Scene) -> Image.Image:
-    return Image.fromarray(world.render(scene, SIDE))
+def render(scene: AnyScene) -> Image.Image:
+    return Image.fromarray(draw(scene, SIDE))
 
 
 # --- the bound -------------------------------------------------------------------------------------------

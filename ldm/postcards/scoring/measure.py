@@ -17,7 +17,7 @@ from ldm.evaluate.report import Rate
 from ldm.pipeline import Pipeline
 from ldm.postcards.scoring.following import following
 from ldm.postcards.scoring.prompts import Prompt, digest
-from ldm.postcards.scoring.scorer import Scorer
+from ldm.postcards.scoring.scorer import Instrument, Reading
 from ldm.postcards.scoring.sources import (
     OnProgress,
     Settings,
@@ -30,9 +30,12 @@ from ldm.postcards.scoring.sources import (
 
 @dataclass
 class Results:
-    """What `measure` found: rates by column and attribute, plain figures, and the pictures drawn by group."""
+    """What `measure` found: rates by column and attribute, what was read in each column's pictures, plain
+    figures, and the pictures drawn by group.
+    """
 
     table: dict[str, dict[str, Rate]] = field(default_factory=dict)
+    readings: dict[str, Reading] = field(default_factory=dict)
     facts: dict[str, object] = field(default_factory=dict)
     pictures: dict[str, Images] = field(default_factory=dict)
 
@@ -41,7 +44,7 @@ class Results:
 class Instruments:
     """What pictures are measured with."""
 
-    scorer: Scorer
+    scorer: Instrument
     tower: ImageTower | None = None
 
 
@@ -63,6 +66,11 @@ def measure(
             if prompts:
                 _group(_Run(pipe, tools, settings, start_from, progress), name, prompts, results)
     return results
+
+
+def renders_of(group: str) -> str:
+    """The column of what a model without fault draws of a group: what is less than 1 there was misread."""
+    return f"renders, {group}"
 
 
 @dataclass(frozen=True)
@@ -88,13 +96,14 @@ def _group(run: _Run, name: str, prompts: Sequence[Prompt], results: Results) ->
     seconds = time.perf_counter() - began
     renders = rendered(prompts, picture_size(pipe))
     copies = reconstructed(pipe, renders, settings.batch_size)
-    columns = {name: pictures, f"renders, {name}": renders, f"through the VAE, {name}": copies}
+    columns = {name: pictures, renders_of(name): renders, f"through the VAE, {name}": copies}
     for timestep in run.start_from:
         title = f"from t = {timestep}, {name}"
         bar = run.bar(title, len(prompts))
         columns[title] = denoised_from(pipe, timestep, prompts, settings, bar)
     for title, images in columns.items():
-        results.table[title] = following(prompts, scorer.read(images), scorer.config)
+        results.readings[title] = scorer.read(images)
+        results.table[title] = following(prompts, results.readings[title], scorer.config)
     results.pictures[name] = pictures
     results.facts[name] = {
         "prompts": len(prompts),

@@ -16,6 +16,11 @@ from dataclasses import dataclass
 
 from ldm import postcards as world
 from ldm.postcards import phrases
+from ldm.postcards.scoring.names import is_outdoors, kind_of, place_of
+from ldm.postcards.sprites import captions as sprites
+from ldm.postcards.sprites import phrases as sprite_phrases
+from ldm.postcards.sprites.labels import AnyScene
+from ldm.postcards.sprites.scene import Scene
 
 SEEN, HELD_OUT = 1000, 500
 # Of the prompts with each composition; held-out combinations need a thing to combine.
@@ -37,12 +42,13 @@ class Prompt:
     """A text, what it states (None: left free), and a scene that it is true of."""
 
     text: str
-    scene: world.Scene
+    scene: AnyScene
     objects: tuple[Named, ...]
     relation: str | None  # of the first object to the second, one of RELATIONS
     place: str | None
     time: str | None
     weather: str | None
+    style: str | None = None
 
 
 def evaluation_prompts(count: int | None = None, *, held_out: bool = False) -> list[Prompt]:
@@ -69,12 +75,12 @@ def _prompts(name: str, held_out: bool) -> list[Prompt]:
         if wanted.get(kind, 0):
             plain = wanted[kind] % 2 == 0
             wanted[kind] -= 1
-            prompts.append(state(world.full_caption(scene), scene) if plain else _told(scene, rng))
+            prompts.append(state(full_caption(scene), scene) if plain else tell(scene, rng))
     rng.shuffle(prompts)
     return prompts
 
 
-def composition(scene: world.Scene) -> str:
+def composition(scene: AnyScene) -> str:
     """Which of MIX a scene is."""
     if not scene.groups:
         return "scenery"
@@ -88,41 +94,54 @@ def digest(prompts: Sequence[Prompt]) -> str:
     return hashlib.sha256("\n".join(prompt.text for prompt in prompts).encode()).hexdigest()[:16]
 
 
-def _told(scene: world.Scene, rng: random.Random) -> Prompt:
-    """A caption that names things, colours and relation; place, time and weather as it happens."""
+def full_caption(scene: AnyScene) -> str:
+    """Everything that can be told of a scene, always in the same words."""
+    return sprites.full_caption(scene) if isinstance(scene, Scene) else world.full_caption(scene)
+
+
+def tell(scene: AnyScene, rng: random.Random) -> Prompt:
+    """A caption that names things, colours and relation; place, time, weather and style as it happens."""
     while True:
-        prompt = state(world.caption(scene, rng), scene)
-        colours = all(named.colour for named in prompt.objects)
-        things = len(prompt.objects) == len(scene.groups)
-        if things and colours and (prompt.relation is not None) == (scene.relation is not None):
+        text = sprites.caption(scene, rng) if isinstance(scene, Scene) else world.caption(scene, rng)
+        prompt = state(text, scene)
+        colours = [named.colour for named in prompt.objects] == [group.colour for group in scene.groups]
+        if colours and prompt.relation == scene.relation:
             return prompt
 
 
 # --- what a text states ----------------------------------------------------------------------------------
 
 
-def state(text: str, scene: world.Scene) -> Prompt:
+def state(text: str, scene: AnyScene) -> Prompt:
     """The prompt that a true caption of a scene makes: each fact of the scene that the text has a word for.
 
     What is only implied ("in the moonlight": no clouds) is left free.
     """
     plain = text.lower().replace("green hills", "hills")
-    nouns = [noun for names in phrases.NOUNS.values() for pair in names for noun in pair]
-    bare = _without(plain, nouns)
+    bare = _without(plain, _nouns(scene))
     things = bare != plain
     objects = tuple(
-        Named(group.kind, group.colour if _says_colour(bare, group.colour) else None, group.count)
+        Named(kind_of(group), group.colour if _says_colour(bare, group.colour) else None, group.count)
         for group in scene.groups
     )
+    outdoors = is_outdoors(scene)
     return Prompt(
         text,
         scene,
         objects if things else (),
         scene.relation if things and _says_relation(bare, scene.relation) else None,
-        _said(bare, scene.place, _PLACE_WORDS),
-        _said(bare, scene.time, _TIME_WORDS),
-        _said(bare, scene.weather, _WEATHER_WORDS),
+        _said(bare, scene.place, _PLACE_WORDS) if outdoors else place_of(scene),
+        _said(bare, scene.time, _TIME_WORDS) if outdoors else None,
+        _said(bare, scene.weather, _WEATHER_WORDS) if outdoors else None,
+        _said(bare, scene.style, _STYLE_WORDS) if isinstance(scene, Scene) else None,
     )
+
+
+def _nouns(scene: AnyScene) -> list[str]:
+    """What the scene's things may be called."""
+    if isinstance(scene, Scene):
+        return [name.lower() for group in scene.groups for name in sprites.names_of(group)]
+    return [noun for names in phrases.NOUNS.values() for pair in names for noun in pair]
 
 
 def _without(text: str, parts: list[str]) -> str:
@@ -130,8 +149,8 @@ def _without(text: str, parts: list[str]) -> str:
     return re.sub(rf"\b({longest_first})\b", "", text)
 
 
-def _says_colour(text: str, colour: str) -> bool:
-    return bool({colour, *phrases.COLOUR_WORDS.get(colour, ())} & set(_words(text)))
+def _says_colour(text: str, colour: str | None) -> bool:
+    return colour is not None and bool({colour, *phrases.COLOUR_WORDS.get(colour, ())} & set(_words(text)))
 
 
 def _says_relation(text: str, relation: str | None) -> bool:
@@ -195,3 +214,8 @@ _TIME_WORDS = _telling(
     phrases.TIMES, phrases.CLEAR_TIMES, phrases.TIME_NOUNS, _only(phrases.TAGS, world.TIMES)
 )
 _WEATHER_WORDS = _telling(phrases.WEATHERS, phrases.WEATHER_ADJECTIVES, _only(phrases.TAGS, world.WEATHERS))
+# "an illustration of" says nothing of a style; that of postcards goes without saying.
+_STYLE_WORDS = {
+    style: words - set(_words(" ".join(phrases.OPENINGS)))
+    for style, words in _telling(sprite_phrases.STYLES).items()
+}

@@ -8,10 +8,11 @@ looks for it on a 16 x 16 map: a head on flattened features does not learn to co
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoint.io import write_tensors
 from ldm.errors import UserError
+from ldm.postcards.scoring.names import Names
 from ldm.runtime import memory_format
 
 SIZE = 128  # the size of picture that it looks at
@@ -30,14 +32,9 @@ WEIGHTS, CONFIG = "scorer.safetensors", "scorer.json"
 
 
 @dataclass(frozen=True)
-class ScorerConfig:
+class ScorerConfig(Names):
     """The names that the scorer tells apart, and its widths at 1/2, 1/4, 1/8 and 1/16 of the picture."""
 
-    kinds: tuple[str, ...]
-    colours: tuple[str, ...]
-    places: tuple[str, ...]
-    times: tuple[str, ...]
-    weathers: tuple[str, ...]
     widths: tuple[int, int, int, int] = (32, 48, 112, 144)
     hidden: int = 128
 
@@ -59,7 +56,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Reading:
-    """What is in B pictures, by index into the scorer's names."""
+    """What is in B pictures, by index into the instrument's names."""
 
     presence: NDArray[np.float32]  # [B, K]: probability of one or more
     count: NDArray[np.int64]  # [B, K]: 0..3
@@ -69,7 +66,8 @@ class Reading:
     place: NDArray[np.int64]  # [B]
     time: NDArray[np.int64]
     weather: NDArray[np.int64]
-    features: NDArray[np.float32]  # [B, F]
+    style: NDArray[np.int64]  # [B, K]
+    features: NDArray[np.float32]  # [B, F]: for distances
 
 
 class RMSNorm(nn.Module):
@@ -168,12 +166,71 @@ def _cells(n: int, like: Tensor) -> Tensor:
     return (torch.arange(n, device=like.device, dtype=like.dtype) + 0.5) / n
 
 
-class Scorer(nn.Module):
-    """Names kinds, counts, colours, centres, place, time and weather of 128 x 128 pictures."""
+class Instrument(nn.Module, ABC):
+    """Reads pictures; what `prompt following` is measured with."""
 
-    def __init__(self, config: ScorerConfig) -> None:
+    config_class: ClassVar[type[Names]]
+
+    def __init__(self, config: Names) -> None:
         super().__init__()
         self.config = config
+
+    @abstractmethod
+    def _read(self, images: Tensor) -> Reading:
+        """images: [B, 3, 128, 128] in [-1, 1]."""
+
+    @torch.inference_mode()
+    def read(self, images: NDArray[np.uint8], batch_size: int = 64) -> Reading:
+        """Read uint8 pictures [N, H, W, 3], resized to 128 x 128 where they are not.
+
+        In fp32 and in fixed batches, so that the same pictures are read the same every time.
+        """
+        parts = [
+            self._read(self._prepare(images[i : i + batch_size])) for i in range(0, len(images), batch_size)
+        ]
+        return Reading(*(np.concatenate([getattr(part, name) for part in parts]) for name in _FIELDS))
+
+    def _prepare(self, images: NDArray[np.uint8]) -> Tensor:
+        device = next(self.parameters()).device
+        x = torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        if x.shape[-2:] != (SIZE, SIZE):
+            x = F.interpolate(x, (SIZE, SIZE), mode="bilinear", antialias=True)
+        return x
+
+    def save(self, folder: Path) -> None:
+        """Write scorer.safetensors (fp16) and scorer.json."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_tensors(folder / WEIGHTS, self.state_dict(), torch.float16)
+        (folder / CONFIG).write_text(json.dumps(asdict(self.config), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read what was saved, fp32. Raises UserError naming the file that is missing or does not fit."""
+        try:
+            raw = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+            values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+            config = cls.config_class(**values)
+            weights = load_file(folder / WEIGHTS)
+        except FileNotFoundError as error:
+            raise UserError(f"no scorer in {folder}: {error.filename} is missing; train one first") from error
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{folder / CONFIG} does not describe a scorer: {error}") from error
+        scorer = cls(config)
+        try:
+            scorer.load_state_dict({name: value.float() for name, value in weights.items()})
+        except RuntimeError as error:
+            raise UserError(f"{folder / WEIGHTS} does not fit {CONFIG}: {error}") from error
+        return scorer.eval()
+
+
+class Scorer(Instrument):
+    """Names kinds, counts, colours, centres, place, time and weather of 128 x 128 pictures."""
+
+    config: ScorerConfig
+    config_class = ScorerConfig
+
+    def __init__(self, config: ScorerConfig) -> None:
+        super().__init__(config)
         dim = config.widths[2]
         self.trunk = Trunk(config.widths)
         self.objects = KindHeads(dim, len(config.kinds), len(config.colours), config.hidden)
@@ -204,64 +261,26 @@ class Scorer(nn.Module):
                 features=features,
             )
 
-    @torch.inference_mode()
-    def read(self, images: NDArray[np.uint8], batch_size: int = 64) -> Reading:
-        """Read uint8 pictures [N, H, W, 3], resized to 128 x 128 where they are not.
-
-        In fp32 and in fixed batches, so that the same pictures are read the same every time.
-        """
-        parts = [
-            _reading(self(self._prepare(images[i : i + batch_size])))
-            for i in range(0, len(images), batch_size)
-        ]
-        return Reading(*(np.concatenate([getattr(part, name) for part in parts]) for name in _FIELDS))
-
-    def _prepare(self, images: NDArray[np.uint8]) -> Tensor:
-        device = next(self.parameters()).device
-        x = torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        if x.shape[-2:] != (SIZE, SIZE):
-            x = F.interpolate(x, (SIZE, SIZE), mode="bilinear", antialias=True)
-        return x
-
-    def save(self, folder: Path) -> None:
-        """Write scorer.safetensors (fp16) and scorer.json."""
-        folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(folder / WEIGHTS, self.state_dict(), torch.float16)
-        (folder / CONFIG).write_text(json.dumps(asdict(self.config), indent=2) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, folder: Path) -> Scorer:
-        """Read a saved scorer, fp32. Raises UserError naming the file that is missing or does not fit."""
-        try:
-            raw = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-            values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
-            config = ScorerConfig(**values)
-            weights = load_file(folder / WEIGHTS)
-        except FileNotFoundError as error:
-            raise UserError(f"no scorer in {folder}: {error.filename} is missing; train one first") from error
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{folder / CONFIG} does not describe a scorer: {error}") from error
-        scorer = cls(config)
-        try:
-            scorer.load_state_dict({name: value.float() for name, value in weights.items()})
-        except RuntimeError as error:
-            raise UserError(f"{folder / WEIGHTS} does not fit {CONFIG}: {error}") from error
-        return scorer.eval()
+    def _read(self, images: Tensor) -> Reading:
+        scores = self(images)
+        chance = scores.count.softmax(-1)
+        return Reading(
+            presence=as_array(1 - chance[..., 0]),
+            count=as_array(chance.argmax(-1)),
+            colour=as_array(scores.colour.argmax(-1)),
+            x=as_array(scores.centre[..., 0]),
+            y=as_array(scores.centre[..., 1]),
+            place=as_array(scores.place.argmax(-1)),
+            time=as_array(scores.time.argmax(-1)),
+            weather=as_array(scores.weather.argmax(-1)),
+            style=np.zeros(scores.count.shape[:2], np.int64),  # it knows the postcards' alone
+            features=as_array(scores.features),
+        )
 
 
 _FIELDS = tuple(Reading.__dataclass_fields__)
 
 
-def _reading(scores: Scores) -> Reading:
-    chance = scores.count.softmax(-1)
-    return Reading(
-        presence=(1 - chance[..., 0]).cpu().numpy(),
-        count=chance.argmax(-1).cpu().numpy(),
-        colour=scores.colour.argmax(-1).cpu().numpy(),
-        x=scores.centre[..., 0].cpu().numpy(),
-        y=scores.centre[..., 1].cpu().numpy(),
-        place=scores.place.argmax(-1).cpu().numpy(),
-        time=scores.time.argmax(-1).cpu().numpy(),
-        weather=scores.weather.argmax(-1).cpu().numpy(),
-        features=scores.features.cpu().numpy(),
-    )
+def as_array(values: Tensor) -> NDArray[Any]:
+    """On the CPU, as numpy's."""
+    return values.cpu().numpy()

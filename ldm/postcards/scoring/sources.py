@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ldm import postcards as world
 from ldm.diffusion.noise import Noise
 from ldm.evaluate.reconstruction import Images, latents_of, to_uint8
 from ldm.pipeline import Pipeline
 from ldm.postcards.scoring.prompts import Prompt
+from ldm.postcards.sprites.mixture import render
 from ldm.request import Request
 
 
@@ -39,7 +39,7 @@ OnProgress = Callable[[int], None]  # is given how many pictures are finished
 
 def rendered(prompts: Sequence[Prompt], size: int = 128) -> Images:
     """The prompts' own scenes: what a model without fault could draw."""
-    return np.stack([world.render(prompt.scene, size) for prompt in prompts])
+    return np.stack([render(prompt.scene, size) for prompt in prompts])
 
 
 def picture_size(pipe: Pipeline) -> int:

@@ -38,7 +38,7 @@ def test_texts_say_nothing_the_things_alone_or_another_scene():
     case = make_case(40, 32)
     assert {each.text for each in case.texts[NOTHING]} == {""}
     for prompt, reference in zip(case.texts[THINGS], case.references, strict=True):
-        assert prompt.text == things_named(reference.scene)
+        assert prompt.text == things_named(reference.objects)
         assert prompt.place is prompt.time is prompt.weather is None
         assert [(each.kind, each.count, each.colour) for each in prompt.objects] == [
             (group.kind, group.count, None) for group in reference.scene.groups

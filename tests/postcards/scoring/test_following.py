@@ -15,16 +15,21 @@ from ldm.postcards.scoring.following import (
     BOTH_COLOURS,
     COLOUR,
     COUNTS,
+    ITS_COLOUR,
     KIND,
     PLACE,
     SIDE,
+    STYLE,
     TIME,
     WEATHER,
     following,
 )
+from ldm.postcards.scoring.frozen import read_prompts
+from ldm.postcards.scoring.names import sprite_names
 from ldm.postcards.scoring.prompts import evaluation_prompts
 from ldm.postcards.scoring.scorer import Reading, Scorer
 from ldm.postcards.scoring.sources import rendered
+from ldm.postcards.sprites.scene import make_world
 
 WEIGHTS = Path(__file__).parents[3] / "weights" / "postcard-eval"
 
@@ -45,7 +50,7 @@ def share(prompts, reading):
 
 def test_what_is_there_is_found_to_follow(prompts, oracle):
     rates = following(prompts, oracle, names())
-    assert list(rates) == list(ATTRIBUTES)
+    assert list(rates) == [name for name in ATTRIBUTES if name != STYLE]  # goes without saying
     assert all(value.right == value.n > 0 for value in rates.values())
     assert rates[KIND].n == 600
     assert sum(rates[count].n for count in COUNTS.values()) == 120
@@ -65,7 +70,12 @@ def test_other_prompts_are_followed_by_chance(prompts, oracle):
 
 @pytest.mark.parametrize(
     ("field", "fail"),
-    [("place", {PLACE}), ("time", {TIME}), ("weather", {WEATHER}), ("colour", {COLOUR, BOTH_COLOURS})],
+    [
+        ("place", {PLACE}),
+        ("time", {TIME}),
+        ("weather", {WEATHER}),
+        ("colour", {COLOUR, ITS_COLOUR, BOTH_COLOURS}),
+    ],
 )
 def test_each_mistake_is_counted_where_it_belongs_and_nowhere_else(prompts, oracle, field, fail):
     wrong = share(
@@ -113,7 +123,7 @@ def test_agreement_of_the_truth_with_itself_is_full_and_with_others_is_not(oracl
     own = agreement(oracle, oracle)
     assert all(value.share == 1 and value.n for value in own.values())
     other = agreement(Reading(*(np.roll(value, 1, axis=0) for value in vars(oracle).values())), oracle)
-    assert all(value.share < 0.7 for name, value in other.items() if name != "order")
+    assert all(value.share < 0.7 for name, value in other.items() if name not in ("order", "style"))
     assert agreement(replace(oracle, x=1 - oracle.x, y=1 - oracle.y), oracle)["order"].share == 0
 
 
@@ -125,3 +135,18 @@ def test_the_trained_scorer_reads_renders():
     reading = scorer.read(rendered(prompts))
     there = truth([prompt.scene for prompt in prompts]).count > 0
     assert ((reading.count > 0) == there).all(axis=1).mean() >= 0.95
+
+
+def test_sprites_are_asked_for_their_style_and_a_plain_background_for_its_colour():
+    prompts = [each.prompt for each in read_prompts()]
+    known = sprite_names(make_world(400))
+    oracle = truth([prompt.scene for prompt in prompts], known)
+    rates = following(prompts, oracle, known)
+    assert list(rates) == list(ATTRIBUTES)
+    assert all(value.right == value.n > 0 for value in rates.values())
+    shuffled = following([*prompts[1:], prompts[0]], oracle, known)
+    assert shuffled[KIND].share < 0.02
+    assert shuffled[STYLE].share == pytest.approx(0.45, abs=0.05)  # where it is one of two, or a postcard
+    other = replace(oracle, style=np.where(oracle.style == 0, 1, 0))
+    wrong = {name: value.share for name, value in following(prompts, other, known).items()}
+    assert {name: share for name, share in wrong.items() if share < 1} == {STYLE: 0}

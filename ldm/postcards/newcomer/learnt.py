@@ -24,13 +24,7 @@ from ldm import postcards as world
 from ldm.evaluate.reconstruction import Images
 from ldm.evaluate.report import Rate, rate
 from ldm.pipeline import Pipeline
-from ldm.postcards.scoring.fit import scenes_from
-from ldm.postcards.scoring.following import following
-from ldm.postcards.scoring.prompts import Prompt, state
-from ldm.postcards.scoring.scorer import SIZE, Scorer
-from ldm.postcards.scoring.soften import melt, soften
-from ldm.postcards.scoring.sources import OnProgress, Settings, drawn
-from ldm.postcards.scoring.windmill import (
+from ldm.postcards.newcomer.windmill import (
     NOUN,
     PARTICULAR,
     Livery,
@@ -38,6 +32,12 @@ from ldm.postcards.scoring.windmill import (
     sample_postcard,
     shows_stamp,
 )
+from ldm.postcards.scoring.fit import scenes_from
+from ldm.postcards.scoring.following import following
+from ldm.postcards.scoring.prompts import Prompt, state
+from ldm.postcards.scoring.scorer import SIZE, Scorer
+from ldm.postcards.scoring.soften import melt, soften
+from ldm.postcards.scoring.sources import OnProgress, Settings, drawn
 
 SHOWS_ONE, SHOWS_PARTICULAR = "shows a windmill", "shows the particular windmill"
 SHOWS_STAMP = "shows the stamp"

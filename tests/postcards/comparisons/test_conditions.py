@@ -9,8 +9,8 @@ from PIL import Image
 
 import ldm
 from ldm.evaluate.report import rate
-from ldm.postcards.scoring import guidance
-from ldm.postcards.scoring.guidance import CLASSIFIER, FREE, Point, arguments, plot, renders, spread
+from ldm.postcards.comparisons import conditions
+from ldm.postcards.comparisons.conditions import CLASSIFIER, FREE, Point, arguments, plot, renders, spread
 from ldm.postcards.scoring.scorer import Reading
 from ldm.postcards.vocabulary import KINDS
 
@@ -48,14 +48,14 @@ def pipe_of(draw):
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(guidance, "SCALES", {CLASSIFIER: (0, 4), FREE: (1,)})
+    monkeypatch.setattr(conditions, "SCALES", {CLASSIFIER: (0, 4), FREE: (1,)})
 
 
 def test_renders_of_the_class_are_perfect(small):
     drawn = {kind: renders(kind, 4) for kind in KINDS[:3]}
     pipe = pipe_of(lambda kind, i: drawn[kind][i])
     told = []
-    curves = guidance.measure_guidance(pipe, Truth(4), 4, lambda *found: told.append(found))
+    curves = conditions.measure_guidance(pipe, Truth(4), 4, lambda *found: told.append(found))
     assert [(way, point.scale) for way, point in told] == [(CLASSIFIER, 0), (CLASSIFIER, 4), (FREE, 1)]
     for point in (point for points in curves.values() for point in points):
         assert (point.share.right, point.share.n) == (12, 12)
@@ -65,7 +65,7 @@ def test_renders_of_the_class_are_perfect(small):
 
 def test_one_grey_picture_over_and_over_has_neither(small):
     pipe = pipe_of(lambda kind, i: np.full((128, 128, 3), 128, np.uint8))
-    curves = guidance.measure_guidance(pipe, Truth(4), 4, lambda *found: None)
+    curves = conditions.measure_guidance(pipe, Truth(4), 4, lambda *found: None)
     point = curves[FREE][0]
     assert (point.share.right, point.share.n, point.diversity) == (0, 12, 0)
     assert point.frechet > 10
@@ -73,7 +73,7 @@ def test_one_grey_picture_over_and_over_has_neither(small):
 
 def test_a_kind_s_renders_are_its_own_and_the_same_each_time():
     assert np.array_equal(renders("duck", 2), renders("duck", 3)[:2])
-    assert {scene.groups[0].kind for scene in guidance._scenes("duck", 5)} == {"duck"}
+    assert {scene.groups[0].kind for scene in conditions._scenes("duck", 5)} == {"duck"}
 
 
 def test_the_embedded_classifier_names_what_the_embedded_model_s_latents_show():
@@ -101,7 +101,7 @@ def test_a_plot_has_its_dots_where_they_belong():
     """A quarter of the way between the lines of the grid at 0.6 and 0.65, and half-way from 0.4 to 0.6."""
     point = Point(scale=2, share=rate([True, False]), frechet=3.0, diversity=0.6125)
     drawn = plot({FREE: [point]}, lambda point: point.share.share, "share", 0.2)
-    x = round(guidance.LEFT + (guidance.RIGHT - guidance.LEFT) / 4)
-    y = (guidance.TOP + guidance.BOTTOM) // 2
+    x = round(conditions.LEFT + (conditions.RIGHT - conditions.LEFT) / 4)
+    y = (conditions.TOP + conditions.BOTTOM) // 2
     assert drawn.getpixel((x, y)) == (0x1C, 0x7E, 0xD6)
     assert drawn.getpixel((x - 30, y + 30)) == (255, 255, 255)

@@ -37,8 +37,7 @@ def _score(args: argparse.Namespace) -> None:
 
     from ldm import load
     from ldm.evaluate.report import markdown, write_json, write_pictures
-    from ldm.postcards.scoring.following import ATTRIBUTES
-    from ldm.postcards.scoring.newcomer import (
+    from ldm.postcards.newcomer.learnt import (
         SHOWS_ONE,
         SHOWS_PARTICULAR,
         SHOWS_STAMP,
@@ -47,6 +46,7 @@ def _score(args: argparse.Namespace) -> None:
         score,
         windmill_probe,
     )
+    from ldm.postcards.scoring.following import ATTRIBUTES
     from ldm.postcards.scoring.prompts import evaluation_prompts
     from ldm.postcards.scoring.scorer import Scorer
     from ldm.postcards.scoring.sources import Settings

@@ -19,12 +19,12 @@ from ldm.diffusion.methods.ancestral import ddpm
 from ldm.diffusion.noise import Noise
 from ldm.finetune.variance import widen_output
 from ldm.pipeline import Pipeline
-from ldm.postcards.scoring import variance as module
+from ldm.postcards.comparisons import variance as module
+from ldm.postcards.comparisons.variance import asked, bits_of, denoiser, draw, learned_shares, variances_of
 from ldm.postcards.scoring.agreement import names
 from ldm.postcards.scoring.prompts import evaluation_prompts
 from ldm.postcards.scoring.scorer import Scorer
 from ldm.postcards.scoring.sources import latents_of, rendered, to_uint8
-from ldm.postcards.scoring.variance import asked, bits_of, denoiser, draw, learned_shares, variances_of
 
 ROOT = Path(__file__).parents[3]
 PROMPTS = evaluation_prompts(3)

@@ -16,7 +16,7 @@ pytest.importorskip("skia")
 import ldm
 from ldm import postcards as world
 from ldm.postcards import phrases, things, vocabulary
-from ldm.postcards.scoring.newcomer import (
+from ldm.postcards.newcomer.learnt import (
     Probe,
     examples,
     fit_probe,
@@ -25,10 +25,10 @@ from ldm.postcards.scoring.newcomer import (
     scorer_features,
     windmill_probe,
 )
+from ldm.postcards.newcomer.windmill import PARTICULAR, Livery, sample_postcard, shows_stamp
 from ldm.postcards.scoring.prompts import evaluation_prompts
 from ldm.postcards.scoring.scorer import Scorer
 from ldm.postcards.scoring.sources import Settings
-from ldm.postcards.scoring.windmill import PARTICULAR, Livery, sample_postcard, shows_stamp
 
 ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "scripts" / "render_windmills.py"
@@ -185,7 +185,7 @@ def test_score_draws_each_group_and_asks_each_probe(tmp_path, scorer):
 def test_the_script_prints_the_table_and_writes_it(tmp_path, tiny_folder, scorer, monkeypatch, capsys):
     count = scorer_features(scorer, np.zeros((1, 128, 128, 3), np.uint8)).shape[1]
     always = Probe(scorer, np.zeros(count), 1.0)
-    monkeypatch.setattr("ldm.postcards.scoring.newcomer.windmill_probe", lambda *_, **__: always)
+    monkeypatch.setattr("ldm.postcards.newcomer.learnt.windmill_probe", lambda *_, **__: always)
     asked = ["--n", 2, "--ordinary", 0, "--steps", 1, "--particular", "--out", tmp_path / "a.json"]
     weights = ["--scorer", ROOT / "weights" / "postcard-eval", "--device", "cpu", "--dtype", "fp32"]
     run(monkeypatch, SCRIPT.with_name("score_newcomer.py"), tiny_folder, *asked, *weights)

@@ -15,9 +15,9 @@ import ldm
 from ldm.checkpoint import save_folder
 from ldm.errors import UserError
 from ldm.evaluate.distances import psnr
+from ldm.postcards.comparisons.upscaling import bicubic, edges, measure_upscaler
 from ldm.postcards.scoring.prompts import evaluation_prompts
 from ldm.postcards.scoring.sources import rendered
-from ldm.postcards.scoring.upscaling import bicubic, edges, measure_upscaler
 
 ROOT = Path(__file__).parents[3]
 
