@@ -1,7 +1,7 @@
 """What the hardware asks for: device, dtype, layout, memory, threads.
 
 Which kernel is the fastest for given tensors is known where it is called: attention in `models/attention.py`,
-group norm in `models/layers.py`, a convolution's gradient in `models/convolution.py`.
+group norm in `models/layers.py`, a convolution's gradient in `kernels/convolution.py`.
 """
 
 from __future__ import annotations

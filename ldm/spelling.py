@@ -12,6 +12,11 @@ def squash(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower().replace("+", "p"))
 
 
+def counted(number: int, one: str, several: str = "") -> str:
+    """`number` with its word: "1 row", "3 rows"; `several` for words that do not only take an s."""
+    return f"{number} {one if number == 1 else several or one + 's'}"
+
+
 def unknown(what: str, name: str, names: Iterable[str]) -> UserError:
     """The error for a name that is not known, with the nearest that are."""
     known = {squash(each): each for each in names}

@@ -5,7 +5,6 @@ train-image-prompt --config finetune_postcard_image_prompt` on pictures of scrip
 """
 
 import argparse
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -13,21 +12,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.errors import reported
+from ldm.postcards.comparisons.arguments import comparison_parser, settings_of, write_figures
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = comparison_parser(str(__doc__), 200, "references", "the reference, and each text's two")
     parser.add_argument("--adapter", required=True, help="the IP-Adapter's file")
     parser.add_argument("--image-encoder", default="weights/postcard-eval/image_encoder", help="its folder")
-    parser.add_argument("--model", help="the text-to-image model (default: the embedded one)")
-    parser.add_argument("--scorer", type=Path, default=Path("weights/postcard-eval"))
-    parser.add_argument("--n", type=int, default=200, help="references")
     parser.add_argument("--strength", type=float, nargs="+", default=[0.5, 1.0], help="of the image prompt")
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--sampler", default="dpmpp_2m_sde")
-    parser.add_argument("--scale", type=float, default=2.5, help="guidance scale")
-    parser.add_argument("--out", type=Path, help="write the figures here, as JSON")
-    parser.add_argument("--sheet", type=Path, help="write pictures here: the reference, and each text's two")
     with reported():
         _compare(parser.parse_args())
 
@@ -36,19 +28,16 @@ def _compare(args: argparse.Namespace) -> None:
     from ldm import load
     from ldm.postcards.comparisons import image_prompt
     from ldm.postcards.scoring.scorer import Scorer
-    from ldm.postcards.scoring.sources import Settings, picture_size
+    from ldm.postcards.scoring.sources import picture_size
 
     pipe, scorer = load(args.model), Scorer.load(args.scorer)
-    settings = Settings(args.steps, args.sampler, args.scale)
     case = image_prompt.make_case(args.n, picture_size(pipe))
     adapter = {"file": args.adapter, "image_encoder": args.image_encoder}
-    ways = image_prompt.draw_ways(pipe, case, adapter, settings, args.strength)
+    ways = image_prompt.draw_ways(pipe, case, adapter, settings_of(args), args.strength)
     found = image_prompt.measure(scorer, case, ways)
     rows = [(f"{text}, {name}", row) for text, own in found.items() for name, row in own.items()]
     print(image_prompt.HEADER, *(f"| {name} {row}" for name, row in rows), sep="\n")
-    if args.out:
-        figures = {**vars(args), "found": {name: asdict(row) for name, row in rows}}
-        args.out.write_text(json.dumps(figures, indent=2, default=str) + "\n", encoding="utf-8")
+    write_figures(args, {name: asdict(row) for name, row in rows})
     if args.sheet:
         image_prompt.sheet(case, ways).save(args.sheet, quality=80)
 

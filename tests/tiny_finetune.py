@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from processes import two_processes
 from safetensors import safe_open
-from tiny_training import forked, two_processes
 
 from ldm.cli import main
 from ldm.train.state import newest_state
@@ -145,12 +145,8 @@ def note_and_interrupt(names: Path, call: int) -> None:
 def both(run_dir: Path, argv, calls=(0, 0)) -> list[int]:
     """Run it in two processes over gloo, as torchrun would start them; their exit statuses."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    context = forked()
-    context.set_forkserver_preload(
-        ["accelerate", "torch._dynamo", "peft", "ldm.cli", "ldm.finetune.finetune"]
-    )
 
     def call(rank, port):
         return child, (argv, run_dir / f"output-{rank}.txt", rank, port, calls[rank]), {}
 
-    return two_processes(call, context, 90)
+    return two_processes(call, 90)

@@ -1,9 +1,7 @@
 """A training so small that a test can run, stop and kill it many times."""
 
-import multiprocessing
 import os
 import signal
-import socket
 import time
 from contextlib import contextmanager
 from datetime import timedelta
@@ -84,30 +82,6 @@ def tiny_recipe(
 
 
 # --- in processes of their own ---------------------------------------------------------------------------
-
-
-def forked() -> multiprocessing.context.BaseContext:
-    """Processes that start in milliseconds, from one that has everything imported."""
-    if os.name == "nt":  # it has no other way
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    # torch._dynamo is what making an optimizer imports.
-    context.set_forkserver_preload(["accelerate", "torch._dynamo", "ldm.train.loop", "ldm.train.lock"])
-    return context
-
-
-def two_processes(call, context=None, seconds=60) -> list[int]:
-    """Run both of `call(rank, port)`, a (function, args, kwargs), to meet over gloo; their exit statuses."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    calls = [call(rank, port) for rank in (0, 1)]
-    processes = [(context or forked()).Process(target=f, args=args, kwargs=kw) for f, args, kw in calls]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(seconds)
-    return [process.exitcode for process in processes]
 
 
 @contextmanager

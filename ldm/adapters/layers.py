@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.adapters.deltas import Delta
+from ldm.kernels.convolution import Conv2d
 from ldm.memory.residence import awake
-from ldm.models.convolution import Conv2d
 from ldm.models.copying import copy_network
 from ldm.runtime import memory_format
 

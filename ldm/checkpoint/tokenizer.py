@@ -21,8 +21,6 @@ from ldm.errors import UserError
 from ldm.prompts.tokenizer import END, SPECIAL, START, CLIPTokenizer
 
 FILE = Path(__file__).parent / "vocabulary" / "bpe_simple_vocab_16e6.txt.gz"
-SIZE = 49408
-MERGES = SIZE - 2 * 256 - 2  # the file has more of them than CLIP uses
 UNLIMITED = int(1e30)  # what transformers writes where a config does not say a length
 
 
@@ -134,7 +132,7 @@ def bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
     The ids count the 256 bytes, the bytes at the end of a word, the merges, and the start and end of a text.
     """
-    lines = gzip.decompress(FILE.read_bytes()).decode("utf-8").splitlines()[1 : MERGES + 1]
+    lines = gzip.decompress(FILE.read_bytes()).decode("utf-8").splitlines()[1:]
     merges = [(first, second) for first, second in map(str.split, lines)]
     letters = _letters()
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges), START, END]

@@ -18,6 +18,7 @@ from ldm.cli.parser import count
 from ldm.cli.provenance import add_mark_flags, marks
 from ldm.cli.terminal import bar, echo
 from ldm.errors import UserError, printable
+from ldm.spelling import counted
 
 if TYPE_CHECKING:
     from ldm.bulk.plan import Piece, Plan
@@ -94,9 +95,10 @@ def bulk(args: argparse.Namespace) -> int:
     rank, world = position(args.rank, args.world)
     storage, plan = order.storage(f"rank-{rank}"), order.plan()
     share = plan.share(rank, world)
-    pieces = "batches" if plan.shard is None else "shards"
+    pieces = counted(len(plan.pieces), *(("batch", "batches") if plan.shard is None else ("shard",)))
     part = f", {len(share)} of them for rank {rank} of {world}" if world > 1 else ""
-    echo(args, f"{len(plan.rows)} rows of {len(plan.rows.models)} kinds: {len(plan.pieces)} {pieces}{part}")
+    rows, kinds = counted(len(plan.rows), "row"), counted(len(plan.rows.models), "kind")
+    echo(args, f"{rows} of {kinds}: {pieces}{part}")
     with storage.claimed():
         worker = hired(args, order, plan, storage, share)
         return draw(args, worker, share) if args.verify is None else verify(args, worker)
@@ -174,13 +176,16 @@ def end(args: argparse.Namespace, storage: Storage, plan: Plan, drawn: int) -> i
     from ldm.bulk.finish import FAILED, finish
 
     ended = finish(storage, plan)
-    echo(args, f"{drawn} pictures drawn, {ended.drawn - drawn} were there: {printable(storage.where)}")
+    echo(
+        args,
+        f"{counted(drawn, 'picture')} drawn, {ended.drawn - drawn} were there: {printable(storage.where)}",
+    )
     if ended.missing:
         echo(args, f"{ended.missing} rows are other workers': the last one to end writes manifest.parquet")
     if ended.failed:
         more = "; --retry-failed tries again" if not args.retry_failed else ""
-        where = printable(f"{storage.where}/{FAILED}")
-        print(f"ldm bulk: rows that failed: {ended.failed}; {where} says why{more}", file=sys.stderr)
+        said = printable(f"{storage.where}/{FAILED}")
+        print(f"ldm bulk: rows that failed: {ended.failed}; {said} says why{more}", file=sys.stderr)
     return 2 if ended.failed else 0
 
 
@@ -197,7 +202,7 @@ def verify(args: argparse.Namespace, worker: Worker) -> int:
             print(printable(f"{each.id}: {each.fault}"))
     if not checked:
         raise UserError(f"nothing is done in {worker.storage.where} that could be drawn again")
-    echo(args, f"{checked} rows drawn again: {checked - faults} are equal, byte for byte")
+    echo(args, f"{counted(checked, 'row')} drawn again: {checked - faults} are equal, byte for byte")
     return 1 if faults else 0
 
 

@@ -1,4 +1,5 @@
-"""Kernels of our own for a CPU, in C++, where they beat torch's: `native` calls them, `build` compiles them.
+"""What a CPU computes faster than by torch's own: `convolution` by products of matrices, and kernels in C++.
 
-They know tensors and nothing of networks. Where they cannot be had, whoever calls them takes torch's way.
+`native` calls those, `build` compiles them, `packed` keeps weights in their order. All know tensors
+and nothing of networks. Where kernels cannot be had, whoever calls them takes torch's way.
 """

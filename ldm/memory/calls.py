@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from ldm.kernels.convolution import Conv2d
 from ldm.memory.trace import META, on_meta
 from ldm.models import VAE, ControlNet, UNet, vae_bands
 from ldm.models.attention import Attention, SpatialTransformer
 from ldm.models.clip import CLIPTextModel
 from ldm.models.control import ControlNetUnion
-from ldm.models.convolution import Conv2d
 
 Call = Callable[[], object]
 WINDOW = 77  # tokens of a text encoder, where the model has none

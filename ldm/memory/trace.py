@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ldm.models.convolution import is_imitated
+from ldm.kernels.convolution import is_imitated
 from ldm.models.copying import copy_network
 from ldm.runtime import resident_memory
 

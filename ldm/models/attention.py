@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.models.convolution import Conv2d
+from ldm.kernels.convolution import Conv2d
 from ldm.models.layers import FeedForward, GroupNorm, by_rows
 from ldm.models.merging import merged
 

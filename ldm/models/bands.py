@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.models.convolution import drawn, imitates
+from ldm.kernels.convolution import drawn, imitates
 
 BAND_BYTES = 8 << 20  # of one layer's rows in fp32
 # Bands of a stored map that are one block of memory: large ones go back to the system when they are freed,

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.errors import UserError
+from ldm.kernels.convolution import Conv2d
 from ldm.models.config import read_config, write_config
-from ldm.models.convolution import Conv2d
 from ldm.models.layers import Downsample, GroupNorm, ResnetBlock, TimeEmbedding, timestep_features
 from ldm.models.vae import VAE
 

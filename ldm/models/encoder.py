@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldm.kernels.convolution import Conv2d
 from ldm.models.attention import AnyText, Context, TextTimeEmbedding
 from ldm.models.config import UNetConfig
-from ldm.models.convolution import Conv2d
 from ldm.models.layers import TimeEmbedding, by_rows, timestep_features
 from ldm.models.unet_blocks import DownBlock, down_blocks, mid_block
 

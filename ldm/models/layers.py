@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.kernels import native
-from ldm.models.convolution import Conv2d, is_channels_last
+from ldm.kernels.convolution import Conv2d, is_channels_last
 
 LARGE_MAP = (
     256 * 256

@@ -8,9 +8,9 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
+from ldm.kernels.convolution import Conv2d
 from ldm.models.attention import AnyText, Attention
 from ldm.models.config import UNET_FIXED, UNetConfig, read_config, write_config
-from ldm.models.convolution import Conv2d
 from ldm.models.encoder import NO_RESIDUALS, Encoder, Residuals
 from ldm.models.layers import GroupNorm
 from ldm.models.unet_blocks import UpBlock, up_blocks

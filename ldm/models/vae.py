@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldm.kernels.convolution import Conv2d
 from ldm.models.attention import ImageAttention
 from ldm.models.config import (
     KL_FIXED,
@@ -20,7 +21,6 @@ from ldm.models.config import (
     read_config,
     write_config,
 )
-from ldm.models.convolution import Conv2d
 from ldm.models.layers import Downsample, GroupNorm, ResnetBlock, Upsample
 
 

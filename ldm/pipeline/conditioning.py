@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING
@@ -120,26 +120,15 @@ class Telling:
         self.pictures = pictures
         self._read = model.text.encode if len(requests) == 1 else Reading(model.text)
         self._encode = lru_cache(maxsize=TOLD)(self._encoded)
-        self._without = lru_cache(maxsize=TOLD)(
-            lambda p, texts: without_words(model, requests[p], self._encode(p, texts, False)[1])
-        )
+        self._without = lru_cache(maxsize=TOLD)(self._without_words)
         self._windows = cache(lambda p: windows_of(model, requests[p], steps))
 
     def __call__(self, p: int, step: int = 0, source: bool = False) -> tuple[Conditioning, Conditioning]:
-        """`encode_texts` of prompt `p` in a step: the same objects in all steps with the same texts."""
-        return self._encode(p, texts_at(self.requests[p], step, self.steps), source)
+        """(cond, uncond) of prompt `p` in a step: the same objects in all steps with the same texts.
 
-    def _encoded(self, p: int, texts: Texts, source: bool) -> tuple[Conditioning, Conditioning]:
-        asked = self.requests[p]
-        changes = any(script.changes for script in (*asked.scripts, *asked.region_scripts))
-        windows = self._windows(p) if changes else None
-        cond, uncond = encode_texts(
-            self.model, self._read, self.requests[p], self.inputs, p, texts, windows, source
-        )
-        if self.concat is not None:
-            beside = [self.concat.expand(len(each), -1, -1, -1) for each in (cond, uncond)]
-            cond, uncond = replace(cond, concat=beside[0]), replace(uncond, concat=beside[1])
-        return (cond, uncond) if self.pictures is None else self.pictures.tell(cond, uncond)
+        Raises UserError for embeddings that do not fit the model or each other.
+        """
+        return self._encode(p, texts_at(self.requests[p], step, self.steps), source)
 
     def empty(self, p: int, step: int) -> Conditioning:
         """What is told of no words at all, in the place of prompt `p`'s negative prompt of a step."""
@@ -153,77 +142,67 @@ class Telling:
         """Of what is told of prompt `p`, in windows; embeddings that are given have one length."""
         return 1 if self.inputs.prompt_embeds is not None else self._windows(p)
 
+    def _encoded(self, p: int, texts: Texts, source: bool) -> tuple[Conditioning, Conditioning]:
+        """(cond, uncond), of equal length, with all that the U-Net is told beside the texts.
 
-def encode_texts(
-    model: Model,
-    read: Read,
-    request: Request,
-    inputs: Inputs,
-    p: int,
-    texts: Texts,
-    windows: int | None,
-    source: bool,
-) -> tuple[Conditioning, Conditioning]:
-    """(cond, uncond) of a resolved request, number `p` of its job, of equal length.
+        cond has a row for each prompt that is composed, and one for each region. An edit's cond is of its
+        target, or with `source` of the prompt that tells its image, as long as that.
+        """
+        extra, negative_extra = _extra(self.requests[p], self.model.parts, self.model.runtime.device)
+        with self._awake():
+            cond, uncond = self._given_or_read(p, texts, source)
+        rows = {name: value.expand(len(cond), *value.shape[1:]) for name, value in extra.items()}
+        cond, uncond = replace(cond, **rows), replace(uncond, **negative_extra)
+        if self.concat is not None:
+            beside = [self.concat.expand(len(each), -1, -1, -1) for each in (cond, uncond)]
+            cond, uncond = replace(cond, concat=beside[0]), replace(uncond, concat=beside[1])
+        return (cond, uncond) if self.pictures is None else self.pictures.tell(cond, uncond)
 
-    cond has a row for each prompt that is composed, and one for each region; `windows` is how long both are,
-    where steps differ. An edit's cond is of its target, or with `source` of the prompt that tells its image,
-    as long as that.
+    def _awake(self) -> AbstractContextManager[object]:
+        """The text encoders' weights are there."""
+        model = self.model
+        return in_use(model.text_encoder, model.text_encoder_2) if model.sleeps else nullcontext()
 
-    Raises UserError for embeddings that do not fit the model or each other.
-    """
-    extra, negative_extra = _extra(request, model.parts, model.runtime.device)
-    with in_use(model.text_encoder, model.text_encoder_2) if model.sleeps else nullcontext():
-        cond, uncond = _given_or_read(model, read, request, inputs, p, texts, windows, source)
-    rows = {name: value.expand(len(cond), *value.shape[1:]) for name, value in extra.items()}
-    return replace(cond, **rows), replace(uncond, **negative_extra)
+    def _given_or_read(self, p: int, texts: Texts, source: bool) -> tuple[Conditioning, Conditioning]:
+        """(cond, uncond): embeddings that are given, and the others of their texts."""
+        request, inputs, text, parts = self.requests[p], self.inputs, self.model.text, self.model.parts
+        (first, second), count, device = texts.columns, len(texts.prompts), self.model.runtime.device
+        cond = _given(p, device, inputs.prompt_embeds, inputs.pooled_prompt_embeds)
+        uncond = _given(p, device, inputs.negative_prompt_embeds, inputs.negative_pooled_prompt_embeds)
+        given = cond is not None or uncond is not None
+        if cond is None:
+            changes = any(script.changes for script in (*request.scripts, *request.region_scripts))
+            windows = self._windows(p) if changes else None  # what all steps have
+            rows = self._read(first, request.clip_skip, windows, second, request.grammar)
+            shown = slice(count) if source or not texts.target else slice(count + 1, None)
+            cond, encoded = rows[shown], rows[count : count + 1]
+            cond = Conditioning.cat([cond, rows[count + 1 :]]) if texts.regions else cond
+        absent = request.negative_prompt is None and request.negative_prompt_2 is None
+        unused = not text.clips and (request.guidance_scale or 0) <= 1
+        if uncond is None and absent and (parts.force_zeros_for_empty_prompt or unused):
+            uncond = cond[:1].zeros()
+        elif uncond is None and inputs.prompt_embeds is not None:
+            windows = max(1, cond.tokens.shape[1] // text.window) if text.clips else 1
+            negative = [texts.negative], request.clip_skip, windows, [texts.negative_2], request.grammar
+            uncond = self._read(*negative)
+        elif uncond is None:
+            uncond = encoded
+        if given:
+            _check(cond, uncond, parts)
+        return cond, uncond
 
-
-def without_words(model: Model, request: Request, uncond: Conditioning) -> Conditioning:
-    """`uncond` of no words: zeros, where the model was trained with those (SDXL)."""
-    tokens, text = uncond.tokens, model.text
-    if model.parts.force_zeros_for_empty_prompt:
-        pooled = None if uncond.pooled is None else torch.zeros_like(uncond.pooled)
-        return replace(uncond, tokens=torch.zeros_like(tokens), pooled=pooled)
-    windows = max(1, tokens.shape[1] // text.window) if text.clips else 1
-    with in_use(model.text_encoder, model.text_encoder_2) if model.sleeps else nullcontext():
-        read = text.encode([""], request.clip_skip, windows, grammar=request.grammar)
-    return replace(uncond, tokens=read.tokens, pooled=read.pooled)
-
-
-def _given_or_read(
-    model: Model,
-    read: Read,
-    request: Request,
-    inputs: Inputs,
-    p: int,
-    texts: Texts,
-    windows: int | None,
-    source: bool,
-) -> tuple[Conditioning, Conditioning]:
-    """(cond, uncond): embeddings that are given, and the others of their texts."""
-    text, (first, second), device = model.text, texts.columns, model.runtime.device
-    grammar, count = request.grammar, len(texts.prompts)
-    cond = _given(p, device, inputs.prompt_embeds, inputs.pooled_prompt_embeds)
-    uncond = _given(p, device, inputs.negative_prompt_embeds, inputs.negative_pooled_prompt_embeds)
-    given = cond is not None or uncond is not None
-    if cond is None:
-        rows = read(first, request.clip_skip, windows, second, grammar)
-        shown = slice(count) if source or not texts.target else slice(count + 1, None)
-        cond, encoded = rows[shown], rows[count : count + 1]
-        cond = Conditioning.cat([cond, rows[count + 1 :]]) if texts.regions else cond
-    absent = request.negative_prompt is None and request.negative_prompt_2 is None
-    unused = not text.clips and (request.guidance_scale or 0) <= 1
-    if uncond is None and absent and (model.parts.force_zeros_for_empty_prompt or unused):
-        uncond = cond[:1].zeros()
-    elif uncond is None and inputs.prompt_embeds is not None:
-        windows = max(1, cond.tokens.shape[1] // text.window) if text.clips else 1
-        uncond = read([texts.negative], request.clip_skip, windows, [texts.negative_2], grammar)
-    elif uncond is None:
-        uncond = encoded
-    if given:
-        _check(cond, uncond, model.parts)
-    return cond, uncond
+    def _without_words(self, p: int, texts: Texts) -> Conditioning:
+        """`uncond` of no words: zeros, where the model was trained with those (SDXL)."""
+        request, text = self.requests[p], self.model.text
+        uncond = self._encode(p, texts, False)[1]
+        tokens = uncond.tokens
+        if self.model.parts.force_zeros_for_empty_prompt:
+            pooled = None if uncond.pooled is None else torch.zeros_like(uncond.pooled)
+            return replace(uncond, tokens=torch.zeros_like(tokens), pooled=pooled)
+        windows = max(1, tokens.shape[1] // text.window) if text.clips else 1
+        with self._awake():
+            read = text.encode([""], request.clip_skip, windows, grammar=request.grammar)
+        return replace(uncond, tokens=read.tokens, pooled=read.pooled)
 
 
 def _given(p: int, device: torch.device, tokens: Tensor | None, pooled: Tensor | None) -> Conditioning | None:

@@ -106,7 +106,7 @@ def test_trusting_sizes_reads_no_file(bulk, table, tmp_path):
     (path,) = (out / "pictures").rglob("row-3.png")
     path.write_bytes(bytes(len(path.read_bytes())))
     assert "0 pictures drawn" in bulk(table, "-o", out, "--trust-sizes")[1]
-    assert "1 pictures drawn" in bulk(table, "-o", out)[1]
+    assert "1 picture drawn" in bulk(table, "-o", out)[1]
 
 
 @pytest.mark.parametrize("shards", [(), ("--shards", "4")])
@@ -129,7 +129,7 @@ def test_a_bad_row_fails_alone(bulk, table, tmp_path, shards):
     assert "0 pictures drawn" in bulk(other, "-o", out, "--batch", "2", *shards)[1]
     Image.new("RGB", (16, 16), "red").save(tmp_path / "late.png")
     code, said = bulk(other, "-o", out, "--batch", "2", *shards, "--retry-failed")
-    assert (code, "1 pictures drawn, 7 were there" in said) == (2, True), said
+    assert (code, "1 picture drawn, 7 were there" in said) == (2, True), said
     assert len(manifest(out)) == 8
     assert {row["id"] for row in manifest(out, "failed")} == {"odd", "two"}
 

@@ -47,7 +47,7 @@ def test_jobs_of_slurm_write_what_one_process_does(engine, one, tmp_path, worker
     assert "7 pictures drawn, 0 were there" in said
     assert files(tmp_path / "out") == one
     (tmp_path / "out" / "pictures" / "00000" / "row-4.png").unlink()
-    assert "1 pictures drawn, 6 were there" in engine(*DEBUG, "--workers", workers)[1]
+    assert "1 picture drawn, 6 were there" in engine(*DEBUG, "--workers", workers)[1]
     assert files(tmp_path / "out") == one
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ldm.checkpoint.tokenizer import SIZE, bpe, make_tokenizer
+from ldm.checkpoint.tokenizer import bpe, make_tokenizer
 
 # Ids that OpenAI's CLIP gives: its own examples, and those in the tests of transformers and open_clip.
 KNOWN = {
@@ -24,7 +24,7 @@ def test_ids_are_those_of_clip(clip, text):
 
 def test_there_are_as_many_tokens_as_in_clip(clip):
     vocabulary, merges = bpe()
-    assert len(clip) == len(vocabulary) == SIZE == 49408
+    assert len(clip) == len(vocabulary) == 49408
     assert len(merges) == 48894
     assert vocabulary["!"] == 0
     assert vocabulary["<|endoftext|>"] == 49407

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import multiprocessing
 import os
 import signal
 import time
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import forked
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -280,8 +280,7 @@ def test_two_processes_share_a_cache_and_a_killed_one_leaves_nothing_half(tiny_f
     torch.set_num_threads(1)
     LatentCache(alone, vae).fill(shown)
 
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ldm.dataset.cache"])
+    context = forked()
     start = context.Barrier(3)
     running = [context.Process(target=fill, args=(shared, vae, shown, start)) for _ in range(3)]
     for process in running:

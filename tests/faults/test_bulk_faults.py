@@ -4,31 +4,25 @@ Nothing is lost, nothing doubled, and whatever has a final name is whole.
 """
 
 import errno
-import multiprocessing
 import os
 import random
 import signal
 import time
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
 from bulk_rows import ROWS, write_jsonl
-from killing import kill_before
+from processes import forked, kill_before
 from pyarrow import parquet
 
 from ldm.bulk import storage, worker
 from ldm.cli import main
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+STRIDE = 13  # of 44 and 27 changes of the disk: each kill at another point of a file's way
 KINDS = [(), ("--shards", "4")]
-
-
-def context():
-    """Processes that start in milliseconds, from one that has everything imported."""
-    made = multiprocessing.get_context("forkserver")
-    made.set_forkserver_preload(["ldm.bulk.run", "ldm.cli", "pyarrow.parquet", "ldm.pipeline", "filelock"])
-    return made
 
 
 def child(argv, ready=None, kill_at=0):
@@ -42,7 +36,7 @@ def child(argv, ready=None, kill_at=0):
 
 
 def started(argv, **options):
-    process = context().Process(target=child, args=(argv,), kwargs=options)
+    process = forked().Process(target=child, args=(argv,), kwargs=options)
     process.start()
     return process
 
@@ -66,24 +60,37 @@ def die_at(call):
     kill_before(call, places)
 
 
-@pytest.fixture
-def command(tiny_folder, tmp_path):
-    """The arguments that draw `times` as many rows as ROWS to a folder of that name."""
-
-    def arguments(name, *flags, times=2):
-        rows = [{**row, "id": f"{k}-{row['id']}"} for k in range(times) for row in ROWS]
-        table = write_jsonl(tmp_path / f"requests-{times}.jsonl", rows)
-        own = ["-m", str(tiny_folder), "--dtype", "fp32", "--batch", "2", "-q"]
-        return ["bulk", table, "-o", str(tmp_path / name), *own, *flags]
-
-    return arguments
-
-
 def files(out):
     """Whatever has a final name."""
     found = [path for path in out.rglob("*") if path.is_file()]
     kept = [path for path in found if not {"log", ".work"} & {*path.relative_to(out).parts}]
     return {path.relative_to(out).as_posix(): path.read_bytes() for path in kept}
+
+
+def arguments(model, folder, name, *flags, times=1):
+    """What draws `times` as many rows as ROWS to a folder of that name."""
+    rows = [{**row, "id": f"{k}-{row['id']}"} for k in range(times) for row in ROWS]
+    table = write_jsonl(folder / f"requests-{times}.jsonl", rows)
+    own = ["-m", str(model), "--dtype", "fp32", "--batch", "2", "-q"]
+    return ["bulk", table, "-o", str(folder / name), *own, *flags]
+
+
+@pytest.fixture
+def command(tiny_folder, tmp_path):
+    return partial(arguments, tiny_folder, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_folder, tmp_path_factory):
+    """(flags, times) -> the files of a run that nothing disturbs, drawn once."""
+
+    @cache
+    def drawn(*flags, times=1):
+        folder = tmp_path_factory.mktemp("whole")
+        assert main(arguments(tiny_folder, folder, "out", *flags, times=times)) == 0
+        return files(folder / "out")
+
+    return drawn
 
 
 def check_whole(out, whole):
@@ -95,7 +102,7 @@ def check_whole(out, whole):
 @pytest.mark.parametrize("shards", KINDS)
 @pytest.mark.parametrize(("kills", "times"), [(3, 2), pytest.param(20, 20, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(command, tmp_path, shards, kills, times):
-    first = context().Process(target=int)  # from here on they start at once
+    first = forked().Process(target=int)  # from here on they start at once
     first.start()
     first.join()
     began = time.monotonic()
@@ -103,7 +110,7 @@ def test_killed_at_random_moments(command, tmp_path, shards, kills, times):
     longest, moments = (time.monotonic() - began) * 3 / kills, random.Random(0)
     whole, found = files(tmp_path / "whole"), []
     for _ in range(kills):
-        ready = context().Event()
+        ready = forked().Event()
         process = started(command("killed", *shards, times=times), ready=ready)
         assert ready.wait(60)
         time.sleep(moments.uniform(0.2, 0.7) * longest)
@@ -120,22 +127,20 @@ def test_killed_at_random_moments(command, tmp_path, shards, kills, times):
 
 
 @pytest.mark.parametrize("shards", KINDS)
-@pytest.mark.parametrize("stride", [29, pytest.param(1, marks=pytest.mark.slow)])
-def test_killed_before_any_change_of_the_disk(command, tmp_path, shards, stride):
-    assert ended(command("whole", *shards)) == 0
-    whole, call = files(tmp_path / "whole"), 1
+@pytest.mark.parametrize("stride", [STRIDE, pytest.param(1, marks=pytest.mark.slow)])
+def test_killed_before_any_change_of_the_disk(command, whole, tmp_path, shards, stride):
+    call = 1
     while ended(command(f"killed-{call}", *shards), kill_at=call) == -signal.SIGKILL:
-        check_whole(tmp_path / f"killed-{call}", whole)
+        check_whole(tmp_path / f"killed-{call}", whole(*shards))
         assert ended(command(f"killed-{call}", *shards)) == 0
-        assert files(tmp_path / f"killed-{call}") == whole
+        assert files(tmp_path / f"killed-{call}") == whole(*shards)
         call += stride
     assert call > stride
 
 
-def test_one_of_two_workers_is_killed(command, tmp_path):
+def test_one_of_two_workers_is_killed(command, whole, tmp_path):
     """The other goes on, and a third, alone, ends it all."""
-    assert ended(command("whole")) == 0
-    ready = [context().Event() for _ in range(2)]
+    ready = [forked().Event() for _ in range(2)]
     both = [
         started(command("two", "--rank", str(rank), "--world", "2"), ready=ready[rank]) for rank in (0, 1)
     ]
@@ -146,7 +151,7 @@ def test_one_of_two_workers_is_killed(command, tmp_path):
         process.join()
     assert both[0].exitcode == 0
     assert ended(command("two")) == 0
-    assert files(tmp_path / "two") == files(tmp_path / "whole")
+    assert files(tmp_path / "two") == whole()
 
 
 class FullDisk:
@@ -164,29 +169,28 @@ class FullDisk:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("first", [1, 5, 12])
-def test_a_full_disk(command, tmp_path, first, monkeypatch, capsys):
-    assert main(command("whole")) == 0
-    whole = files(tmp_path / "whole")
+@pytest.mark.parametrize("first", [1, 5, 10])
+def test_a_full_disk(command, whole, tmp_path, first, monkeypatch, capsys):
+    expected = whole()
     with monkeypatch.context() as patch:
         FullDisk(patch, first)
         assert main(command("full")) == 2
     assert "No space left on device" in capsys.readouterr().err
-    check_whole(tmp_path / "full", whole)
+    check_whole(tmp_path / "full", expected)
     assert main(command("full")) == 0
-    assert files(tmp_path / "full") == whole
+    assert files(tmp_path / "full") == expected
 
 
-def test_a_log_that_ends_in_half_a_line(command, tmp_path):
+def test_a_log_that_ends_in_half_a_line(command, whole, tmp_path):
     """As a kill or a full disk leaves it: what it says of others counts."""
     assert main(command("out")) == 0
-    whole, (log,) = files(tmp_path / "out"), (tmp_path / "out" / "log").iterdir()
+    (log,) = (tmp_path / "out" / "log").iterdir()
     lines = log.read_bytes().splitlines(keepends=True)
-    log.write_bytes(b"".join(lines[:5]) + lines[5][:40])
+    log.write_bytes(b"".join(lines[:3]) + lines[3][:40])
     assert main(command("out")) == 0
-    assert files(tmp_path / "out") == whole
+    assert files(tmp_path / "out") == whole()
     told = [each.read_bytes() for each in (tmp_path / "out" / "log").iterdir()]
-    assert sum(data.count(b"\n") for data in told) == 5 + 9
+    assert sum(data.count(b"\n") for data in told) == 3 + 4
 
 
 def test_a_rank_is_one_process(command, tmp_path):

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from processes import two_processes
 from tiny_finetune import result
-from tiny_training import Line, child, exported, tiny_recipe, two_processes
+from tiny_training import Line, child, exported, tiny_recipe
 
 from ldm.train.loop import train
 from ldm.train.state import newest_state

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from killing import kill_before
+from processes import forked, kill_before, two_processes
 from safetensors.torch import load_file
-from tiny_training import child, forked, two_processes
+from tiny_training import child
 
 from ldm.train import state as checkpoint
 from ldm.train.state import damage, newest_state

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ldm.kernels import build, native
-from ldm.models.convolution import Conv2d
+from ldm.kernels.convolution import Conv2d
 
 
 @pytest.fixture

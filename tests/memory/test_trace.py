@@ -8,9 +8,9 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from ldm.kernels import native, packed
+from ldm.kernels.convolution import Conv2d
 from ldm.memory.trace import on_meta, peak, peak_and_rest
 from ldm.models import UNet
-from ldm.models.convolution import Conv2d
 
 CPU = torch.device("cpu")
 

@@ -9,8 +9,8 @@ import types
 
 import pytest
 import torch
+from processes import two_processes
 from pydantic import ValidationError
-from tiny_training import two_processes
 from transformers import get_scheduler
 
 from ldm.train.optimiser import _shared, lr_factor, make_optimiser, orthogonal

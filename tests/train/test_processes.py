@@ -6,7 +6,8 @@ from datetime import timedelta
 import accelerate
 import pytest
 import torch
-from tiny_training import Line, child, slow_look, tiny_recipe, two_processes
+from processes import two_processes
+from tiny_training import Line, child, slow_look, tiny_recipe
 
 from ldm.errors import UserError
 from ldm.finetune.finetune import finetune

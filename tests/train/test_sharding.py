@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import forked, two_processes
 from safetensors.torch import load_file
 from tiny_finetune import arguments, result, write_pictures
 from tiny_finetune import both as both_finetune
 from tiny_finetune import run as finetune_alone
-from tiny_training import Line, child, exported, forked, tiny_recipe, two_processes
+from tiny_training import Line, child, exported, tiny_recipe
 
 from ldm.errors import UserError
 from ldm.finetune.recipe import FinetuneRecipe

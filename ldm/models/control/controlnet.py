@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldm.kernels.convolution import Conv2d
 from ldm.models.attention import AnyText
 from ldm.models.config import UNET_FIXED, UNetConfig, read_config, write_config
-from ldm.models.convolution import Conv2d
 from ldm.models.encoder import Encoder, Residuals
 
 # Of a U-Net's config what diffusers' ControlNets have not: each is what it is by default.

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ldm.kernels.convolution import Conv2d
 from ldm.models.attention import to_tokens
-from ldm.models.convolution import Conv2d
 
 
 class LLLiteLayer(nn.Module):

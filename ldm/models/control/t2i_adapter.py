@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.errors import UserError
+from ldm.kernels.convolution import Conv2d
 from ldm.models.config import read_config, write_config
-from ldm.models.convolution import Conv2d
 
 TYPES = ("full_adapter", "full_adapter_xl", "light_adapter")
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ldm.checkpoint.folder import weights_folder
 from ldm.errors import UserError
 from ldm.evaluate.bias import Judge
 from ldm.evaluate.features import EVALUATION

@@ -8,9 +8,8 @@ from conftest import relative_error
 from torch import nn
 from torch.nn import functional as F
 
-from ldm.kernels import native
-from ldm.models import convolution
-from ldm.models.convolution import Conv2d, weight_gradient
+from ldm.kernels import convolution, native
+from ldm.kernels.convolution import Conv2d, weight_gradient
 
 SHAPES = {  # (B, C, O, H, W, kernel, stride, padding)
     "3x3": (2, 6, 10, 5, 7, 3, 1, 1),
