@@ -1,4 +1,4 @@
-"""torch's convolution, made faster on a CPU: fp32 by fewer products, with its gradients, and that of a bf16 weight."""
+"""torch's convolution, made faster on a CPU: fp32 by fewer products, gradients too, and bf16 weights' gradients."""
 
 from __future__ import annotations
 
@@ -129,7 +129,9 @@ class _Winograd(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         dx = dw = None
-        if wants_x:  # each pixel of x was seen by nine of the output, through the weight turned by 180 degrees
+        if (
+            wants_x
+        ):  # each pixel of x was seen by nine of the output, through the weight turned by 180 degrees
             turned = weight.flip(2, 3).transpose(0, 1)
             dx = _as_torchs(native.convolve_unpacked(grad, turned, None, 2 - ctx.padding), x, weight)
         if wants_weight:
