@@ -1,4 +1,4 @@
-"""torch's convolution, made faster on a CPU: fp32 by fewer products, and the gradient of a bf16 weight."""
+"""torch's convolution, made faster on a CPU: in fp32 by fewer products, and the gradient of a bf16 weight."""
 
 from __future__ import annotations
 
@@ -50,11 +50,20 @@ class Conv2d(nn.Conv2d):
     packs = True
 
     def forward(self, x: Tensor) -> Tensor:
-        trains = torch.is_grad_enabled() and self.weight.requires_grad and x.device.type == "cpu"
-        if trains and self._dtype(x) == torch.bfloat16 and self._is_plain():
-            out: Tensor = _Convolution.apply(x, self.weight, self.bias, self.stride, self.padding)  # type: ignore[no-untyped-call]
-            return out
-        return super().forward(x)
+        learned = self._learned(x) if torch.is_grad_enabled() else None
+        return super().forward(x) if learned is None else learned
+
+    def _learned(self, x: Tensor) -> Tensor | None:
+        """With gradients of our own; None where torch's are as fast."""
+        if x.device.type != "cpu" or not self._is_plain():
+            return None
+        weight, bias, stride, padding = self.weight, self.bias, self.stride, self.padding
+        out: Tensor | None = None
+        if weight.requires_grad and self._dtype(x) == torch.bfloat16:
+            out = _Convolution.apply(x, weight, bias, stride, padding)  # type: ignore[no-untyped-call]
+        elif has_winograd(x, weight, stride, padding) and native.learns(x, weight):  # type: ignore[arg-type]
+            out = _Winograd.apply(x, weight, bias, padding[0])  # type: ignore[no-untyped-call]
+        return out
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self._is_plain() and x.dtype is weight.dtype:
@@ -110,6 +119,31 @@ class _Convolution(torch.autograd.Function):
         return dx, dw, db, None, None
 
 
+class _Winograd(torch.autograd.Function):
+    """A 3 x 3 convolution in fp32 by a quarter of the products, and both of its gradients too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.padding = padding
+        return _as_torchs(native.convolve_unpacked(x, weight, bias, padding), x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        dx = dw = None
+        if (
+            wants_x
+        ):  # each pixel of x was seen by nine of the output, through the weight turned by 180 degrees
+            turned = weight.flip(2, 3).transpose(0, 1)
+            dx = _as_torchs(native.convolve_unpacked(grad, turned, None, 2 - ctx.padding), x, weight)
+        if wants_weight:
+            dw = native.weight_gradient(x, grad, ctx.padding)
+        return dx, dw, grad.sum((0, 2, 3)) if wants_bias else None, None
+
+
 def weight_gradient(
     x: Tensor, grad: Tensor, kernel: torch.Size, stride: tuple[int, int], padding: tuple[int, int]
 ) -> Tensor:
@@ -151,10 +185,9 @@ def drawn(
     if weight.shape[2:] == (1, 1) and pixels <= PRODUCT_PIXELS:
         return as_product(x, weight, bias) if stride == (1, 1) and padding == (0, 0) else None
     if stride != (1, 1) and pixels <= STRIDED_PIXELS:
-        return _as_torchs(as_product_of_patches(x, weight, bias, stride, padding), x, weight)
-    unstrided = weight.shape[2:] == (3, 3) and stride == (1, 1) and padding in ((0, 0), (1, 1))
-    enough = pixels >= WINOGRAD_PIXELS and channels >= WINOGRAD_CHANNELS
-    if not (unstrided and enough and native.fits(x, weight)):
+        product = as_product_of_patches(x, weight, bias, stride, padding)
+        return None if product is None else _as_torchs(product, x, weight)
+    if not (has_winograd(x, weight, stride, padding) and native.fits(x, weight)):
         return None
     passing = pixels <= UNPACKED_PIXELS and channels > UNPACKED_CHANNELS
     if packs and not passing and (ready := packed.winograd(weight)) is not None:
@@ -164,11 +197,16 @@ def drawn(
     return _as_torchs(out, x, weight)
 
 
-def _as_torchs(out: Tensor | None, x: Tensor, weight: Tensor) -> Tensor | None:
+def has_winograd(x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> bool:
+    """Whether a convolution of these shapes is faster by Winograd's way."""
+    pixels, channels = x.shape[-2] * x.shape[-1], weight.shape[0] * weight.shape[1]
+    unstrided = weight.shape[2:] == (3, 3) and stride == (1, 1) and padding in ((0, 0), (1, 1))
+    return unstrided and x.dim() == 4 and pixels >= WINOGRAD_PIXELS and channels >= WINOGRAD_CHANNELS
+
+
+def _as_torchs(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """What is drawn in channels_last, laid out as torch's convolution lays it out."""
-    if out is None or is_channels_last(x) or is_channels_last(weight):
-        return out
-    return out.contiguous()
+    return out if is_channels_last(x) or is_channels_last(weight) else out.contiguous()
 
 
 def as_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:

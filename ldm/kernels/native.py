@@ -16,6 +16,8 @@ from ldm.kernels.build import library
 POINTWISE_DTYPES = (torch.float32, torch.bfloat16)
 # Tiles that are convolved together: their numbers, 36 for each channel and tile, stay in the caches.
 TILE_NUMBERS = 36 * 96 * 640
+# What a weight's gradient makes at a time of its two inputs, in numbers.
+GRADIENT_NUMBERS = 16 << 20
 
 
 def available() -> bool:
@@ -30,11 +32,22 @@ def fits(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -
 
 def plain(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
     """Drawing on a CPU, the first in one of `dtypes`: no gradient is wanted, no autocast, nobody compiles."""
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return not wanted and _readable(tensors, dtypes)
+
+
+def learns(*tensors: Tensor) -> bool:
+    """Whether gradients are wanted of some of them, all fp32, that kernels can give."""
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    all_fp32 = all(t.dtype is torch.float32 for t in tensors)
+    return wanted and all_fp32 and _readable(tensors, (torch.float32,)) and available()
+
+
+def _readable(tensors: tuple[Tensor, ...], dtypes: tuple[torch.dtype, ...]) -> bool:
+    """Numbers in a CPU's memory, the first in one of `dtypes`; no autocast, and nobody compiles."""
     if torch.compiler.is_compiling() or tensors[0].dtype not in dtypes:
         return False
     if any(t.device.type != "cpu" or t.layout is not torch.strided for t in tensors):
-        return False
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return False
     return not torch.is_autocast_enabled("cpu")
 
@@ -90,6 +103,38 @@ def convolve_unpacked(x: Tensor, weight: Tensor, bias: Tensor | None, padding: i
     sizes = (batch, height, width, channels, len(weight), padding, *weight.stride())
     _library().convolve_unpacked(*_pointers(x, weight, bias, out), *sizes, threads)
     return out
+
+
+def weight_gradient(x: Tensor, grad: Tensor, padding: int = 1) -> Tensor:
+    """Gradient [O, C, 3, 3] of the weight of `convolve`, by a quarter of the products too.
+
+    The convolution is linear in its weight: this is the adjoint, of the same tiles and points.
+
+    Args:
+        x: the convolution's input [B, C, H, W].
+        grad: gradient of its output [B, O, H', W'].
+        padding: 0 or 1 zero on all sides.
+    """
+    x = x.contiguous(memory_format=torch.channels_last)
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    (batch, channels, height, width), out_channels = x.shape, grad.shape[1]
+    gradient = torch.empty(3, 3, channels, out_channels)
+    if _has_no_numbers(x):
+        return gradient.permute(3, 2, 0, 1)
+    tiles = batch * -(-grad.shape[2] // 4) * -(-grad.shape[3] // 4)
+    rounds = -(-36 * tiles * (channels + out_channels) // GRADIENT_NUMBERS)
+    at_once, threads = -(-tiles // rounds), torch.get_num_threads()
+    seen, given = torch.empty(36 * at_once * channels), torch.empty(36 * at_once * out_channels)
+    sums = torch.zeros(36, channels, out_channels)
+    for start in range(0, tiles, at_once):
+        count = min(at_once, tiles - start)
+        sizes = (batch, height, width, channels, out_channels, padding, start, count, threads)
+        _library().winograd_tiles(*_pointers(x, grad, seen, given), *sizes)
+        left = seen[: 36 * count * channels].view(36, count, channels)
+        right = given[: 36 * count * out_channels].view(36, count, out_channels)
+        sums.baddbmm_(left.transpose(1, 2), right)
+    _library().winograd_weight(*_pointers(sums, gradient), channels * out_channels, threads)
+    return gradient.permute(3, 2, 0, 1)
 
 
 def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
@@ -149,6 +194,8 @@ def _library() -> ctypes.CDLL:
     for name in ("winograd_numbers", "convolve_scratch", "convolve_unpacked_scratch"):
         getattr(found, name).restype = c_int64
     found.convolve_unpacked.argtypes = pointer * 4 + size * 10 + flag
+    found.winograd_tiles.argtypes = pointer * 4 + size * 8 + flag
+    found.winograd_weight.argtypes = pointer * 2 + size + flag
     found.group_norm.argtypes = pointer * 4 + size * 4 + (c_double,) + flag * 3
     found.geglu_rows.argtypes = pointer * 2 + size * 2 + flag * 2
     return found

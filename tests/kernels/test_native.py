@@ -80,6 +80,37 @@ def test_a_batch_is_bit_for_bit_as_each_alone(unpacked):
         assert torch.equal(together[k : k + 1], convolve(x[k : k + 1], weight, None, 1, unpacked))
 
 
+GRADIENTS = pytest.mark.parametrize(
+    ("shape", "out_channels"),
+    [((2, 20, 9, 14), 33), ((1, 7, 4, 31), 16), ((3, 16, 8, 8), 5), ((5, 64, 16, 16), 24), ((1, 3, 3, 3), 4)],
+    ids=str,
+)
+
+
+def gradient(shape, out_channels, padding, layout=torch.channels_last):
+    """The kernel's gradient of a weight, and float64 of the same."""
+    x = torch.randn(shape).to(memory_format=layout)
+    weight = torch.randn(out_channels, shape[1], 3, 3, dtype=torch.float64, requires_grad=True)
+    out = F.conv2d(x.double(), weight, padding=padding)
+    grad = torch.randn(out.shape).to(memory_format=layout)
+    out.backward(grad.double())
+    return native.weight_gradient(x, grad, padding), weight.grad
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+@GRADIENTS
+def test_a_weights_gradient_is_float64s(shape, out_channels, padding):
+    ours, wanted = gradient(shape, out_channels, padding)
+    assert ours.shape == wanted.shape
+    assert relative_error(ours, wanted) < 4e-6
+
+
+@pytest.mark.parametrize("numbers", [1, 5000, 36 * 12 * 44])
+def test_a_weights_gradient_is_summed_up_over_rounds(numbers, monkeypatch):
+    monkeypatch.setattr(native, "GRADIENT_NUMBERS", numbers)
+    assert relative_error(*gradient((2, 20, 9, 14), 24, 1, torch.contiguous_format)) < 4e-6
+
+
 @pytest.fixture
 def by_threads():
     """Draws by another number of threads."""

@@ -127,6 +127,43 @@ int64_t convolve_unpacked_scratch(int64_t B, int64_t H, int64_t W, int64_t C, in
   return PARTS * (most * C + threads * ((int64_t)APART + most * NR));
 }
 
+// For the gradient of a weight: of the tiles t0 to before t0 + T, v [36][T][C] as the convolution makes them of x
+// [B, H, W, C], and m [36][T][O] of the gradient dy [B, H', W', O] of what it gives. The gradient is the adjoint of
+// `weight_1d`, both ways, of the sums over all tiles of v^T m.
+void winograd_tiles(const float* x, const float* dy, float* v, float* m, int64_t B, int64_t H, int64_t W, int64_t C, int64_t O,
+                    int64_t pad, int64_t t0, int64_t T, int threads) {
+  const Convolution seen{x, nullptr, nullptr, nullptr, (int)B, (int)H, (int)W, (int)C, (int)O, (int)pad};
+  const Convolution given{dy, nullptr, nullptr, nullptr, (int)B, (int)H, (int)W, (int)C, (int)O, (int)pad};
+#pragma omp parallel for num_threads(threads)
+  for (int64_t t = 0; t < T; t++) {
+    input_tile(seen, (int)(t0 + t), v, (int)T, (int)t);
+    output_tile_adjoint(given, (int)(t0 + t), m, (int)T, (int)t);
+  }
+}
+
+// dw [3][3][N] of those sums [36][N], N = C O
+void winograd_weight(const float* sums, float* dw, int64_t N, int threads) {
+#pragma omp parallel for num_threads(threads)
+  for (int64_t at = 0; at < N; at += VL) {
+    const int n = (int)std::min<int64_t>(VL, N - at);
+    vf half[3][SEEN];
+    for (int k = 0; k < SEEN; k++) {
+      vf column[SEEN], out[3];
+      for (int i = 0; i < SEEN; i++) {
+        column[i] = vf{};
+        std::memcpy(&column[i], sums + (i * SEEN + k) * N + at, n * sizeof(float));
+      }
+      weight_1d_adjoint(column, out);
+      for (int i = 0; i < 3; i++) half[i][k] = out[i];
+    }
+    for (int i = 0; i < 3; i++) {
+      vf out[3];
+      weight_1d_adjoint(half[i], out);
+      for (int k = 0; k < 3; k++) std::memcpy(dw + (i * 3 + k) * N + at, &out[k], n * sizeof(float));
+    }
+  }
+}
+
 // y [B, P, C] = silu(GroupNorm(x)) with `silu`, of G groups; x and y in bf16 where `half`, all else fp32
 void group_norm(const void* x, const float* weight, const float* bias, void* y, int64_t B, int64_t P, int64_t C, int64_t G,
                 double eps, int silu, int half, int threads) {

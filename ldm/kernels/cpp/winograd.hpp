@@ -44,6 +44,29 @@ static inline void weight_1d(const T (&w)[3], T (&u)[SEEN]) {
   u[5] = w[2];
 }
 
+// Adjoints, for gradients with respect to the weight: of output_1d, ...
+template <class T>
+static inline void output_1d_adjoint(const T (&y)[TILE], T (&m)[SEEN]) {
+  T even_a = y[0] + A2 * y[2], odd_a = PA * y[1] + A3 * y[3];
+  T even_b = y[0] + B2 * y[2], odd_b = PB * y[1] + B3 * y[3];
+  m[0] = y[0];
+  m[1] = even_a + odd_a;
+  m[2] = even_a - odd_a;
+  m[3] = even_b + odd_b;
+  m[4] = even_b - odd_b;
+  m[5] = y[3];
+}
+
+// ... and of weight_1d.
+template <class T>
+static inline void weight_1d_adjoint(const T (&u)[SEEN], T (&w)[3]) {
+  constexpr float fa = 1 / (2 * A2 * (A2 - B2)), fb = 1 / (2 * B2 * (B2 - A2));
+  T sa = fa * (u[1] + u[2]), da = fa * (u[1] - u[2]), sb = fb * (u[3] + u[4]), db = fb * (u[3] - u[4]);
+  w[0] = (1 / (A2 * B2)) * u[0] + sa + sb;
+  w[1] = PA * da + PB * db;
+  w[2] = A2 * sa + B2 * sb + u[5];
+}
+
 struct Weight {
   const float* w;  // [O, C, 3, 3] at the strides of an output, an input, a row, a column
   int64_t O, C, output, input, row, column;
@@ -155,6 +178,43 @@ static inline void output_tile(const Convolution& c, int t, const float* m, int 
           store(y, sum);
         else
           for (int k = 0; k < n; k++) y[k] = sum[k];
+      }
+    }
+  }
+}
+
+// What the sums over channels of tile t would have to change by, A dy A^T, as row `at` of m [36][T][O]: of y's gradient
+// dy [B, H', W', O], in c.x.
+static inline void output_tile_adjoint(const Convolution& c, int t, float* m, int T, int at) {
+  const int across = c.across(), down = c.down(), height = c.height(), width = c.width();
+  const int b = t / (across * down), top = t / across % down * TILE, left = t % across * TILE;
+  const float* picture = c.x + (size_t)b * height * width * c.O;
+  for (int o = 0; o < c.O; o += VL) {
+    const int n = std::min(VL, c.O - o);
+    vf half[SEEN][TILE];
+    for (int j = 0; j < TILE; j++) {
+      vf column[TILE], out[SEEN];
+      for (int i = 0; i < TILE; i++) {
+        column[i] = vf{};
+        if (top + i >= height || left + j >= width) continue;
+        const float* p = picture + ((size_t)(top + i) * width + left + j) * c.O + o;
+        if (n == VL)
+          column[i] = load(p);
+        else
+          std::memcpy(&column[i], p, n * sizeof(float));
+      }
+      output_1d_adjoint(column, out);
+      for (int i = 0; i < SEEN; i++) half[i][j] = out[i];
+    }
+    for (int i = 0; i < SEEN; i++) {
+      vf out[SEEN];
+      output_1d_adjoint(half[i], out);
+      for (int j = 0; j < SEEN; j++) {
+        float* p = m + ((size_t)(i * SEEN + j) * T + at) * c.O + o;
+        if (n == VL)
+          store(p, out[j]);
+        else
+          std::memcpy(p, &out[j], n * sizeof(float));
       }
     }
   }
