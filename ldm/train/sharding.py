@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
+from ldm.kernels.convolution import is_channels_last
 from ldm.models.attention import TransformerBlock
 from ldm.models.clip import CLIPEncoderLayer
 from ldm.models.layers import ResnetBlock
@@ -48,6 +49,7 @@ class Sharded:
         for network in trained:
             for block in [module for module in network.modules() if isinstance(module, BLOCKS)]:
                 fully_shard(block, mesh=mesh)
+                block.register_forward_pre_hook(_laid_out)
             fully_shard(network, mesh=mesh)
         self._empty()
 
@@ -82,6 +84,21 @@ class Sharded:
         for plain in self.plain.values():
             for p in plain.parameters():
                 p.data = p.data.new_empty(0)
+
+
+def _laid_out(block: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a block is given, laid out as before FSDP passed it on as a view.
+
+    There a single picture loses the stride of its batch, by which torch's kernels tell channels_last: they
+    would sum in another order, and go on in another layout.
+    """
+    return tuple(
+        x.clone(memory_format=torch.channels_last) if isinstance(x, Tensor) and _lost(x) else x for x in given
+    )
+
+
+def _lost(x: Tensor) -> bool:
+    return x.dim() == 4 and len(x) == 1 and x.stride(0) != x.numel() and is_channels_last(x)
 
 
 def _twin(network: nn.Module) -> nn.Module:

@@ -12,12 +12,18 @@ from tiny_finetune import arguments, result, write_pictures
 from tiny_finetune import both as both_finetune
 from tiny_finetune import run as finetune_alone
 from tiny_training import Line, child, exported, tiny_recipe
+from torch import nn
 
+from ldm.checkpoint import load_parts
 from ldm.errors import UserError
+from ldm.finetune.lora import add_lora
+from ldm.finetune.modes import freeze
 from ldm.finetune.recipe import FinetuneRecipe
+from ldm.runtime import Runtime
 from ldm.train.changes import batches_a_step
 from ldm.train.loop import train
-from ldm.train.state import damage, newest_state
+from ldm.train.sharding import Sharded, full_tensor
+from ldm.train.state import _read, damage, newest_state
 
 EVERY = {
     "steps": 6,
@@ -148,6 +154,69 @@ def test_a_tiny_unet_is_fine_tuned_as_by_one_process(families, tmp_path):
         assert apart(ours, theirs) < 1e-6
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
     assert (tmp_path / "two" / "grids" / "00000003.png").exists()
+
+
+def test_a_single_picture_goes_through_shards_in_the_same_bits(families):
+    """A LoRA, forwards; backwards gradients of what is read more than once are added in another order."""
+    cpu, parts = Runtime(torch.device("cpu"), torch.float32), load_parts(families("sd1")[0], None)
+    freeze(parts, cpu)
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 4, 16, 16, generator=rng).to(memory_format=torch.channels_last)
+    tokens = torch.randn(1, 77, parts.unet.config.cross_attention_dim, generator=rng)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        found = []
+        for shards in (False, True):
+            task = nn.Module()
+            task.unet = add_lora(parts, rank=4, alpha=4).unet.train()
+            if shards:
+                Sharded(task, cpu.device, 1)
+            out = task.unet(x, torch.tensor([500]), tokens)
+            (out - x).square().mean().backward()
+            grads = [full_tensor(p.grad) for p in task.parameters() if p.requires_grad]
+            found.append((out.detach(), torch.cat([grad.flatten() for grad in grads])))
+    finally:
+        torch.distributed.destroy_process_group()
+    (ours, grads), (theirs, their_grads) = found
+    assert torch.equal(ours, theirs)
+    assert (grads - their_grads).norm() < 1e-6 * their_grads.norm()
+
+
+def of_all(state: Path, kind: str, end: str) -> torch.Tensor:
+    """The tensors of a state whose names end so, one after the other, in float64."""
+    whole = {name: torch.cat(parts) for name, parts in _read(state, kind).items() if name.endswith(end)}
+    return torch.cat([whole[name].flatten() for name in sorted(whole)]).double()
+
+
+@pytest.mark.slow
+def test_a_lora_differs_by_what_adamw_makes_of_rounding(families, tmp_path):
+    """The gradients are those of one process but for the order of sums, and AdamW's first step of each is
+
+        u(g) = lr g / (|g| + epsilon)
+        u(g') - u(g) = lr epsilon (g' - g) / ((|g| + epsilon) (|g'| + epsilon))   where signs agree
+
+    which is lr (g' - g) / epsilon where they are small: for 1e-8 rounding a hundred million fold.
+    """
+    data, model = write_pictures(tmp_path / "data", 4), families("sd1")[0]
+    options = {"max_train_steps": 3, "checkpointing_steps": 1, "checkpoints_total_limit": 3, "held_out": 0}
+    options |= {"num_validation_images": 0, "adam_weight_decay": 0}
+    two = arguments(model, data, tmp_path / "two", distributed="fsdp", **options)
+    assert both_finetune(tmp_path / "logs", two) == [0, 0], (tmp_path / "logs/output-0.txt").read_text()
+    assert finetune_alone(model, data, tmp_path / "one", gradient_accumulation_steps=2, **options) == 0
+    states = [tmp_path / run / "state-00000001" for run in ("two", "one")]
+    ours, theirs = (of_all(state, "optimiser", "exp_avg") / (1 - 0.9) for state in states)
+    rounded = (ours - theirs).norm() / theirs.norm()
+    assert rounded < 1e-6
+    ours, theirs = (1e-3 * g / (g.abs() + 1e-8) for g in (ours, theirs))
+    expected = (ours - theirs).norm()
+    ours, theirs = (of_all(state, "weights", "lora_B.default.weight") for state in states)  # from 0
+    found = (ours - theirs).norm()
+    assert abs(found - expected) <= 0.1 * expected + 1e-8 * theirs.norm()
+    ours, theirs = (
+        load_file(tmp_path / run / "export/pytorch_lora_weights.safetensors") for run in ("two", "one")
+    )
+    assert apart(ours, theirs) < 3e-6
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
 
 
 # --- how many batches ------------------------------------------------------------------------------------
