@@ -22,7 +22,7 @@ from ldm.finetune.recipe import FinetuneRecipe
 from ldm.runtime import Runtime
 from ldm.train.changes import batches_a_step
 from ldm.train.loop import train
-from ldm.train.sharding import Sharded, full_tensor
+from ldm.train.sharding import Sharded, full_tensor, own_rows
 from ldm.train.state import _read, damage, newest_state
 
 EVERY = {
@@ -180,6 +180,27 @@ def test_a_single_picture_goes_through_shards_in_the_same_bits(families):
     (ours, grads), (theirs, their_grads) = found
     assert torch.equal(ours, theirs)
     assert (grads - their_grads).norm() < 1e-6 * their_grads.norm()
+
+
+def test_weights_that_are_whole_again_count_as_changed():
+    """Else a kernel that keeps a copy of them would go by the last look's, where the address is the same."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        task = nn.Module()
+        task.network = nn.Sequential(nn.Conv2d(4, 4, 3, bias=False))
+        sharded, x = Sharded(task, torch.device("cpu"), 1), torch.ones(1, 4, 8, 8)
+        seen = []
+        for _ in range(2):
+            with torch.no_grad(), sharded.whole(True):
+                (weight,) = task.network.parameters()
+                seen.append((task.network(x), weight._version))
+            with torch.no_grad():
+                own_rows(next(task.parameters())).mul_(2)
+    finally:
+        torch.distributed.destroy_process_group()
+    (before, version), (after, later) = seen
+    assert torch.equal(after, 2 * before)
+    assert later > version
 
 
 def of_all(state: Path, kind: str, end: str) -> torch.Tensor:
