@@ -196,6 +196,7 @@ def test_all_stages_make_a_model_and_a_second_call_does_nothing(configs, tmp_pat
     run_dir = tmp_path / "run"
     assert train_all(configs, run_dir, None, {})
     model = ldm.load(run_dir / "unet" / "export", device="cpu")
+    assert model.world.plurals["car"] == "cars"
     assert model("a dog", num_inference_steps=1, seed=0).images[0].size == (64, 64)
     stamps = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file()}
     assert train_all(configs, run_dir, None, {})
