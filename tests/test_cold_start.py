@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 HEAVY = {"transformers", "diffusers", "accelerate", "peft", "sympy", "scipy", "yaml", "huggingface_hub"}
-HEAVY |= {"torch._dynamo", "torch._inductor", "torchmetrics", "PIL.FitsImagePlugin"}
+HEAVY |= {"torch._dynamo", "torch._inductor", "torchmetrics", "torchsde", "skia", "PIL.FitsImagePlugin"}
 SCRIPT = """
 import sys
 from ldm.cli.command import main

@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path for folder in ("ldm", "scripts") for path in (ROOT / folder).rglob("*.py"))
 # A child whose locale is not UTF-8.
@@ -22,10 +20,10 @@ from ldm.pretrain.recipe import load_recipe
 from ldm.train.recipe import read_yaml
 from ldm.train.lock import only_run
 
-folder = Path(sys.argv[1])
-train_vocabulary(["ein Schlo\\u00df am See", "\\u57ce"] * 3, merges=20, length=16, folder=folder)
-with only_run(folder):
-    print(ascii(read_yaml(folder / "recipe.yaml")["validation_prompts"]))
+for folder in map(Path, sys.argv[1:]):
+    train_vocabulary(["ein Schlo\\u00df am See", "\\u57ce"] * 3, merges=20, length=16, folder=folder)
+    with only_run(folder):
+        print(ascii(read_yaml(folder / "recipe.yaml")["validation_prompts"]))
 """
 
 
@@ -48,15 +46,19 @@ def test_every_text_file_has_an_encoding():
     assert [line for path in FILES for line in _unspecified(path)] == []
 
 
-@pytest.mark.parametrize("bom", ["", "\N{BYTE ORDER MARK}"])
-def test_a_vocabulary_and_a_recipe_in_another_locale(tmp_path, bom):
-    recipe = f"{bom}validation_prompts: ['ein Schloß, 城']\n"
-    (tmp_path / "recipe.yaml").write_text(recipe, encoding="utf-8")
-    argv = [sys.executable, "-c", TRAINER]
-    done = subprocess.run([*argv, tmp_path], env=PLAIN_ASCII, cwd=tmp_path, capture_output=True, text=True)
+def test_a_vocabulary_and_a_recipe_in_another_locale(tmp_path):
+    """Also where the recipe begins with a byte order mark."""
+    folders = {"plain": "", "marked": "\N{BYTE ORDER MARK}"}
+    for name, bom in folders.items():
+        (tmp_path / name).mkdir()
+        recipe = f"{bom}validation_prompts: ['ein Schloß, 城']\n"
+        (tmp_path / name / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    argv = [sys.executable, "-c", TRAINER, *folders]
+    done = subprocess.run(argv, env=PLAIN_ASCII, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == ascii(["ein Schloß, 城"])
-    assert '"Ã"' in (tmp_path / "vocab.json").read_text(encoding="utf-8")  # its bytes, each as a letter
+    assert done.stdout.splitlines() == [ascii(["ein Schloß, 城"])] * 2
+    for name in folders:  # its bytes, each as a letter
+        assert '"Ã"' in (tmp_path / name / "vocab.json").read_text(encoding="utf-8")
 
 
 def test_names_that_the_terminal_lacks_are_shown_with_escapes(tmp_path):

@@ -161,7 +161,9 @@ def test_full_size_names_and_shapes_are_diffusers(name, config):
     shapes = {key: value.shape for key, value in theirs.state_dict().items()}
     assert {key: value.shape for key, value in ours.state_dict().items()} == shapes
     again = ours.to_config()
-    assert getattr(diffusers, name).from_config(again).config.keys() >= again.keys() - {"_class_name"}
+    with torch.device("meta"):
+        read = getattr(diffusers, name).from_config(again)
+    assert read.config.keys() >= again.keys() - {"_class_name"}
 
 
 def test_one_made_of_a_unet_changes_nothing_until_it_is_trained(reference_unet):

@@ -98,9 +98,9 @@ class Held(TorchDispatchMode):
 
 @torch.no_grad()
 def test_about_one_map_is_held(monkeypatch):
-    monkeypatch.setattr(bands, "BAND_BYTES", 2**17)
+    monkeypatch.setattr(bands, "BAND_BYTES", 2**16)
     vae = randomise_(build(CONFIGS["kl-f8"]))
-    latents, unit = torch.randn(1, 4, 64, 64), 4 * 16 * 512**2  # the finest map between two resnets
+    latents, unit = torch.randn(1, 4, 32, 32), 4 * 16 * 256**2  # the finest map between two resnets
     peaks = {}
     for name, decode in {"whole": vae.decode_latents, "bands": lambda x: decode_bands(vae, x)}.items():
         with Held() as held:

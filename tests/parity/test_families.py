@@ -147,8 +147,8 @@ def every_sampler():
 
     A solver knows of no family, and a family of no solver: what they share is where a run begins. So every
     sampler draws from noise (sd1, where few steps are tried too) and from midway (the refiner); each other
-    family is drawn by three, and each sampler draws a few of them. Samplers and predictions, at any number of
-    steps, are compared one with all in test_schedulers.py.
+    family is drawn by three, and each sampler draws a few of them. Samplers with grids, predictions and
+    numbers of steps are compared in test_schedulers.py.
     """
     for (k, family), (j, sampler), steps in itertools.product(enumerate(DRAWN), enumerate(SAMPLERS), (2, 7)):
         quick = family == "sd1" or (steps == 7 and (family == "refiner" or (j + k) % 4 == 0))

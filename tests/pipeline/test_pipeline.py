@@ -264,15 +264,6 @@ def test_import_ldm_is_light():
     assert done.stdout.strip() == ""
 
 
-def test_drawing_does_not_import_diffusers(folder):
-    code = (
-        f"import sys, ldm; ldm.load({str(folder)!r}, device='cpu')('sea', num_inference_steps=1, seed=1);"
-        "print(*{'diffusers', 'torchsde', 'skia'} & {*sys.modules})"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == ""
-
-
 def test_names():
     assert {"load", "Pipeline", "Request", "UserError"} <= set(dir(ldm))
     with pytest.raises(AttributeError, match="nothing"):
