@@ -18,6 +18,7 @@ from ldm.prompts.styles import Style, chosen, with_styles
 from ldm.request import IMAGES, Request
 from ldm.request.as_json import fields_of
 from ldm.request.fields import short
+from ldm.request.request import VERSION
 from ldm.serve.drawing import Drawing, Saver
 from ldm.serve.limits import Limits
 from ldm.serve.models import Shelf
@@ -102,7 +103,7 @@ class Service:
             fields |= self._placed(name, fields.get(name), own)
         for noted in ("model_hash", "safety_checker_sha256", "nsfw_content_detected"):
             fields.pop(noted, None)
-        if fields.pop("version", None) not in (None, 3):
+        if fields.pop("version", None) not in (None, VERSION):
             raise UserError("version is not allowed here: the server draws by the rules of today")
         return Request(**fields), self.shelf.name_of(asked)
 
