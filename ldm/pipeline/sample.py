@@ -7,7 +7,7 @@ U-Net is called (`ldm.pipeline.networks`).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.diffusion.guidance import Exchangeable, Guidance, Predict, composed, divided
+from ldm.diffusion.guidance import Exchangeable, Guidance, composed, divided
 from ldm.diffusion.solvers import Step
 from ldm.errors import UserError
 from ldm.images.pixels import to_pil
@@ -29,7 +29,6 @@ from ldm.pipeline.deciding.prepare import prepare
 from ldm.pipeline.edit import Invert
 from ldm.pipeline.inputs import Inputs
 from ldm.pipeline.job import Batch, Job
-from ldm.pipeline.start import Beginning
 from ldm.pipeline.steering.perturbed import Middle
 from ldm.pipeline.steering.prompt_to_prompt import again
 from ldm.pipeline.steering.regions import regional
@@ -206,9 +205,28 @@ def sample(
     branches, known = begun.branches, begun.known
     beside: list[networks.Beside] = [] if swap is None else [swap.begin(prompts[:drawn], begun.x.device)]
     beside += [Middle()] if job.needs.middle else []
-    if job.needs.empty or shares is not None or job.steering.areas is not None:
+    answering = partial(
+        networks.predict,
+        grid=job.grid,
+        branches=branches,
+        tiles=job.tiles,
+        savings=job.savings,
+        unread=unread,
+        attending=(*job.attending, *(each.attending for each in beside)),
+        meet=job.steering.freeu,
+        controls=job.controls,
+    )
+    predict = answering(job.model.unet)
+    if job.needs.empty:
         tell(branches, texts)
-    predict = answers(job, begun, shares, beside, unread)
+    if job.needs.networks:
+        predict = divided(predict, {way: answering(unet) for way, unet in job.needs.networks.items()})
+    if shares is not None or job.steering.areas is not None:
+        tell(branches, texts)
+    predict = predict if shares is None else composed(predict, shares.to(begun.x.device))
+    predict = predict if job.steering.areas is None else regional(predict, job.steering.areas.to(begun.x))
+    for each in beside:
+        predict = each.around(predict)
     schedule = job.model.schedule
     guided = Exchangeable(job.guidance(predict, schedule.prediction.x0))
     denoise = guided if schedule.bounds is None else schedule.bounded(guided, job.sampler)
@@ -229,37 +247,6 @@ def sample(
             tell(branches, change.texts)
             if change.guidance is not None:
                 guided.current = change.guidance(predict, schedule.prediction.x0)
-
-
-def answers(
-    job: Job,
-    begun: Beginning,
-    shares: Tensor | None,
-    beside: Sequence[networks.Beside],
-    unread: list[Tensor] | None,
-) -> Predict:
-    """What a guidance asks: each branch of its network, composed prompts by their `shares` [B, K], each
-    region in its place, and all as those `beside` the network have it.
-    """
-    answering = partial(
-        networks.predict,
-        grid=job.grid,
-        branches=begun.branches,
-        tiles=job.tiles,
-        savings=job.savings,
-        unread=unread,
-        attending=(*job.attending, *(each.attending for each in beside)),
-        meet=job.steering.freeu,
-        controls=job.controls,
-    )
-    predict = answering(job.model.unet)
-    if job.needs.networks:
-        predict = divided(predict, {way: answering(unet) for way, unet in job.needs.networks.items()})
-    predict = predict if shares is None else composed(predict, shares.to(begun.x.device))
-    predict = predict if job.steering.areas is None else regional(predict, job.steering.areas.to(begun.x))
-    for each in beside:
-        predict = each.around(predict)
-    return predict
 
 
 def texts_of(job: Job, batch: Batch, step: int) -> tuple[dict[str, Conditioning], Tensor | None]:

@@ -10,8 +10,7 @@ from ldm.diffusion.guidance import CFG, CFGPlusPlus
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.solvers import Step
 from ldm.errors import UserError
-from ldm.pipeline.deciding.grids import chosen_options
-from ldm.pipeline.deciding.prepare import prepare
+from ldm.pipeline.deciding.prepare import chosen_options, prepare
 from ldm.pipeline.inputs import Inputs
 from ldm.pipeline.sample import sample
 from ldm.request import Request

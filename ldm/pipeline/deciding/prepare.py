@@ -10,10 +10,12 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 from torch import Tensor
 
 from ldm.checkpoint import Parts
+from ldm.checkpoint.save import pipeline_class
 from ldm.control import controls_of, depth_of
 from ldm.diffusion.guidance import (
     CFG,
@@ -25,7 +27,7 @@ from ldm.diffusion.guidance import (
     cfg_pp_strength,
 )
 from ldm.diffusion.noise import Seed
-from ldm.diffusion.samplers import SAMPLERS, resolve_sampler
+from ldm.diffusion.samplers import SAMPLERS, Sampler, resolve_sampler
 from ldm.diffusion.schedule import Grid
 from ldm.diffusion.scheduler_config import noise_levels
 from ldm.diffusion.tiles import Tiles
@@ -36,13 +38,12 @@ from ldm.models.conditioning import Conditioning
 from ldm.models.kind import Kind
 from ldm.pipeline import networks
 from ldm.pipeline.conditioning import Telling
-from ldm.pipeline.deciding import guiding
-from ldm.pipeline.deciding.grids import grid_of
-from ldm.pipeline.deciding.passes import follow, resumed
+from ldm.pipeline.deciding import before, guiding
+from ldm.pipeline.deciding.passes import cut, follow, resumed
 from ldm.pipeline.deciding.pictures import NO_IMAGES, Images, in_shape, masked, read_images, shown
 from ldm.pipeline.deciding.plan import Plan, arranged
 from ldm.pipeline.deciding.resolve import meaningless_eta, resolve
-from ldm.pipeline.edit import Invert, check_edit
+from ldm.pipeline.edit import Invert, check_edit, invertible
 from ldm.pipeline.image_prompts import read_image_prompts
 from ldm.pipeline.inputs import NOTHING, Inputs
 from ldm.pipeline.job import NO_NEEDS, Batch, Job, Picture
@@ -52,6 +53,8 @@ from ldm.pipeline.start import Edit, Enlarge, FromImage, FromLatents, FromNoise,
 from ldm.pipeline.steering.prompt_to_prompt import check_swap
 from ldm.pipeline.steering.steering import UNSTEERED, steering_of
 from ldm.request import IMAGES, OWN, Request
+
+LCM = "LatentConsistencyModelPipeline"  # as diffusers names it
 
 
 def prepare(
@@ -109,7 +112,20 @@ def _prepare(
     sampler, _ = resolve_sampler(inputs.solver or str(first.sampler))
     if asked[0].eta and not sampler.takes_eta:
         raise meaningless_eta(asked[0].eta, sampler.name)
-    grid, options = grid_of(model, first, sampler, images.image is not None)
+    n, spacing = first.num_inference_steps, first.spacing
+    if first.timesteps or first.sigmas:
+        n = spacing = None
+    # As in diffusers: its pipeline for LCMs makes all steps within the strength, the others their last share.
+    spread = spacing == "lcm" and not first.is_old and pipeline_class(model.parts) == LCM
+    strength = 1.0 if first.strength is None or not spread else first.strength
+    solver_options, rho = chosen_options(first, sampler, spacing) if first.sampler_options else ({}, None)
+    grid = model.schedule.grid(n, spacing, sampler, first.timesteps, first.sigmas, strength, rho)
+    if first.is_old and spacing == "ays" and n is not None:
+        grid = before.align_your_steps(model.schedule, sampler, n)
+    grid = grid if spread else trim_to_strength(grid, first)
+    if first.denoising_start is not None or first.denoising_end is not None or first.refining is not None:
+        grid = cut(grid, first, sampler)
+    grid = grid if first.target_prompt is None or images.image is None else invertible(grid)
     depth = (
         None
         if model.kind is not Kind.DEPTH
@@ -137,7 +153,7 @@ def _prepare(
         requests=kept,
         encode=telling,
         sampler=sampler,
-        options=options,
+        options=solver_options | options_of(first, sampler, grid),
         grid=grid,
         guidance=completed(inputs.guidance or guidance_of(first, model, grid), first, model),
         start=start,
@@ -161,6 +177,46 @@ def check_alike(requests: Sequence[Request]) -> None:
         if any(each[name] != first[name] for each in others):
             name = "LoRAs" if name == "loras" else name
             raise UserError(f"prompts of one call have the same {name}: give others to another call")
+
+
+def chosen_options(
+    request: Request, sampler: Sampler, spacing: str | None
+) -> tuple[dict[str, float], float | None]:
+    """`sampler_options` of a request: the solver's keyword arguments, and ``rho`` of its spacing or None.
+
+    Raises UserError for what neither takes.
+    """
+    asked: dict[str, float] = dict(request.sampler_options or ())
+    rho = asked.pop("rho", None)
+    if rho is not None and (spacing is None or rho <= 0):
+        raise UserError(f"sampler option rho={rho:g} is not allowed: it is above 0, and of a spacing")
+    return sampler.chosen(asked), rho
+
+
+def options_of(request: Request, sampler: Sampler, grid: Grid) -> dict[str, Any]:
+    """Keyword arguments of the sampler's solver, but for the request's own options."""
+    options: dict[str, Any] = {}
+    if sampler.takes_eta and request.eta is not None:
+        options["eta"] = request.eta
+    if grid.orders and not request.is_old:
+        options["orders"] = grid.orders
+    if sampler.takes_variance:
+        options["variance"] = grid.schedule.variance
+    if sampler.takes_times:
+        options["times"] = grid
+    return options
+
+
+def trim_to_strength(grid: Grid, request: Request) -> Grid:
+    """The part of a grid that is drawn: its last `strength`. Raises UserError where that is nothing."""
+    skipped = len(grid.timesteps) - request.num_steps
+    if request.strength is None or skipped == 0:
+        return grid
+    if request.num_steps == 0:
+        raise UserError(
+            f"strength {request.strength:g} of {len(grid.timesteps)} steps leaves none: give more of either"
+        )
+    return grid.last(request.num_steps)
 
 
 def start_of(
