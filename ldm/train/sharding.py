@@ -65,8 +65,8 @@ class Sharded:
                 full = full_tensor(p.detach())
                 if main:
                     gathered[name].data = full
-                    with torch.no_grad():
-                        gathered[name].add_(0)  # so that it counts as changed: kernels keep copies of weights
+                    # It counts as changed: kernels keep copies of weights.
+                    torch.autograd.graph.increment_version(gathered[name])
         if main:
             self._swap()
         try:

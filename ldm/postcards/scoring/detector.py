@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.postcards.scoring.names import Names
-from ldm.postcards.scoring.scorer import MAX_COUNT, Instrument, Reading, Residual, RMSNorm, Trunk, as_array
+from ldm.postcards.scoring.scorer import MAX_COUNT, Descent, Instrument, Reading, RMSNorm, Trunk, as_array
 from ldm.runtime import memory_format
 
 CUT = 32  # pixels of a thing, enlarged or made smaller
@@ -56,26 +56,17 @@ class Named:
     features: Tensor  # [N, hidden]
 
 
-class Look(nn.Module):
+class Look(Descent):
     """Cuts [N, 3, 32, 32] to features [N, hidden]."""
 
     def __init__(self, widths: Sequence[int], hidden: int) -> None:
-        super().__init__()
-        half, quarter, eighth, sixteenth = widths
-        self.stem = nn.Conv2d(3, half, 5, stride=2, padding=2)
-        self.down1 = nn.Conv2d(half, quarter, 3, stride=2, padding=1)
-        self.block1 = Residual(quarter)
-        self.down2 = nn.Conv2d(quarter, eighth, 3, stride=2, padding=1)
-        self.block2 = Residual(eighth)
-        self.down3 = nn.Conv2d(eighth, sixteenth, 3, stride=2, padding=1)
-        self.norm = RMSNorm(sixteenth)
-        self.out = nn.Linear(sixteenth * 4, hidden)
+        super().__init__(widths)
+        self.norm = RMSNorm(widths[-1])
+        self.out = nn.Linear(widths[-1] * 4, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.block1(self.down1(F.relu(self.stem(x))))
-        x = self.block2(self.down2(F.relu(x)))
-        x = F.relu(self.norm(self.down3(F.relu(x))))
-        return F.relu(self.out(x.flatten(1)))
+        _, x = self.descend(x)
+        return F.relu(self.out(F.relu(self.norm(x)).flatten(1)))
 
 
 class Detector(Instrument):

@@ -97,8 +97,8 @@ class Residual(nn.Module):
         return x + y
 
 
-class Trunk(nn.Module):
-    """Pictures [B, 3, 128, 128] to a map [B, D, 16, 16] that has seen an 8 x 8 map of the whole."""
+class Descent(nn.Module):
+    """Pictures [B, 3, H, W] to maps of 1/8 and of 1/16 of them, of `widths` at 1/2, 1/4, 1/8 and 1/16."""
 
     def __init__(self, widths: Sequence[int]) -> None:
         super().__init__()
@@ -109,16 +109,27 @@ class Trunk(nn.Module):
         self.down2 = nn.Conv2d(quarter, eighth, 3, stride=2, padding=1)
         self.block2 = Residual(eighth)
         self.down3 = nn.Conv2d(eighth, sixteenth, 3, stride=2, padding=1)
+
+    def descend(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.block1(self.down1(F.relu(self.stem(x))))
+        x = self.block2(self.down2(F.relu(x)))
+        return x, self.down3(F.relu(x))
+
+
+class Trunk(Descent):
+    """Pictures [B, 3, 128, 128] to a map [B, D, 16, 16] that has seen an 8 x 8 map of the whole."""
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        super().__init__(widths)
+        *_, eighth, sixteenth = widths
         self.middle = nn.Sequential(Residual(sixteenth), Residual(sixteenth))
         self.up = nn.Conv2d(sixteenth, eighth, 1)
         self.block3 = Residual(eighth)
         self.norm = RMSNorm(eighth)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.block1(self.down1(F.relu(self.stem(x))))
-        x = self.block2(self.down2(F.relu(x)))
-        y = self.middle(self.down3(F.relu(x)))
-        x = x + F.interpolate(self.up(y), scale_factor=2.0)
+        x, y = self.descend(x)
+        x = x + F.interpolate(self.up(self.middle(y)), scale_factor=2.0)
         out: Tensor = self.norm(self.block3(x))
         return out
 
