@@ -163,10 +163,8 @@ def steps_past_the_grid(sampler, spacing, n):
 
 
 def whole_grid():
-    """With eps in all numbers of steps; with v in one, as the prediction has no part in where a grid goes."""
     for sampler, prediction in itertools.product(PEERS, PREDICTIONS):
-        steps = STEPS if prediction == "epsilon" else (7,)
-        for (name, changes), n in itertools.product(spacings_of(sampler), steps):
+        for (name, changes), n in itertools.product(spacings_of(sampler), STEPS):
             if not steps_past_the_grid(sampler, name, n):
                 yield pytest.param(sampler, prediction, changes, n, id=f"{sampler}-{prediction}-{name}-{n}")
 
