@@ -15,6 +15,8 @@ from ldm.kernels import native, packed
 WINOGRAD_PIXELS, WINOGRAD_CHANNELS = 4 * 4, 64 * 64
 # A weight is packed where it is used, and not kept, with so many channels in times out up to so many pixels.
 UNPACKED_PIXELS, UNPACKED_CHANNELS = 64 * 64, 256 * 256
+# So many pixels it takes in bf16, where torch's products are twice as fast as in fp32, as ours are.
+WINOGRAD_PIXELS_BF16 = 8 * 8
 # Pixels of a picture up to which a 1 x 1 convolution is no slower as a product of matrices, and quicker where
 # pixels are few.
 PRODUCT_PIXELS = 32 * 32
@@ -173,12 +175,12 @@ def drawn(
     padding: tuple[int, int],
     packs: bool = True,
 ) -> Tensor | None:
-    """A convolution in fp32 on a CPU, without gradients, where a kernel is faster than torch's; or None.
+    """A convolution in fp32 or bf16 on a CPU, without gradients, where a kernel beats torch's; else None.
 
     Args:
         x: [B, C, H, W], padded by zeros.
         weight: [O, C, k, k] in any dtype.
-        bias: [O] in fp32.
+        bias: [O].
         packs: a copy of the weight may be kept.
     """
     pixels, channels = x.shape[2] * x.shape[3], weight.shape[0] * weight.shape[1]
@@ -187,7 +189,9 @@ def drawn(
     if stride != (1, 1) and pixels <= STRIDED_PIXELS:
         product = as_product_of_patches(x, weight, bias, stride, padding)
         return None if product is None else _as_torchs(product, x, weight)
-    if not (has_winograd(x, weight, stride, padding) and native.fits(x, weight)):
+    if not has_winograd(x, weight, stride, padding):
+        return None
+    if not native.fits(x, weight, dtypes=native.POINTWISE_DTYPES) or _has_quicker_bf16(x):
         return None
     passing = pixels <= UNPACKED_PIXELS and channels > UNPACKED_CHANNELS
     if packs and not passing and (ready := packed.winograd(weight)) is not None:
@@ -195,6 +199,13 @@ def drawn(
     else:
         out = native.convolve_unpacked(x, weight, bias, padding[0])
     return _as_torchs(out, x, weight)
+
+
+def _has_quicker_bf16(x: Tensor) -> bool:
+    """Whether torch's own 3 x 3 convolution is quicker: in bf16, by units for it."""
+    if x.dtype is not torch.bfloat16 or is_imitated(x.dtype):
+        return False
+    return x.shape[2] * x.shape[3] < WINOGRAD_PIXELS_BF16 or native.has_amx()
 
 
 def has_winograd(x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> bool:

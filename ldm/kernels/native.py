@@ -77,6 +77,7 @@ def convolve(x: Tensor, packed: Tensor, bias: Tensor | None, out_channels: int, 
         padding: 0 or 1 zero on all sides.
     """
     x, out = _between(x, out_channels, padding)
+    bias = None if bias is None else bias.float()
     batch, channels, height, width = x.shape
     at_once = max(8, min(96, TILE_NUMBERS // (36 * max(channels, out_channels))))
     threads = torch.get_num_threads()
@@ -84,7 +85,8 @@ def convolve(x: Tensor, packed: Tensor, bias: Tensor | None, out_channels: int, 
     if _has_no_numbers(x):  # what the kernel takes for itself comes and goes too
         torch.empty(_library().convolve_scratch(*sizes, threads))
         return out
-    _library().convolve(*_pointers(x, packed, bias, out), *sizes, threads)
+    half = x.dtype is torch.bfloat16
+    _library().convolve(*_pointers(x, packed, bias, out), *sizes, half, threads)
     return out
 
 
@@ -93,7 +95,7 @@ def convolve_unpacked(x: Tensor, weight: Tensor, bias: Tensor | None, padding: i
 
     For maps of few pixels, whose weights are most of what is read, that is as fast.
     """
-    weight = weight.float()
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.float()
     x, out = _between(x, len(weight), padding)
     batch, channels, height, width = x.shape
     threads = torch.get_num_threads()
@@ -101,7 +103,8 @@ def convolve_unpacked(x: Tensor, weight: Tensor, bias: Tensor | None, padding: i
         torch.empty(_library().convolve_unpacked_scratch(batch, height, width, channels, padding, threads))
         return out
     sizes = (batch, height, width, channels, len(weight), padding, *weight.stride())
-    _library().convolve_unpacked(*_pointers(x, weight, bias, out), *sizes, threads)
+    half = x.dtype is torch.bfloat16
+    _library().convolve_unpacked(*_pointers(x, weight, bias, out), *sizes, half, threads)
     return out
 
 
@@ -168,6 +171,39 @@ def geglu(x: Tensor) -> Tensor:
     return out
 
 
+def has_attention() -> bool:
+    """Whether `attention` is there: for processors with AVX512-BF16, but without AMX."""
+    return available() and bool(_library().has_attention())
+
+
+def has_amx() -> bool:
+    """Whether torch's own products in bf16 are the quicker ones, by AMX."""
+    return available() and bool(_library().has_amx())
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v in bf16, of any lengths: sums in fp32, weights of values rounded to bf16.
+
+    Args:
+        q: [B, heads, N, d].
+        k, v: [B, heads, M, d].
+
+    Returns:
+        [B, heads, N, d], laid out as [B, N, heads, d].
+    """
+    q, k, v = (each if each.stride(-1) == 1 else each.contiguous() for each in (q, k, v))
+    (batch, heads, count, wide), threads = q.shape, torch.get_num_threads()
+    out = q.new_empty(batch, count, heads, wide).transpose(1, 2)
+    if _has_no_numbers(q):
+        torch.empty(_library().attention_scratch(batch, heads, k.shape[2], wide, threads))
+        return out
+    strides = [each.stride(i) for each in (q, k, v, out) for i in (0, 2, 1)]
+    given = (c_int64 * len(strides))(*strides)
+    sizes = (batch, heads, count, k.shape[2], wide)
+    _library().attention(*_pointers(q, k, v, out), given, *sizes, wide**-0.5, threads)
+    return out
+
+
 def _between(x: Tensor, out_channels: int, padding: int) -> tuple[Tensor, Tensor]:
     """What a convolution reads and what it fills, channels_last."""
     x = x.contiguous(memory_format=torch.channels_last)
@@ -188,16 +224,20 @@ def _library() -> ctypes.CDLL:
     pointer, size, flag = (c_void_p,), (c_int64,), (c_int,)
     found.winograd_numbers.argtypes = size * 2
     found.pack_winograd.argtypes = pointer * 2 + size * 6 + flag
-    found.convolve.argtypes = pointer * 4 + size * 7 + flag
+    found.convolve.argtypes = pointer * 4 + size * 7 + flag * 2
     found.convolve_scratch.argtypes = size * 7 + flag
     found.convolve_unpacked_scratch.argtypes = size * 5 + flag
     for name in ("winograd_numbers", "convolve_scratch", "convolve_unpacked_scratch"):
         getattr(found, name).restype = c_int64
-    found.convolve_unpacked.argtypes = pointer * 4 + size * 10 + flag
+    found.convolve_unpacked.argtypes = pointer * 4 + size * 10 + flag * 2
     found.winograd_tiles.argtypes = pointer * 4 + size * 8 + flag
     found.winograd_weight.argtypes = pointer * 2 + size + flag
     found.group_norm.argtypes = pointer * 4 + size * 4 + (c_double,) + flag * 3
     found.geglu_rows.argtypes = pointer * 2 + size * 2 + flag * 2
+    if found.has_attention():
+        found.attention.argtypes = pointer * 5 + size * 5 + (c_double,) + flag
+        found.attention_scratch.argtypes = size * 4 + flag
+        found.attention_scratch.restype = c_int64
     return found
 
 

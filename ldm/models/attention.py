@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldm.kernels import native
 from ldm.kernels.convolution import Conv2d
 from ldm.models.layers import FeedForward, GroupNorm, by_rows
 from ldm.models.merging import merged
@@ -36,6 +37,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     if q.is_cuda and (out := _by_xformers(q, k, v)) is not None:
         return out
+    if native.fits(q, k, v, dtypes=(torch.bfloat16,)) and native.has_attention():
+        return native.attention(q, k, v)
     # On CPU the backward of SDPA is slow for the few tokens of small latents; without a gradient SDPA wins.
     wants_gradient = torch.is_grad_enabled() and q.requires_grad
     few = q.shape[2] * k.shape[2] <= PLAIN_SCORES.get(q.element_size(), 0)

@@ -53,6 +53,22 @@ def test_equals_float64(shape, out_channels, padding, unpacked):
 
 
 @WAYS
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["rows", "last"])
+@pytest.mark.parametrize(
+    ("shape", "out_channels"), [((2, 20, 9, 14), 33), ((2, 400, 12, 12), 64), ((1, 64, 5, 7), 96)], ids=str
+)
+def test_in_bf16_only_what_comes_out_is_rounded(shape, out_channels, layout, unpacked):
+    """Twice as exactly as it is drawn: each number is the nearest of bf16 to the right one, or nearly."""
+    x, bias = torch.randn(shape).bfloat16(), torch.randn(out_channels).bfloat16()
+    weight = torch.randn(out_channels, shape[1], 3, 3).bfloat16().to(memory_format=layout)
+    ours = convolve(x.to(memory_format=layout), weight, bias, 1, unpacked)
+    assert ours.dtype is torch.bfloat16
+    wanted = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
+    nearest = relative_error(wanted.bfloat16().double(), wanted)
+    assert relative_error(ours.double(), wanted) < 1.01 * nearest
+
+
+@WAYS
 def test_one_pixel(unpacked):
     ours, wanted = drawn((2, 3, 1, 1), 4, unpacked)
     assert relative_error(ours, wanted) < 4e-6
@@ -62,6 +78,13 @@ def test_one_pixel(unpacked):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_any_layout_and_no_bias(layout, unpacked):
     ours, wanted = drawn((2, 24, 10, 10), 24, unpacked, layout=layout, bias=False)
+    assert relative_error(ours, wanted) < 4e-6
+
+
+@WAYS
+@pytest.mark.parametrize("shape", [(1, 64, 8, 8), (1, 80, 8, 8), (2, 704, 6, 6)], ids=str)
+def test_whole_panels_of_weights_are_turned_in_registers(shape, unpacked):
+    ours, wanted = drawn(shape, 64, unpacked)
     assert relative_error(ours, wanted) < 4e-6
 
 

@@ -44,7 +44,8 @@ def test_equals_the_paper_token_by_token(size, ratio):
         want, left = plain(attend, own, *size, ratio)
         assert (row - want).abs().max() < 1e-12
         assert Merging(x, size, ratio).merge(x).shape[1] == left
-    assert torch.equal(got, torch.cat([merged(attend, own[None], size, ratio) for own in x]))  # each alone
+    alone = torch.cat([merged(attend, own[None], size, ratio) for own in x])
+    assert (got - alone).abs().max() < 1e-13  # torch's products in float64 may add up in another order
     assert torch.equal(got, merged(attend, x, size, ratio))  # without chance
 
 

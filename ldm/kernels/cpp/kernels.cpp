@@ -1,7 +1,9 @@
-// What Python calls (ldm/kernels/native.py): plain C functions of pointers, shapes and strides in numbers, fp32.
+// What Python calls (ldm/kernels/native.py): plain C functions of pointers, shapes and strides in numbers; fp32, or bf16
+// where a flag `half` says so.
 // They use the threads that torch's own kernels use, `threads` of them.
 #include <sys/mman.h>
 
+#include "attention.hpp"
 #include "norm.hpp"
 #include "winograd.hpp"
 
@@ -39,33 +41,13 @@ int64_t balanced(int64_t count, int64_t most, int threads) {
 }
 
 // A convolution of which only the sizes matter.
-Convolution sized(int64_t B, int64_t H, int64_t W, int64_t C, int64_t pad) {
+Convolution<float> sized(int64_t B, int64_t H, int64_t W, int64_t C, int64_t pad) {
   return {nullptr, nullptr, nullptr, nullptr, (int)B, (int)H, (int)W, (int)C, 0, (int)pad};
 }
 
-}  // namespace
-
-extern "C" {
-
-int64_t winograd_numbers(int64_t O, int64_t C) { return (int64_t)PARTS * panels(O) * NR * C; }
-
-// weight [O, C, 3, 3] at strides -> [36][O / NR][C][NR]
-void pack_winograd(const float* weight, float* packed, int64_t O, int64_t C, int64_t output, int64_t input, int64_t row,
-                   int64_t column, int threads) {
-  const Weight given{weight, O, C, output, input, row, column};
-  const int64_t rounds = (C + ROUND - 1) / ROUND, count = (int64_t)panels(O) * rounds;
-  const size_t part = panels(O) * NR * C;
-#pragma omp parallel for num_threads(threads)
-  for (int64_t task = 0; task < count; task++) {
-    const int64_t p = task / rounds, c = task % rounds * ROUND;
-    pack_panel(given, p, c, std::min(C, c + ROUND), packed + (p * C + c) * NR, part);
-  }
-}
-
-// y [B, H', W', O] = x [B, H, W, C] * weight + bias [O], x padded by `pad` zeros on all sides: H' = H + 2 pad - 2
-void convolve(const float* x, const float* packed, const float* bias, float* y, int64_t B, int64_t H, int64_t W, int64_t C,
-              int64_t O, int64_t pad, int64_t at_once, int threads) {
-  const Convolution given{x, packed, bias, y, (int)B, (int)H, (int)W, (int)C, (int)O, (int)pad};
+template <class N>
+void by_packed(const Convolution<N>& given, int64_t at_once, int threads) {
+  const int64_t C = given.C, O = given.O;
   const int64_t count = given.tiles(), wide = panels(O) * NR;
   if (shares_tiles(count, at_once, threads)) {
     float *v = scratch<0>(PARTS * count * C), *m = scratch<1>(PARTS * count * wide);
@@ -94,19 +76,10 @@ void convolve(const float* x, const float* packed, const float* bias, float* y, 
   }
 }
 
-// Numbers that `convolve` takes for itself.
-int64_t convolve_scratch(int64_t B, int64_t H, int64_t W, int64_t C, int64_t O, int64_t pad, int64_t at_once, int threads) {
-  const int64_t count = sized(B, H, W, C, pad).tiles(), wide = panels(O) * NR;
-  if (shares_tiles(count, at_once, threads)) return count * (PARTS * (C + wide) + threads * NR);
-  return threads * balanced(count, at_once, threads) * (PARTS * C + (PARTS + 1) * wide);
-}
-
-// The same with the weight [O, C, 3, 3] at strides, of which nothing is kept.
-void convolve_unpacked(const float* x, const float* weight, const float* bias, float* y, int64_t B, int64_t H, int64_t W, int64_t C,
-                  int64_t O, int64_t pad, int64_t output, int64_t input, int64_t row, int64_t column, int threads) {
-  const Convolution given{x, nullptr, bias, y, (int)B, (int)H, (int)W, (int)C, (int)O, (int)pad};
-  const Weight by{weight, O, C, output, input, row, column};
-  const int all = given.tiles(), count = (int)panels(O), most = std::min(all, AT_ONCE);
+template <class N>
+void by_unpacked(const Convolution<N>& given, const Weight<N>& by, int threads) {
+  const int64_t C = given.C;
+  const int all = given.tiles(), count = (int)panels(given.O), most = std::min(all, AT_ONCE);
   float* v = scratch<0>((size_t)PARTS * most * C);
 #pragma omp parallel num_threads(threads)
   {
@@ -121,6 +94,56 @@ void convolve_unpacked(const float* x, const float* weight, const float* bias, f
   }
 }
 
+}  // namespace
+
+extern "C" {
+
+int64_t winograd_numbers(int64_t O, int64_t C) { return (int64_t)PARTS * panels(O) * NR * C; }
+
+// weight [O, C, 3, 3] at strides -> [36][O / NR][C][NR]
+void pack_winograd(const float* weight, float* packed, int64_t O, int64_t C, int64_t output, int64_t input, int64_t row,
+                   int64_t column, int threads) {
+  const Weight<float> given{weight, O, C, output, input, row, column};
+  const int64_t rounds = (C + ROUND - 1) / ROUND, count = (int64_t)panels(O) * rounds;
+  const size_t part = panels(O) * NR * C;
+#pragma omp parallel for num_threads(threads)
+  for (int64_t task = 0; task < count; task++) {
+    const int64_t p = task / rounds, c = task % rounds * ROUND;
+    pack_panel(given, p, c, std::min(C, c + ROUND), packed + (p * C + c) * NR, part);
+  }
+}
+
+// y [B, H', W', O] = x [B, H, W, C] * weight + bias [O], x padded by `pad` zeros on all sides: H' = H + 2 pad - 2;
+// x and y in bf16 where `half`
+void convolve(const void* x, const float* packed, const float* bias, void* y, int64_t B, int64_t H, int64_t W, int64_t C,
+              int64_t O, int64_t pad, int64_t at_once, int half, int threads) {
+  const int b = (int)B, h = (int)H, w = (int)W, c = (int)C, o = (int)O, p = (int)pad;
+  if (half)
+    by_packed<bf16>({(const bf16*)x, packed, bias, (bf16*)y, b, h, w, c, o, p}, at_once, threads);
+  else
+    by_packed<float>({(const float*)x, packed, bias, (float*)y, b, h, w, c, o, p}, at_once, threads);
+}
+
+// Numbers that `convolve` takes for itself.
+int64_t convolve_scratch(int64_t B, int64_t H, int64_t W, int64_t C, int64_t O, int64_t pad, int64_t at_once, int threads) {
+  const int64_t count = sized(B, H, W, C, pad).tiles(), wide = panels(O) * NR;
+  if (shares_tiles(count, at_once, threads)) return count * (PARTS * (C + wide) + threads * NR);
+  return threads * balanced(count, at_once, threads) * (PARTS * C + (PARTS + 1) * wide);
+}
+
+// The same with the weight [O, C, 3, 3] at strides, of which nothing is kept; it is in bf16 too where `half`.
+void convolve_unpacked(const void* x, const void* weight, const float* bias, void* y, int64_t B, int64_t H, int64_t W,
+                       int64_t C, int64_t O, int64_t pad, int64_t output, int64_t input, int64_t row, int64_t column,
+                       int half, int threads) {
+  const int b = (int)B, h = (int)H, w = (int)W, c = (int)C, o = (int)O, p = (int)pad;
+  if (half)
+    by_unpacked<bf16>({(const bf16*)x, nullptr, bias, (bf16*)y, b, h, w, c, o, p},
+                      {(const bf16*)weight, O, C, output, input, row, column}, threads);
+  else
+    by_unpacked<float>({(const float*)x, nullptr, bias, (float*)y, b, h, w, c, o, p},
+                       {(const float*)weight, O, C, output, input, row, column}, threads);
+}
+
 // Numbers that `convolve_unpacked` takes for itself.
 int64_t convolve_unpacked_scratch(int64_t B, int64_t H, int64_t W, int64_t C, int64_t pad, int threads) {
   const int64_t most = std::min<int64_t>(sized(B, H, W, C, pad).tiles(), AT_ONCE);
@@ -132,8 +155,8 @@ int64_t convolve_unpacked_scratch(int64_t B, int64_t H, int64_t W, int64_t C, in
 // `weight_1d`, both ways, of the sums over all tiles of v^T m.
 void winograd_tiles(const float* x, const float* dy, float* v, float* m, int64_t B, int64_t H, int64_t W, int64_t C, int64_t O,
                     int64_t pad, int64_t t0, int64_t T, int threads) {
-  const Convolution seen{x, nullptr, nullptr, nullptr, (int)B, (int)H, (int)W, (int)C, (int)O, (int)pad};
-  const Convolution given{dy, nullptr, nullptr, nullptr, (int)B, (int)H, (int)W, (int)C, (int)O, (int)pad};
+  const Convolution<float> seen{x, nullptr, nullptr, nullptr, (int)B, (int)H, (int)W, (int)C, (int)O, (int)pad};
+  const Convolution<float> given{dy, nullptr, nullptr, nullptr, (int)B, (int)H, (int)W, (int)C, (int)O, (int)pad};
 #pragma omp parallel for num_threads(threads)
   for (int64_t t = 0; t < T; t++) {
     input_tile(seen, (int)(t0 + t), v, (int)T, (int)t);
@@ -181,5 +204,54 @@ void geglu_rows(const void* x, void* y, int64_t N, int64_t D, int half, int thre
   else
     geglu((const float*)x, (float*)y, N, D, threads);
 }
+
+// Whether the processor has units for matrices of bf16, which torch's own kernels use.
+int has_amx() {
+#ifdef __AMX_BF16__
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+// Whether there is an `attention` for this processor.
+int has_attention() {
+#ifdef HAS_ATTENTION
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+#ifdef HAS_ATTENTION
+// out = softmax(q k^T scale) v of each head, in bf16: q, out [B, N, H, D] and k, v [B, M, H, D], each with its strides of a
+// picture, a token and a head.
+void attention(bf16* q, bf16* k, bf16* v, bf16* out, const int64_t* strides, int64_t B, int64_t H, int64_t N, int64_t M,
+               int64_t D, double scale, int threads) {
+  const auto tokens = [&](bf16* at, int i) { return Tokens{at, strides[3 * i], strides[3 * i + 1], strides[3 * i + 2]}; };
+  const Attended given{tokens(q, 0), tokens(k, 1), tokens(v, 2), tokens(out, 3), B, H, N, M, D, (float)scale};
+  const size_t of_keys = given.key_numbers(), of_values = given.value_numbers();
+  const int64_t heads = B * H, tasks = (N + AT_A_TIME - 1) / AT_A_TIME;
+  bf16 *keys = (bf16*)scratch<0>((heads * of_keys + 1) / 2), *values = (bf16*)scratch<1>((heads * of_values + 1) / 2);
+#pragma omp parallel num_threads(threads)
+  {
+    float* room = scratch<2>(attention_room(given));
+#pragma omp for
+    for (int64_t i = 0; i < heads; i++) pack_head(given, i / H, i % H, keys + i * of_keys, values + i * of_values);
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < heads * tasks; task++) {
+      const int64_t i = task / tasks, from = task % tasks * AT_A_TIME, to = std::min(N, from + AT_A_TIME);
+      for (int64_t n = from; n < to; n += QUERIES)
+        some_queries(given, i / H, i % H, n, keys + i * of_keys, values + i * of_values, room);
+    }
+  }
+}
+
+// Numbers in fp32 that `attention` takes for itself.
+int64_t attention_scratch(int64_t B, int64_t H, int64_t M, int64_t D, int threads) {
+  const Attended given{{}, {}, {}, {}, B, H, 0, M, D, 0};
+  return (B * H * (given.key_numbers() + given.value_numbers())) / 2 + threads * attention_room(given);
+}
+#endif
 
 }  // extern "C"

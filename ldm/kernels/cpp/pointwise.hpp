@@ -1,50 +1,8 @@
-// Functions of one number, for a vector of them at a time; and numbers of 16 bits.
+// Functions of one number, for a vector of them at a time.
 #pragma once
 #include <algorithm>
 
 #include "simd.hpp"
-
-typedef uint32_t vu __attribute__((vector_size(VL * 4)));
-typedef uint16_t vh __attribute__((vector_size(VL * 2)));
-
-// The upper half of a float.
-struct bf16 {
-  uint16_t bits;
-};
-static inline float number(float x) { return x; }
-static inline float number(bf16 x) {
-  const uint32_t bits = (uint32_t)x.bits << 16;
-  float f;
-  std::memcpy(&f, &bits, sizeof f);
-  return f;
-}
-
-static inline vf load(const bf16* p) {
-  vh half;
-  std::memcpy(&half, p, sizeof half);
-  return (vf)(__builtin_convertvector(half, vu) << 16);
-}
-static inline void store(bf16* p, vf x) {  // to the nearest, to the even one of two
-  const vu bits = (vu)x, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  const vh half = __builtin_convertvector(x == x ? rounded : (vu){} + 0x7fc0, vh);
-  std::memcpy(p, &half, sizeof half);
-}
-
-// The first n numbers of a vector, VL at most: the others are 0.
-template <class T>
-static inline vf load_some(const T* p, int64_t n) {
-  if (n >= VL) return load(p);
-  T some[VL] = {};
-  std::memcpy(some, p, n * sizeof(T));
-  return load(some);
-}
-template <class T>
-static inline void store_some(T* p, vf x, int64_t n) {
-  if (n >= VL) return store(p, x);
-  T some[VL];
-  store(some, x);
-  std::memcpy(p, some, n * sizeof(T));
-}
 
 // e^x = 2^n e^r with |r| <= log(2) / 2, e^r by its series: within 3e-7 of it (the clamp keeps it finite).
 static inline vf exponential(vf x) {

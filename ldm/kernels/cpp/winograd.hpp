@@ -67,8 +67,9 @@ static inline void weight_1d_adjoint(const T (&u)[SEEN], T (&w)[3]) {
   w[2] = A2 * sa + B2 * sb + u[5];
 }
 
+template <class T>
 struct Weight {
-  const float* w;  // [O, C, 3, 3] at the strides of an output, an input, a row, a column
+  const T* w;  // [O, C, 3, 3] at the strides of an output, an input, a row, a column
   int64_t O, C, output, input, row, column;
 };
 
@@ -76,16 +77,25 @@ constexpr int ROUND = 64;  // channels whose weights are packed at a time
 
 // Panel p of all 36 parts, the channels c0 to before c1, ROUND at most: `to` [c1 - c0][NR], each part `part` numbers
 // after the last.
-static inline void pack_panel(const Weight& w, int64_t p, int64_t c0, int64_t c1, float* to, size_t part) {
+template <class T>
+static inline void pack_panel(const Weight<T>& w, int64_t p, int64_t c0, int64_t c1, float* to, size_t part) {
   const int64_t wide = std::min<int64_t>(NR, w.O - p * NR), deep = c1 - c0;
   float taps[3][3][ROUND][NR];
   if (wide < NR) std::memset(taps, 0, sizeof taps);
+  const bool in_order = wide == NR && deep % VL == 0 && w.input == 1;
   for (int i = 0; i < 3; i++)
-    for (int k = 0; k < 3; k++)
-      for (int64_t j = 0; j < wide; j++) {  // read as the weight lies, written within the first cache
-        const float* from = w.w + (p * NR + j) * w.output + c0 * w.input + i * w.row + k * w.column;
-        for (int64_t c = 0; c < deep; c++) taps[i][k][c][j] = from[c * w.input];
-      }
+    for (int k = 0; k < 3; k++) {
+      const T* from = w.w + p * NR * w.output + c0 * w.input + i * w.row + k * w.column;
+      for (int64_t j = 0; in_order && j < wide; j += VL)
+        for (int64_t c = 0; c < deep; c += VL) {
+          vf rows[VL];
+          for (int r = 0; r < VL; r++) rows[r] = load(from + (j + r) * w.output + c);
+          transpose(rows);
+          for (int r = 0; r < VL; r++) store(&taps[i][k][c + r][j], rows[r]);
+        }
+      for (int64_t j = 0; !in_order && j < wide; j++)  // read as the weight lies, written within the first cache
+        for (int64_t c = 0; c < deep; c++) taps[i][k][c][j] = number(from[j * w.output + c * w.input]);
+    }
   for (int64_t c = 0; c < deep; c++, to += NR)
     for (int v = 0; v < NR; v += VL) {
       vf half[3][SEEN];
@@ -102,11 +112,12 @@ static inline void pack_panel(const Weight& w, int64_t p, int64_t c0, int64_t c1
     }
 }
 
+template <class T>
 struct Convolution {
-  const float* x;     // [B, H, W, C]
+  const T* x;         // [B, H, W, C]
   const float* u;     // [36][O / NR][C][NR]
   const float* bias;  // [O], or null
-  float* y;           // [B, H', W', O]
+  T* y;               // [B, H', W', O]
   int B, H, W, C, O, pad;
   int height() const { return H + 2 * pad - 2; }
   int width() const { return W + 2 * pad - 2; }
@@ -116,25 +127,21 @@ struct Convolution {
 };
 
 // What tile t sees, B^T d B, as row `at` of v [36][T][C].
-static inline void input_tile(const Convolution& c, int t, float* v, int T, int at) {
+template <class N>
+static inline void input_tile(const Convolution<N>& c, int t, float* v, int T, int at) {
   const int across = c.across(), down = c.down();
   const int b = t / (across * down), top = t / across % down * TILE - c.pad, left = t % across * TILE - c.pad;
   const size_t C = c.C;
-  const float* picture = c.x + (size_t)b * c.H * c.W * C;
+  const N* picture = c.x + (size_t)b * c.H * c.W * C;
   for (size_t ch = 0; ch < C; ch += VL) {
-    const int n = (int)std::min<size_t>(VL, C - ch);
+    const int64_t n = C - ch;
     vf half[SEEN][SEEN];
     for (int j = 0; j < SEEN; j++) {
       vf column[SEEN], out[SEEN];
       for (int i = 0; i < SEEN; i++) {
         const int h = top + i, w = left + j;
-        column[i] = vf{};
-        if (h < 0 || h >= c.H || w < 0 || w >= c.W) continue;
-        const float* p = picture + ((size_t)h * c.W + w) * C + ch;
-        if (n == VL)
-          column[i] = load(p);
-        else
-          std::memcpy(&column[i], p, n * sizeof(float));
+        const bool outside = h < 0 || h >= c.H || w < 0 || w >= c.W;
+        column[i] = outside ? vf{} : load_some(picture + ((size_t)h * c.W + w) * C + ch, n);
       }
       input_1d(column, out);
       for (int i = 0; i < SEEN; i++) half[i][j] = out[i];
@@ -142,19 +149,14 @@ static inline void input_tile(const Convolution& c, int t, float* v, int T, int 
     for (int i = 0; i < SEEN; i++) {
       vf out[SEEN];
       input_1d(half[i], out);
-      for (int j = 0; j < SEEN; j++) {
-        float* p = v + ((size_t)(i * SEEN + j) * T + at) * C + ch;
-        if (n == VL)
-          store(p, out[j]);
-        else
-          std::memcpy(p, &out[j], n * sizeof(float));
-      }
+      for (int j = 0; j < SEEN; j++) store_some(v + ((size_t)(i * SEEN + j) * T + at) * C + ch, out[j], n);
     }
   }
 }
 
 // The pixels of tile t, A^T m A and the bias, in the channels o0 to before o1: from row `at` of m [36][T][wide].
-static inline void output_tile(const Convolution& c, int t, const float* m, int T, int at, size_t wide, int o0, int o1) {
+template <class N>
+static inline void output_tile(const Convolution<N>& c, int t, const float* m, int T, int at, size_t wide, int o0, int o1) {
   const int across = c.across(), down = c.down(), height = c.height(), width = c.width();
   const int b = t / (across * down), top = t / across % down * TILE, left = t % across * TILE;
   for (int o = o0; o < o1; o += VL) {
@@ -172,12 +174,7 @@ static inline void output_tile(const Convolution& c, int t, const float* m, int 
       vf out[TILE];
       output_1d(half[i], out);
       for (int j = 0; j < TILE && left + j < width; j++) {
-        float* y = c.y + (((size_t)b * height + top + i) * width + left + j) * c.O + o;
-        const vf sum = out[j] + plus;
-        if (n == VL)
-          store(y, sum);
-        else
-          for (int k = 0; k < n; k++) y[k] = sum[k];
+        store_some(c.y + (((size_t)b * height + top + i) * width + left + j) * c.O + o, out[j] + plus, n);
       }
     }
   }
@@ -185,7 +182,7 @@ static inline void output_tile(const Convolution& c, int t, const float* m, int 
 
 // What the sums over channels of tile t would have to change by, A dy A^T, as row `at` of m [36][T][O]: of y's gradient
 // dy [B, H', W', O], in c.x.
-static inline void output_tile_adjoint(const Convolution& c, int t, float* m, int T, int at) {
+static inline void output_tile_adjoint(const Convolution<float>& c, int t, float* m, int T, int at) {
   const int across = c.across(), down = c.down(), height = c.height(), width = c.width();
   const int b = t / (across * down), top = t / across % down * TILE, left = t % across * TILE;
   const float* picture = c.x + (size_t)b * height * width * c.O;
@@ -195,13 +192,8 @@ static inline void output_tile_adjoint(const Convolution& c, int t, float* m, in
     for (int j = 0; j < TILE; j++) {
       vf column[TILE], out[SEEN];
       for (int i = 0; i < TILE; i++) {
-        column[i] = vf{};
-        if (top + i >= height || left + j >= width) continue;
-        const float* p = picture + ((size_t)(top + i) * width + left + j) * c.O + o;
-        if (n == VL)
-          column[i] = load(p);
-        else
-          std::memcpy(&column[i], p, n * sizeof(float));
+        const bool outside = top + i >= height || left + j >= width;
+        column[i] = outside ? vf{} : load_some(picture + ((size_t)(top + i) * width + left + j) * c.O + o, n);
       }
       output_1d_adjoint(column, out);
       for (int i = 0; i < SEEN; i++) half[i][j] = out[i];
@@ -209,19 +201,14 @@ static inline void output_tile_adjoint(const Convolution& c, int t, float* m, in
     for (int i = 0; i < SEEN; i++) {
       vf out[SEEN];
       output_1d_adjoint(half[i], out);
-      for (int j = 0; j < SEEN; j++) {
-        float* p = m + ((size_t)(i * SEEN + j) * T + at) * c.O + o;
-        if (n == VL)
-          store(p, out[j]);
-        else
-          std::memcpy(p, &out[j], n * sizeof(float));
-      }
+      for (int j = 0; j < SEEN; j++) store_some(m + ((size_t)(i * SEEN + j) * T + at) * c.O + o, out[j], n);
     }
   }
 }
 
 // The panels p0 to before p1 of part f of T tiles, by packed weights. v: [36][T][C], m: [36][T][O], sums: [T][those panels].
-static inline void multiply(const Convolution& c, int f, int p0, int p1, int T, const float* v, float* m, float* sums) {
+template <class N>
+static inline void multiply(const Convolution<N>& c, int f, int p0, int p1, int T, const float* v, float* m, float* sums) {
   const size_t wide = panels(c.O) * NR, C = c.C;
   float* mine = m + (size_t)f * T * wide;
   gemm(v + (size_t)f * T * C, C, T, c.u + (size_t)f * wide * C, c.C, p0, p1, sums, [&](int row, int p, vf(&acc)[NV]) {
@@ -231,7 +218,8 @@ static inline void multiply(const Convolution& c, int f, int p0, int p1, int T, 
 
 // The tiles t0 to before t1 of all, by packed weights. v: [36][T][C], m: [36][T][O], sums: [T][O], with T = t1 - t0 and
 // O rounded up to NR.
-static inline void tiles(const Convolution& c, int t0, int t1, float* v, float* m, float* sums) {
+template <class N>
+static inline void tiles(const Convolution<N>& c, int t0, int t1, float* v, float* m, float* sums) {
   const int T = t1 - t0;
   const int all = (int)panels(c.O);
   for (int t = t0; t < t1; t++) input_tile(c, t, v, T, t - t0);
@@ -246,7 +234,8 @@ constexpr int AT_ONCE = 128;  // tiles for which a weight is packed
 
 // One panel of the T tiles from t0 on, whose input lies in v [36][T][C]: its weights are packed KC channels at a time and
 // used at once. u: [36][APART], m: [36][T][NR].
-static inline void one_panel(const Convolution& c, const Weight& w, int p, int t0, int T, const float* v, float* u, float* m) {
+template <class N>
+static inline void one_panel(const Convolution<N>& c, const Weight<N>& w, int p, int t0, int T, const float* v, float* u, float* m) {
   for (int k = 0; k < c.C; k += KC) {
     const int depth = std::min(KC, c.C - k);
     for (int s = 0; s < depth; s += ROUND)
