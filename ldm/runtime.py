@@ -257,11 +257,6 @@ def _default_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.float16
 
 
-def has_amx() -> bool:
-    """Whether this CPU has units for products in bf16: only there training's bf16 is quicker than fp32."""
-    return _cpu_has("amx_tile")
-
-
 def _cpu_has(*units: str) -> bool:
     """torch tells by functions that are its own: a version may lack them."""
     own = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in units)

@@ -50,10 +50,10 @@ def train_all(configs: Path, run_dir: Path, old: Path | None, overrides: Mapping
 def _vae(recipe: Recipe, run_dir: Path, old: Path | None) -> Task:
     from ldm.pretrain.sprites import sprite_pictures
     from ldm.pretrain.vae import VAETask, build_vae, load_vae
-    from ldm.pretrain.widen import widen_vae
+    from ldm.pretrain.widen import grown_vae
 
     narrow = load_vae(old) if old else None
-    vae = build_vae(recipe.model) if narrow is None else widen_vae(narrow, recipe.model["latent_channels"])
+    vae = build_vae(recipe.model) if narrow is None else grown_vae(narrow, recipe.model)
     return VAETask(vae, *sprite_pictures(recipe.data), recipe.loss, False, narrow)
 
 

@@ -28,7 +28,7 @@ from ldm.pretrain.data import Pictures, digest_of
 from ldm.pretrain.recipe import DataSection
 from ldm.pretrain.unet import LatentDataset, encode
 from ldm.prompts.tokenizer import CLIPTokenizer
-from ldm.runtime import has_amx
+from ldm.runtime import has_bf16
 
 _PART = 256  # scenes that are made and kept at once
 Arrays = dict[str, NDArray[Any]]
@@ -141,8 +141,9 @@ def in_parts(folder: Path, total: int, make: Callable[[int, int], Mapping[str, N
 
 
 def _encode(images: list[NDArray[np.uint8]], vae: AutoencoderKL | AutoencoderTiny) -> NDArray[np.float16]:
-    """Latents fp16 [N, c, h, w]; bf16 is quicker only where a CPU has units for it (AMX)."""
-    latents: NDArray[np.float16] = encode(Pictures(np.stack(images), []), vae, bf16=has_amx()).numpy()
+    """Latents fp16 [N, c, h, w]; bf16 is quicker only where a CPU has units for it."""
+    bf16 = has_bf16(torch.device("cpu"))
+    latents: NDArray[np.float16] = encode(Pictures(np.stack(images), []), vae, bf16).numpy()
     return latents
 
 

@@ -1,6 +1,9 @@
-"""A VAE and its U-Net widened to more latent channels: the first are the old ones."""
+"""A VAE grown deeper, and its U-Net widened to more latent channels: the first are the old ones."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,6 +30,40 @@ def widen_vae(vae: AutoencoderKL | AutoencoderTiny, latent_channels: int) -> Aut
     wide.decoder.get_parameter("layers.0.weight").zero_()
     _copy_into(wide, vae)
     return wide
+
+
+@torch.no_grad()
+def grown_vae(vae: AutoencoderKL | AutoencoderTiny, config: Mapping[str, Any]) -> AutoencoderTiny:
+    """An autoencoder of `config` with the weights of `vae` where they fit.
+
+    Of the same depth it is `vae`, widened. A deeper one has its new levels at the side of the pictures, with
+    random weights: what `vae` does with a picture it is to learn to do with one of twice the size.
+
+    Raises:
+        UserError: for fewer channels or levels than `vae` has, or another kind than AutoencoderTiny.
+    """
+    wide = widen_vae(vae, config["latent_channels"])
+    deep = build(config)
+    if not isinstance(deep, AutoencoderTiny) or deep.downscale < wide.downscale:
+        raise UserError(
+            f"{config.get('_class_name')} of {len(config['num_encoder_blocks'])} levels: this grows an "
+            f"AutoencoderTiny of {len(wide.config.num_encoder_blocks)} levels to as many or more"
+        )
+    encoder, decoder = wide.encoder.layers, wide.decoder.layers
+    more = len(deep.encoder.layers) - len(encoder)
+    for i, layer in enumerate(encoder):
+        _copy_if_alike(deep.encoder.layers[i + more], layer)
+    for i, layer in enumerate(decoder):
+        _copy_if_alike(deep.decoder.layers[i], layer)
+    if deep.to_config() == wide.to_config():
+        return wide
+    return deep
+
+
+def _copy_if_alike(into: nn.Module, layer: nn.Module) -> None:
+    old = layer.state_dict()
+    if [value.shape for value in into.state_dict().values()] == [value.shape for value in old.values()]:
+        into.load_state_dict(old)
 
 
 @torch.no_grad()

@@ -174,12 +174,12 @@ def configs(tmp_path):
         recipe["optimiser"]["train_batch_size"] = 2
         if stage == "vae":
             recipe["data"]["size"] = 64
-            recipe["model"] |= {"encoder_block_out_channels": [8] * 4, "decoder_block_out_channels": [8] * 4}
+            recipe["model"] |= {"encoder_block_out_channels": [8] * 5, "decoder_block_out_channels": [8] * 5}
         if stage == "clip":
             recipe["model"]["merges"] = 60
             recipe["model"]["text_config"] |= CONFIG | {"projection_dim": 32}
         if stage == "unet":
-            recipe["data"]["size"] = 64
+            recipe["data"]["size"] = 128
             recipe["model"]["unet"] |= {"block_out_channels": [16, 16, 16], "cross_attention_dim": 32}
             recipe["model"]["unet"] |= {
                 "attention_head_dim": 2,
@@ -197,7 +197,7 @@ def test_all_stages_make_a_model_and_a_second_call_does_nothing(configs, tmp_pat
     assert train_all(configs, run_dir, None, {})
     model = ldm.load(run_dir / "unet" / "export", device="cpu")
     assert model.world.plurals["car"] == "cars"
-    assert model("a dog", num_inference_steps=1, seed=0).images[0].size == (64, 64)
+    assert model("a dog", num_inference_steps=1, seed=0).images[0].size == (128, 128)
     stamps = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file()}
     assert train_all(configs, run_dir, None, {})
     assert stamps == {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file()}

@@ -10,7 +10,7 @@ import ldm
 from ldm.checkpoint import load_parts, save_folder
 from ldm.finetune.inpainting import widen, widen_unet
 from ldm.models import build
-from ldm.pretrain.widen import widen_latents, widen_vae
+from ldm.pretrain.widen import grown_vae, widen_latents, widen_vae
 from ldm.runtime import choose
 
 FP32 = choose("cpu", "fp32")
@@ -136,6 +136,40 @@ def test_a_vae_of_more_channels_draws_as_before_and_its_first_channels_are_the_o
     assert wide.to_config() == vae.to_config() | {"latent_channels": 5}
     with pytest.raises(ldm.errors.UserError, match="can only widen"):
         widen_vae(wide, 3)
+
+
+@torch.no_grad()
+def test_a_vae_grown_by_a_level_has_the_old_weights_in_its_middle():
+    vae = tiny_vae()
+    config = vae.to_config() | {
+        "encoder_block_out_channels": [8] * 5,
+        "decoder_block_out_channels": [8] * 5,
+        "num_encoder_blocks": [0, 0, 1, 1, 1],
+        "num_decoder_blocks": [1, 1, 1, 1, 0],
+    }
+    deep = grown_vae(vae, config)
+    assert deep.downscale == 2 * vae.downscale
+    assert deep.to_config() == config
+    # All but its first convolution, of pixels, the encoder ends with ...
+    assert_equal_states(deep.encoder.layers[2:], vae.encoder.layers[1:])
+    # ... and all but its last levels the decoder begins with.
+    assert_equal_states(deep.decoder.layers[:11], vae.decoder.layers[:11])
+    assert deep.decode_latents(deep.encode_latents(torch.rand(1, 3, 32, 32))).shape == (1, 3, 32, 32)
+    with pytest.raises(ldm.errors.UserError, match="of 4 levels: this grows"):
+        grown_vae(deep, vae.to_config())
+
+
+@torch.no_grad()
+def test_a_vae_grown_by_nothing_is_a_widened_one():
+    vae = tiny_vae()
+    grown = grown_vae(vae, vae.to_config() | {"latent_channels": 5})
+    latents = torch.randn(2, 5, 4, 4)
+    assert relative_error(grown.decode_latents(latents), vae.decode_latents(latents[:, :3])) < 1e-6
+
+
+def assert_equal_states(new, old):
+    for a, b in zip(new.state_dict().values(), old.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_the_unet_of_a_widened_vae_answers_as_before(families):
