@@ -13,8 +13,8 @@ from ldm.kernels import native, packed
 
 # Pixels of a picture, and channels in times out, from which on Winograd's convolution is faster than torch's.
 WINOGRAD_PIXELS, WINOGRAD_CHANNELS = 4 * 4, 64 * 64
-# A weight is packed where it is used, and not kept, with so many channels in times out up to so many pixels.
-UNPACKED_PIXELS, UNPACKED_CHANNELS = 64 * 64, 256 * 256
+# With more channels in times out a weight is packed where it is used, and not kept: that takes no longer.
+UNPACKED_CHANNELS = 256 * 256
 # So many pixels it takes in bf16, where torch's products are twice as fast as in fp32, as ours are.
 WINOGRAD_PIXELS_BF16 = 8 * 8
 # Pixels of a picture up to which a 1 x 1 convolution is no slower as a product of matrices, and quicker where
@@ -193,8 +193,8 @@ def drawn(
         return None
     if not native.fits(x, weight, dtypes=native.POINTWISE_DTYPES) or _has_quicker_bf16(x):
         return None
-    passing = pixels <= UNPACKED_PIXELS and channels > UNPACKED_CHANNELS
-    if packs and not passing and (ready := packed.winograd(weight)) is not None:
+    keeps = packs and channels <= UNPACKED_CHANNELS
+    if keeps and (ready := packed.winograd(weight)) is not None:
         out = native.convolve(x, ready, bias, len(weight), padding[0])
     else:
         out = native.convolve_unpacked(x, weight, bias, padding[0])

@@ -221,11 +221,11 @@ def called(monkeypatch):
         (64, (8, 8), True, "convolve"),
         (64, (80, 70), True, "convolve"),
         (64, (8, 8), False, "convolve_unpacked"),
-        (264, (5, 7), True, "convolve_unpacked"),  # a large weight for few pixels
-        (264, (65, 65), True, "convolve"),
+        (264, (5, 7), True, "convolve_unpacked"),
+        (264, (65, 65), True, "convolve_unpacked"),
     ],
 )
-def test_the_kernel_by_the_size_of_weight_and_map(called, channels, size, packs, kernel):
+def test_the_kernel_by_the_size_of_the_weight(called, channels, size, packs, kernel):
     layer = Conv2d(channels, channels, 3, padding=1).requires_grad_(False)
     layer.packs = packs
     x = torch.randn(1, channels, *size)
