@@ -61,9 +61,11 @@ class Conv2d(nn.Conv2d):
             return None
         weight, bias, stride, padding = self.weight, self.bias, self.stride, self.padding
         out: Tensor | None = None
-        if weight.requires_grad and self._dtype(x) == torch.bfloat16:
+        dtype = self._dtype(x)
+        if weight.requires_grad and dtype == torch.bfloat16:
             out = _Convolution.apply(x, weight, bias, stride, padding)  # type: ignore[no-untyped-call]
-        elif has_winograd(x, weight, stride, padding) and native.learns(x, weight):  # type: ignore[arg-type]
+        elif has_winograd(x, weight, stride, padding) and _learns(x, weight, dtype):  # type: ignore[arg-type]
+            x, weight = x.to(dtype), weight.to(dtype)
             out = _Winograd.apply(x, weight, bias, padding[0])  # type: ignore[no-untyped-call]
         return out
 
@@ -121,8 +123,16 @@ class _Convolution(torch.autograd.Function):
         return dx, dw, db, None, None
 
 
+def _learns(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether kernels can give the gradients that are wanted: in bf16 not those of a weight."""
+    if dtype == torch.bfloat16:
+        frozen = not weight.requires_grad and x.requires_grad
+        return frozen and native.reachable(x, weight) and not _has_quicker_bf16(x, dtype)
+    return native.learns(x, weight)
+
+
 class _Winograd(torch.autograd.Function):
-    """A 3 x 3 convolution in fp32 by a quarter of the products, and both of its gradients too."""
+    """A 3 x 3 convolution by a quarter of the products, and its gradients: in bf16 not that of the weight."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
@@ -136,11 +146,10 @@ class _Winograd(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         dx = dw = None
-        if (
-            wants_x
-        ):  # each pixel of x was seen by nine of the output, through the weight turned by 180 degrees
-            turned = weight.flip(2, 3).transpose(0, 1)
-            dx = _as_torchs(native.convolve_unpacked(grad, turned, None, 2 - ctx.padding), x, weight)
+        # Each pixel of x was seen by nine of the output, through the weight turned by 180 degrees.
+        if wants_x:
+            gone_back = native.convolve_unpacked(grad, weight, None, 2 - ctx.padding, turned=True)
+            dx = _as_torchs(gone_back, x, weight)
         if wants_weight:
             dw = native.weight_gradient(x, grad, ctx.padding)
         return dx, dw, grad.sum((0, 2, 3)) if wants_bias else None, None
@@ -191,7 +200,7 @@ def drawn(
         return None if product is None else _as_torchs(product, x, weight)
     if not has_winograd(x, weight, stride, padding):
         return None
-    if not native.fits(x, weight, dtypes=native.POINTWISE_DTYPES) or _has_quicker_bf16(x):
+    if not native.fits(x, weight, dtypes=native.POINTWISE_DTYPES) or _has_quicker_bf16(x, x.dtype):
         return None
     keeps = packs and channels <= UNPACKED_CHANNELS
     if keeps and (ready := packed.winograd(weight)) is not None:
@@ -201,9 +210,9 @@ def drawn(
     return _as_torchs(out, x, weight)
 
 
-def _has_quicker_bf16(x: Tensor) -> bool:
-    """Whether torch's own 3 x 3 convolution is quicker: in bf16, by units for it."""
-    if x.dtype is not torch.bfloat16 or is_imitated(x.dtype):
+def _has_quicker_bf16(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether torch's own 3 x 3 convolution of x in a dtype is quicker: in bf16, by units for it."""
+    if dtype != torch.bfloat16 or is_imitated(dtype):
         return False
     return x.shape[2] * x.shape[3] < WINOGRAD_PIXELS_BF16 or native.has_amx()
 

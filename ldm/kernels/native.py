@@ -43,13 +43,20 @@ def learns(*tensors: Tensor) -> bool:
     return wanted and all_fp32 and _readable(tensors, (torch.float32,)) and available()
 
 
+def reachable(*tensors: Tensor) -> bool:
+    """Whether they are numbers in a CPU's memory, nobody compiles, and there are kernels."""
+    return _in_memory(tensors) and available()
+
+
 def _readable(tensors: tuple[Tensor, ...], dtypes: tuple[torch.dtype, ...]) -> bool:
     """Numbers in a CPU's memory, the first in one of `dtypes`; no autocast, and nobody compiles."""
-    if torch.compiler.is_compiling() or tensors[0].dtype not in dtypes:
+    return tensors[0].dtype in dtypes and _in_memory(tensors) and not torch.is_autocast_enabled("cpu")
+
+
+def _in_memory(tensors: tuple[Tensor, ...]) -> bool:
+    if torch.compiler.is_compiling():
         return False
-    if any(t.device.type != "cpu" or t.layout is not torch.strided for t in tensors):
-        return False
-    return not torch.is_autocast_enabled("cpu")
+    return not any(t.device.type != "cpu" or t.layout is not torch.strided for t in tensors)
 
 
 def pack_winograd(weight: Tensor) -> Tensor:
@@ -90,21 +97,31 @@ def convolve(x: Tensor, packed: Tensor, bias: Tensor | None, out_channels: int, 
     return out
 
 
-def convolve_unpacked(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int = 1) -> Tensor:
+def convolve_unpacked(
+    x: Tensor, weight: Tensor, bias: Tensor | None, padding: int = 1, turned: bool = False
+) -> Tensor:
     """`convolve` by the weight [O, C, 3, 3] as it lies, packed bit by bit where it is used, and never kept.
 
-    For maps of few pixels, whose weights are most of what is read, that is as fast.
+    Args:
+        turned: by `weight.flip(2, 3).transpose(0, 1)`, as gradients go back: [B, O, H, W] -> [B, C, H', W'].
     """
     weight, bias = weight.to(x.dtype), None if bias is None else bias.float()
-    x, out = _between(x, len(weight), padding)
+    output, inputs, row, column = weight.stride()
+    first, out_channels = 0, len(weight)
+    if turned:
+        first, out_channels = 2 * row + 2 * column, weight.shape[1]
+        output, inputs, row, column = inputs, output, -row, -column
+    x, out = _between(x, out_channels, padding)
     batch, channels, height, width = x.shape
     threads = torch.get_num_threads()
     if _has_no_numbers(x):
         torch.empty(_library().convolve_unpacked_scratch(batch, height, width, channels, padding, threads))
         return out
-    sizes = (batch, height, width, channels, len(weight), padding, *weight.stride())
+    sizes = (batch, height, width, channels, out_channels, padding, output, inputs, row, column)
+    at = weight.data_ptr() + first * weight.element_size()
+    given, bias_at, filled = _pointers(x, bias, out)
     half = x.dtype is torch.bfloat16
-    _library().convolve_unpacked(*_pointers(x, weight, bias, out), *sizes, half, threads)
+    _library().convolve_unpacked(given, at, bias_at, filled, *sizes, half, threads)
     return out
 
 

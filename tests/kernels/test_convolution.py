@@ -123,6 +123,7 @@ def by_winograd(monkeypatch):
         pytest.skip("no compiler here")
     monkeypatch.setattr(convolution, "WINOGRAD_PIXELS", 1)
     monkeypatch.setattr(convolution, "WINOGRAD_CHANNELS", 1)
+    monkeypatch.setattr(convolution, "_has_quicker_bf16", lambda x, dtype: False)
 
 
 def learns(conv, x):
@@ -155,6 +156,32 @@ def test_only_what_is_wanted_has_a_gradient_in_fp32(frozen):
     conv(x).square().sum().backward()
     found = {"input": x.grad, "weight": conv.weight.grad, "bias": conv.bias is not None and conv.bias.grad}
     assert {name for name, g in found.items() if g is None} == ({frozen} & found.keys())
+
+
+@pytest.mark.usefixtures("by_winograd")
+@pytest.mark.parametrize("autocast", [False, True], ids=["bf16", "autocast"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize(
+    "shape", [(2, 64, 32, 9, 7, 3, 1, 1), (2, 6, 10, 9, 7, 3, 1, 1), (2, 6, 10, 9, 7, 3, 1, 0)]
+)
+def test_a_frozen_weight_hands_its_inputs_gradient_on_in_bf16(shape, layout, autocast):
+    """As with LoRA: only what goes through is rounded, as nearly as bf16 can have it."""
+    x, conv = drawn(shape)
+    x, conv = x.to(memory_format=layout), conv.to(memory_format=layout).requires_grad_(False)
+    grad = torch.randn_like(conv(x)).bfloat16()
+    right = exact(conv.requires_grad_(), x, grad)[:2]
+    conv.requires_grad_(False)
+    if not autocast:
+        x, conv = x.bfloat16(), conv.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        leaf = x.clone().requires_grad_()
+        assert learns(conv, leaf)
+        out = conv(leaf)
+        (found,) = torch.autograd.grad(out, leaf, grad)
+    assert (out.dtype, found.dtype) == (torch.bfloat16, x.dtype)
+    for ours, wanted in zip((out, found), right, strict=True):
+        nearest = relative_error(wanted.bfloat16().double(), wanted)
+        assert relative_error(ours.double(), wanted) < 1.02 * nearest
 
 
 @pytest.mark.usefixtures("by_winograd")
@@ -207,7 +234,7 @@ def called(monkeypatch):
     names = []
 
     def counted(name, kernel):
-        return lambda *given: names.append(name) or kernel(*given)
+        return lambda *given, **how: names.append(name) or kernel(*given, **how)
 
     for name in ("convolve", "convolve_unpacked"):
         monkeypatch.setattr(native, name, counted(name, getattr(native, name)))

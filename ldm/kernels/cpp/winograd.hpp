@@ -82,7 +82,7 @@ static inline void pack_panel(const Weight<T>& w, int64_t p, int64_t c0, int64_t
   const int64_t wide = std::min<int64_t>(NR, w.O - p * NR), deep = c1 - c0;
   float taps[3][3][ROUND][NR];
   if (wide < NR) std::memset(taps, 0, sizeof taps);
-  const bool in_order = wide == NR && deep % VL == 0 && w.input == 1;
+  const bool whole = wide == NR && deep % VL == 0, in_order = whole && w.input == 1, beside = whole && w.output == 1;
   for (int i = 0; i < 3; i++)
     for (int k = 0; k < 3; k++) {
       const T* from = w.w + p * NR * w.output + c0 * w.input + i * w.row + k * w.column;
@@ -93,7 +93,9 @@ static inline void pack_panel(const Weight<T>& w, int64_t p, int64_t c0, int64_t
           transpose(rows);
           for (int r = 0; r < VL; r++) store(&taps[i][k][c + r][j], rows[r]);
         }
-      for (int64_t j = 0; !in_order && j < wide; j++)  // read as the weight lies, written within the first cache
+      for (int64_t c = 0; beside && c < deep; c++)
+        for (int64_t j = 0; j < wide; j += VL) store(&taps[i][k][c][j], load(from + j + c * w.input));
+      for (int64_t j = 0; !in_order && !beside && j < wide; j++)  // read as the weight lies, written within the first cache
         for (int64_t c = 0; c < deep; c++) taps[i][k][c][j] = number(from[j * w.output + c * w.input]);
     }
   for (int64_t c = 0; c < deep; c++, to += NR)
