@@ -75,6 +75,26 @@ struct Weight {
 
 constexpr int ROUND = 64;  // channels whose weights are packed at a time
 
+// One tap of the weight for `wide` outputs from `from` on and `deep` inputs: as [deep][NR] numbers.
+template <class T>
+static inline void read_tap(const Weight<T>& w, const T* from, int64_t wide, int64_t deep, float (*to)[NR]) {
+  if (w.input == 1 && wide == NR && deep % VL == 0) {  // inputs lie side by side: squares are turned in registers
+    for (int64_t j = 0; j < wide; j += VL)
+      for (int64_t c = 0; c < deep; c += VL) {
+        vf rows[VL];
+        for (int r = 0; r < VL; r++) rows[r] = load(from + (j + r) * w.output + c);
+        transpose(rows);
+        for (int r = 0; r < VL; r++) store(to[c + r] + j, rows[r]);
+      }
+  } else if (w.output == 1 && wide == NR) {  // outputs do
+    for (int64_t c = 0; c < deep; c++)
+      for (int64_t j = 0; j < wide; j += VL) store(to[c] + j, load(from + j + c * w.input));
+  } else {
+    for (int64_t j = 0; j < wide; j++)  // read as the weight lies, written within the first cache
+      for (int64_t c = 0; c < deep; c++) to[c][j] = number(from[j * w.output + c * w.input]);
+  }
+}
+
 // Panel p of all 36 parts, the channels c0 to before c1, ROUND at most: `to` [c1 - c0][NR], each part `part` numbers
 // after the last.
 template <class T>
@@ -82,22 +102,9 @@ static inline void pack_panel(const Weight<T>& w, int64_t p, int64_t c0, int64_t
   const int64_t wide = std::min<int64_t>(NR, w.O - p * NR), deep = c1 - c0;
   float taps[3][3][ROUND][NR];
   if (wide < NR) std::memset(taps, 0, sizeof taps);
-  const bool whole = wide == NR && deep % VL == 0, in_order = whole && w.input == 1, beside = whole && w.output == 1;
   for (int i = 0; i < 3; i++)
-    for (int k = 0; k < 3; k++) {
-      const T* from = w.w + p * NR * w.output + c0 * w.input + i * w.row + k * w.column;
-      for (int64_t j = 0; in_order && j < wide; j += VL)
-        for (int64_t c = 0; c < deep; c += VL) {
-          vf rows[VL];
-          for (int r = 0; r < VL; r++) rows[r] = load(from + (j + r) * w.output + c);
-          transpose(rows);
-          for (int r = 0; r < VL; r++) store(&taps[i][k][c + r][j], rows[r]);
-        }
-      for (int64_t c = 0; beside && c < deep; c++)
-        for (int64_t j = 0; j < wide; j += VL) store(&taps[i][k][c][j], load(from + j + c * w.input));
-      for (int64_t j = 0; !in_order && !beside && j < wide; j++)  // read as the weight lies, written within the first cache
-        for (int64_t c = 0; c < deep; c++) taps[i][k][c][j] = number(from[j * w.output + c * w.input]);
-    }
+    for (int k = 0; k < 3; k++)
+      read_tap(w, w.w + p * NR * w.output + c0 * w.input + i * w.row + k * w.column, wide, deep, taps[i][k]);
   for (int64_t c = 0; c < deep; c++, to += NR)
     for (int v = 0; v < NR; v += VL) {
       vf half[3][SEEN];
