@@ -27,6 +27,9 @@ def main() -> None:
         help="a model folder to begin from: its latents are kept, its denoiser goes on; default: %(default)s",
     )
     parser.add_argument("--from_nothing", action="store_true", help="begin with random weights instead")
+    parser.add_argument(
+        "--keep", nargs="+", default=[], metavar="STAGE", help="vae, clip: as --init_from has them"
+    )
     parser.add_argument("--configs", type=Path, default=ROOT / "configs", help="where sprites_*.yaml are")
     parser.add_argument(
         "--set",
@@ -45,7 +48,8 @@ def main() -> None:
             overrides.setdefault(stage, []).append(rest)
         from ldm.pretrain.sprite_stages import train_all
 
-        if train_all(args.configs, args.run_dir, None if args.from_nothing else args.init_from, overrides):
+        old = None if args.from_nothing else args.init_from
+        if train_all(args.configs, args.run_dir, old, overrides, args.keep):
             print(f"the model is in {args.run_dir / 'unet' / 'export'}")
 
 

@@ -6,7 +6,8 @@ and latents are in the run's `data`. The same call again goes on where the last 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -20,16 +21,31 @@ from ldm.train.task import Task
 STAGES = ("vae", "clip", "unet")
 
 
-def train_all(configs: Path, run_dir: Path, old: Path | None, overrides: Mapping[str, list[str]]) -> bool:
+def train_all(
+    configs: Path,
+    run_dir: Path,
+    old: Path | None,
+    overrides: Mapping[str, list[str]],
+    kept: Collection[str] = (),
+) -> bool:
     """Train all stages in `run_dir`; whether the last has come to its end.
 
-    old: a model folder to begin from: its autoencoder's latents are kept, and the denoiser goes on.
-    overrides: `section.key=value` for each stage. Raises UserError for a stage that there is not.
+    Args:
+        old: a model folder to begin from: its autoencoder's latents are kept, and the denoiser goes on.
+        overrides: `section.key=value` for each stage.
+        kept: stages that are not trained, but taken from `old` as they are: vae, clip.
+
+    Raises:
+        UserError: for a stage that there is not, or that cannot be kept.
     """
     run_dir = run_dir.resolve()  # a state knows where its data are
     for stage in overrides:
         if stage not in STAGES:
             raise UserError(f"{stage} is no stage: they are {', '.join(STAGES)}")
+    for stage in kept:
+        if old is None or stage not in _MADE:
+            raise UserError(f"{stage} cannot be kept: {', '.join(_MADE)} of a model folder can")
+        _keep(stage, old, run_dir / stage)
     for stage in STAGES:
         recipe = load_recipe(
             configs / f"sprites_{stage}.yaml", [f"data.cache={run_dir / 'data'}", *overrides.get(stage, [])]
@@ -45,6 +61,29 @@ def train_all(configs: Path, run_dir: Path, old: Path | None, overrides: Mapping
             return False
         ended.touch()
     return True
+
+
+# What a stage leaves in its `export`, by the names in a model folder, and where.
+_MADE = {
+    "vae": {"vae": "."},
+    "clip": {name: name for name in ("text_encoder", "tokenizer", "words.txt", "world.json")},
+}
+
+
+def _keep(stage: str, old: Path, folder: Path) -> None:
+    if (folder / "ended").exists():
+        return
+    for name in _MADE[stage]:
+        if not (old / name).exists():
+            raise UserError(f"{old} has no {name}: {stage} cannot be kept")
+    folder.mkdir(parents=True, exist_ok=True)
+    with whole_folder(folder / "export") as aside:
+        for name, to in _MADE[stage].items():
+            if (old / name).is_dir():
+                shutil.copytree(old / name, aside / to, dirs_exist_ok=True)
+            else:
+                shutil.copy(old / name, aside / to)
+    (folder / "ended").touch()
 
 
 def _vae(recipe: Recipe, run_dir: Path, old: Path | None) -> Task:
