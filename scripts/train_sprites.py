@@ -28,7 +28,7 @@ def main() -> None:
     )
     parser.add_argument("--from_nothing", action="store_true", help="begin with random weights instead")
     parser.add_argument(
-        "--keep", nargs="+", default=[], metavar="STAGE", help="vae, clip: as --init_from has them"
+        "--keep", type=Path, metavar="FOLDER", help="take its autoencoder, text encoder or both as they are"
     )
     parser.add_argument("--configs", type=Path, default=ROOT / "configs", help="where sprites_*.yaml are")
     parser.add_argument(

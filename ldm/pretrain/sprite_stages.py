@@ -7,7 +7,7 @@ and latents are in the run's `data`. The same call again goes on where the last 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -26,26 +26,24 @@ def train_all(
     run_dir: Path,
     old: Path | None,
     overrides: Mapping[str, list[str]],
-    kept: Collection[str] = (),
+    kept: Path | None = None,
 ) -> bool:
     """Train all stages in `run_dir`; whether the last has come to its end.
 
     Args:
         old: a model folder to begin from: its autoencoder's latents are kept, and the denoiser goes on.
         overrides: `section.key=value` for each stage.
-        kept: stages that are not trained, but taken from `old` as they are: vae, clip.
+        kept: a model folder, or a part of one: its autoencoder or text encoder are taken as they are.
 
     Raises:
-        UserError: for a stage that there is not, or that cannot be kept.
+        UserError: for a stage that there is not, or where there is nothing to keep.
     """
     run_dir = run_dir.resolve()  # a state knows where its data are
     for stage in overrides:
         if stage not in STAGES:
             raise UserError(f"{stage} is no stage: they are {', '.join(STAGES)}")
-    for stage in kept:
-        if old is None or stage not in _MADE:
-            raise UserError(f"{stage} cannot be kept: {', '.join(_MADE)} of a model folder can")
-        _keep(stage, old, run_dir / stage)
+    if kept is not None:
+        _keep(kept, run_dir)
     for stage in STAGES:
         recipe = load_recipe(
             configs / f"sprites_{stage}.yaml", [f"data.cache={run_dir / 'data'}", *overrides.get(stage, [])]
@@ -70,20 +68,23 @@ _MADE = {
 }
 
 
-def _keep(stage: str, old: Path, folder: Path) -> None:
-    if (folder / "ended").exists():
-        return
-    for name in _MADE[stage]:
-        if not (old / name).exists():
-            raise UserError(f"{old} has no {name}: {stage} cannot be kept")
-    folder.mkdir(parents=True, exist_ok=True)
-    with whole_folder(folder / "export") as aside:
-        for name, to in _MADE[stage].items():
-            if (old / name).is_dir():
-                shutil.copytree(old / name, aside / to, dirs_exist_ok=True)
-            else:
-                shutil.copy(old / name, aside / to)
-    (folder / "ended").touch()
+def _keep(model: Path, run_dir: Path) -> None:
+    """Take what a model folder has of the first stages as what they made."""
+    had = [stage for stage, parts in _MADE.items() if all((model / name).exists() for name in parts)]
+    if not had:
+        told = " or ".join(" and ".join(parts) for parts in _MADE.values())
+        raise UserError(f"{model} has nothing to keep: {told}")
+    for stage in had:
+        folder = run_dir / stage
+        if (folder / "ended").exists():
+            continue
+        with whole_folder(folder / "export") as aside:
+            for name, to in _MADE[stage].items():
+                if (model / name).is_dir():
+                    shutil.copytree(model / name, aside / to, dirs_exist_ok=True)
+                else:
+                    shutil.copy(model / name, aside / to)
+        (folder / "ended").touch()
 
 
 def _vae(recipe: Recipe, run_dir: Path, old: Path | None) -> Task:
