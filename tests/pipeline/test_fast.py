@@ -183,6 +183,14 @@ def test_a_fast_picture_redraws_from_what_it_notes(folder_of, tmp_path, monkeypa
     assert "equal: every pixel" in capsys.readouterr().out
 
 
+def noiseless(pipe, **others):
+    """The steps and the sampler of a fast picture, where the model's sampler adds noise."""
+    own = Defaults(num_inference_steps=8, sampler="dpmpp_2m_sde")
+    model = replace(pipe, parts=replace(pipe.parts, defaults=own))
+    request = model.resolve(ldm.Request(fast=True, **others))
+    return request.num_inference_steps, request.sampler
+
+
 def test_fast_fills_in_what_is_left_out_by_the_models_steps(pipe):
     def filled(steps, **others):
         model = replace(pipe, parts=replace(pipe.parts, defaults=Defaults(num_inference_steps=steps)))
@@ -197,6 +205,9 @@ def test_fast_fills_in_what_is_left_out_by_the_models_steps(pipe):
     assert filled(4) == (4, None, None)  # distilled
     assert filled(8, num_inference_steps=12) == (12, None, None)
     assert filled(8, num_inference_steps=30, guidance_interval=(0.2, 1)) == (30, 3, (0.2, 1))
+    assert noiseless(pipe) == (3, "dpmpp_2m")
+    assert noiseless(pipe, sampler="dpmpp_2m_sde") == (4, "dpmpp_2m_sde")
+    assert noiseless(pipe, num_inference_steps=6) == (6, "dpmpp_2m_sde")
     edited = ldm.Request(fast=True, target_prompt="a boat")
     job = pipe.prepare(edited, ldm.pipeline.Inputs(image=picture()))
     assert (job.savings.interval, job.request.num_inference_steps) == (1, 50)

@@ -181,14 +181,16 @@ def _defaults(model: Model, request: Request, images: Images) -> dict[str, Any]:
     if request.target_prompt is not None and images.image is not None:
         steps = max(values["num_inference_steps"], edit.STEPS)
         values |= {"sampler": edit.SAMPLER, "strength": edit.STRENGTH, "num_inference_steps": steps}
+    if request.fast:
+        free = request.sampler is None and request.num_grid_steps is None
+        steps = request.num_grid_steps or values["num_inference_steps"]
+        values |= fast_fields(steps, values.get("sampler") if free else None)
+        if request.target_prompt is not None:
+            values.pop("cache_interval", None)
     sampler, implied = resolve_sampler(request.sampler or values.get("sampler") or schedule.default_sampler)
     spacing = None
     if not (request.timesteps or request.sigmas):
         spacing = schedule.spacing_for(sampler, implied or values.get("spacing"))
-    if request.fast:
-        values |= fast_fields(request.num_grid_steps or values["num_inference_steps"])
-        if request.target_prompt is not None:
-            values.pop("cache_interval", None)
     return {**values, "sampler": sampler.name, "spacing": spacing, "eta": sampler.options.get("eta")}
 
 
