@@ -1,4 +1,4 @@
-"""torch's convolution, made faster on a CPU: in fp32 by fewer products, and the gradient of a bf16 weight."""
+"""torch's convolution, made faster on a CPU: by fewer products, and the gradient of a bf16 weight."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ldm.kernels import native, packed
 WINOGRAD_PIXELS, WINOGRAD_CHANNELS = 4 * 4, 64 * 64
 # With more channels in times out a weight is packed where it is used, and not kept: that takes no longer.
 UNPACKED_CHANNELS = 256 * 256
-# So many pixels it takes in bf16, where torch's products are twice as fast as in fp32, as ours are.
+# In bf16 it takes so many: ours are multiplied in fp32, torch's in bf16, which goes twice as fast.
 WINOGRAD_PIXELS_BF16 = 8 * 8
 # Pixels of a picture up to which a 1 x 1 convolution is no slower as a product of matrices, and quicker where
 # pixels are few.
@@ -43,7 +43,7 @@ def is_imitated(dtype: torch.dtype) -> bool:
 
 
 class Conv2d(nn.Conv2d):
-    """[B, C_in, H, W] -> [B, C_out, H', W']: torch's, but for fp32 and for gradients in bf16 on a CPU.
+    """[B, C_in, H, W] -> [B, C_out, H', W']: torch's, but on a CPU by kernels of our own.
 
     The way is chosen by the size of a picture, never by how many there are. `packs`: whether a copy of the
     weight may be kept for a kernel.
@@ -200,7 +200,7 @@ def drawn(
         return None if product is None else _as_torchs(product, x, weight)
     if not has_winograd(x, weight, stride, padding):
         return None
-    if not native.fits(x, weight, dtypes=native.POINTWISE_DTYPES) or _has_quicker_bf16(x, x.dtype):
+    if not native.fits(x, weight, dtypes=native.DTYPES) or _has_quicker_bf16(x, x.dtype):
         return None
     keeps = packs and channels <= UNPACKED_CHANNELS
     if keeps and (ready := packed.winograd(weight)) is not None:

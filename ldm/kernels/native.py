@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ldm.kernels.build import library
 
-# What kernels take that work number by number.
-POINTWISE_DTYPES = (torch.float32, torch.bfloat16)
+# What kernels read and write where nothing else is said; sums are in fp32 or better.
+DTYPES = (torch.float32, torch.bfloat16)
 # Tiles that are convolved together: their numbers, 36 for each channel and tile, stay in the caches.
 TILE_NUMBERS = 36 * 96 * 640
 # What a weight's gradient makes at a time of its two inputs, in numbers.

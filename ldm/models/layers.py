@@ -76,11 +76,7 @@ class GroupNorm(nn.GroupNorm):
     """[B, C, ...] -> the same: torch's GroupNorm, exact in channels_last too; SiLU after it where asked."""
 
     def forward(self, x: Tensor, silu: bool = False) -> Tensor:
-        if (
-            x.dim() == 4
-            and is_channels_last(x)
-            and native.fits(x, self.weight, dtypes=native.POINTWISE_DTYPES)
-        ):
+        if x.dim() == 4 and is_channels_last(x) and native.fits(x, self.weight, dtypes=native.DTYPES):
             return native.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, silu)
         out = self._by_torch(x)
         return F.silu(out) if silu else out
@@ -179,7 +175,7 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         both: Tensor = self.proj(x)
-        if native.fits(both, dtypes=native.POINTWISE_DTYPES):
+        if native.fits(both, dtypes=native.DTYPES):
             return native.geglu(both)
         value, gate = both.chunk(2, dim=-1)
         out: Tensor = value * F.gelu(gate)

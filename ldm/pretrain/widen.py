@@ -42,21 +42,19 @@ def grown_vae(vae: AutoencoderKL | AutoencoderTiny, config: Mapping[str, Any]) -
     Raises:
         UserError: for fewer channels or levels than `vae` has, or another kind than AutoencoderTiny.
     """
-    wide = widen_vae(vae, config["latent_channels"])
-    deep = build(config)
+    wide, deep = widen_vae(vae, config["latent_channels"]), build(config)
     if not isinstance(deep, AutoencoderTiny) or deep.downscale < wide.downscale:
         raise UserError(
-            f"{config.get('_class_name')} of {len(config['num_encoder_blocks'])} levels: this grows an "
-            f"AutoencoderTiny of {len(wide.config.num_encoder_blocks)} levels to as many or more"
+            f"{config.get('_class_name')}: what is grown from an AutoencoderTiny "
+            f"of {len(wide.config.num_encoder_blocks)} levels is another of as many or more"
         )
-    encoder, decoder = wide.encoder.layers, wide.decoder.layers
-    more = len(deep.encoder.layers) - len(encoder)
-    for i, layer in enumerate(encoder):
-        _copy_if_alike(deep.encoder.layers[i + more], layer)
-    for i, layer in enumerate(decoder):
-        _copy_if_alike(deep.decoder.layers[i], layer)
     if deep.to_config() == wide.to_config():
         return wide
+    more = len(deep.encoder.layers) - len(wide.encoder.layers)
+    for i, layer in enumerate(wide.encoder.layers):
+        _copy_if_alike(deep.encoder.layers[i + more], layer)
+    for i, layer in enumerate(wide.decoder.layers):
+        _copy_if_alike(deep.decoder.layers[i], layer)
     return deep
 
 

@@ -155,8 +155,10 @@ def test_a_vae_grown_by_a_level_has_the_old_weights_in_its_middle():
     # ... and all but its last levels the decoder begins with.
     assert_equal_states(deep.decoder.layers[:11], vae.decoder.layers[:11])
     assert deep.decode_latents(deep.encode_latents(torch.rand(1, 3, 32, 32))).shape == (1, 3, 32, 32)
-    with pytest.raises(ldm.errors.UserError, match="of 4 levels: this grows"):
+    with pytest.raises(ldm.errors.UserError, match="of 5 levels is another of as many or more"):
         grown_vae(deep, vae.to_config())
+    with pytest.raises(ldm.errors.UserError, match="AutoencoderKL: what is grown"):
+        grown_vae(vae, {"_class_name": "AutoencoderKL", "latent_channels": 4})
 
 
 @torch.no_grad()
