@@ -1,9 +1,10 @@
-"""Train the embedded model on the world of sprites: autoencoder, text encoder, denoiser, in this order.
+"""Train the embedded model on the world of sprites: autoencoder, text encoder, denoiser, the decoder again.
 
 python scripts/train_sprites.py --run_dir DIR [--set unet.run.max_minutes=600]
 
 The same command again goes on where it was stopped (Ctrl-C or SIGTERM: it saves first). One thread, with
-OMP_NUM_THREADS=1, leaves the other cores to others. The model is in DIR/unet/export.
+OMP_NUM_THREADS=1, leaves the other cores to others. The model is in DIR/model;
+while the denoiser learns, what it can already do is in DIR/unet/export.
 """
 
 import argparse
@@ -36,7 +37,7 @@ def main() -> None:
         action="append",
         default=[],
         metavar="STAGE.SECTION.KEY=VALUE",
-        help="e.g. unet.run.max_minutes=600; stages: vae, clip, unet",
+        help="e.g. unet.run.max_minutes=600; stages: vae, clip, unet, decoder",
     )
     args = parser.parse_args()
     with reported(training=True):
@@ -50,7 +51,7 @@ def main() -> None:
 
         old = None if args.from_nothing else args.init_from
         if train_all(args.configs, args.run_dir, old, overrides, args.keep):
-            print(f"the model is in {args.run_dir / 'unet' / 'export'}")
+            print(f"the model is in {args.run_dir / 'model'}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""The training of a model of the sprite world: autoencoder, text encoder, denoiser, one after the other.
+"""The training of a model of the sprite world: autoencoder, text encoder, denoiser, the decoder again.
 
 Each stage has its recipe (configs/sprites_<stage>.yaml) and its folder in the run's; the rendered pictures
-and latents are in the run's `data`. The same call again goes on where the last one stopped.
+and latents are in the run's `data`, and what they make together in `model`. The same call again goes on
+where the last one stopped.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import torch
 
 from ldm.errors import UserError
 from ldm.files import whole_folder
+from ldm.pretrain.postcard import assemble
 from ldm.pretrain.recipe import Recipe, load_recipe
 from ldm.train.loop import train
 from ldm.train.task import Task
 
-STAGES = ("vae", "clip", "unet")
+STAGES = ("vae", "clip", "unet", "decoder")
 
 
 def train_all(
@@ -58,6 +60,8 @@ def train_all(
         if not train(_TASKS[stage](recipe, run_dir, old), recipe, folder):
             return False
         ended.touch()
+    if not (run_dir / "model").exists():
+        assemble(run_dir)
     return True
 
 
@@ -125,4 +129,17 @@ def _unet(recipe: Recipe, run_dir: Path, old: Path | None) -> Task:
     return UNetTask(parts, seen, held_out, recipe.loss, recipe.model["prompts"])
 
 
-_TASKS: dict[str, Callable[[Recipe, Path, Path | None], Task]] = {"vae": _vae, "clip": _clip, "unet": _unet}
+def _decoder(recipe: Recipe, run_dir: Path, old: Path | None) -> Task:
+    from ldm.pretrain.sprites import sprite_pictures
+    from ldm.pretrain.vae import VAETask, load_vae
+
+    vae = load_vae(run_dir / "vae" / "export")
+    return VAETask(vae, *sprite_pictures(recipe.data), recipe.loss, True)
+
+
+_TASKS: dict[str, Callable[[Recipe, Path, Path | None], Task]] = {
+    "vae": _vae,
+    "clip": _clip,
+    "unet": _unet,
+    "decoder": _decoder,
+}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ldm.errors import UserError
 from ldm.models import AutoencoderKL, AutoencoderTiny, UNet, build
@@ -65,8 +65,26 @@ def _copy_if_alike(into: nn.Module, layer: nn.Module) -> None:
 
 
 @torch.no_grad()
+def scale_latents(vae: AutoencoderTiny, factors: Tensor) -> None:
+    """Multiply each latent channel by its factor, fp32 [c], where it is made, and divide it where it is read.
+
+    Between the two is the decoder's soft clamp, 3 tanh(z / 3): what is made larger it bends more, and the
+    decoder has to learn a little again.
+    """
+    made, read = vae.encoder.layers[-1], vae.decoder.layers[0]
+    assert isinstance(made, nn.Conv2d)
+    assert made.bias is not None
+    assert isinstance(read, nn.Conv2d)
+    made.weight.mul_(factors[:, None, None, None])
+    made.bias.mul_(factors)
+    read.weight.div_(factors[None, :, None, None])
+
+
+@torch.no_grad()
 def widen_latents(unet: UNet, latent_channels: int) -> UNet:
-    """The U-Net for a widened VAE: at first it ignores the new channels, and answers 0 for them.
+    """The U-Net for a widened VAE: what it knows of the first channels stays, the others begin at random.
+
+    Weights that began as zeros took tens of thousands of samples to hand the new channels through.
 
     Raises:
         UserError: for fewer channels than `unet` has.
@@ -74,8 +92,6 @@ def widen_latents(unet: UNet, latent_channels: int) -> UNet:
     _check_wider(latent_channels, unet.config.in_channels, "U-Net")
     wide = build(unet.to_config() | {"in_channels": latent_channels, "out_channels": latent_channels})
     assert isinstance(wide, UNet)
-    for name in ("conv_in.weight", "conv_out.weight", "conv_out.bias"):
-        wide.get_parameter(name).zero_()
     _copy_into(wide, unet)
     return wide
 

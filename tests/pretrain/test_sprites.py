@@ -172,8 +172,9 @@ def configs(tmp_path):
         recipe["data"]["sprites"] |= {"things": 12}
         recipe["run"] |= {"max_train_steps": 2, "validation_steps": 2, "checkpointing_steps": 1}
         recipe["optimiser"]["train_batch_size"] = 2
-        if stage == "vae":
+        if stage in ("vae", "decoder"):
             recipe["data"]["size"] = 64
+        if stage == "vae":
             recipe["model"] |= {"encoder_block_out_channels": [8] * 5, "decoder_block_out_channels": [8] * 5}
         if stage == "clip":
             recipe["model"]["merges"] = 60
@@ -195,14 +196,22 @@ def configs(tmp_path):
 def test_all_stages_make_a_model_and_a_second_call_does_nothing(configs, tmp_path):
     run_dir = tmp_path / "run"
     assert train_all(configs, run_dir, None, {})
-    model = ldm.load(run_dir / "unet" / "export", device="cpu")
+    model = ldm.load(run_dir / "model", device="cpu")
+    first, last = (
+        dict(load_vae(run_dir / each / "export").named_parameters()) for each in ("vae", "decoder")
+    )
+    for name, value in model.vae.named_parameters():
+        assert torch.equal(value.bfloat16(), last[name].bfloat16())
+        if name.startswith("encoder."):
+            assert torch.equal(first[name], last[name])
+    assert any(not torch.equal(first[name], last[name]) for name in first)
     assert model.world.plurals["car"] == "cars"
     assert model("a dog", num_inference_steps=1, seed=0).images[0].size == (128, 128)
     stamps = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file()}
     assert train_all(configs, run_dir, None, {})
     assert stamps == {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file()}
     # The denoiser alone goes on from a model, on its autoencoder and its words as they are.
-    old, again = run_dir / "unet" / "export", tmp_path / "again"
+    old, again = run_dir / "model", tmp_path / "again"
     assert train_all(configs, again, old, {}, old)
     assert not (again / "vae" / "metrics.jsonl").exists()
     further = ldm.load(again / "unet" / "export", device="cpu")
@@ -241,5 +250,5 @@ def test_each_stage_stops_and_goes_on(configs, tmp_path, stage, monkeypatch):
 
 
 def test_a_stage_that_there_is_not_is_told(configs, tmp_path):
-    with pytest.raises(UserError, match="tower is no stage: they are vae, clip, unet"):
+    with pytest.raises(UserError, match="tower is no stage: they are vae, clip, unet, decoder"):
         train_all(configs, tmp_path / "run", None, {"tower": ["run.max_train_steps=1"]})

@@ -10,7 +10,7 @@ import ldm
 from ldm.checkpoint import load_parts, save_folder
 from ldm.finetune.inpainting import widen, widen_unet
 from ldm.models import build
-from ldm.pretrain.widen import grown_vae, widen_latents, widen_vae
+from ldm.pretrain.widen import grown_vae, scale_latents, widen_latents, widen_vae
 from ldm.runtime import choose
 
 FP32 = choose("cpu", "fp32")
@@ -174,12 +174,28 @@ def assert_equal_states(new, old):
         assert torch.equal(a, b)
 
 
-def test_the_unet_of_a_widened_vae_answers_as_before(families):
+@torch.no_grad()
+def test_scaled_latents_are_decoded_to_what_they_were():
+    vae, x = tiny_vae(), torch.rand(2, 3, 32, 32) * 2 - 1
+    latents = vae.encode_latents(x)
+    drawn = vae.decode_latents(0.01 * latents)  # small ones: the soft clamp is linear there
+    factors = torch.tensor([1.0, 0.5, 3.0])
+    scale_latents(vae, factors)
+    scaled = vae.encode_latents(x)
+    assert relative_error(scaled, factors[:, None, None] * latents) < 1e-6
+    assert relative_error(vae.decode_latents(0.01 * scaled), drawn) < 1e-4
+
+
+@torch.no_grad()
+def test_the_unet_of_a_widened_vae_knows_the_first_channels_and_ignores_none(families):
     unet = load_parts(families("sd1")[0], FP32).unet
     wide = widen_latents(unet, 6)
-    latents = torch.randn(2, 6, 8, 8)
-    out = call(wide, latents)
-    assert relative_error(out[:, :4], call(unet, latents[:, :4])) < 1e-6
-    assert not out[:, 4:].any()
+    known = torch.randn(2, 4, 8, 8)
+    other = torch.randn(2, 2, 8, 8)
+    wide.conv_in.weight[:, 4:], kept = 0, wide.conv_in.weight[:, 4:].clone()
+    out = call(wide, torch.cat([known, other], 1))
+    assert relative_error(out[:, :4], call(unet, known)) < 1e-6
+    assert kept.abs().amax((0, 2, 3)).min() > 0
+    assert out[:, 4:].abs().amax((0, 2, 3)).min() > 0
     with pytest.raises(ldm.errors.UserError, match="can only widen"):
         widen_latents(wide, 4)
