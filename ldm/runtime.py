@@ -12,6 +12,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from ldm.errors import UserError
 
 M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -179,6 +181,17 @@ def set_threads(count: int) -> None:
     if count < 1:
         raise UserError(f"threads = {count}: give at least 1; this machine has {os.cpu_count()}")
     torch.set_num_threads(count)
+
+
+def apart(make: Callable[[], T]) -> T:
+    """What `make` gives, made in a thread that ends then; raises what it raises.
+
+    A thread that has computed keeps workers of its own. Where there are more of them than cores, libgomp's no
+    longer wait awake between two layers, those of another thread that draws either: a picture of the embedded
+    model took half as long again.
+    """
+    with ThreadPoolExecutor(1, "ldm-apart") as pool:
+        return pool.submit(make).result()
 
 
 class Finite(Generic[M]):

@@ -1,7 +1,10 @@
 """Device, dtype, batch size."""
 
 import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +14,7 @@ from ldm.errors import UserError
 from ldm.runtime import (
     Finite,
     Runtime,
+    apart,
     choose,
     finite,
     has_bf16,
@@ -250,3 +254,32 @@ def test_an_overflow_is_answered_in_fp32_from_then_on_by_one_copy():
     assert len(made) == 5, "the first step twice, the others once"
     assert all(torch.equal(first, each) for each in others)
     assert layer.weight.dtype is torch.float16
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux tells them")
+def test_what_computes_apart_leaves_no_workers_behind():
+    """A process of its own: here others have computed already."""
+    program = """
+import os, threading, torch
+from ldm.runtime import apart
+torch.set_num_threads(2)
+count = lambda: len(os.listdir("/proc/self/task"))
+def work():
+    torch.ones(2**20).exp()
+    return count(), threading.current_thread() is threading.main_thread()
+before = count()
+during, in_main = apart(work)
+for _ in range(100):
+    if count() == before: break
+    threading.Event().wait(0.05)
+print(before, during, count(), in_main)
+"""
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    before, during, after, in_main = told.split()
+    assert int(during) >= int(before) + 2
+    assert (after, in_main) == (before, "False")
+
+
+def test_what_goes_wrong_apart_is_raised():
+    with pytest.raises(UserError, match="at least 1"):
+        apart(lambda: set_threads(0))

@@ -170,6 +170,7 @@ def make_service(args: argparse.Namespace) -> Service:
 def make_shelf(args: argparse.Namespace, device: str | None) -> Shelf:
     """The models of one device: `--device cuda:0,cuda:1` names several."""
     from ldm.cli.models import load
+    from ldm.runtime import apart
     from ldm.serve.models import Shelf
 
     def read(path: Path) -> Pipeline:
@@ -178,5 +179,6 @@ def make_shelf(args: argparse.Namespace, device: str | None) -> Shelf:
         pipe = ldm.load(path, device=device, dtype=args.dtype)
         return pipe if args.safety_checker is None else pipe.with_safety_checker(args.safety_checker or None)
 
-    default = load(argparse.Namespace(**{**vars(args), "device": device}))
+    # The worker's thread draws, so this one is not to have computed anything.
+    default = apart(lambda: load(argparse.Namespace(**{**vars(args), "device": device})))
     return Shelf(default, read, args.models, args.max_models, args.controlnet_dir)
