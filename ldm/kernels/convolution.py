@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ def imitates(x: Tensor) -> bool:
     return x.device.type == "cpu" and is_imitated(x.dtype)
 
 
+@cache
 def is_imitated(dtype: torch.dtype) -> bool:
     """Whether numbers of a dtype have 16 bits, on such a processor."""
     if dtype.itemsize != 2:
@@ -195,7 +197,9 @@ def drawn(
     pixels, channels = x.shape[2] * x.shape[3], weight.shape[0] * weight.shape[1]
     if weight.shape[2:] == (1, 1) and pixels <= PRODUCT_PIXELS:
         return as_product(x, weight, bias) if stride == (1, 1) and padding == (0, 0) else None
-    if stride != (1, 1) and pixels <= STRIDED_PIXELS:
+    # In bf16 torch's kernel turns a weight at each call: that takes longer than a small map's products.
+    small = pixels <= STRIDED_PIXELS and (stride != (1, 1) or _has_quicker_bf16(x, x.dtype))
+    if small and weight.shape[2:] != (1, 1):
         product = as_product_of_patches(x, weight, bias, stride, padding)
         return None if product is None else _as_torchs(product, x, weight)
     if not has_winograd(x, weight, stride, padding):
@@ -217,6 +221,11 @@ def _has_quicker_bf16(x: Tensor, dtype: torch.dtype) -> bool:
     return x.shape[2] * x.shape[3] < WINOGRAD_PIXELS_BF16 or native.has_amx()
 
 
+def _is_natural(x: Tensor) -> bool:
+    """Whether products of such numbers are quick: in bf16 where a processor has units for it."""
+    return x.dtype in native.DTYPES and not is_imitated(x.dtype)
+
+
 def has_winograd(x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> bool:
     """Whether a convolution of these shapes is faster by Winograd's way."""
     pixels, channels = x.shape[-2] * x.shape[-1], weight.shape[0] * weight.shape[1]
@@ -230,8 +239,8 @@ def _as_torchs(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def as_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """A 1 x 1 convolution in fp32 on a CPU, without gradients, of x in channels_last; else None."""
-    if x.dtype is not torch.float32 or weight.dtype is not x.dtype or not native.plain(x, weight):
+    """A 1 x 1 convolution on a CPU, without gradients, of x in channels_last; else None."""
+    if not _is_natural(x) or weight.dtype is not x.dtype or not native.plain(x, weight, dtypes=native.DTYPES):
         return None
     if not is_channels_last(x):
         return None
@@ -241,10 +250,10 @@ def as_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
 def as_product_of_patches(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int]
 ) -> Tensor | None:
-    """Any convolution in fp32 on a CPU, in channels_last, with its gradients; else None."""
+    """Any convolution on a CPU, in channels_last, with its gradients; else None."""
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or x.device.type != "cpu":
         return None
-    if x.dtype is not torch.float32 or weight.dtype is not x.dtype:
+    if not _is_natural(x) or weight.dtype is not x.dtype:
         return None
     sides = zip(x.shape[2:], weight.shape[2:], stride, padding, strict=True)
     size = torch.Size((side + 2 * pad - kernel) // step + 1 for side, kernel, step, pad in sides)

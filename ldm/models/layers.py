@@ -45,12 +45,14 @@ def by_rows(layer: nn.Module, x: Tensor) -> Tensor:
     by where its numbers lie in memory: so products have that many, of which some may be zeros. Else a picture
     would differ in a batch in its last bits from itself drawn alone.
     """
-    if x.device.type != "cpu" or layer.training:
+    if x.device.type != "cpu" or layer.training or len(x) == FEW_ROWS:
         out: Tensor = layer(x)
         return out
+    if len(x) > FEW_ROWS:
+        return torch.cat([by_rows(layer, part) for part in torch.split(x, FEW_ROWS)])
     beside = (0, 0) * (x.dim() - 1)
-    parts = [(part, FEW_ROWS - len(part)) for part in torch.split(x, FEW_ROWS)]
-    return torch.cat([layer(F.pad(part, (*beside, 0, more)))[: len(part)] for part, more in parts])
+    padded: Tensor = layer(F.pad(x, (*beside, 0, FEW_ROWS - len(x))))
+    return padded[: len(x)]
 
 
 class TimeEmbedding(nn.Module):

@@ -297,3 +297,27 @@ def test_strided_ones_of_few_pixels_are_as_exact_and_lie_as_torchs(shape, layout
         assert relative_error(ours, exact) < 1e-6
         assert ours.stride() == theirs.stride()
         assert torch.equal(ours, torch.cat([conv(each) for each in torch.split(x, 1)]))
+
+
+@pytest.mark.skipif(convolution.is_imitated(torch.bfloat16), reason="this processor has no units for bf16")
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (3, 70, 66, 4, 4, 3, 1, 1),
+        (1, 70, 66, 3, 7, 3, 1, 0),
+        (2, 6, 10, 8, 8, 3, 2, 1),
+        (2, 70, 66, 9, 5, 1, 1, 0),
+    ],
+)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_small_ones_in_bf16_are_products_as_exact_and_lie_as_torchs(shape, layout, monkeypatch):
+    x, conv = drawn(shape, torch.bfloat16)
+    x, conv = x.to(memory_format=layout), conv.to(memory_format=layout)
+    with torch.inference_mode():
+        theirs = nn.Conv2d._conv_forward(conv, x, conv.weight, conv.bias)
+        exact = plain(conv).double()(x.double())
+        if layout is torch.channels_last:
+            monkeypatch.setattr(F, "conv2d", None)  # not asked
+        ours = conv(x)
+        assert relative_error(ours.double(), exact) < 1.05 * relative_error(theirs.double(), exact) + 1e-4
+        assert ours.stride() == theirs.stride()
