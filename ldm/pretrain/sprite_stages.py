@@ -94,10 +94,10 @@ def _keep(model: Path, run_dir: Path) -> None:
 def _vae(recipe: Recipe, run_dir: Path, old: Path | None) -> Task:
     from ldm.pretrain.sprites import sprite_pictures
     from ldm.pretrain.vae import VAETask, build_vae, load_vae
-    from ldm.pretrain.widen import grown_vae
+    from ldm.pretrain.widen import widen_vae
 
     narrow = load_vae(old) if old else None
-    vae = build_vae(recipe.model) if narrow is None else grown_vae(narrow, recipe.model)
+    vae = build_vae(recipe.model) if narrow is None else widen_vae(narrow, recipe.model["latent_channels"])
     return VAETask(vae, *sprite_pictures(recipe.data), recipe.loss, False, narrow)
 
 

@@ -9,9 +9,8 @@ colours) + L2. Three things make the latents easy for a U-Net to model:
 - on some steps the latents are pooled 2x and must decode to the pooled picture, so a latent is a small image
   (equivariance to scale; Kouzelis et al. 2025, "EQ-VAE").
 
-An autoencoder that is grown from a narrower one, and may be deeper, keeps that one's channels by a loss (of
-pictures of half the size, if it is deeper by a level): the U-Net that was trained on them can be widened too,
-and goes on from what it has learnt.
+An autoencoder that is widened from a narrower one keeps that one's channels by a loss: the U-Net that was
+trained on them can be widened too, and goes on from what it has learnt.
 """
 
 from __future__ import annotations
@@ -131,8 +130,7 @@ class VAETask(Task):
         loss, extra = self.weights["moments"] * moments, {"moments": moments.detach()}
         if self.narrow is not None:
             with torch.no_grad():
-                smaller = self.vae.downscale // self.narrow.downscale  # a deeper one takes larger pictures
-                kept = self.narrow.encode_latents(F.avg_pool2d(x, smaller))
+                kept = self.narrow.encode_latents(x)
             drift = (z[:, : kept.shape[1]] - kept).float().square().mean()
             loss, extra["drift"] = loss + self.weights["keep"] * drift, drift.detach()
         return loss, extra

@@ -1,12 +1,9 @@
-"""A VAE grown deeper, and its U-Net widened to more latent channels: the first are the old ones."""
+"""A VAE and its U-Net widened to more latent channels: the first are the old ones."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ldm.errors import UserError
 from ldm.models import AutoencoderKL, AutoencoderTiny, UNet, build
@@ -33,58 +30,8 @@ def widen_vae(vae: AutoencoderKL | AutoencoderTiny, latent_channels: int) -> Aut
 
 
 @torch.no_grad()
-def grown_vae(vae: AutoencoderKL | AutoencoderTiny, config: Mapping[str, Any]) -> AutoencoderTiny:
-    """An autoencoder of `config` with the weights of `vae` where they fit.
-
-    Of the same depth it is `vae`, widened. A deeper one has its new levels at the side of the pictures, with
-    random weights: what `vae` does with a picture it is to learn to do with one of twice the size.
-
-    Raises:
-        UserError: for fewer channels or levels than `vae` has, or another kind than AutoencoderTiny.
-    """
-    wide, deep = widen_vae(vae, config["latent_channels"]), build(config)
-    if not isinstance(deep, AutoencoderTiny) or deep.downscale < wide.downscale:
-        raise UserError(
-            f"{config.get('_class_name')}: what is grown from an AutoencoderTiny "
-            f"of {len(wide.config.num_encoder_blocks)} levels is another of as many or more"
-        )
-    if deep.to_config() == wide.to_config():
-        return wide
-    more = len(deep.encoder.layers) - len(wide.encoder.layers)
-    for i, layer in enumerate(wide.encoder.layers):
-        _copy_if_alike(deep.encoder.layers[i + more], layer)
-    for i, layer in enumerate(wide.decoder.layers):
-        _copy_if_alike(deep.decoder.layers[i], layer)
-    return deep
-
-
-def _copy_if_alike(into: nn.Module, layer: nn.Module) -> None:
-    old = layer.state_dict()
-    if [value.shape for value in into.state_dict().values()] == [value.shape for value in old.values()]:
-        into.load_state_dict(old)
-
-
-@torch.no_grad()
-def scale_latents(vae: AutoencoderTiny, factors: Tensor) -> None:
-    """Multiply each latent channel by its factor, fp32 [c], where it is made, and divide it where it is read.
-
-    Between the two is the decoder's soft clamp, 3 tanh(z / 3): what is made larger it bends more, and the
-    decoder has to learn a little again.
-    """
-    made, read = vae.encoder.layers[-1], vae.decoder.layers[0]
-    assert isinstance(made, nn.Conv2d)
-    assert made.bias is not None
-    assert isinstance(read, nn.Conv2d)
-    made.weight.mul_(factors[:, None, None, None])
-    made.bias.mul_(factors)
-    read.weight.div_(factors[None, :, None, None])
-
-
-@torch.no_grad()
 def widen_latents(unet: UNet, latent_channels: int) -> UNet:
-    """The U-Net for a widened VAE: what it knows of the first channels stays, the others begin at random.
-
-    Weights that began as zeros took tens of thousands of samples to hand the new channels through.
+    """The U-Net for a widened VAE: at first it ignores the new channels, and answers 0 for them.
 
     Raises:
         UserError: for fewer channels than `unet` has.
@@ -92,6 +39,8 @@ def widen_latents(unet: UNet, latent_channels: int) -> UNet:
     _check_wider(latent_channels, unet.config.in_channels, "U-Net")
     wide = build(unet.to_config() | {"in_channels": latent_channels, "out_channels": latent_channels})
     assert isinstance(wide, UNet)
+    for name in ("conv_in.weight", "conv_out.weight", "conv_out.bias"):
+        wide.get_parameter(name).zero_()
     _copy_into(wide, unet)
     return wide
 
