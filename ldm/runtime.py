@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import UserError
+from ldm.kernels.units import cpu_has
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
@@ -131,7 +132,7 @@ def has_bf16(device: torch.device) -> bool:
         if torch.version.hip:
             return torch.cuda.get_device_properties(device).gcnArchName.startswith(AMD_BF16)
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and _cpu_has("amx_tile", "avx512_bf16")
+    return device.type == "cpu" and cpu_has("amx_tile", "avx512_bf16")
 
 
 def half_dtype(device: torch.device) -> torch.dtype:
@@ -268,13 +269,3 @@ def _default_dtype(device: torch.device) -> torch.dtype:
     if has_bf16(device):
         return torch.bfloat16
     return torch.float32 if device.type == "cpu" else torch.float16
-
-
-def _cpu_has(*units: str) -> bool:
-    """torch tells by functions that are its own: a version may lack them."""
-    own = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in units)
-    tests = [test for test in own if test is not None]
-    if tests:
-        return any(test() for test in tests)
-    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(capabilities.get(name.replace("amx_tile", "amx_bf16"), False) for name in units)

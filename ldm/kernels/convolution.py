@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ldm.kernels import native, packed
+from ldm.kernels.units import cpu_has
 
 # Pixels of a picture, and channels in times out, from which on Winograd's convolution is faster than torch's.
 WINOGRAD_PIXELS, WINOGRAD_CHANNELS = 4 * 4, 64 * 64
@@ -218,7 +219,7 @@ def _has_quicker_bf16(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether torch's own 3 x 3 convolution of x in a dtype is quicker: in bf16, by units for it."""
     if dtype != torch.bfloat16 or is_imitated(dtype):
         return False
-    return x.shape[2] * x.shape[3] < WINOGRAD_PIXELS_BF16 or native.has_amx()
+    return x.shape[2] * x.shape[3] < WINOGRAD_PIXELS_BF16 or cpu_has("amx_tile")
 
 
 def _is_natural(x: Tensor) -> bool:

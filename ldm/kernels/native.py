@@ -193,11 +193,6 @@ def has_attention() -> bool:
     return available() and bool(_library().has_attention())
 
 
-def has_amx() -> bool:
-    """Whether torch's own products in bf16 are the quicker ones, by AMX."""
-    return available() and bool(_library().has_amx())
-
-
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v in bf16, of any lengths: sums in fp32, weights of values rounded to bf16.
 

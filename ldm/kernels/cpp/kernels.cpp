@@ -205,15 +205,6 @@ void geglu_rows(const void* x, void* y, int64_t N, int64_t D, int half, int thre
     geglu((const float*)x, (float*)y, N, D, threads);
 }
 
-// Whether the processor has units for matrices of bf16, which torch's own kernels use.
-int has_amx() {
-#ifdef __AMX_BF16__
-  return 1;
-#else
-  return 0;
-#endif
-}
-
 // Whether there is an `attention` for this processor.
 int has_attention() {
 #ifdef HAS_ATTENTION
