@@ -1,5 +1,6 @@
 """`ldm serve` as a program: started, killed, started again; and under load."""
 
+import argparse
 import random
 import re
 import signal
@@ -14,9 +15,10 @@ import httpx2
 import numpy as np
 import pytest
 from PIL import Image
-from serve_server import ASK, running, wait
+from serve_server import ASK, embedded, running, wait
 
 import ldm
+from ldm.cli.serve import make_shelf
 from ldm.images.png import read_request
 from ldm.runtime import resident_memory
 from ldm.serve.store import Store
@@ -113,3 +115,18 @@ def test_under_load_nothing_is_lost_doubled_or_other(tmp_path):
         assert after - before[0] < 100 * 2**20
         assert not service.queue.waiting
         assert not service.queue.drawing
+
+
+def test_the_model_is_read_in_a_thread_that_ends(monkeypatch):
+    """What has computed keeps workers, and those of the thread that draws would no longer wait awake."""
+    read_in = []
+    monkeypatch.setattr(
+        "ldm.cli.models.load", lambda args: read_in.append((threading.current_thread(), args)) or embedded()
+    )
+    args = argparse.Namespace(models=None, max_models=2, controlnet_dir=None, device=None)
+    shelf = make_shelf(args, "cpu")
+    ((thread, given),) = read_in
+    assert thread is not threading.current_thread()
+    assert not thread.is_alive()
+    assert given.device == "cpu"
+    assert shelf.default == embedded().name
