@@ -32,7 +32,8 @@ def draw(prompt: str) -> Any:
 
 def timed(call: Any, given: str) -> float:
     start = time.perf_counter()
-    return (call(given), time.perf_counter() - start)[1]
+    call(given)
+    return time.perf_counter() - start
 
 
 def together(waiting: int) -> float:
@@ -51,14 +52,15 @@ def main() -> None:
 
     pipe, rows = ldm.load(), list[dict[str, float]]()
     command = [sys.executable, "-m", "ldm", "serve", "--port", URL.rpartition(":")[2], "--quiet"]
-    with tempfile.TemporaryDirectory() as folder, subprocess.Popen(command, cwd=folder) as server:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        server = stack.enter_context(subprocess.Popen(command, cwd=folder))
+        stack.callback(server.terminate)  # whatever goes wrong: Popen's own end waits for it
         while server.poll() is None and not rows:
             with contextlib.suppress(OSError):  # until it has read the model
                 rows.append({"first": timed(draw, next(prompts))})
         for _ in range(rounds):
             row = {"call": timed(pipe, next(prompts)), "one by one": timed(draw, next(prompts))}
             rows.append(row | {f"{waiting} waiting": together(waiting) for waiting in (2, 4, 8)})
-        server.terminate()
     middle = {name: statistics.median(row[name] for row in rows[1:]) for name in rows[-1]}
     for name, seconds in middle.items():
         print(f"{name:10} {seconds:.3f} s a picture, {middle['one by one'] / seconds:.2f} x one by one")
